@@ -1,0 +1,56 @@
+# Two commands: `make sweep` and `make test`. Both make what they need; the second time both are quick.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+ARGS   ?=
+# Ours is CPU or GPU code that sets its own threads; tests run beside one another on few cores.
+TEST   := $(BIN)/python -m pytest
+
+.PHONY: help setup sweep test test-unit test-pipeline test-faults test-peers ui clean
+
+help:
+	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
+	@echo "make test              unit, pipeline and fault tests"
+	@echo "make ui                open MLflow on the quickstart's results"
+	@echo "make test-unit | test-pipeline | test-faults | test-peers"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(READY)
+
+sweep: $(READY)
+	$(BIN)/python -m dmsae_ray.sweep $(ARGS)
+
+ui: $(READY)
+	$(BIN)/python -m dmsae_ray.ui $(ARGS)
+
+test: test-unit test-pipeline test-faults
+
+test-unit: $(READY)
+	timeout 60 $(TEST) tests/unit
+
+test-pipeline: $(READY)
+	timeout 360 $(TEST) tests/pipeline
+
+test-faults: $(READY)
+	timeout 300 $(TEST) tests/faults
+
+# The update of dictionary-learning, recorded live and compared with the stored recording. Its requirements conflict with
+# ours (numpy < 2), so it gets an environment of its own; torchvision would clash with this torch.
+test-peers: .venv-peers/.ready
+	.venv-peers/bin/python jobs/record_reference_step.py --check tests/data/dictionary_learning_updates.safetensors
+
+.venv-peers/.ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet dictionary-learning==0.1.0
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-peers *.egg-info .pytest_cache

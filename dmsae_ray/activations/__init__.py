@@ -1,0 +1,1 @@
+"""Residual-stream activations: shard format, datasets of shards, and the order and stream training reads them in."""

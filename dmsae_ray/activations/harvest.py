@@ -1,0 +1,253 @@
+"""Making a dataset: documents -> token sequences on disk -> residual stream -> shards -> manifest.
+
+A shard is a unit of work whose bytes depend only on the configuration: which sequences it holds is planned before anyone
+computes, every forward pass has one fixed padded shape and thread count. So any number of actors gives the same files, and
+a finished one is kept. Letters: N sequences, T context, D model dimension.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, scale_of
+from dmsae_ray.activations.shard import DTYPES, ShardError, file_sha256, open_shard, read_rows, write_shard
+from dmsae_ray.config import Config, fields_key
+from dmsae_ray.corpus.documents import corpus_fingerprint, load_documents
+from dmsae_ray.corpus.split import split_of
+from dmsae_ray.corpus.tokens import TokenSequences, tokenise
+
+SPLITS = ("train", "attribution", "evaluation")
+# Purposes of random draws, apart from those of order.py.
+SEQUENCES, SHARD_ROWS = 201, 202
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to be made: these sequences' non-BOS rows, permuted, cut to `rows`."""
+
+    name: str
+    number: int
+    sequences: tuple[int, ...]
+    rows: int
+
+
+def plan_shards(lengths_N: np.ndarray, tokens: int, calibration: int, per_shard: int, per_group: int, seed: int) -> list[ShardPlan]:
+    """Deal a seeded permutation of all sequences to the calibration shard and to the training shards.
+
+    No sequence is in two shards, so the calibration rows are held back from training.
+    Raises ValueError if the corpus is too small.
+    """
+    order = np.random.default_rng([seed, SEQUENCES]).permutation(len(lengths_N))
+    ends = np.cumsum(lengths_N[order] - 1)  # BOS is never a row
+    tokens -= tokens % per_group
+    sizes = [calibration] + [min(per_shard, tokens - done) for done in range(0, tokens, per_shard)]
+    plans, first = [], 0
+    for number, rows in enumerate(sizes):
+        before = ends[first - 1] if first else 0
+        last = int(np.searchsorted(ends, before + rows))
+        if last >= len(order):
+            raise ValueError(
+                f"harvest.tokens {tokens} + harvest.calibration_tokens {calibration}: the corpus's training split gives only "
+                f"{int(ends[-1]) if len(ends) else 0} rows; ask for fewer, or give corpus.source more text"
+            )
+        name = "calibration" if number == 0 else f"train-{number - 1:05d}"
+        plans.append(ShardPlan(name, number, tuple(int(i) for i in order[first : last + 1]), int(rows)))
+        first = last + 1
+    return plans
+
+
+def prepare_tokens(config: Config, tokenizer, folder: Path) -> dict[str, TokenSequences]:
+    """The three splits as token sequences, read from disk or made and kept there.
+
+    Attribution and evaluation sequences are stored in a seeded order, so that any first part of them is a sample.
+    """
+    paths = {split: folder / f"{split}.safetensors" for split in SPLITS}
+    if all(path.exists() for path in paths.values()):
+        return {split: TokenSequences.load(path) for split, path in paths.items()}
+    corpus = config.corpus
+    texts: dict[str, list] = {split: [] for split in SPLITS}
+    for number, document in enumerate(load_documents(corpus.source, corpus.text_field, corpus.revision)):
+        if number == corpus.documents:
+            break
+        texts[split_of(document.text, corpus.attribution_share, corpus.evaluation_share)].append(document)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for split in SPLITS:
+        sequences = tokenise(texts[split], tokenizer, config.model.context)
+        if split != "train":
+            wanted = getattr(config, "attribution" if split == "attribution" else "evaluate").tokens
+            if int((sequences.lengths - 1).sum()) < wanted:
+                raise ValueError(
+                    f"{'attribution' if split == 'attribution' else 'evaluate'}.tokens {wanted}: the corpus's {split} split "
+                    f"gives only {int((sequences.lengths - 1).sum())}; ask for fewer or raise corpus.{split}_share"
+                )
+            sequences = sequences.take(np.random.default_rng([config.harvest.seed, SEQUENCES]).permutation(len(sequences.lengths)))
+        made[split] = sequences
+    for split in SPLITS:
+        made[split].save(paths[split], {"corpus": corpus.source, "split": split})
+    return made
+
+
+class ShardMaker:
+    """A Ray Data actor: holds the language model, writes one shard per call."""
+
+    def __init__(self, config: Config, folder: str, key: str):
+        from dmsae_ray.lm.model import LanguageModel
+
+        torch.set_num_threads(config.harvest.threads)
+        self.config, self.folder, self.key = config, Path(folder), key
+        device = "cuda" if config.harvest.gpus_per_actor else "cpu"
+        model = config.model
+        self.lm = LanguageModel.load(
+            model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map
+        )
+        self.sequences = TokenSequences.load(self.folder / "tokens" / "train.safetensors")
+
+    def __call__(self, batch: dict) -> dict:
+        entries = [make_shard(self.lm, self.sequences, plan, self.config, self.folder, self.key) for plan in batch["plan"]]
+        return {"name": np.array([e["file"] for e in entries]), "entry": np.array(entries, dtype=object)}
+
+
+def make_shard(lm, sequences: TokenSequences, plan: ShardPlan, config: Config, folder: Path, key: str) -> dict:
+    """Compute and write one shard; returns its manifest entry.
+
+    Raises ValueError naming the document's token if a value does not fit the stored dtype.
+    """
+    harvest, context = config.harvest, config.model.context
+    dtype = DTYPES[harvest.dtype]
+    rows, per_forward = [], harvest.sequences_per_forward
+    for first in range(0, len(plan.sequences), per_forward):
+        picked = np.array(plan.sequences[first : first + per_forward])
+        # The last batch is padded with copies of its first sequence: the forward shape never changes.
+        shape = np.concatenate([picked, np.repeat(picked[:1], per_forward - len(picked))])
+        resid_NTD = lm.residual(torch.from_numpy(sequences.ids[shape].astype(np.int64)))[: len(picked)].float().cpu()
+        keep_NT = torch.arange(context)[None, :] < torch.from_numpy(sequences.lengths[picked].astype(np.int64))[:, None]
+        keep_NT[:, 0] = False
+        kept = resid_NTD[keep_NT]
+        stored = kept.to(dtype)
+        if not bool(torch.isfinite(stored).all()):
+            n, t = (keep_NT & ~torch.isfinite(resid_NTD.to(dtype)).all(dim=2)).nonzero()[0].tolist()
+            piece = lm.tokenizer.decode(sequences.ids[picked[n], max(0, t - 8) : t + 1])
+            why = "the model gives NaN or infinity there" if not bool(torch.isfinite(resid_NTD[n, t]).all()) else (
+                f"its largest value {float(resid_NTD[n, t].abs().max()):.3g} does not fit; use harvest.dtype bfloat16"
+            )
+            raise ValueError(f"shard {plan.name}, harvest.dtype {harvest.dtype}: activation at the end of {piece!r}: {why}")
+        rows.append(stored)
+    rows_ND = torch.cat(rows)[: plan.rows]
+    assert len(rows_ND) == plan.rows
+    permutation = np.random.default_rng([harvest.seed, SHARD_ROWS, plan.number]).permutation(plan.rows)
+    path = folder / "shards" / f"{plan.name}.parquet"
+    write_shard(path, rows_ND[torch.from_numpy(permutation)], harvest.rows_per_group, {"dataset": key, "hook": config.model.hook})
+    return shard_entry(folder, path, plan.rows)
+
+
+def shard_entry(folder: Path, path: Path, rows: int) -> dict:
+    return {"file": str(path.relative_to(folder)), "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def dataset_identity(config: Config) -> tuple[str, dict, str, str]:
+    """(key, fields, model fingerprint, corpus fingerprint) of the dataset this configuration asks for; loads no weights."""
+    from dmsae_ray.lm.model import model_info
+
+    model = model_info(config.model.name, config.model.revision)
+    corpus = corpus_fingerprint(config.corpus.source, config.corpus.text_field, config.corpus.revision)
+    fields = config.dataset_fields(model.fingerprint, corpus)
+    return fields_key(fields), fields, model.fingerprint, corpus
+
+
+def find_dataset(config: Config) -> ActivationDataset | None:
+    """The finished dataset of this configuration, checked; None if it has yet to be harvested.
+
+    Raises DatasetError or ShardError if what is there is damaged or, for `harvest.dataset`, not what is asked for.
+    """
+    key, fields, _, _ = dataset_identity(config)
+    folder = config.harvest.dataset or config.home / "data" / key
+    if config.harvest.dataset is None and not (folder / "manifest.json").exists():
+        return None
+    dataset = ActivationDataset(folder)
+    dataset.expect(fields)
+    if config.harvest.dataset is None and any(not path.exists() for path in [*dataset.paths(), dataset.calibration_path]):
+        return None
+    dataset.verify()
+    return dataset
+
+
+def harvest(config: Config, say: Callable[[str], None], actors: int) -> ActivationDataset:
+    """Make what is missing of the dataset, with `actors` actors on the connected Ray cluster, and open it."""
+    import ray.data
+
+    key, fields, model_fingerprint, corpus = dataset_identity(config)
+    folder = config.home / "data" / key
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    from dmsae_ray.lm.model import load_tokenizer
+
+    start = time.monotonic()
+    sequences = prepare_tokens(config, load_tokenizer(config.model.name, config.model.revision), folder / "tokens")["train"]
+    h = config.harvest
+    plans = plan_shards(sequences.lengths, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed)
+    entries = {}
+    for plan in plans:
+        path = folder / "shards" / f"{plan.name}.parquet"
+        if path.exists() and _finished(path, plan, key):
+            entries[plan.name] = shard_entry(folder, path, plan.rows)
+    missing = [plan for plan in plans if plan.name not in entries]
+    say(
+        f"harvest: {sum(p.rows for p in plans):,} tokens of {config.model.name} at {config.model.hook} into {len(plans)} shards"
+        + (f", {len(entries)} kept from before" if entries else "")
+    )
+    if missing:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(actors, len(missing))))
+        done = 0
+        table = ray.data.from_items([{"plan": plan} for plan in missing], override_num_blocks=len(missing)).map_batches(
+            ShardMaker, fn_constructor_kwargs={"config": config, "folder": str(folder), "key": key},
+            batch_size=1, batch_format="numpy", compute=pool, num_cpus=1, num_gpus=h.gpus_per_actor,
+        )  # fmt: skip
+        for row in table.iter_rows():
+            entry = row["entry"]
+            entries[Path(entry["file"]).stem] = entry
+            done += entry["rows"]
+            rate = done / (time.monotonic() - start)
+            left = sum(p.rows for p in missing) - done
+            say(f"harvest: {entry['file']} written, {done:,} tokens, {rate:,.0f} tokens/s, {left / rate:.0f} s left")
+    return _finish(config, folder, key, fields, model_fingerprint, corpus, plans, entries)
+
+
+def _finished(path: Path, plan: ShardPlan, key: str) -> bool:
+    """Whether the file is this plan's shard: written whole (it was renamed last), by this configuration."""
+    try:
+        metadata = open_shard(path)
+    except ShardError:
+        return False
+    return metadata.metadata.num_rows == plan.rows and metadata.schema_arrow.metadata.get(b"dataset") == key.encode()
+
+
+def _finish(config: Config, folder: Path, key, fields, model_fingerprint, corpus, plans, entries) -> ActivationDataset:
+    """Scale and mean from the calibration rows and, last, the manifest."""
+    training = [entries[plan.name] for plan in plans if plan.name != "calibration"]
+    calibration = entries["calibration"]
+    if (folder / "manifest.json").exists():
+        known = ActivationDataset(folder)
+        if known.manifest.shards != training or known.manifest.calibration != calibration:
+            raise DatasetError(
+                f"{folder}: a shard made again is not the one the manifest knows (another CPU model or library set gives other "
+                "last bits). Chains trained on the old shards stay as they are; for new ones change harvest.seed or harvest.dataset"
+            )
+        return known
+    # The dimension is the file's own: a row is 2 * d bytes.
+    d = open_shard(folder / calibration["file"]).schema_arrow.field(0).type.byte_width // 2
+    rows_ND = read_rows(folder / calibration["file"], d, config.harvest.dtype)
+    Manifest(
+        key=key, model=config.model.name, model_fingerprint=model_fingerprint, corpus_fingerprint=corpus, hook=config.model.hook,
+        d=d, dtype=config.harvest.dtype, context=config.model.context, seed=config.harvest.seed,
+        rows_per_group=config.harvest.rows_per_group, scale=scale_of(rows_ND), mean=rows_ND.double().mean(dim=0).tolist(),
+        shards=training, calibration=calibration, fields=fields,
+    ).save(folder)  # fmt: skip
+    return ActivationDataset(folder)

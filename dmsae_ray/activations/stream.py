@@ -1,0 +1,92 @@
+"""Training rows out of shards, through Ray Data, in the order of `order.py`.
+
+A rank turns its units into one Ray Data pipeline with `preserve_order`: a small table of (file, row group), read by
+`map_batches` tasks wherever the cluster has a CPU, blocks coming back as shared memory. Ray Data has no resume inside an
+epoch; here any (round, row) is a start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.order import Order
+from dmsae_ray.activations.shard import COLUMN, as_tensor, read_group
+
+BLOCK_BYTES = 48 << 20
+"""Rows one read task returns; Ray splits blocks above 128 MB, and small blocks cost a task each."""
+READ_CPUS = 0.25
+
+
+def read_units(units: pa.Table) -> pa.Table:
+    """A Ray Data task: the rows of these (file, row group) units, in their order."""
+    files, groups = units["file"].to_pylist(), units["row_group"].to_pylist()
+    return pa.concat_tables(read_group(file, group) for file, group in zip(files, groups)).combine_chunks()
+
+
+class Stream:
+    """One rank's share of a cycle's global batches."""
+
+    def __init__(self, dataset: ActivationDataset, order: Order, rank: int, world: int, object_store_mb: int = 512):
+        self.dataset, self.order, self.rank, self.world = dataset, order, rank, world
+        self.object_store_bytes = object_store_mb << 20
+        self._units = dataset.units()
+        assert len(self._units) == order.n_units
+        self._lanes = order.lanes_of(rank, world)
+        self.shards: list[str] = []
+        """shards that the batch given last came from, for error messages"""
+
+    def batches(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """This rank's rows of global batches start .. stop - 1, each [B / W, D] fp32, divided by the scale."""
+        if start >= stop:
+            return
+        order, manifest = self.order, self.dataset.manifest
+        first_round, first_row = order.position(start)
+        last_round = order.position(stop - 1)[0]
+        plan = [order.units(round_)[self._lanes] for round_ in range(first_round, last_round + 1)]
+        rows = self._rows(self._pipeline([int(unit) for units in plan for unit in units]))
+        step = start
+        for round_, units in enumerate(plan, first_round):
+            self.shards = sorted({self._units[unit][0] for unit in units})
+            # Lane by lane: the unit's rows as a view of Ray's memory, and the order to take them in.
+            lanes = [(next(rows), torch.from_numpy(order.rows(round_, unit))) for unit in units]
+            for row in range(first_row if round_ == first_round else 0, order.unit_rows, order.lane_rows):
+                if step == stop:
+                    return
+                picked = [view[take[row : row + order.lane_rows]] for view, take in lanes]
+                yield torch.cat(picked).float().div_(manifest.scale)
+                step += 1
+
+    def _pipeline(self, units: list[int]):
+        """A ray.data.Dataset whose rows are those of the units, in this order."""
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.use_datasource_v2 = False  # the V2 stage takes seconds to give a first batch
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits.object_store_memory = self.object_store_bytes
+        unit_bytes = self.order.unit_rows * 2 * self.dataset.manifest.d
+        per_task = int(np.clip(BLOCK_BYTES // unit_bytes, 1, len(self._lanes)))
+        table = pa.table(
+            {"file": [self._units[u][0] for u in units], "row_group": [self._units[u][1] for u in units]},
+        )
+        slices = [table.slice(i, per_task) for i in range(0, len(units), per_task)]
+        return ray.data.from_arrow(slices).map_batches(
+            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS
+        )
+
+    def _rows(self, pipeline) -> Iterator[torch.Tensor]:
+        """The pipeline's blocks cut into units again, each [unit_rows, D]; blocks may hold several, or split one."""
+        manifest, left = self.dataset.manifest, None
+        for block in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            view = as_tensor(block[COLUMN], manifest.d, manifest.dtype)
+            left = view if left is None or not len(left) else torch.cat([left, view])
+            while len(left) >= self.order.unit_rows:
+                yield left[: self.order.unit_rows]
+                left = left[self.order.unit_rows :]
+        assert left is None or not len(left), "a unit came back incomplete"

@@ -1,0 +1,138 @@
+"""Joining or starting Ray, and what fits on it.
+
+Ray Train rounds what a chain's workers ask for up to whole CPUs and leaves the rest to Ray Data; a dataset without a whole
+CPU waits for ever, silently. So capacity is computed here, before anything is started, and one CPU always stays free.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmsae_ray.config import Config
+
+DATA_CPUS = 1
+DRIVER_CPUS = 0.01
+"""What a Tune trial asks for: it only drives a trainer, whose workers have their own placement group."""
+
+# Read by Ray at import: set before anything imports it.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster has, and how much of the work it holds at once."""
+
+    cpus: float
+    gpus: float
+    concurrent: int
+    harvest_actors: int
+    local: bool
+
+
+def available_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chain_cpus(config: Config) -> int:
+    """Whole CPUs that one chain takes away from Ray Data."""
+    return config.cluster.workers * math.ceil(config.cluster.cpus_per_worker)
+
+
+def connect(config: Config, chains: int, verbose: bool) -> Capacity:
+    """Join the cluster that is there, else start one on this machine.
+
+    Raises ValueError saying what is missing and what would fit, if not even one chain fits.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, configure_logging=True)
+    if not verbose:
+        for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"ray(\.|$)")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or _running_here()
+    if address is None:
+        cores = available_cpus()
+        wanted = config.cluster.concurrent or max(1, cores // (config.cluster.workers * config.train.threads))
+        wanted = min(wanted, max(1, chains))
+        # Logical CPUs: what the work asks for, plus what Ray Data needs. Threads, not these, decide how busy the machine is.
+        logical = max(cores, wanted * chain_cpus(config) + DATA_CPUS + 1)
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, on this machine, gone with this process
+        ray.init(num_cpus=logical, include_dashboard=True, dashboard_port=0, **quiet)
+    else:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise ValueError(f"cluster.address {address}: no Ray cluster answers there ({error}); start one or leave it empty") from error
+        except RuntimeError as error:
+            raise ValueError(
+                f"cluster.address {address}: the cluster refused this driver ({error}); where it asks for a token, set "
+                "RAY_AUTH_MODE=token and give the same token on both sides"
+            ) from error
+    return capacity(config, ray.cluster_resources(), chains, local=address is None)
+
+
+def _running_here() -> str | None:
+    """Address of a cluster that runs on this machine."""
+    from ray._private.services import find_gcs_addresses
+
+    return "auto" if find_gcs_addresses() else None
+
+
+def capacity(config: Config, resources: dict[str, float], chains: int, local: bool) -> Capacity:
+    """How many chains fit at once. Raises ValueError if none does."""
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    cluster = config.cluster
+    need_cpus, need_gpus = chain_cpus(config), cluster.workers * cluster.gpus_per_worker
+    fits = int((cpus - DATA_CPUS) // need_cpus)
+    missing = []
+    if fits < 1:
+        missing.append(f"{need_cpus + DATA_CPUS} CPUs ({need_cpus} for a chain's workers, {DATA_CPUS} for Ray Data), it has {cpus:g}")
+    if need_gpus:
+        fits = min(fits, int(gpus / need_gpus + 1e-9))
+        if gpus < need_gpus:
+            missing.append(f"{need_gpus:g} GPUs (cluster.workers x cluster.gpus_per_worker), it has {gpus:g}")
+    if config.harvest.gpus_per_actor > gpus:
+        missing.append(f"{config.harvest.gpus_per_actor:g} GPUs for a harvest actor, it has {gpus:g}")
+    if missing:
+        largest = max(0, int((cpus - DATA_CPUS) // math.ceil(cluster.cpus_per_worker)))
+        advice = f"lower cluster.workers (now {cluster.workers}; {largest} would fit)" if largest else "add nodes"
+        raise ValueError(
+            "the Ray cluster is too small for one chain. It needs " + " and ".join(missing)
+            + f". Start Ray with more (ray start --head --num-cpus={need_cpus + DATA_CPUS}) or {advice}"
+        )
+    harvest = int(cpus - DATA_CPUS)
+    if config.harvest.gpus_per_actor:
+        harvest = min(harvest, int(gpus / config.harvest.gpus_per_actor + 1e-9))
+    if local:
+        harvest = min(harvest, max(1, available_cpus() // config.harvest.threads))
+    return Capacity(
+        cpus=cpus, gpus=gpus, local=local,
+        concurrent=max(1, min(fits, cluster.concurrent or fits, max(1, chains))),
+        harvest_actors=max(1, min(harvest, config.harvest.actors or harvest)),
+    )  # fmt: skip
+
+
+def disconnect(capacity: Capacity, logs: Path) -> None:
+    """Leave Ray; of a cluster of our own, keep the logs."""
+    import ray
+    from ray._private.worker import global_worker
+
+    session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
+    ray.shutdown()
+    if session is not None and session.exists():
+        shutil.copytree(session, logs, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"), symlinks=True)

@@ -1,0 +1,1 @@
+"""How far two cores agree, and how far they would agree by chance."""

@@ -1,0 +1,454 @@
+"""The whole experiment as one typed tree.
+
+Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file
+(`--config`) with overrides from the command line (`--train.tokens 2_000_000`); an unknown key is an error.
+Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and
+the like are those of the README's glossary; `[D]` marks a decision the literature leaves open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+CHAIN_FORMAT = 1
+"""Raised when the same fields would give another core: old chains are then kept but not reused."""
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class CorpusConfig(Section):
+    """Where the text comes from and how it is split."""
+
+    source: str = "embedded"
+    """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
+    text_field: str = "text"
+    """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
+    revision: str | None = None
+    """revision of a hub data set"""
+    documents: int | None = Field(None, ge=1)
+    """use the first so many documents; empty: all"""
+    attribution_share: Share = 0.05
+    """share of documents kept for attribution (by hash of the text; never trained on)"""
+    evaluation_share: Share = 0.05
+    """share of documents kept for evaluation (by hash of the text; never trained on)"""
+
+
+class ModelConfig(Section):
+    """The language model and the place in it whose activations are studied."""
+
+    name: str = "tiny"
+    """`tiny` (shipped with the package), a local folder, or a hub id such as google/gemma-2-2b"""
+    revision: str | None = None
+    """revision of a hub model"""
+    hook: str = "blocks.2.hook_resid_post"
+    """residual stream to study, by its TransformerLens name"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision the language model runs in"""
+    context: int = Field(128, ge=8)
+    """tokens per sequence, BOS included"""
+    device_map: str | None = None
+    """`auto`: let accelerate spread a model over the GPUs a harvest actor sees; empty: one device"""
+
+
+class HarvestConfig(Section):
+    """Activations, written once to Parquet shards."""
+
+    tokens: int = Field(327_680, ge=1)
+    """rows (tokens) in the training shards"""
+    calibration_tokens: int = Field(16_384, ge=256)
+    """rows held back from training: they set the scale, and each cycle's threshold"""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """precision of the stored rows"""
+    seed: int = Field(0, ge=0)
+    """seed of the permutation of sequences and rows"""
+    rows_per_group: int = Field(2048, ge=1)
+    """rows in a Parquet row group, the unit that training permutes"""
+    rows_per_shard: int = Field(65_536, ge=1)
+    """rows in a shard, a multiple of rows_per_group"""
+    sequences_per_forward: int = Field(32, ge=1)
+    """sequences in a forward pass; fixed, so that the rows do not depend on who computed them"""
+    threads: int = Field(1, ge=1)
+    """CPU threads of a harvest actor"""
+    actors: int | None = Field(None, ge=1)
+    """harvest actors; empty: as many as the cluster holds"""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """GPUs of a harvest actor"""
+    dataset: Path | None = None
+    """use the finished dataset in this folder instead of harvesting; it must match the other fields"""
+
+
+class SAEConfig(Section):
+    """One Matryoshka BatchTopK sparse autoencoder with a core."""
+
+    width: int = Field(2048, ge=4)
+    """latents, core included"""
+    prefix_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+    """sizes of the prefix groups as shares of the free latents; the rest is the last group [D]"""
+    core_gate: Literal["batchtopk", "relu"] = "batchtopk"
+    """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
+    core_budget: Literal["counted", "exempt"] = "counted"
+    """with core_gate relu: whether active core pairs count against k [D]"""
+    core_decoder_init: Literal["encoder", "random"] = "encoder"
+    """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
+    auxk_alpha: float = Field(1 / 32, ge=0)
+    """weight of the loss that revives dead latents"""
+    auxk_k: int | None = Field(None, ge=1)
+    """dead latents used per token; empty: half the model dimension"""
+
+    @field_validator("prefix_fractions")
+    @classmethod
+    def _fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0 or sum(value) >= 1:
+            raise ValueError("needs at least one fraction; all above 0, together below 1 (the rest is the last group)")
+        return value
+
+
+class TrainConfig(Section):
+    """One cycle's training."""
+
+    tokens: int = Field(327_680, ge=1)
+    """rows trained on per cycle; more than the dataset holds means several passes, each permuted anew"""
+    batch: int = Field(1024, ge=1)
+    """global batch in tokens"""
+    lr: float = Field(3e-4, gt=0)
+    """peak learning rate of Adam"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates"""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon"""
+    clip: float = Field(1.0, gt=0)
+    """largest norm of the whole gradient"""
+    warmup_steps: int = Field(1000, ge=0)
+    """steps of linear warm-up, at most warmup_share of the run"""
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    """ceiling of the warm-up as a share of the run"""
+    decay_share: float = Field(0.2, ge=0, le=1)
+    """share of the run, at its end, over which the learning rate falls linearly to 0"""
+    dead_window_tokens: int = Field(10_000_000, ge=1)
+    """a free latent silent for so many tokens is dead, at most dead_window_share of the run"""
+    dead_window_share: float = Field(0.1, gt=0, le=1)
+    """ceiling of the dead window as a share of the run"""
+    threshold_beta: float = Field(0.999, ge=0, lt=1)
+    """decay of the running mean of the smallest kept value"""
+    lanes: int = Field(8, ge=1)
+    """row groups mixed in a batch; a multiple of every worker count used"""
+    threads: int = Field(1, ge=1)
+    """CPU threads of a training worker (part of what decides the last bit)"""
+    checkpoint_steps: int = Field(100, ge=1)
+    """steps between checkpoints inside a cycle"""
+    log_steps: int = Field(10, ge=1)
+    """steps between points of the training curves"""
+
+
+class AttributionConfig(Section):
+    """How latents are scored, and how many stay."""
+
+    tokens: int = Field(65_536, ge=1)
+    """tokens of held-out sequences that latents are scored on"""
+    sequences_per_shard: int = Field(32, ge=1)
+    """sequences in one unit of attribution work; fixed, so that scores do not depend on who computed them"""
+    splice: Literal["replace", "keep_error"] = "replace"
+    """the hook carries the reconstruction from core + first group, or that plus the SAE's error [D]"""
+    aggregator: Literal["mean_abs", "mean_signed"] = "mean_abs"
+    """over tokens: mean of the absolute attribution, or absolute value of the mean [D]"""
+    tau: float = Field(0.9, gt=0, le=1)
+    """share of the total attribution that the core must carry"""
+
+
+class EvaluateConfig(Section):
+    """Held-out measurement at the end of every cycle."""
+
+    tokens: int = Field(65_536, ge=1)
+    """tokens of held-out sequences"""
+    sequences_per_batch: int = Field(32, ge=1)
+    """sequences in a forward pass"""
+
+
+class SweepConfig(Section):
+    """Which chains run."""
+
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    """seeds of the chains' initialisations"""
+    k: tuple[int, ...] = Field((16, 32), min_length=1)
+    """sparsities: active latents per token"""
+    cycles: int = Field(4, ge=1)
+    """cycles of a chain: cycle 0 (no core) and the distillation cycles after it"""
+    data_seed: int | None = Field(None, ge=0)
+    """seed of the order of data; empty: the chain's own seed"""
+
+    @field_validator("seeds", "k")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("has the same entry twice")
+        if min(value) < 0:
+            raise ValueError("must not be negative")
+        return value
+
+
+class CompareConfig(Section):
+    """How cores are compared."""
+
+    draws: int = Field(200, ge=20)
+    """draws of each null distribution"""
+    cosine: float = Field(0.7, gt=0, lt=1)
+    """a latent is shared if encoder and decoder cosine both reach this"""
+    max_latents: int = Field(8192, ge=1)
+    """largest prefix of whole dictionaries that is matched (assignment costs its cube)"""
+    seed: int = Field(0, ge=0)
+    """seed of the null draws"""
+
+
+class ClusterConfig(Section):
+    """What the work may use. Nothing here, but `workers`, changes a number."""
+
+    address: str | None = None
+    """Ray cluster to join; empty: RAY_ADDRESS, else a cluster running on this machine, else a new local one"""
+    workers: int = Field(1, ge=1)
+    """data-parallel training workers of a chain"""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """logical CPUs a training worker asks Ray for"""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs a training worker asks Ray for"""
+    concurrent: int | None = Field(None, ge=1)
+    """chains at once; empty: as many as fit"""
+    object_store_mb: int = Field(512, ge=64)
+    """object store a chain's data stream may fill, MB"""
+    retries: int = Field(2, ge=0)
+    """restarts of a chain whose worker or node was lost"""
+
+
+class TrackConfig(Section):
+    """Where results are logged."""
+
+    uri: str | None = None
+    """MLflow tracking URI; empty: a sqlite database in the output folder"""
+    experiment: str = "dmsae_ray"
+    """MLflow experiment"""
+
+
+class Config(BaseSettings):
+    """A sweep of distillation chains."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, cli_hide_none_type=True, cli_avoid_json=True
+    )
+
+    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """names the sweep, and its folder"""
+    output: Path | None = None
+    """lasting folder for everything made; empty: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>"""
+    corpus: CorpusConfig = CorpusConfig()
+    model: ModelConfig = ModelConfig()
+    harvest: HarvestConfig = HarvestConfig()
+    sae: SAEConfig = SAEConfig()
+    train: TrainConfig = TrainConfig()
+    attribution: AttributionConfig = AttributionConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    sweep: SweepConfig = SweepConfig()
+    compare: CompareConfig = CompareConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
+        # No environment variables: what a run used must be visible in its file and its command line.
+        return (init_settings, _YamlFile(settings_cls))
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Config:
+        """What can be known without a model or a cluster. Every message names the fields and the remedy."""
+        harvest, train, sae, problems = self.harvest, self.train, self.sae, []
+        first_group = int(sae.prefix_fractions[0] * sae.width)
+        if first_group < 1:
+            problems.append(
+                f"sae.width {sae.width} x sae.prefix_fractions[0] {sae.prefix_fractions[0]:g} leaves the first group "
+                "without a latent: widen the SAE or raise the fraction"
+            )
+        for k in self.sweep.k:
+            if not 1 <= k <= sae.width:
+                problems.append(
+                    f"sweep.k {k}: a batch of {train.batch} tokens can give at most {train.batch * sae.width} active "
+                    f"pairs (train.batch x sae.width), k x batch must not exceed that: use k between 1 and {sae.width}"
+                )
+        if train.batch % train.lanes:
+            problems.append(f"train.batch {train.batch} is not a multiple of train.lanes {train.lanes}")
+        elif harvest.rows_per_group % (train.batch // train.lanes):
+            problems.append(
+                f"harvest.rows_per_group {harvest.rows_per_group} is not a multiple of train.batch / train.lanes "
+                f"= {train.batch // train.lanes}"
+            )
+        if train.lanes % self.cluster.workers:
+            problems.append(f"train.lanes {train.lanes} is not a multiple of cluster.workers {self.cluster.workers}")
+        if harvest.rows_per_shard % harvest.rows_per_group:
+            problems.append(
+                f"harvest.rows_per_shard {harvest.rows_per_shard} is not a multiple of harvest.rows_per_group "
+                f"{harvest.rows_per_group}"
+            )
+        if harvest.tokens < harvest.rows_per_group * train.lanes:
+            problems.append(
+                f"harvest.tokens {harvest.tokens} is less than one row group for each lane (harvest.rows_per_group x "
+                f"train.lanes = {harvest.rows_per_group * train.lanes})"
+            )
+        if train.tokens < train.batch:
+            problems.append(f"train.tokens {train.tokens} is less than one batch (train.batch {train.batch})")
+        if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
+            problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def home(self) -> Path:
+        """Absolute output folder; it never depends on the working directory unless `output` was given relative."""
+        if self.output is not None:
+            return self.output.expanduser().absolute()
+        return Path(os.environ.get("DMSAE_RAY_HOME") or Path.home() / "dmsae_ray").expanduser().absolute() / self.name
+
+    def section_dict(self) -> dict[str, Any]:
+        """The experiment as plain JSON types (command flags excluded)."""
+        return {name: json.loads(_dump_json(getattr(self, name))) for name in Config.model_fields}
+
+    def data_seed_of(self, seed: int) -> int:
+        return seed if self.sweep.data_seed is None else self.sweep.data_seed
+
+    def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str) -> dict[str, Any]:
+        """What decides the bytes of the shards; its hash names the dataset's folder."""
+        harvest = self.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "dataset"})
+        corpus = self.corpus.model_dump(mode="json", include={"documents", "attribution_share", "evaluation_share"})
+        model = self.model.model_dump(mode="json", include={"hook", "dtype", "context"})
+        return {
+            "format": 1, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
+            "corpus": corpus, "model": model, "harvest": harvest,
+        }  # fmt: skip
+
+    def chain_fields(self, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
+        """What decides a chain's cores; its hash names the chain's folder.
+
+        The number of cycles is left out on purpose: a longer chain continues a shorter one.
+        """
+        return {
+            "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "k": k,
+            "workers": self.cluster.workers,
+            "sae": self.sae.model_dump(mode="json"),
+            "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps"}),
+            "attribution": self.attribution.model_dump(mode="json"),
+            "evaluate": self.evaluate.model_dump(mode="json"),
+        }  # fmt: skip
+
+
+def fields_key(fields: dict[str, Any]) -> str:
+    """Twelve hex digits that stand for these fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _dump_json(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return value.model_dump_json()
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+class _YamlFile(PydanticBaseSettingsSource):
+    """The file named by `--config`, as the source below the command line."""
+
+    path: Path | None = None
+
+    def get_field_value(self, field, field_name):  # required by the base class, unused: __call__ gives all at once
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return {} if self.path is None else read_yaml(self.path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as a dict. Raises ValueError naming the file if it cannot be read."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: must hold a mapping of sections, not a {type(tree).__name__}")
+    return tree
+
+
+def default_config_path() -> Path:
+    """The quickstart that is shipped with the package."""
+    return Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+class SweepCommand(Config):
+    """python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree."""
+
+    config: Path = Field(default_factory=default_config_path)
+    """YAML file with the experiment"""
+    status: CliImplicitFlag[bool] = False
+    """say what is done, running and failed, and stop"""
+    clean: CliImplicitFlag[bool] = False
+    """remove what no finished result needs, and stop (with --dry-run: only say what)"""
+    dry_run: CliImplicitFlag[bool] = False
+    """with --clean: remove nothing"""
+    verbose: CliImplicitFlag[bool] = False
+    """show everything Ray prints as well"""
+
+
+class HarvestCommand(Config):
+    """python -m dmsae_ray.harvest: write the activation shards and stop."""
+
+    config: Path = Field(default_factory=default_config_path)
+    """YAML file with the experiment"""
+    verbose: CliImplicitFlag[bool] = False
+    """show everything Ray prints as well"""
+
+
+def load(command: type[Config], argv: list[str]) -> Config:
+    """Configuration from `--config` and the command line.
+
+    Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, default=None)
+    path = first.parse_known_args(argv)[0].config or default_config_path()
+    _YamlFile.path = path
+    try:
+        return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
+    except ValidationError as error:
+        raise ValueError(explain(error, path)) from None
+    except SettingsError as error:
+        raise ValueError(f"command line: {error}") from None
+    finally:
+        _YamlFile.path = None
+
+
+def explain(error: ValidationError, path: Path) -> str:
+    """A validation error as lines a person can act on."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: no such field (see --help for all fields)")
+        elif problem["type"] == "value_error":
+            lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).split("; ")]
+        else:
+            lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
+    return f"{path} (with the command line's overrides):\n  " + "\n  ".join(lines)

@@ -1,0 +1,1 @@
+"""Text: documents, their splits, and token sequences on disk."""

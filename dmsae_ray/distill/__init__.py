@@ -1,0 +1,1 @@
+"""A chain of cycles that distils a core: training, attribution, selection."""

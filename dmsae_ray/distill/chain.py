@@ -1,0 +1,327 @@
+"""The Ray Train loop of one chain: every cycle trains, evaluates, attributes, selects.
+
+All cycles run inside one worker group: the workers that trained an SAE also attribute it, and nothing is released and
+acquired again in between. What a cycle needs to go on after a crash is in its folder (see folder.py); each step below looks
+there first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import traceback
+from dataclasses import asdict
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from dmsae_ray.activations.dataset import ActivationDataset, write_json
+from dmsae_ray.activations.shard import ShardError
+from dmsae_ray.activations.stream import Stream
+from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.distill import attribution as attribution_
+from dmsae_ray.distill.core import Core
+from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
+from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
+from dmsae_ray.distill.ledger import ALL_DONE, WAIT
+from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.select import jaccard, next_core, save_scores
+from dmsae_ray.sae.collective import Alone, TorchCollective
+from dmsae_ray.sae.loss import LossModule
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.step import Diverged, Trainer
+from dmsae_ray.sae.threshold import calibrate
+
+
+def train_chain(loop: dict) -> None:
+    """What every Ray Train worker runs. loop: plan (ChainPlan), aggregator and board (actor handles)."""
+    plan: ChainPlan = loop["plan"]
+    failure = plan.folder.failure()
+    if failure and (failure["kind"] == "diverged" or failure["generation"] == plan.lease.generation):
+        return  # a worker group that was started again after the failure was written
+    worker = ChainWorker(plan, loop["aggregator"], loop["board"])
+    try:
+        worker.run()
+    except Exception as error:
+        known = _cause(error, (Diverged, ShardError))
+        if known is None:
+            raise
+        worker.fail(known)
+        if not isinstance(known, Diverged):
+            raise  # the other ranks do not know: let Ray end the group
+
+
+class ChainWorker:
+    """One rank of one chain."""
+
+    def __init__(self, plan: ChainPlan, aggregator, board):
+        from dmsae_ray.lm.model import LanguageModel
+
+        context = ray.train.get_context()
+        self.plan, self.aggregator, self.board = plan, aggregator, board
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.comm = Alone() if self.world == 1 else TorchCollective()
+        self.device = ray.train.torch.get_device()
+        torch.set_num_threads(plan.config.train.threads)
+        self.cycle, self.started, self.fraction_at_start = len(plan.folder.records()), time.monotonic(), None
+        self.say(phase="starting")
+        self.dataset = ActivationDataset(plan.dataset)
+        self.scale = self.dataset.manifest.scale
+        self.settings = plan.sae_settings(self.dataset.manifest.d)
+        model = plan.config.model
+        self.lm = LanguageModel.load(model.name, model.hook, dtype=model.dtype, device=str(self.device), revision=model.revision)
+
+    def run(self) -> None:
+        for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
+            self.cycle = cycle
+            self.run_cycle(self.plan.folder.cycle(cycle))
+        self.say(phase="done", fraction=1.0)
+
+    def run_cycle(self, folder: CycleFolder) -> None:
+        """Train an SAE on the last cycle's core, then choose the next core from it."""
+        began = time.monotonic()
+        folder.path.mkdir(parents=True, exist_ok=True)
+        core = Core.load(self.plan.folder.cycle(self.cycle - 1).core) if self.cycle else None
+        if core is not None and abs(core.scale - self.scale) > 1e-12 * self.scale:
+            raise ValueError(f"{folder.path}: the core was made at scale {core.scale!r}, the activations have {self.scale!r}")
+        sae, trained = self.train(folder, core)
+        after_training = time.monotonic()
+        metrics, density_F = self.evaluate(folder, sae)
+        after_evaluation = time.monotonic()
+        selected = self.attribute(folder, sae)
+        now = time.monotonic()
+        seconds = {
+            "train": after_training - began, "evaluate": after_evaluation - after_training,
+            "attribute": now - after_evaluation, "total": now - began,
+        }  # fmt: skip
+        if self.rank == 0:
+            self.commit(folder, core, sae, density_F, selected, metrics, trained, seconds)
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    # -- train ---------------------------------------------------------------------------------------------------------
+
+    def train(self, folder: CycleFolder, core: Core | None) -> tuple[MatryoshkaSAE, dict]:
+        """The cycle's SAE with its threshold set; goes on from the checkpoint if there is one."""
+        plan, train = self.plan, self.plan.config.train
+        sae = MatryoshkaSAE.init(self.settings, None if core is None else core.W_enc_CD, plan.init_seed(self.cycle)).to(self.device)
+        trainer = Trainer(sae, self.settings, self.comm, self._parallel(sae))
+        first, curve = 0, []
+        if folder.checkpoint.exists():
+            state = torch.load(folder.checkpoint, map_location=self.device, weights_only=True)
+            trainer.load_state_dict(state["trainer"])
+            first, curve = state["step"], json.loads(state["curve"])
+        if self.rank == 0:
+            folder.curve.write_text("".join(json.dumps(point) + "\n" for point in curve))
+        order = plan.order(self.dataset, self.cycle)
+        stream = Stream(self.dataset, order, self.rank, self.world, plan.config.cluster.object_store_mb)
+        token_index_B = torch.from_numpy(order.token_index(self.rank, self.world))
+        began, waited, wait_from = time.monotonic(), 0.0, time.monotonic()
+        for step, x_BD in enumerate(stream.batches(first, plan.steps), first):
+            waited += time.monotonic() - wait_from
+            log = step % train.log_steps == 0 or step == plan.steps - 1
+            try:
+                report = trainer.step(x_BD.to(self.device), token_index_B, log=log)
+            except Diverged as error:
+                raise self._diverged(error, x_BD, stream, step) from error
+            if report is not None and self.rank == 0:
+                rate = (step + 1 - first) * train.batch / (time.monotonic() - began)
+                point = asdict(report) | {"tokens_per_s": round(rate, 1)}
+                curve.append(point)
+                with open(folder.curve, "a") as file:
+                    file.write(json.dumps(point) + "\n")
+                self.say(phase="train", step=step + 1, steps=plan.steps, tokens_per_s=rate, within=0.85 * (step + 1) / plan.steps)
+            if (step + 1) % train.checkpoint_steps == 0 or step + 1 == plan.steps:
+                self.checkpoint(folder, trainer, step + 1, curve)
+            wait_from = time.monotonic()
+        elapsed = time.monotonic() - began
+        self.say(phase="calibrate", within=0.86)
+        rows_ND = self.dataset.calibration_rows()
+        sae.theta.fill_(calibrate(sae, lambda: self._calibration_chunks(rows_ND), self.plan.k, self.settings))
+        done = (plan.steps - first) * train.batch
+        return sae, {
+            "steps": plan.steps, "tokens": plan.steps * train.batch, "resumed_at_step": first,
+            "rows_dropped": train.tokens - plan.steps * train.batch,
+            "tokens_per_s": round(done / elapsed, 1) if done else None,
+            "data_wait_share": round(waited / elapsed, 4) if done else None,
+            "theta_training": float(trainer.threshold),
+        }  # fmt: skip
+
+    def _parallel(self, sae: MatryoshkaSAE) -> torch.nn.Module | None:
+        """The loss wrapped in DistributedDataParallel, where there is more than one worker."""
+        if self.world == 1:
+            return None
+        # Buffers (the frozen core rows) are equal on all ranks by construction.
+        return ray.train.torch.prepare_model(
+            LossModule(sae, self.settings, self.comm), parallel_strategy_kwargs={"broadcast_buffers": False}
+        )
+
+    def _calibration_chunks(self, rows_ND: torch.Tensor):
+        for chunk_BD in rows_ND.split(self.settings.batch):
+            yield (chunk_BD.float() / self.scale).to(self.device)
+
+    def _diverged(self, error: Diverged, x_BD: torch.Tensor, stream: Stream, step: int) -> Exception:
+        """Tell bad data from a bad run: all ranks come here together."""
+        mine = [] if bool(torch.isfinite(x_BD).all()) else stream.shards
+        everyone: list = [None] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(everyone, mine)
+        else:
+            everyone = [mine]
+        shards = sorted({shard for some in everyone for shard in some})
+        if shards:
+            return ShardError(
+                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}). Delete it and run "
+                "`python -m dmsae_ray.harvest`; no checkpoint was written from it"
+            )
+        return Diverged(f"cycle {self.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
+
+    def checkpoint(self, folder: CycleFolder, trainer: Trainer, step: int, curve: list[dict]) -> None:
+        """Everything a bit-identical continuation needs; the position in the data follows from the step."""
+        if self.rank == 0:
+            self.plan.lease.check()
+            temporary = folder.checkpoint.with_name(f"checkpoint.pt.tmp-{os.getpid()}")
+            torch.save({"trainer": trainer.state_dict(), "step": step, "curve": json.dumps(curve)}, temporary)
+            os.replace(temporary, folder.checkpoint)
+
+    # -- evaluate ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, folder: CycleFolder, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor]:
+        """Held-out metrics and each latent's density [F]; saves the SAE with them."""
+        self.say(phase="evaluate", within=0.87)
+        evaluate, tally = self.plan.config.evaluate, Tally()
+        batches = self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch)
+        for number, (ids_NT, lengths_N) in enumerate(batches):
+            if number % self.world == self.rank:
+                tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale)
+        tally.reduce(self.comm)
+        metrics, density_F = scores_of(tally, sae.core_size, read_references(self.dataset.folder, evaluate))
+        if self.rank == 0:
+            self.plan.lease.check()
+            sae.save(
+                folder.sae,
+                {"density": density_F.float(), "scale": self.scale, "hook": self.dataset.manifest.hook, "model": self.dataset.manifest.model_fingerprint,
+                 "cycle": self.cycle, "seed": self.plan.seed, "k": self.plan.k, "chain": self.plan.key},
+            )  # fmt: skip
+        return metrics, density_F
+
+    def _sequences(self, split: str, tokens: int) -> TokenSequences:
+        return TokenSequences.load(self.dataset.tokens_path(split)).first_tokens(tokens)
+
+    # -- attribute and select ------------------------------------------------------------------------------------------
+
+    def attribute(self, folder: CycleFolder, sae: MatryoshkaSAE) -> dict:
+        """Score shards until the aggregator has them all, then ask it for the core."""
+        config = self.plan.config.attribution
+        batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
+        # Partial sums belong to these weights: every rank holds the same.
+        stamp = hashlib.sha256(sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()).hexdigest()[:16]
+        ledger = (str(folder.attribution), len(batches), stamp)
+        if self.rank == 0:
+            ray.get(self.aggregator.begin.remote(ledger))
+        self._barrier()
+        began = time.monotonic()
+        score_shards(sae, self.lm, batches, self.scale, self.plan.attribution_settings, self.aggregator, ledger, self.rank,
+                     on_shard=lambda n: self.say(phase="attribute", within=0.9 + 0.1 * n / len(batches),
+                                                 tokens_per_s=n * config.sequences_per_shard * self.plan.config.model.context
+                                                 / (time.monotonic() - began)))  # fmt: skip
+        return ray.get(self.aggregator.select.remote(ledger))
+
+    def commit(self, folder, core, sae, density_F, selected, metrics, trained, seconds) -> None:
+        """Save the core and, last, the completion record; then drop what only an unfinished cycle needs."""
+        plan, manifest = self.plan, self.dataset.manifest
+        new = next_core(
+            core, sae, selected["ids"], selected["scores"], density_F, cycle=self.cycle, seed=plan.seed, k=plan.k,
+            scale=self.scale, hook=manifest.hook, model=manifest.model_fingerprint,
+        )  # fmt: skip
+        plan.lease.check()
+        new.save(folder.core)
+        curve = save_scores(folder.scores, selected["scores"])
+        core_in = sae.core_size
+        kept = int((new.latent_ids_C < core_in).sum())
+        origins = {str(cycle): int((new.entered_C == cycle).sum()) for cycle in sorted(set(new.entered_C.tolist()))}
+        total_score = float(selected["scores"].sum())
+        record = {
+            "format_version": RECORD_VERSION, "chain": plan.key, "label": plan.label, "cycle": self.cycle,
+            "generation": plan.lease.generation, "seed": plan.seed, "k": plan.k,
+            "core_in": core_in, "core_out": new.size, "kept": kept, "entered": new.size - kept, "left": core_in - kept,
+            "jaccard": jaccard(kept, core_in, new.size) if self.cycle else None, "origins": origins,
+            **trained, "theta": float(sae.theta), **metrics,
+            "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": float(curve[new.size - 1]),
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "data": {"through": "ray.data", "rows": (plan.steps - trained["resumed_at_step"]) * plan.config.train.batch},
+            "attribution": {name: selected[name] for name in ("tokens", "shards", "workers", "resent")},
+            "finished_at": time.time(),
+        }  # fmt: skip
+        plan.lease.check()
+        write_json(folder.record, record)
+        folder.checkpoint.unlink(missing_ok=True)
+        for partial in folder.attribution.glob("*"):
+            partial.unlink()
+        folder.attribution.rmdir()
+
+    # -- say -----------------------------------------------------------------------------------------------------------
+
+    def say(self, phase: str, within: float = 0.0, fraction: float | None = None, **values) -> None:
+        """Tell the board where this chain is. within: done share of this cycle. Never waits for an answer."""
+        if self.rank:
+            return
+        if fraction is None:
+            fraction = (self.cycle + within) / self.plan.cycles
+        eta = None
+        if phase != "starting":
+            if self.fraction_at_start is None:
+                self.fraction_at_start, self.started = fraction, time.monotonic()
+            gained = fraction - self.fraction_at_start
+            eta = (time.monotonic() - self.started) / gained * (1 - fraction) if gained > 0 else None
+        values = {"step": None, "steps": None, "tokens_per_s": None} | values
+        self.board.update.remote(
+            self.plan.label, phase=phase, cycle=self.cycle, cycles=self.plan.cycles, fraction=fraction, eta_s=eta, **values
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Mark the chain failed. Divergence is final for this chain's fields; bad data is tried again by the next sweep."""
+        if self.rank == 0 or isinstance(error, ShardError):
+            self.plan.lease.check()
+            write_failure(self.plan, "diverged" if isinstance(error, Diverged) else "data", str(error), self.cycle)
+            self.board.update.remote(self.plan.label, phase="failed", message=str(error))
+
+
+def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None) -> None:
+    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep)."""
+    write_json(
+        plan.folder.failed,
+        {"kind": kind, "reason": reason, "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": traceback.format_exc()},
+    )
+
+
+def score_shards(sae, lm, batches, scale, settings, aggregator, ledger, rank: int, on_shard=lambda done: None) -> int:
+    """Take shards from the aggregator, score them, give the partial sums back, until all are back. Returns how many were ours."""
+    ours, device = 0, sae.b_dec.device
+    while (shard := ray.get(aggregator.take.remote(ledger, rank))) != ALL_DONE:
+        if shard == WAIT:
+            time.sleep(0.05)
+            continue
+        ids_NT, lengths_N = batches[shard]
+        sums_P, tokens = attribution_.attribute(sae, lm, ids_NT.to(device), lengths_N.to(device), scale, settings)
+        ray.get(aggregator.give.remote(ledger, rank, shard, sums_P, tokens))
+        ours += 1
+        on_shard(ours)
+    return ours
+
+
+def _cause(error: BaseException | None, kinds: tuple[type, ...]) -> Exception | None:
+    """The first of these kinds in a chain of causes: Ray wraps what a task raised."""
+    seen = 0
+    while error is not None and seen < 16:
+        if isinstance(error, kinds):
+            return error
+        error, seen = getattr(error, "cause", None) or error.__cause__ or error.__context__, seen + 1
+    return None

@@ -1,0 +1,126 @@
+"""A chain's folder: what lies where, and who may write there.
+
+    chain.json                     which chain this is (written once)
+    failed.json                    why it ended before its time
+    cycle_00/ checkpoint.pt        the middle of training; gone when the cycle is done
+              curve.jsonl          one line per logged step
+              sae.safetensors      the trained SAE with its threshold and densities
+              attribution/         one partial sum per shard; gone when the cycle is done
+              scores.safetensors   attribution of every candidate
+              core.safetensors     the core this cycle chose
+              record.json          completion record, written last: the cycle is done if and only if it exists
+
+Every commit carries the generation of the sweep driver it was started by. A driver that takes the folder over raises the
+generation, so a worker that outlived its driver cannot write over its successor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmsae_ray.activations.dataset import write_json
+
+RECORD_VERSION = 1
+
+
+class Superseded(RuntimeError):
+    """Another driver has taken the output folder over; this worker must stop without writing."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write below an output folder, as long as its generation is the newest."""
+
+    path: Path
+    generation: int
+
+    def check(self) -> None:
+        """Raises Superseded if a later driver has started."""
+        try:
+            newest = int(self.path.read_text())
+        except (OSError, ValueError) as error:
+            raise Superseded(f"{self.path}: cannot be read ({error}); nothing was written") from error
+        if newest != self.generation:
+            raise Superseded(f"{self.path}: generation {newest} has taken over from {self.generation}; nothing was written")
+
+
+@dataclass(frozen=True)
+class CycleFolder:
+    """Paths of one cycle."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "curve.jsonl"
+
+    @property
+    def sae(self) -> Path:
+        return self.path / "sae.safetensors"
+
+    @property
+    def attribution(self) -> Path:
+        return self.path / "attribution"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.safetensors"
+
+    @property
+    def core(self) -> Path:
+        return self.path / "core.safetensors"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record.json"
+
+
+@dataclass(frozen=True)
+class ChainFolder:
+    """Paths and state of one chain."""
+
+    path: Path
+
+    def cycle(self, number: int) -> CycleFolder:
+        return CycleFolder(self.path / f"cycle_{number:02d}")
+
+    @property
+    def failed(self) -> Path:
+        return self.path / "failed.json"
+
+    def records(self) -> list[dict]:
+        """Completion records of the finished cycles, in order, up to the first gap.
+
+        Raises ValueError naming the file if one is damaged.
+        """
+        records = []
+        while (path := self.cycle(len(records)).record).exists():
+            try:
+                record = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged ({error}); delete this cycle's folder to have it computed again") from error
+            if record.get("format_version") != RECORD_VERSION:
+                raise ValueError(f"{path}: format version {record.get('format_version')!r}, this program reads {RECORD_VERSION}")
+            records.append(record)
+        return records
+
+    def failure(self) -> dict | None:
+        return json.loads(self.failed.read_text()) if self.failed.exists() else None
+
+    def describe(self, key: str, label: str, fields: dict) -> None:
+        """Write chain.json, once. The label is left out of the key: it only names the chain on screen."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "chain.json").exists():
+            write_json(
+                self.path / "chain.json",
+                {
+                    "format_version": RECORD_VERSION, "key": key, "label": label, "seed": fields["seed"],
+                    "data_seed": fields["data_seed"], "k": fields["k"], "fields": fields,
+                },
+            )  # fmt: skip

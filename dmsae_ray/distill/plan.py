@@ -1,0 +1,101 @@
+"""One chain, planned: plain values that travel to workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.order import Order
+from dmsae_ray.config import Config, fields_key
+from dmsae_ray.distill.attribution import AttributionSettings
+from dmsae_ray.distill.folder import ChainFolder, Lease
+from dmsae_ray.sae.settings import SAESettings, schedule
+
+INIT = 301
+"""Purpose of a random draw, apart from those of activations/order.py and activations/harvest.py."""
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """All cycles for one (seed, k)."""
+
+    config: Config
+    seed: int
+    k: int
+    dataset: str
+    """folder of the activations"""
+    dataset_key: str
+    lease: Lease
+
+    @property
+    def label(self) -> str:
+        return f"seed{self.seed}-k{self.k}"
+
+    @property
+    def fields(self) -> dict:
+        return self.config.chain_fields(self.seed, self.k, self.dataset_key)
+
+    @property
+    def key(self) -> str:
+        return fields_key(self.fields)
+
+    @property
+    def folder(self) -> ChainFolder:
+        return ChainFolder(self.config.home / "chains" / self.key)
+
+    @property
+    def cycles(self) -> int:
+        return self.config.sweep.cycles
+
+    @property
+    def data_seed(self) -> int:
+        return self.config.data_seed_of(self.seed)
+
+    def init_seed(self, cycle: int) -> int:
+        """Seed of a cycle's initialisation: every draw comes from (seed, cycle, purpose)."""
+        return int(np.random.SeedSequence([self.seed, cycle, INIT]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    @property
+    def steps(self) -> int:
+        """Training steps of a cycle; rows beyond the last whole batch are dropped."""
+        return self.config.train.tokens // self.config.train.batch
+
+    def order(self, dataset: ActivationDataset, cycle: int) -> Order:
+        train = self.config.train
+        return Order(
+            n_units=len(dataset.units()), unit_rows=dataset.manifest.rows_per_group, batch=train.batch, lanes=train.lanes,
+            data_seed=self.data_seed, cycle=cycle,
+        )  # fmt: skip
+
+    def sae_settings(self, d: int) -> SAESettings:
+        sae, train = self.config.sae, self.config.train
+        lengths = schedule(
+            self.steps, train.batch, warmup_steps=train.warmup_steps, warmup_share=train.warmup_share,
+            dead_window_tokens=train.dead_window_tokens, dead_window_share=train.dead_window_share, decay_share=train.decay_share,
+        )  # fmt: skip
+        return SAESettings(
+            d=d, width=sae.width, k=self.k, batch=train.batch, prefix_fractions=sae.prefix_fractions, core_gate=sae.core_gate,
+            core_budget=sae.core_budget, core_decoder_init=sae.core_decoder_init, auxk_alpha=sae.auxk_alpha, auxk_k=sae.auxk_k,
+            lr=train.lr, beta1=train.betas[0], beta2=train.betas[1], eps=train.eps, clip=train.clip,
+            threshold_beta=train.threshold_beta, **lengths,
+        )  # fmt: skip
+
+    @property
+    def attribution_settings(self) -> AttributionSettings:
+        attribution = self.config.attribution
+        return AttributionSettings(splice=attribution.splice, aggregator=attribution.aggregator, tau=attribution.tau)
+
+    def finished(self) -> bool:
+        return len(self.folder.records()) >= self.cycles
+
+
+def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> list[ChainPlan]:
+    """The grid seeds x k."""
+    return [
+        ChainPlan(config, seed, k, str(dataset.folder), dataset.manifest.key, lease)
+        for k in config.sweep.k
+        for seed in config.sweep.seeds
+    ]

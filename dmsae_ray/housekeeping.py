@@ -1,0 +1,109 @@
+"""`sweep --status` and `sweep --clean`: what is there, and what nobody needs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+from dmsae_ray.activations.harvest import dataset_identity
+from dmsae_ray.config import Config, fields_key
+from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.lock import OutputLock
+
+
+def chain_keys(config: Config) -> dict[str, str]:
+    """label -> key of every chain the configuration asks for."""
+    dataset_key = dataset_identity(config)[0]
+    return {
+        f"seed{seed}-k{k}": fields_key(config.chain_fields(seed, k, dataset_key))
+        for k in config.sweep.k
+        for seed in config.sweep.seeds
+    }
+
+
+def driver_alive(home: Path) -> bool:
+    """Whether a driver holds this output folder now."""
+    try:
+        with open(home / "driver.lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def chain_state(folder: ChainFolder, cycles: int, alive: bool) -> tuple[str, str]:
+    """(state, detail): done, failed, running, waiting, or not finished."""
+    done, failure = len(folder.records()), folder.failure()
+    if done >= cycles:
+        return "done", f"{cycles} cycles"
+    if failure:
+        return "failed", f"cycle {failure['cycle']}: {failure['reason']}"
+    curve = folder.cycle(done).curve
+    detail = f"{done} of {cycles} cycles done"
+    if curve.exists() and (lines := curve.read_text().splitlines()):
+        detail += f", cycle {done} at step {json.loads(lines[-1])['step']}"
+    if alive:
+        return ("running" if folder.cycle(done).path.exists() else "waiting"), detail
+    return "not finished", detail
+
+
+def status(config: Config) -> int:
+    """Print each chain's state; changes nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    alive = driver_alive(config.home)
+    table = Table(title=f"{config.home} ({'a driver is at work' if alive else 'no driver at work'})", title_justify="left")
+    for column in ("chain", "folder", "state", "detail"):
+        table.add_column(column, overflow="fold")
+    for label, key in chain_keys(config).items():
+        state, detail = chain_state(ChainFolder(config.home / "chains" / key), config.sweep.cycles, alive)
+        table.add_row(label, f"chains/{key}", state, detail)
+    Console().print(table)
+    return 0
+
+
+def superfluous(config: Config) -> list[Path]:
+    """What no finished result and no chain of this configuration needs."""
+    home, wanted = config.home, set(chain_keys(config).values())
+    found = [path for path in home.rglob("*.tmp-*")] + [path for path in [home / "ray"] if path.exists()]
+    datasets = {dataset_identity(config)[0]}
+    for folder in sorted((home / "chains").glob("*")):
+        chain = ChainFolder(folder)
+        done = len(chain.records())
+        if folder.name in wanted:
+            datasets.add(json.loads((folder / "chain.json").read_text())["fields"]["dataset"] if (folder / "chain.json").exists() else "")
+        elif done == 0:
+            found.append(folder)
+        else:
+            datasets.add(json.loads((folder / "chain.json").read_text())["fields"]["dataset"])
+            if (unfinished := chain.cycle(done).path).exists():
+                found.append(unfinished)
+    found += [folder for folder in sorted((home / "data").glob("*")) if folder.name not in datasets]
+    return found
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def clean(config: Config, dry_run: bool) -> int:
+    """Remove it, or with dry_run only say what would go. Refused while a driver is at work."""
+    if not config.home.exists():
+        print(f"{config.home}: nothing there")
+        return 0
+    lock = OutputLock(config.home)
+    try:
+        found = superfluous(config)
+        for path in found:
+            print(f"{'would remove' if dry_run else 'removing'} {path} ({size_of(path) / 1e6:,.1f} MB)")
+            if not dry_run:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(f"{len(found)} to remove" if dry_run else f"{len(found)} removed")
+    finally:
+        lock.release()
+    return 0

@@ -1,0 +1,62 @@
+"""What can be found out before any work is done. Every mistake ends here with one message that names its remedy."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+from dmsae_ray.config import Config
+from dmsae_ray.corpus.documents import check_source
+from dmsae_ray.lm.model import ModelInfo, model_info
+
+SAVINGS = 1.2
+"""Margin on the disk estimate."""
+
+
+def preflight(config: Config) -> ModelInfo:
+    """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
+    check_source(config.corpus.source, config.corpus.text_field)
+    info = model_info(config.model.name, config.model.revision)
+    check_hook(config.model.hook, info)
+    if config.model.context > info.max_context:
+        raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
+    check_disk(config, info)
+    return info
+
+
+def check_hook(hook: str, info: ModelInfo) -> None:
+    """The hook names the residual stream after a block that the model has."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_post|hook_out)", hook)
+    if not match or int(match[1]) >= info.n_layers:
+        raise ValueError(
+            f"model.hook {hook}: {info.name} has blocks.0.hook_resid_post to blocks.{info.n_layers - 1}.hook_resid_post "
+            "(the residual stream after a block; hook_out is the same place)"
+        )
+
+
+def disk_bytes(config: Config, d: int) -> int:
+    """Upper estimate of what a whole sweep writes."""
+    rows = 0 if config.harvest.dataset else config.harvest.tokens + config.harvest.calibration_tokens
+    sae = 2 * config.sae.width * d * 4
+    chains = len(config.sweep.seeds) * len(config.sweep.k)
+    at_once = config.cluster.concurrent or chains
+    return int(SAVINGS * (rows * 2 * d + chains * config.sweep.cycles * 1.5 * sae + at_once * 4 * sae + (64 << 20)))
+
+
+def check_disk(config: Config, info: ModelInfo) -> None:
+    """The output folder can be written and has room. Raises ValueError."""
+    home = config.home
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output folder {home}: cannot be made ({error.strerror}); give --output a folder you may write to") from error
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise ValueError(f"output folder {home}: no permission to write; give --output a folder you may write to")
+    used = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    need, free = disk_bytes(config, info.d) - used, shutil.disk_usage(home).free
+    if need > free:
+        raise ValueError(
+            f"output folder {home}: needs up to {need / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; give --output "
+            "a larger disk, or lower harvest.tokens or the number of chains"
+        )

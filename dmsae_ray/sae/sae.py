@@ -1,0 +1,171 @@
+"""The parameters of a Matryoshka SAE with a frozen core, its inference rule, and its file.
+
+Shapes: B tokens, D = d, F = width, C core latents, P latents of a prefix. Latents 0..C-1 are the core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dmsae_ray.sae.settings import SAESettings, group_sizes
+
+FORMAT_VERSION = 1
+"""Raised when an older reader would misread the file."""
+
+_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_enc_core", "theta")
+
+
+class MatryoshkaSAE(nn.Module):
+    """p = (x - b_dec) @ W_enc^T + b_enc;  z = p where p > theta, 0 elsewhere;  x_hat = z @ W_dec + b_dec.
+
+    x is a residual-stream vector divided by the dataset's scale. The core's encoder rows are a buffer: frozen, outside
+    optimiser and clip. Everything else is trained.
+    """
+
+    def __init__(
+        self, d: int, group_ends: list[int], core_size: int, core_gate: str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Zero parameters; see `init` for those that training starts from.
+
+        group_ends: cumulative ends of the prefixes in latents, [core + group 0, ..., width].
+        """
+        super().__init__()
+        self.d = d
+        self.group_ends = list(group_ends)
+        self.width = self.group_ends[-1]
+        self.core_size = core_size
+        self.core_gate = core_gate
+        self.W_enc = nn.Parameter(torch.zeros(self.width - core_size, d, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.zeros(self.width, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.zeros(self.width, d, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
+        self.register_buffer("W_enc_core", torch.zeros(core_size, d, dtype=dtype))
+        self.register_buffer("theta", torch.zeros((), dtype=torch.float64))
+
+    @staticmethod
+    def init(
+        settings: SAESettings, core_W_enc_CD: Tensor | None, seed: int, dtype: torch.dtype = torch.float32
+    ) -> MatryoshkaSAE:
+        """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows copied.
+
+        Drawn from a generator of its own, so that nothing but `seed` decides it. b_dec becomes the geometric median of the
+        first batch in the first training step. Raises ValueError if the core does not fit.
+        """
+        core_size = 0 if core_W_enc_CD is None else len(core_W_enc_CD)
+        if core_size >= settings.width:
+            raise ValueError(
+                f"a core of {core_size} latents leaves no free latent in a width of {settings.width}: "
+                "raise sae.width or lower attribution.tau"
+            )
+        if core_W_enc_CD is not None and core_W_enc_CD.shape != (core_size, settings.d):
+            raise ValueError(
+                f"core encoder rows have shape {tuple(core_W_enc_CD.shape)}, expected [core size, d = {settings.d}]"
+            )
+        sizes = group_sizes(settings.width - core_size, settings.prefix_fractions)
+        ends = [core_size + end for end in accumulate(sizes)]
+        sae = MatryoshkaSAE(settings.d, ends, core_size, settings.core_gate, dtype)
+        generator = torch.Generator().manual_seed(seed)
+        W_dec_FD = unit_rows(torch.randn(settings.width, settings.d, generator=generator, dtype=dtype))
+        with torch.no_grad():
+            sae.W_dec.copy_(W_dec_FD)
+            sae.W_enc.copy_(W_dec_FD[core_size:])
+            if core_W_enc_CD is not None:
+                sae.W_enc_core.copy_(core_W_enc_CD)
+                if not (torch.isfinite(sae.W_enc_core).all() and (sae.W_enc_core != 0).any(dim=1).all()):
+                    raise ValueError("the core has an encoder row that is zero or not finite")
+                if settings.core_decoder_init == "encoder":
+                    sae.W_dec[:core_size] = unit_rows(sae.W_enc_core)
+        return sae
+
+    def encoder(self, upto: int | None = None) -> Tensor:
+        """Encoder rows of the first `upto` latents (all by default), core first: [P, D]."""
+        upto = self.width if upto is None else upto
+        if upto <= self.core_size:
+            return self.W_enc_core[:upto]
+        free = self.W_enc[: upto - self.core_size]
+        return torch.cat([self.W_enc_core, free]) if self.core_size else free
+
+    def pre(self, x_BD: Tensor, upto: int | None = None) -> Tensor:
+        """Pre-activations p [..., P] of the first `upto` latents (all by default); x may have any leading dimensions."""
+        return torch.nn.functional.linear(x_BD - self.b_dec, self.encoder(upto), self.b_enc[:upto])
+
+    def encode(self, x_BD: Tensor, upto: int | None = None) -> Tensor:
+        """Activations z [..., P] by the inference rule: p where p > theta, else 0; an exempt core has threshold 0."""
+        p_BP = self.pre(x_BD, upto)
+        threshold = self.theta.to(p_BP.dtype)
+        if self.core_gate == "relu" and self.core_size:
+            threshold = threshold.repeat(p_BP.shape[-1])
+            threshold[: self.core_size] = 0
+        return torch.where(p_BP > threshold, p_BP, 0)
+
+    def decode(self, z_BP: Tensor) -> Tensor:
+        """Reconstruction [..., D] from the first P latents, bias included."""
+        return z_BP @ self.W_dec[: z_BP.shape[-1]] + self.b_dec
+
+    def save(self, path: str | os.PathLike, metadata: dict[str, Any]) -> None:
+        """Write one safetensors file, in one piece: a reader finds the whole file or none.
+
+        metadata: JSON types, stored as text; tensors among its values are stored as tensors of that name.
+        """
+        taken = [name for name, value in metadata.items() if name in _TENSORS and isinstance(value, Tensor)]
+        assert not taken, f"metadata tensors {taken} bear the names of parameters"
+        tensors = {**self.state_dict(), **{name: value for name, value in metadata.items() if isinstance(value, Tensor)}}
+        header = {
+            "format": "dmsae_ray.sae",
+            "format_version": str(FORMAT_VERSION),
+            "group_ends": json.dumps(self.group_ends),
+            "core_gate": self.core_gate,
+            "metadata": json.dumps({name: v for name, v in metadata.items() if not isinstance(v, Tensor)}),
+        }
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> tuple[MatryoshkaSAE, dict[str, Any]]:
+        """The SAE in a file written by `save`, and its metadata. Raises ValueError, naming the file, if it is not one."""
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read as a safetensors file ({error})") from error
+        if header.get("format") != "dmsae_ray.sae":
+            raise ValueError(f"{path}: is not an SAE written by dmsae_ray")
+        if header.get("format_version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{path}: has format version {header.get('format_version')}, this program reads version "
+                f"{FORMAT_VERSION}: use the release that wrote it, or train again"
+            )
+        missing = [name for name in _TENSORS if name not in tensors]
+        if missing:
+            raise ValueError(f"{path}: lacks the tensors {', '.join(missing)}")
+        core_size, d = tensors["W_enc_core"].shape
+        sae = MatryoshkaSAE(
+            d, json.loads(header["group_ends"]), core_size, header["core_gate"], tensors["W_dec"].dtype
+        )
+        for name, expected in sae.state_dict().items():
+            if tensors[name].shape != expected.shape:
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(expected.shape)}"
+                )
+        sae.load_state_dict({name: tensors.pop(name) for name in _TENSORS})
+        return sae, {**json.loads(header["metadata"]), **tensors}
+
+
+def unit_rows(W_ND: Tensor) -> Tensor:
+    """Rows divided by their norm plus the dtype's epsilon, as dictionary-learning 0.1.0 does."""
+    return W_ND / (torch.linalg.vector_norm(W_ND, dim=1, keepdim=True) + torch.finfo(W_ND.dtype).eps)

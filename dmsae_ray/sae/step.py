@@ -1,0 +1,260 @@
+"""One training step, in the order of dictionary-learning 0.1.0's `MatryoshkaBatchTopKTrainer.update`.
+
+Shapes: B tokens of this rank's batch, D = d, F width.
+
+Gradient; its component parallel to each decoder row removed; norm of the whole gradient clipped; Adam; decoder rows brought
+back to norm 1. In the first step b_dec is the geometric median of the global batch, and the learning rate is 0 if there is
+a warm-up.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmsae_ray.sae.collective import Alone, Collective
+from dmsae_ray.sae.loss import LossModule, Outcome
+from dmsae_ray.sae.median import geometric_median
+from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
+from dmsae_ray.sae.settings import SAESettings
+
+STATE_VERSION = 1
+"""Raised when older training states cannot be continued."""
+
+EXPLODED = 1e3
+"""A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is more)."""
+
+GUESS = 0.9
+"""The next batch's smallest kept value is guessed to exceed this share of the last one's. It varies by 1 to 2 % between random
+batches, and the lower guess costs only 1.3 times k * B candidates; a wrong guess costs time, never correctness."""
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on: a batch, the loss or the gradient is not finite, or the loss exploded. No weight was changed."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Figures of one step, over the global batch. Every L0 is pairs per token."""
+
+    step: int
+    """the step's index, 0 is the first"""
+    lr: float
+    loss: float
+    loss_rec: float
+    """reconstruction part of the loss"""
+    loss_aux: float
+    """AuxK part, before its weight"""
+    fvu: float
+    """share of the batch's variance that the reconstruction leaves"""
+    l0: float
+    core_l0: float
+    free_l0: float
+    dead_share: float
+    """share of free latents silent for the whole dead window"""
+    threshold: float
+    """running mean of the smallest kept value; 0 before its first step"""
+    grad_norm: float
+    """before clipping"""
+    tokens: int
+    """trained on so far, this step included"""
+
+
+class Trainer:
+    """An SAE in training: its optimiser, counters and running threshold.
+
+    model: the `LossModule` of this SAE wrapped in DistributedDataParallel if there are several ranks (wrapping with
+    `broadcast_buffers=False` saves a broadcast per step). `step` raises `Diverged` on all ranks together. A batch changes the
+    state only if its step succeeds, but for b_dec in the first step.
+    """
+
+    def __init__(
+        self,
+        sae: MatryoshkaSAE,
+        settings: SAESettings,
+        comm: Collective = Alone(),
+        model: nn.Module | None = None,
+    ) -> None:
+        if (sae.width, sae.d) != (settings.width, settings.d):
+            raise ValueError(f"the SAE is {sae.width} x {sae.d}, its settings say {settings.width} x {settings.d}")
+        if settings.batch % comm.world:
+            raise ValueError(f"batch {settings.batch} is not a multiple of the {comm.world} workers")
+        assert comm.world == 1 or model is not None, "several ranks need a model that averages gradients"
+        self.sae = sae
+        self.settings = settings
+        self.comm = comm
+        self.model = LossModule(sae, settings) if model is None else model
+        self.optimizer = torch.optim.Adam(
+            [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec],
+            lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
+        )  # fmt: skip
+        self.steps_done = 0
+        self.silent_F = torch.zeros(sae.width, dtype=torch.int64, device=sae.b_dec.device)
+        """tokens since each latent last fired"""
+        self.threshold_sum = 0.0
+        """uncorrected running mean of the smallest kept value"""
+        self.threshold_steps = 0
+        """values that have gone into it"""
+        self.first_loss: float | None = None
+        self._lower_bound = 0.0  # not part of the state: it decides speed only
+
+    @property
+    def threshold(self) -> float:
+        """Bias-corrected running mean of the smallest kept value; 0 before the first."""
+        if self.threshold_steps == 0:
+            return 0.0
+        return self.threshold_sum / (1 - self.settings.threshold_beta**self.threshold_steps)
+
+    def step(self, x_BD: Tensor, token_index_B: Tensor | None = None, log: bool = False) -> StepReport | None:
+        """Train on one batch. x_BD: this rank's rows, divided by the dataset's scale, an equal share of the global batch.
+
+        token_index_B: place of each row in the global batch (int64; by default ranks follow one another); with it the result
+        does not depend on which rank holds which row. log: return the step's figures (on all ranks alike, since they are
+        summed over ranks); this changes no state. Raises `Diverged`, or ValueError if the batch does not fit the settings.
+        """
+        settings, sae = self.settings, self.sae
+        expected = (settings.batch // self.comm.world, settings.d)
+        if x_BD.shape != expected or x_BD.dtype != sae.b_dec.dtype:
+            raise ValueError(
+                f"a batch must be {sae.b_dec.dtype} of shape {expected}, got {x_BD.dtype} of shape {tuple(x_BD.shape)}"
+            )
+        if self.steps_done == 0:
+            self._start(x_BD, token_index_B)
+
+        loss, outcome = self.model(x_BD, self.silent_F, token_index_B, self._lower_bound)
+        parts = torch.stack([outcome.loss_rec, outcome.loss_aux]).double()
+        loss_rec, loss_aux = (self.comm.all_reduce_sum(parts) / self.comm.world).tolist()
+        total = loss_rec + settings.auxk_alpha * loss_aux
+        self._check(total)
+        loss.backward()
+        grad_norm = self._update(settings.learning_rate(self.steps_done))
+        self._commit(outcome, total)
+        if not log:
+            return None
+        return self._report(x_BD, outcome, total, loss_rec, loss_aux, grad_norm)
+
+    @torch.no_grad()
+    def _start(self, x_BD: Tensor, token_index_B: Tensor | None) -> None:
+        """Set b_dec from the whole first batch, in the batch's own order, so that every rank gets the same bits."""
+        global_BD = torch.cat(self.comm.all_gather(x_BD))
+        if not torch.isfinite(global_BD).all():
+            raise Diverged("the first batch holds values that are not finite")
+        if token_index_B is not None:
+            global_BD = global_BD[torch.cat(self.comm.all_gather(token_index_B)).argsort().to(global_BD.device)]
+        self.sae.b_dec.copy_(geometric_median(global_BD))
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss of step {self.steps_done} is {loss}")
+        if self.first_loss is None:
+            return
+        limit = EXPLODED * max(self.first_loss, 1 / len(self.sae.group_ends))
+        if loss > limit:
+            raise Diverged(f"the loss of step {self.steps_done} is {loss:.3g}, the first was {self.first_loss:.3g}")
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> float:
+        """Apply the gradients; returns their norm before clipping."""
+        W_dec_FD = self.sae.W_dec
+        row_FD = W_dec_FD / (torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True) + 1e-6)
+        parallel_F = torch.linalg.vecdot(W_dec_FD.grad, row_FD)
+        W_dec_FD.grad.addcmul_(row_FD, parallel_F[:, None], value=-1)
+        parameters = self.optimizer.param_groups[0]["params"]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip).item()
+        if not math.isfinite(grad_norm):
+            self.optimizer.zero_grad()
+            raise Diverged(f"the gradient of step {self.steps_done} has norm {grad_norm}")
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        W_dec_FD.copy_(unit_rows(W_dec_FD))
+        return grad_norm
+
+    def _commit(self, outcome: Outcome, loss: float) -> None:
+        """Take in what the batch showed, once its step has succeeded."""
+        if self.first_loss is None:
+            self.first_loss = loss
+        self.silent_F = outcome.silent_F
+        if self.steps_done > self.settings.threshold_start_step:
+            beta = self.settings.threshold_beta
+            self.threshold_sum = beta * self.threshold_sum + (1 - beta) * outcome.smallest
+            self.threshold_steps += 1
+            self.sae.theta.fill_(self.threshold)
+        self._lower_bound = GUESS * outcome.smallest
+        self.steps_done += 1
+
+    @torch.no_grad()
+    def _report(
+        self, x_BD: Tensor, outcome: Outcome, loss: float, loss_rec: float, loss_aux: float, grad_norm: float
+    ) -> StepReport:
+        n_tokens = self.settings.batch
+        mean_D = self.comm.all_reduce_sum(x_BD.sum(dim=0)) / n_tokens
+        is_core_N = outcome.latent_N < self.sae.core_size
+        sums = torch.stack(
+            [
+                outcome.residual_BD.square().sum().double(),
+                (x_BD - mean_D).square().sum().double(),
+                is_core_N.sum().double(),
+                (~is_core_N).sum().double(),
+            ]
+        )
+        error, variance, core_pairs, free_pairs = self.comm.all_reduce_sum(sums).tolist()
+        return StepReport(
+            step=self.steps_done - 1,
+            lr=self.settings.learning_rate(self.steps_done - 1),
+            loss=loss,
+            loss_rec=loss_rec,
+            loss_aux=loss_aux,
+            fvu=error / variance if variance > 0 else math.nan,
+            l0=(core_pairs + free_pairs) / n_tokens,
+            core_l0=core_pairs / n_tokens,
+            free_l0=free_pairs / n_tokens,
+            dead_share=int(outcome.dead_F.sum()) / (self.sae.width - self.sae.core_size),
+            threshold=self.threshold,
+            grad_norm=grad_norm,
+            tokens=self.steps_done * n_tokens,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-identical continuation needs, of types that `torch.load(weights_only=True)` takes.
+
+        Like a module's, the tensors are the live ones: save or copy them before the next step.
+        """
+        return {
+            "version": STATE_VERSION,
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps_done": self.steps_done,
+            "silent": self.silent_F,
+            "threshold_sum": self.threshold_sum,
+            "threshold_steps": self.threshold_steps,
+            "first_loss": self.first_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of a trainer with the same settings. Raises ValueError if it cannot be continued."""
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"training state has version {state.get('version')}, this program continues version {STATE_VERSION}: "
+                "start this cycle anew"
+            )
+        for name, expected in self.sae.state_dict().items():
+            found = state["sae"][name]
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise ValueError(
+                    f"training state's {name} is {found.dtype} {tuple(found.shape)}, this SAE's is "
+                    f"{expected.dtype} {tuple(expected.shape)}: it belongs to another configuration"
+                )
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # Adam would otherwise adopt its tensors
+        self.steps_done = state["steps_done"]
+        self.silent_F = state["silent"].to(self.silent_F.device, copy=True)
+        self.threshold_sum = state["threshold_sum"]
+        self.threshold_steps = state["threshold_steps"]
+        self.first_loss = state["first_loss"]
+        self._lower_bound = 0.0

@@ -1,0 +1,222 @@
+"""python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree.
+
+Top to bottom: read the configuration, check it, take the output folder, harvest, run the chains that are not finished,
+compare all cores, log everything to MLflow, print two tables. What a previous run finished is never done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+from dmsae_ray.activations.dataset import ActivationDataset, write_json
+from dmsae_ray.activations.harvest import find_dataset, harvest
+from dmsae_ray.cluster import Capacity, connect, disconnect
+from dmsae_ray.comparison import compare_chains
+from dmsae_ray.config import Config, SweepCommand, fields_key, load
+from dmsae_ray.distill.evaluate import references_path
+from dmsae_ray.distill.folder import Lease
+from dmsae_ray.distill.plan import ChainPlan, plan_chains
+from dmsae_ray.housekeeping import clean, status
+from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.preflight import preflight
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some chains failed, 2 bad input, 130 interrupted (the same command continues)."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        config = load(SweepCommand, sys.argv[1:] if argv is None else argv)
+        if config.status:
+            return status(config)
+        if config.clean:
+            return clean(config, dry_run=config.dry_run)
+        return run(config)
+    except (ValueError, OutputBusy) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(command: SweepCommand) -> int:
+    """The whole sweep. Raises ValueError on bad input before any work is lost."""
+    config, verbose = Config(**command.section_dict()), command.verbose
+    preflight(config)
+    lock = OutputLock(config.home)
+    say = Lines(config.home)
+    try:
+        lease = lock.lease()
+        say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}")
+        return Sweep(config, lease, say, verbose).run()
+    finally:
+        say.close()
+        lock.release()
+
+
+class Lines:
+    """Our lines: to the terminal, and with the time to a log file in the output folder."""
+
+    def __init__(self, home: Path):
+        (home / "logs").mkdir(exist_ok=True)
+        self.path = home / "logs" / time.strftime("sweep-%Y%m%d-%H%M%S.log")
+        self._file = open(self.path, "a")
+
+    def __call__(self, line: str) -> None:
+        print(line, flush=True)
+        self._file.write(f"{time.strftime('%F %T')} {line}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Sweep:
+    """One run of the command, after its configuration was found good and the output folder is ours."""
+
+    def __init__(self, config: Config, lease: Lease, say: Lines, verbose: bool):
+        self.config, self.lease, self.say, self.verbose = config, lease, say, verbose
+        self.capacity: Capacity | None = None
+
+    def run(self) -> int:
+        try:
+            dataset = self.dataset()
+            plans = plan_chains(self.config, dataset, self.lease)
+            folder = self.config.home / "sweeps" / f"{self.config.name}-{self.key(plans)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(self.config.section_dict(), sort_keys=False))
+            for plan in plans:
+                plan.folder.describe(plan.key, plan.label, plan.fields)
+                failure = plan.folder.failure()
+                if failure and failure["kind"] != "diverged":
+                    plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
+            write_json(folder / "chains.json", {plan.label: plan.key for plan in plans})
+            tracker = self.tracker(plans)
+            ending = "KILLED"
+            try:
+                self.chains(plans, tracker)
+                comparison = compare_chains(self.config, dataset, plans, folder, self.say)
+                tracker.log_comparison(comparison, [folder / "config.yaml"])
+                ending = "FINISHED" if all(plan.finished() for plan in plans) else "FAILED"
+            finally:
+                tracker.close(ending)
+        finally:
+            if self.capacity is not None:
+                disconnect(self.capacity, self.say.path.with_suffix(".ray"))
+        return self.conclude(folder, plans, comparison)
+
+    @staticmethod
+    def key(plans: list[ChainPlan]) -> str:
+        config = plans[0].config
+        return fields_key({"chains": sorted(p.key for p in plans), "cycles": config.sweep.cycles, "compare": config.compare.model_dump(mode="json")})
+
+    def connect(self) -> Capacity:
+        if self.capacity is None:
+            chains = len(self.config.sweep.seeds) * len(self.config.sweep.k)
+            self.capacity = connect(self.config, chains, self.verbose)
+            c = self.capacity
+            self.say(
+                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs, {c.gpus:g} GPUs; {c.concurrent} chains "
+                f"at once, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
+            )
+        return self.capacity
+
+    # -- harvest -------------------------------------------------------------------------------------------------------
+
+    def dataset(self) -> ActivationDataset:
+        """The activations and their reference losses; Ray is started only if something is missing."""
+        dataset = find_dataset(self.config)
+        if dataset is None:
+            dataset = harvest(self.config, self.say, self.connect().harvest_actors)
+        else:
+            self.say(f"harvest: {dataset.folder} is complete and checked")
+        if not references_path(dataset.folder, self.config.evaluate).exists():
+            from dmsae_ray.distill.references import measure_references
+
+            self.connect()
+            measure_references(self.config, dataset)
+        return dataset
+
+    # -- chains --------------------------------------------------------------------------------------------------------
+
+    def chains(self, plans: list[ChainPlan], tracker) -> None:
+        """Run what is not finished, with live lines and MLflow kept up to date from the side."""
+        todo = [plan for plan in plans if not plan.finished() and plan.folder.failure() is None]
+        self.say(f"chains: {len(plans) - len(todo)} of {len(plans)} already finished or failed" if len(todo) < len(plans) else f"chains: {len(plans)} to run")
+        if not todo:
+            return
+        import ray
+
+        from dmsae_ray.distill.trials import run_chains
+        from dmsae_ray.track.progress import LiveLines, ProgressBoard
+
+        capacity = self.connect()
+        board = ray.remote(num_cpus=0, max_restarts=-1)(ProgressBoard).remote()
+        for plan in todo:
+            ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
+        scratch = self.config.home / "ray" / str(self.lease.generation)
+        with LiveLines(lambda: ray.get(board.snapshot.remote())), Every(10.0, tracker.sync):
+            run_chains(todo, capacity.concurrent, board, scratch)
+
+    # -- say -----------------------------------------------------------------------------------------------------------
+
+    def tracker(self, plans: list[ChainPlan]):
+        from dmsae_ray.track.mlflow_sync import MlflowTracker
+
+        return MlflowTracker(
+            self.config.track.uri, self.config.home, self.config.track.experiment, self.key(plans), self.config.name,
+            self.config.section_dict(), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
+        )  # fmt: skip
+
+    def conclude(self, folder: Path, plans: list[ChainPlan], comparison: dict) -> int:
+        from dmsae_ray.track.figures import consistency_matrix, matrices, save
+        from dmsae_ray.track.tables import chain_row
+        from dmsae_ray.track.terminal import report, terminal_console, write_report
+
+        rows = [chain_row(plan.label, plan.folder.path, plan.cycles) for plan in plans]
+        tables = report(rows, comparison)
+        write_report(folder / "report.txt", tables)
+        save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
+        terminal_console().print(tables)
+        uri = self.config.track.uri or f"sqlite:///{self.config.home / 'mlflow.db'}"
+        self.say(f"everything lies in {self.config.home}; this sweep's report in {folder}")
+        self.say(f"MLflow: make ui, or mlflow server --backend-store-uri {uri}")
+        return 0 if all(plan.finished() for plan in plans) else 1
+
+
+class Every:
+    """Calls a function every so many seconds, in a thread, while its block runs."""
+
+    def __init__(self, seconds: float, function):
+        self.seconds, self.function, self._stop = seconds, function, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.seconds):
+            self.function()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    logging.captureWarnings(True)
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""A chain's files as the points that MLflow plots. Pure reading: knows the files, not the store.
+
+Letters: P candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dmsae_ray.track.run_store import Point, TrackingError
+
+COVERAGE_POINTS = 200
+"""points of a coverage curve in MLflow; all of it lies in scores.safetensors"""
+NOT_MEASURED = {"format_version", "chain", "cycle", "generation", "seed", "k", "finished_at"}
+"""fields of record.json that identify the cycle"""
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict with dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def began_ms(record: dict[str, Any]) -> int:
+    """When a finished cycle began, by its completion record."""
+    return ended_ms(record) - int(1000 * record.get("seconds", {}).get("total", 0.0))
+
+
+def ended_ms(record: dict[str, Any]) -> int:
+    return int(1000 * record["finished_at"])
+
+
+def cycle_points(record: dict[str, Any]) -> Iterator[Point]:
+    """Every number of a completion record as `cycle/<name>`, with step = cycle. Lists count by their length."""
+    for name, value in flatten({key: value for key, value in record.items() if key not in NOT_MEASURED}):
+        if isinstance(value, list):
+            value = len(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            name = "core_size" if name == "core_out" else name
+            yield Point(f"cycle/{name}", value, record["cycle"], ended_ms(record))
+
+
+def curve_points(path: Path, after: int, ms: int) -> Iterator[Point]:
+    """Points of curve.jsonl beyond step `after`, as `train/<name>`.
+
+    A line that does not parse was cut by a crash, or is being written: the training that owns the file logs its step again.
+    Steps that were trained twice after a crash count once, the first time.
+    """
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(row, dict) or row.get("step", -1) <= after:
+            continue
+        after = step = row.pop("step")
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield Point(f"train/{name}", value, step, ms)
+
+
+def coverage(path: Path) -> np.ndarray:
+    """Cumulative share of the attribution over candidates by falling score, [P], from scores.safetensors."""
+    try:
+        scores_P = np.sort(load_file(path)["scores"].astype(np.float64))[::-1]
+    except (SafetensorError, KeyError) as error:
+        raise TrackingError(f"{path}: not a file of scores ({error}); delete this cycle's folder to have it computed again") from error
+    total = scores_P.sum()
+    return np.cumsum(scores_P) / total if total > 0 else np.zeros_like(scores_P)
+
+
+def coverage_points(share_P: np.ndarray, core_size: int, ms: int) -> Iterator[Point]:
+    """At most COVERAGE_POINTS points of a coverage curve, dense at its head, the core's own size among them; step = rank."""
+    if len(share_P) == 0:
+        return
+    ranks = {round(float(rank)) for rank in np.geomspace(1, len(share_P), COVERAGE_POINTS - 1)}
+    if 0 < core_size <= len(share_P):
+        ranks.add(core_size)
+    for rank in sorted(ranks):
+        yield Point("attribution/coverage", float(share_P[rank - 1]), rank, ms)

@@ -1,0 +1,174 @@
+"""MLflow as a projection of the folders on disk.
+
+The sweep driver is the only writer: it reads what the chains left (chain.json, curve.jsonl, record.json, failed.json, cores and
+scores) and logs what the store does not hold yet. Workers never touch MLflow, so a crash loses nothing, a later sync catches up, and
+deleting the store only means that it is filled again.
+
+    experiment
+      sweep run            parameters, comparison: tables, matrix, summary numbers
+        chain run          parameters, each cycle's measurements with step = cycle, coverage of the attribution as a figure
+          cycle run        training curves (step = optimiser step), measurements, coverage (step = rank), core, scores and record
+
+A run is found by its tags `dmsae.home` (output folder), `dmsae.sweep` (sweep key), `dmsae.kind` and `dmsae.key` (sweep key | chain key |
+chain key/cycle). A chain that a second sweep reuses gets runs of its own there, since an MLflow run has one parent; the folder stays
+the only truth. A run becomes FINISHED last, so FINISHED means that all of it is logged.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from dmsae_ray.track import figures, tables
+from dmsae_ray.track.chain_runs import ChainRuns, SweepRun, TrackedChain
+from dmsae_ray.track.measurements import flatten
+from dmsae_ray.track.run_store import STORE_ERRORS, Point, RunStore, TrackingError, now_ms, one_line
+
+logger = logging.getLogger(__name__)
+
+
+class MlflowTracker:
+    """The runs of one sweep.
+
+    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain types
+    (`sweep.cycles` says how many cycles of each chain belong to this sweep); chains: (key, label, folder, seed, k) each.
+    Creates the database and the experiment; raises TrackingError if the store cannot be used. Its methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        uri: str | None,
+        output: Path,
+        experiment: str,
+        sweep_key: str,
+        sweep_label: str,
+        config_dict: dict[str, Any],
+        chains: Iterable[tuple[str, str, Path, int, int]],
+    ):
+        self._store = RunStore(uri, Path(output), experiment)
+        self.uri = self._store.uri
+        self._key, self._label, self._config = sweep_key, sweep_label, config_dict
+        self._chains = [TrackedChain(*chain) for chain in chains]
+        self._lock = threading.Lock()
+        self._sweep: SweepRun | None = None
+        """None until the store was read, and again after a sync that was cut short: what was under way may or may not have arrived"""
+        self._chain_runs: list[ChainRuns] = []
+        self._comparison: tuple[dict[str, Any], tuple[Path, ...]] | None = None
+        self._warned = self._closed = False
+
+    def sync(self) -> bool:
+        """Log what is new on disk; True if the store holds it all now. Cheap if nothing changed. Never raises on account of the store or of
+        a damaged file: it says so in one line and tries again next time. Does nothing once the tracker is closed."""
+        with self._lock:
+            if self._closed:
+                return True
+            try:
+                self._project("RUNNING")
+            except (ValueError, *STORE_ERRORS) as error:
+                if not self._warned:
+                    logger.warning("MLflow at %s: not logged (%s); the work goes on, the next sync tries again", self.uri, one_line(error))
+                self._warned = True
+                return False
+            self._warned = False
+            return True
+
+    def log_comparison(self, comparison: dict[str, Any], files: Iterable[Path] = ()) -> bool:
+        """Log the sweep's comparison (comparison.json as a dict) and these files on the sweep run, now or with a later sync."""
+        with self._lock:
+            self._comparison = (comparison, tuple(Path(file) for file in files))
+        return self.sync()
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Last sync; no run of this output folder is left RUNNING. status: of the sweep run, FINISHED, FAILED or KILLED. Chains and
+        cycles that are neither done nor failed become KILLED; a later tracker of the same sweep makes them RUNNING again.
+
+        Raises TrackingError if the store cannot be reached.
+        """
+        with self._lock:
+            try:
+                sweep = self._project("KILLED")
+                for run_id in self._store.running():
+                    self._store.set_status(run_id, status if run_id == sweep.run_id else "KILLED")
+            except (ValueError, *STORE_ERRORS) as error:
+                raise TrackingError(
+                    f"track.uri {self.uri}: the results could not be logged ({one_line(error)}). They are safe on disk: put the cause right "
+                    "and start the same command again; what is missing is logged then, and nothing is computed twice"
+                ) from error
+            self._closed = True
+
+    def _project(self, unfinished: str) -> SweepRun:
+        sweep, self._sweep = self._sweep or self._open(), None  # stays None if this is cut short
+        for runs in self._chain_runs:
+            runs.update(unfinished)
+        if self._comparison is not None:
+            self._log_comparison(sweep.run_id, *self._comparison)
+            self._comparison = None
+        self._sweep = sweep
+        return sweep
+
+    def _open(self) -> SweepRun:
+        """Read the store, close what a killed driver left of other sweeps, open or reopen this one."""
+        store = self._store
+        store.load()
+        for run_id in store.running(but_of_sweep=self._key):
+            store.set_status(run_id, "KILLED")
+        tags = {"stage": "sweep", "sweep": self._label}
+        run_id = store.open(self._key, "sweep", self._key, self._label, tags, parent=None)
+        store.set_status(run_id, "RUNNING")
+        store.params(run_id, dict(flatten(self._config)))
+        store.client.log_dict(run_id, self._config, "config.json")
+        sweep = SweepRun(run_id, self._key, self._label, self._config["sweep"]["cycles"], self._config)
+        self._chain_runs = [ChainRuns(store, sweep, chain) for chain in self._chains]
+        return sweep
+
+    def _log_comparison(self, run_id: str, comparison: dict[str, Any], files: tuple[Path, ...]) -> None:
+        """Tables, matrix, figures and summary numbers, once for each comparison that differs from the last."""
+        cycles = self._config["sweep"]["cycles"]
+        rows = [tables.chain_row(chain.label, chain.folder, cycles) for chain in self._chains]
+        stamp = hashlib.sha256(json.dumps([comparison, tables.chain_columns(rows)], sort_keys=True).encode()).hexdigest()[:16]
+        client = self._store.client
+        for path in files:
+            client.log_artifact(run_id, str(path))
+        if self._store.get_tag(run_id, "comparison") == stamp:
+            return
+        client.log_dict(run_id, comparison, "comparison.json")
+        self._log_table(run_id, tables.chain_columns(rows), "tables/chains.json")
+        self._log_table(run_id, tables.pair_columns(comparison["pairs"]), "tables/pairs.json")
+        labels, matrix, nulls = figures.matrices(comparison)
+        client.log_text(run_id, matrix_csv(labels, matrix), "tables/consistency.csv")
+        failed = [entry["label"] for entry in comparison.get("failed", [])]
+        client.log_figure(run_id, figures.consistency_matrix(labels, matrix, nulls, failed), "consistency.png")
+        client.log_figure(run_id, figures.core_sizes(rows), "core_sizes.png")
+        # The step counts comparisons: a sweep whose failed chain was mended is compared again.
+        step = int(self._store.get_tag(run_id, "comparisons") or 0)
+        self._store.append(run_id, [Point(f"compare/{name}", value, step, now_ms()) for name, value in tables.summary(comparison).items()])
+        self._store.tag(run_id, "comparisons", str(step + 1))
+        self._store.tag(run_id, "comparison", stamp)
+
+    def _log_table(self, run_id: str, columns: dict[str, list[Any]], file: str) -> None:
+        """Log a table for MLflow's table view. log_table adds rows to a table that is there, so one that is there is overwritten in the
+        same format instead."""
+        folder = str(Path(file).parent)
+        if any(entry.path == file for entry in self._store.client.list_artifacts(run_id, folder)):
+            self._store.client.log_text(run_id, pandas.DataFrame(columns).to_json(orient="split", index=False), file)
+        else:
+            self._store.client.log_table(run_id, columns, file)
+
+
+def matrix_csv(labels: list[str], matrix: list[list[float | None]]) -> str:
+    """PW-MCC of every pair, empty where there is none."""
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["", *labels])
+    for label, row in zip(labels, matrix, strict=True):
+        writer.writerow([label, *("" if value is None else f"{value:.6f}" for value in row)])
+    return stream.getvalue()

@@ -1,0 +1,230 @@
+"""Runs in an MLflow store: found by tag before they are made, appended to without repeating a step.
+
+Knows MLflow and nothing of chains. Only explicit run ids are used, never MLflow's "active run", so that the caller may be any
+thread. There is one writer, the sweep driver; the output folder's lock sees to that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+# MLflow reads these when it is imported. Nobody is told that a sweep runs; and a server that does not answer must not hold a
+# sync up for MLflow's own eight attempts of two minutes each, since the next sync tries again anyway.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+"""What a store that is away, full, locked or of another version raises (requests' errors are OSErrors)."""
+
+RUNS_PER_PAGE = 1000
+METRICS_PER_BATCH = 1000
+PARAMS_PER_BATCH = 100
+"""limits of MLflow's search and log-batch calls"""
+PARAM_LENGTH = 500
+TAG_LENGTH = 1000
+"""MLflow 3 takes 6000 and 8000; servers of earlier versions took 500 and 5000"""
+
+
+class TrackingError(ValueError):
+    """The store cannot be used; the message names it and says what to do."""
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    key: str
+    value: float
+    step: int
+    ms: int
+    """unix time in milliseconds"""
+
+
+def default_uri(output: Path) -> str:
+    """The store used when the configuration names none: a sqlite database in the output folder."""
+    return f"sqlite:///{(output / 'mlflow.db').absolute()}"
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def home_id(output: Path) -> str:
+    """A name for this output folder that moves with it, so that two folders may share a server without sharing runs."""
+    path = output / "mlflow_home"
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary.write_text(uuid.uuid4().hex[:12])
+        os.replace(temporary, path)
+    return path.read_text().strip()
+
+
+class RunStore:
+    """The runs of one output folder in one experiment.
+
+    uri: MLflow tracking URI; None: `default_uri(output)`. Artifacts lie in `<output>/mlartifacts`, unless a server decides.
+    Creates the database and the experiment. Raises TrackingError if the store cannot be used.
+    """
+
+    def __init__(self, uri: str | None, output: Path, experiment: str):
+        self.uri = uri or default_uri(output)
+        self._experiment, self._output = experiment, output
+        self._runs: dict[tuple[str, str, str], str] = {}
+        """run id by (sweep, kind, key)"""
+        self._status: dict[str, str] = {}
+        self._tags: dict[str, dict[str, str]] = {}
+        self._params: dict[str, set[str]] = {}
+        self._last: dict[tuple[str, str], int] = {}
+        """last logged step of (run id, metric)"""
+        self._metrics: dict[str, set[str]] = {}
+        """metrics that a run had when it was read"""
+        try:
+            self.home = home_id(output)
+            self.client = MlflowClient(tracking_uri=self.uri)
+            self.experiment_id = self._find_experiment()
+        except STORE_ERRORS as error:
+            raise TrackingError(
+                f"track.uri {self.uri}: the MLflow store cannot be used ({one_line(error)}). Start the server, correct track.uri, or "
+                "leave track.uri empty for a database in the output folder"
+            ) from error
+
+    def _find_experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self._experiment)
+        if found is None:
+            by_server = self.uri.startswith(("http:", "https:", "databricks"))
+            root = None if by_server else (self._output / "mlartifacts").absolute().as_uri()
+            return self.client.create_experiment(self._experiment, artifact_location=root)
+        if found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"track.experiment {self._experiment!r} is in the trash of {self.uri}: restore it there, or choose another name"
+            )
+        return found.experiment_id
+
+    def load(self) -> None:
+        """Read which runs there are; forgets what was believed before. Of duplicates, the oldest counts."""
+        for known in (self._runs, self._status, self._tags, self._params, self._metrics, self._last):
+            known.clear()
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], f"tags.`dmsae.home` = '{self.home}'", max_results=RUNS_PER_PAGE,
+                order_by=["attributes.start_time ASC"], page_token=token,
+            )  # fmt: skip
+            for run in page:
+                self._remember(run)
+            token = page.token
+            if not token:
+                return
+
+    def _remember(self, run: Run) -> None:
+        run_id, tags = run.info.run_id, dict(run.data.tags)
+        self._runs.setdefault((tags["dmsae.sweep"], tags["dmsae.kind"], tags["dmsae.key"]), run_id)
+        self._status[run_id], self._tags[run_id] = run.info.status, tags
+        self._params[run_id], self._metrics[run_id] = set(run.data.params), set(run.data.metrics)
+
+    def open(
+        self, sweep: str, kind: str, key: str, name: str, tags: dict[str, str], parent: str | None, start_ms: int | None = None
+    ) -> str:
+        """Id of the run with these first three tags; it is made, RUNNING, if there is none. start_ms: unix time, None: now."""
+        if (sweep, kind, key) not in self._runs:
+            tags = {"dmsae.home": self.home, "dmsae.sweep": sweep, "dmsae.kind": kind, "dmsae.key": key} | tags
+            if parent is not None:
+                tags["mlflow.parentRunId"] = parent
+            start_ms = now_ms() if start_ms is None else start_ms
+            run = self.client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
+            self._remember(run)
+        return self._runs[sweep, kind, key]
+
+    def status(self, run_id: str) -> str:
+        return self._status[run_id]
+
+    def running(self, but_of_sweep: str | None = None) -> list[str]:
+        """Ids of all runs that are RUNNING, those of one sweep left out."""
+        ids = [run_id for run_id, status in self._status.items() if status == "RUNNING"]
+        return [run_id for run_id in ids if self._tags[run_id]["dmsae.sweep"] != but_of_sweep]
+
+    def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
+        """RUNNING, FINISHED, FAILED or KILLED; does nothing if the run has it already."""
+        if self._status[run_id] == status:
+            return
+        if status == "RUNNING":
+            self.client.update_run(run_id, status="RUNNING")
+        else:
+            self.client.set_terminated(run_id, status, end_time=end_ms)
+        self._status[run_id] = status
+
+    def params(self, run_id: str, values: dict[str, object]) -> None:
+        """Log the parameters that the run lacks. MLflow's are immutable: one that changed keeps its first value."""
+        known = self._params[run_id]
+        missing = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items() if key not in known]
+        for start in range(0, len(missing), PARAMS_PER_BATCH):
+            batch = missing[start : start + PARAMS_PER_BATCH]
+            self.client.log_batch(run_id, params=batch)
+            known.update(param.key for param in batch)
+
+    def tag(self, run_id: str, key: str, value: str | None) -> None:
+        """Set a tag, or with None remove it; does nothing if the run has it so already."""
+        value = None if value is None else value[:TAG_LENGTH]
+        if self._tags[run_id].get(key) == value:
+            return
+        if value is None:
+            self.client.delete_tag(run_id, key)
+            del self._tags[run_id][key]
+        else:
+            self.client.log_batch(run_id, tags=[RunTag(key, value)])
+            self._tags[run_id][key] = value
+
+    def get_tag(self, run_id: str, key: str) -> str | None:
+        return self._tags[run_id].get(key)
+
+    def append(self, run_id: str, points: Iterable[Point]) -> None:
+        """Log points beyond each metric's last step. Steps of a metric must come in rising order; non-finite values, which SQL
+        stores refuse, are left out."""
+        batch: list[Metric] = []
+        ahead = {}
+        for key, value, step, ms in points:
+            if not math.isfinite(value) or step <= max(self._last_step(run_id, key), ahead.get(key, -1)):
+                continue
+            ahead[key] = step
+            batch.append(Metric(key, float(value), ms, step))
+            if len(batch) == METRICS_PER_BATCH:
+                self._flush(run_id, batch)
+        self._flush(run_id, batch)
+
+    def _flush(self, run_id: str, batch: list[Metric]) -> None:
+        if batch:
+            self.client.log_batch(run_id, metrics=batch)
+            self._last.update({(run_id, metric.key): metric.step for metric in batch})
+            batch.clear()
+
+    def _last_step(self, run_id: str, key: str) -> int:
+        """Last logged step, -1 if none. The store is asked once for each metric that an earlier process logged."""
+        if (run_id, key) not in self._last:
+            history = self.client.get_metric_history(run_id, key) if key in self._metrics[run_id] else []
+            self._last[run_id, key] = max((metric.step for metric in history), default=-1)
+        return self._last[run_id, key]
+
+
+def one_line(error: BaseException) -> str:
+    """What a message can show of an error."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,114 @@
+"""The two tables of a sweep, chains and pairs, as plain rows: what the terminal, the report and MLflow all show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmsae_ray.distill.folder import ChainFolder
+
+
+@dataclass(frozen=True)
+class ChainRow:
+    """One chain; the measurements are those of its last finished cycle, None where there is none."""
+
+    label: str
+    sizes: tuple[int, ...]
+    """core size after each finished cycle"""
+    origins: tuple[dict[int, int], ...]
+    """for each finished cycle: how many of its core's latents first entered in which cycle"""
+    jaccard: tuple[float, ...]
+    """overlap of each cycle's core with the one before, from cycle 1 on"""
+    l0: float | None
+    core_l0: float | None
+    fvu: float | None
+    loss_recovered: float | None
+    """against zero ablation"""
+    dead: float | None
+    tokens_per_s: float | None
+    status: str
+
+
+def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) -> ChainRow:
+    """Read a chain's row from its folder (which may not exist yet).
+
+    status: what to say of a chain that is neither done nor failed (running, interrupted, ...); None: "2 of 4 cycles".
+    """
+    chain = ChainFolder(Path(folder))
+    records = chain.records()[:cycles]
+    last = records[-1] if records else {}
+    if len(records) == cycles:
+        status = "done"
+    elif chain.failure() is not None:
+        status = "failed"
+    elif status is None:
+        status = f"{len(records)} of {cycles} cycles" if records else "not started"
+    return ChainRow(
+        label=label,
+        sizes=tuple(record["core_out"] for record in records),
+        origins=tuple({int(cycle): count for cycle, count in record["origins"].items()} for record in records),
+        jaccard=tuple(record["jaccard"] for record in records if record["jaccard"] is not None),
+        l0=last.get("l0"),
+        core_l0=last.get("core_l0"),
+        fvu=last.get("fvu"),
+        loss_recovered=last.get("loss_recovered_zero"),
+        dead=last.get("dead_share"),
+        tokens_per_s=last.get("tokens_per_s"),
+        status=status,
+    )
+
+
+def chain_columns(rows: list[ChainRow]) -> dict[str, list[Any]]:
+    """The chains as columns of plain values."""
+    return {
+        "chain": [row.label for row in rows],
+        "core sizes": [">".join(map(str, row.sizes)) for row in rows],
+        "core size": [row.sizes[-1] if row.sizes else None for row in rows],
+        "jaccard": [row.jaccard[-1] if row.jaccard else None for row in rows],
+        "L0": [row.l0 for row in rows],
+        "core L0": [row.core_l0 for row in rows],
+        "FVU": [row.fvu for row in rows],
+        "loss recovered": [row.loss_recovered for row in rows],
+        "dead share": [row.dead for row in rows],
+        "tokens/s": [row.tokens_per_s for row in rows],
+        "status": [row.status for row in rows],
+    }
+
+
+def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The pairs of comparison.json as columns of plain values, nulls included."""
+    names = ["a", "b", "differs", "size_a", "size_b", "shared", "overlap", "pw_mcc", "mmcs_ab", "mmcs_ba", "pw_mcc_dictionary"]
+    columns = {name: [pair.get(name) for pair in pairs] for name in names}
+    for null in ("covariance", "matched_density", "cycle0"):
+        for name in ("available", "mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "density_gap", "reason"):
+            columns[f"{null} {name}"] = [null_of(pair, null).get(name) for pair in pairs]
+    return columns
+
+
+def null_of(pair: dict[str, Any], name: str) -> dict[str, Any]:
+    """One null of a pair; {"available": False} if it was not drawn."""
+    return (pair.get("nulls") or {}).get(name) or {"available": False}
+
+
+def null_value(pair: dict[str, Any], name: str) -> float | None:
+    """What the pair's PW-MCC has to exceed: the 99th percentile of a null, None if it is not available."""
+    null = null_of(pair, name)
+    return null.get("p99") if null.get("available") else None
+
+
+def summary(comparison: dict[str, Any]) -> dict[str, float]:
+    """Numbers that stand for the whole sweep; a mean over nothing is left out, not reported as 0 or 1."""
+    pairs = comparison["pairs"]
+    numbers = {"chains": len(comparison["chains"]), "failed": len(comparison.get("failed", [])), "pairs": len(pairs)}
+    for name in ("pw_mcc", "overlap", "mmcs_ab", "mmcs_ba", "pw_mcc_dictionary"):
+        values = [pair[name] for pair in pairs if pair.get(name) is not None]
+        if values:
+            numbers |= {f"{name}_mean": sum(values) / len(values), f"{name}_min": min(values)}
+    for name in ("covariance", "matched_density", "cycle0"):
+        judged = [(pair["pw_mcc"], null_value(pair, name)) for pair in pairs if pair.get("pw_mcc") is not None]
+        judged = [(value, null) for value, null in judged if null is not None]
+        numbers[f"{name}_available"] = len(judged)
+        if judged:
+            numbers[f"share_above_{name}"] = sum(value > null for value, null in judged) / len(judged)
+    return numbers

@@ -1,0 +1,134 @@
+"""The tables a sweep ends with, for a terminal (rich) and for report.txt (the same, plain)."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dmsae_ray.track.tables import ChainRow, null_of, null_value
+
+WIDTH = 120
+"""columns of report.txt, and of output that is not a terminal"""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def rate(tokens_per_s: float | None) -> str:
+    if tokens_per_s is None:
+        return "n/a"
+    return f"{tokens_per_s / 1000:.1f}k" if tokens_per_s >= 1000 else f"{tokens_per_s:.0f}"
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def chains_table(rows: Sequence[ChainRow]) -> Table:
+    """One line per chain."""
+    table = _table(
+        "Chains", ["chain", "core sizes"], ["jaccard", "L0", "core L0", "FVU", "loss rec.", "dead", "tokens/s", "status"]
+    )
+    for row in rows:
+        cells = [
+            row.label, ">".join(map(str, row.sizes)) or "-", ">".join(number(value) for value in row.jaccard[-2:]) or "n/a",
+            number(row.l0, 1), number(row.core_l0, 1), number(row.fvu, 3), number(row.loss_recovered, 3), number(row.dead, 3),
+            rate(row.tokens_per_s), row.status,
+        ]  # fmt: skip
+        table.add_row(*map(Text, cells), style="red" if row.status == "failed" else None)
+    return table
+
+
+CHAINS_NOTE = (
+    "Core sizes: latents in the core after cycle 0, 1, ...; jaccard: the last two cycles' cores, each against the one before; "
+    "the rest is the last finished cycle on held-out text (loss recovered: 1 is the model's own loss, 0 its loss with the stream set to zero)."
+)
+
+
+def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
+    """One line per pair of chains, each agreement beside its nulls. pairs: PairResults of comparison.json."""
+    if not pairs:
+        return Text("Pairs: consistency is not available; it needs two finished chains.", style="bold")
+    table = _table(
+        "Pairs of cores",
+        ["a", "b", "differs"],
+        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle-0 sets", "MMCS a>b/b>a", "dict. PW-MCC"],
+    )
+    for pair in pairs:
+        sizes = "/".join("?" if pair.get(name) is None else str(pair[name]) for name in ("size_a", "size_b"))
+        above = [null_value(pair, name) for name in ("covariance", "matched_density")]
+        value = pair.get("pw_mcc")
+        stands_out = value is not None and all(null is not None and value > null for null in above)
+        cells = [
+            pair["a"], pair["b"], pair.get("differs") or "-", sizes, number(pair.get("overlap")), number(value),
+            number(above[0]), _density(pair), number(null_value(pair, "cycle0")),
+            f"{number(pair.get('mmcs_ab'))}/{number(pair.get('mmcs_ba'))}", number(pair.get("pw_mcc_dictionary")),
+        ]  # fmt: skip
+        table.add_row(*(Text(cell, style="bold" if stands_out and position == 5 else "") for position, cell in enumerate(cells)))
+    return table
+
+
+def _density(pair: dict[str, Any]) -> str:
+    """The matched-density null, or how far apart the densities of the nearest free latents are (a factor)."""
+    null = null_of(pair, "matched_density")
+    if null.get("available"):
+        return number(null.get("p99"))
+    gap = null.get("density_gap")
+    return "n/a" if gap is None else f"n/a (x{gap:.1f})"
+
+
+def pairs_note(comparison: dict[str, Any]) -> Text:
+    """How to read the pairs, and how many chains they are over."""
+    compared, failed = len(comparison["chains"]), comparison.get("failed", [])
+    lines = []
+    if comparison["pairs"]:
+        lines.append(
+            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, and distillation "
+            "adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, since the free latents nearest "
+            "in density differ by a factor of G."
+        )
+    lines.append(f"Compared: {compared} of {compared + len(failed)} chains" + ("." if not failed else "; failed:"))
+    lines += [f"  {entry['label']}: {entry['reason']}" for entry in failed]
+    return Text("\n".join(lines), style="dim")
+
+
+def report(rows: Sequence[ChainRow], comparison: dict[str, Any] | None) -> Group:
+    """Both tables with their notes. comparison: comparison.json; None: not made yet."""
+    parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
+    if comparison is not None:
+        parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
+    return Group(*parts)
+
+
+def plain_text(renderable: RenderableType, width: int = WIDTH) -> str:
+    """The same without colour, for a file. Trailing blanks are cut."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None, force_terminal=False).print(renderable)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def write_report(path: Path, *renderables: RenderableType) -> None:
+    """Write report.txt; a reader never sees half of it."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(plain_text(Group(*renderables)), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def terminal_console() -> Console:
+    """Standard output; where it is not a terminal, wide enough for the tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)

@@ -1,0 +1,89 @@
+"""What pipeline and fault tests share: a small sweep through the front door."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# A sweep that takes seconds once Ray is up, and is real in every part.
+SMALL = """
+name: small
+harvest: {tokens: 16_384, calibration_tokens: 2048, rows_per_group: 512, rows_per_shard: 8192}
+sae: {width: 256}
+train: {tokens: 16_384, batch: 512, lr: 3.0e-3, checkpoint_steps: 8, log_steps: 4}
+attribution: {tokens: 4096, sequences_per_shard: 4}
+evaluate: {tokens: 4096}
+sweep: {seeds: [0, 1], k: [8], cycles: 2}
+compare: {draws: 50}
+"""
+
+
+@dataclass
+class Run:
+    """One finished command."""
+
+    code: int
+    out: str
+    seconds: float
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A user's environment: nothing that a test process or another cluster left behind."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "MLFLOW_", "DMSAE_"))}
+    return kept | {"PYTHONUNBUFFERED": "1"} | extra
+
+
+def command(output: Path, *args: str, module: str = "sweep") -> list[str]:
+    config = output.parent / "small.yaml"
+    if not config.exists():
+        config.write_text(SMALL)
+    return [sys.executable, "-m", f"dmsae_ray.{module}", "--config", str(config), "--output", str(output), *args]
+
+
+def run_command(output: Path, *args: str, module: str = "sweep", timeout: float = 240, **env: str) -> Run:
+    start = time.monotonic()
+    done = subprocess.run(
+        command(output, *args, module=module), env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=timeout,
+    )  # fmt: skip
+    return Run(done.returncode, done.stdout, time.monotonic() - start)
+
+
+@dataclass
+class Sweep:
+    """A finished small sweep."""
+
+    output: Path
+    run: Run
+
+    def chains(self) -> dict[str, Path]:
+        """label -> folder of every chain."""
+        import json
+
+        return {json.loads((f / "chain.json").read_text())["label"]: f for f in sorted((self.output / "chains").glob("*"))}
+
+
+@pytest.fixture(scope="session")
+def small_sweep(tmp_path_factory) -> Sweep:
+    """The undisturbed sweep that others are compared with."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    run = run_command(output)
+    assert run.code == 0, run.out
+    return Sweep(output, run)
+
+
+def core_bytes(output: Path) -> dict[str, bytes]:
+    """Every core of every chain, by its place."""
+    from dmsae_ray.distill.core import Core
+
+    cores = {}
+    for path in sorted((output / "chains").glob("*/cycle_*/core.safetensors")):
+        core = Core.load(path)
+        cores[str(path.relative_to(output))] = core.W_enc_CD.numpy().tobytes() + core.scores_C.numpy().tobytes()
+    return cores

@@ -1,0 +1,174 @@
+"""Faults through the front door: each ends with the undisturbed result, or with an error that names file and remedy."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import command, core_bytes, environment, run_command
+
+
+def wait_for(condition, process, seconds=150):
+    """Until the condition holds; the process must be alive all the while."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the victim ended before it could be struck"
+        assert time.monotonic() < end, "the phase to strike in never came"
+        time.sleep(0.05)
+
+
+def start(output, *args):
+    log = open(output.parent / "driver.log", "w")
+    process = subprocess.Popen(command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return process, output.parent / "driver.log"
+
+
+def share_data(source, output):
+    """Give a new output folder the finished activations, to spend the test's time on the chains."""
+    shutil.copytree(source.output / "data", output / "data")
+
+
+def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path):
+    output = tmp_path / "out"
+    share_data(small_sweep, output)
+    process, log = start(output)
+    # In the middle of training a second cycle: one record exists, and a checkpoint of the next cycle.
+    def middle():
+        return any((f / "cycle_00" / "record.json").exists() and (f / "cycle_01" / "checkpoint.pt").exists() for f in (output / "chains").glob("*"))
+
+    wait_for(middle, process)
+    before = {path: path.read_bytes() for path in output.glob("chains/*/cycle_*/record.json")}
+    assert len(before) < 4 and process.poll() is None
+    refused = run_command(output)
+    assert refused.code == 2 and "in use by another driver" in refused.out and str(process.pid) in refused.out
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with sqlite3.connect(output / "mlflow.db") as db:
+        assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone()[0] > 0
+
+    again = run_command(output)
+    assert again.code == 0, again.out
+    for path, content in before.items():
+        assert path.read_bytes() == content  # nothing finished is computed again
+    assert core_bytes(output) == core_bytes(small_sweep.output)
+    records = [json.loads(path.read_text()) for path in output.glob("chains/*/cycle_*/record.json")]
+    assert len(records) == 4
+    resumed = [r["resumed_at_step"] for r in records if r["generation"] == 2 and r["resumed_at_step"]]
+    assert resumed and all(step % 8 == 0 for step in resumed)  # from the last checkpoint, not from the start
+    with sqlite3.connect(output / "mlflow.db") as db:
+        assert db.execute("select count(*) from runs").fetchone() == (7,)
+        assert db.execute("select distinct status from runs").fetchall() == [("FINISHED",)]
+        doubled = "select run_uuid, key, step, count(*) from metrics group by run_uuid, key, step having count(*) > 1"
+        assert db.execute(doubled).fetchall() == []
+
+
+def test_interrupted_driver_says_so_and_leaves_no_run_running(small_sweep, tmp_path):
+    output = tmp_path / "out"
+    share_data(small_sweep, output)
+    process, log = start(output, "--sweep.seeds", "0")
+    wait_for(lambda: any(output.glob("chains/*/cycle_00/curve.jsonl")), process)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()
+    assert "same command continues" in log.read_text()
+    with sqlite3.connect(output / "mlflow.db") as db:
+        assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
+
+
+def test_a_chain_that_diverges_is_marked_and_the_others_go_on(small_sweep, tmp_path):
+    output = tmp_path / "out"
+    share_data(small_sweep, output)
+    # One learning rate for all chains: seed 0 is finished from before in its own folder, so only what is new diverges.
+    run = run_command(output, "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9")
+    assert run.code == 1, run.out
+    failures = [json.loads(path.read_text()) for path in output.glob("chains/*/failed.json")]
+    assert len(failures) == 2 and {f["kind"] for f in failures} == {"diverged"}
+    assert all("train.lr" in f["reason"] and "step" in f["reason"] for f in failures)
+    assert "failed" in run.out
+    with sqlite3.connect(output / "mlflow.db") as db:
+        assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "altered"])
+def test_a_damaged_shard_ends_the_sweep_before_any_work(small_sweep, tmp_path, harm):
+    output = tmp_path / "out"
+    share_data(small_sweep, output)
+    (shard,) = output.glob("data/*/shards/train-00001.parquet")
+    raw = bytearray(shard.read_bytes())
+    shard.write_bytes(raw[:-100] if harm == "truncated" else raw[:300] + bytes([raw[300] ^ 1]) + raw[301:])
+    run = run_command(output)
+    assert run.code == 2 and str(shard) in run.out and "dmsae_ray.harvest" in run.out
+    assert not list(output.glob("chains/*/cycle_*"))
+
+
+def test_nan_in_the_activations_names_the_shard_and_saves_nothing(small_sweep, tmp_path):
+    """A shard that is whole, and recorded as such, but holds NaN: only training can notice."""
+    from dmsae_ray.activations.dataset import ActivationDataset, write_json
+    from dmsae_ray.activations.harvest import shard_entry
+    from dmsae_ray.activations.shard import COLUMN, read_rows
+
+    output = tmp_path / "out"
+    share_data(small_sweep, output)
+    (folder,) = (output / "data").glob("*")
+    manifest = ActivationDataset(folder).manifest
+    path = folder / "shards" / "train-00001.parquet"
+    rows = read_rows(path, manifest.d, manifest.dtype)
+    rows[::7, 3] = float("nan")
+    raw = rows.view(torch.int16).numpy()  # our own writer refuses such rows
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * manifest.d), len(raw), [None, pa.py_buffer(raw)])
+    pq.write_table(pa.table({COLUMN: column}), path, row_group_size=manifest.rows_per_group, compression="none",
+                   use_dictionary=False, write_statistics=False, write_page_checksum=True)  # fmt: skip
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["shards"][1] = shard_entry(folder, path, len(rows))
+    write_json(folder / "manifest.json", tree)
+    run = run_command(output, "--sweep.seeds", "0")
+    assert run.code == 1, run.out
+    (failed,) = output.glob("chains/*/failed.json")
+    failure = json.loads(failed.read_text())
+    assert failure["kind"] == "data" and str(path) in failure["reason"] and "NaN" in failure["reason"]
+    assert not list(output.glob("chains/*/cycle_*/sae.safetensors")) and not list(output.glob("chains/*/cycle_*/record.json"))
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--model.hook", "blocks.9.hook_resid_post"], ["model.hook blocks.9", "blocks.3.hook_resid_post"]),
+        (["--model.name", "/no/such/model"], ["/no/such/model"]),
+        (["--corpus.source", "/no/such/text.jsonl"], ["/no/such/text.jsonl"]),
+        (["--harvest.tokens", "9000000000000"], ["output folder", "GB more"]),
+        (["--harvest.tokens", "90000000"], ["harvest.tokens 90000000", "corpus"]),
+        (["--output", "/proc/nothing/here"], ["output folder /proc/nothing/here", "--output"]),
+        (["--harvest.dataset", "/tmp"], ["/tmp/manifest.json", "dmsae_ray.harvest"]),
+    ],
+)
+def test_bad_input_ends_with_one_message(tmp_path, argv, words):
+    run = run_command(tmp_path / "out", *argv)
+    assert run.code == 2, run.out
+    assert "Traceback" not in run.out
+    for word in words:
+        assert word in run.out, run.out
+
+
+def test_shards_made_otherwise_are_refused_by_field(small_sweep, tmp_path):
+    (folder,) = (small_sweep.output / "data").glob("*")
+    run = run_command(tmp_path / "out", "--harvest.dataset", str(folder), "--model.hook", "blocks.1.hook_resid_post")
+    assert run.code == 2 and "model.hook" in run.out and "blocks.2.hook_resid_post" in run.out
+
+
+def test_a_cluster_that_is_too_small_says_what_would_fit(small_sweep, tmp_path):
+    output = tmp_path / "out"
+    share_data(small_sweep, output)
+    ray = str(os.path.join(os.path.dirname(os.sys.executable), "ray"))
+    env = environment(RAY_AUTH_MODE="disabled")
+    subprocess.run([ray, "start", "--head", "--num-cpus=1", "--port=0", "--include-dashboard=false"], env=env, check=True, capture_output=True)
+    try:
+        run = run_command(output, "--cluster.workers", "2", RAY_AUTH_MODE="disabled")
+    finally:
+        subprocess.run([ray, "stop", "--force"], env=env, check=True, capture_output=True)
+    assert run.code == 2 and "too small" in run.out and "--num-cpus=3" in run.out, run.out

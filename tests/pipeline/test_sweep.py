@@ -1,0 +1,98 @@
+"""The main job through its front door, on real Ray, the real small model and real text."""
+
+import json
+import sqlite3
+
+import pytest
+from conftest import core_bytes, run_command
+
+
+def test_ends_with_both_tables_and_says_where_everything_lies(small_sweep):
+    out = small_sweep.run.out
+    for label in ("seed0-k8", "seed1-k8"):
+        assert label in out
+    assert "PW-MCC" in out and "null" in out
+    assert str(small_sweep.output) in out and "mlflow" in out.lower()
+
+
+def test_shows_our_lines_and_not_ray_s(small_sweep):
+    for chatter in ("(pid=", "INFO worker", "raylet", "TuneReport", "Logical resource usage", "FutureWarning", "Traceback"):
+        assert chatter not in small_sweep.run.out, chatter
+
+
+def test_one_completion_record_per_chain_and_cycle_with_sound_numbers(small_sweep):
+    chains = small_sweep.chains()
+    assert len(chains) == 2
+    for label, folder in chains.items():
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob("cycle_*/record.json"))]
+        assert [r["cycle"] for r in records] == [0, 1]
+        for r in records:
+            assert r["label"] == label and r["tokens"] == 16_384 and r["data"]["rows"] == 16_384
+            assert 0 < r["fvu"] < 1 and r["core_l0"] + r["free_l0"] == pytest.approx(r["l0"])
+            assert r["loss_clean"] < r["loss_spliced"] < r["loss_zero"]
+            assert r["coverage"] >= 0.9 and sum(r["origins"].values()) == r["core_out"] > 0
+            assert r["kept"] + r["left"] == r["core_in"] and r["kept"] + r["entered"] == r["core_out"]
+        assert records[0]["core_in"] == 0 and records[1]["core_in"] == records[0]["core_out"]
+
+
+def test_the_comparison_holds_scores_beside_their_nulls(small_sweep):
+    (path,) = (small_sweep.output / "sweeps").glob("*/comparison.json")
+    (pair,) = json.loads(path.read_text())["pairs"]
+    assert -1 <= pair["pw_mcc"] <= 1 and 0 <= pair["overlap"] <= 1
+    assert set(pair["nulls"]) == {"covariance", "matched_density", "cycle0"}
+    assert pair["nulls"]["covariance"]["draws"] == 50
+
+
+def test_mlflow_holds_the_tree_and_nothing_is_left_running(small_sweep):
+    import mlflow
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{small_sweep.output / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "dmsae_ray"]
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    kinds = sorted(run.data.tags["dmsae.kind"] for run in runs)
+    assert kinds == ["chain"] * 2 + ["cycle"] * 4 + ["sweep"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    by_id = {run.info.run_id: run for run in runs}
+    for run in runs:
+        parent = run.data.tags.get("mlflow.parentRunId")
+        assert (parent is None) == (run.data.tags["dmsae.kind"] == "sweep")
+        if run.data.tags["dmsae.kind"] == "cycle":
+            assert by_id[parent].data.tags["dmsae.kind"] == "chain"
+            names = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
+            assert "core.safetensors" in names and "scores.safetensors" in names
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+            assert steps and len(steps) == len(set(steps))
+    del mlflow
+
+
+def test_the_same_command_again_does_nothing_that_is_done(small_sweep):
+    before = {path: path.stat().st_mtime_ns for path in small_sweep.output.rglob("*.safetensors")}
+    again = run_command(small_sweep.output)
+    assert again.code == 0, again.out
+    assert "seed0-k8" in again.out and "PW-MCC" in again.out
+    assert "ray: " not in again.out  # nothing to compute, so Ray is not even started
+    assert {path: path.stat().st_mtime_ns for path in small_sweep.output.rglob("*.safetensors")} == before
+    with sqlite3.connect(small_sweep.output / "mlflow.db") as db:
+        assert db.execute("select count(*) from runs").fetchone() == (7,)
+
+
+def test_status_says_what_is_done(small_sweep):
+    status = run_command(small_sweep.output, "--status")
+    assert status.code == 0 and status.out.count("done") == 2 and "no driver at work" in status.out
+    more = run_command(small_sweep.output, "--status", "--sweep.seeds", "0,1,2")
+    assert more.out.count("done") == 2 and "not finished" in more.out
+
+
+def test_clean_removes_only_what_no_finished_result_needs(small_sweep):
+    stray = small_sweep.output / "chains" / "0123456789ab" / "cycle_00"
+    stray.mkdir(parents=True)
+    (stray / "checkpoint.pt").write_bytes(b"x" * 1000)
+    (small_sweep.output / "data" / "unused").mkdir()
+    cores = core_bytes(small_sweep.output)
+    dry = run_command(small_sweep.output, "--clean", "--dry_run")
+    assert dry.code == 0 and "would remove" in dry.out and stray.exists()
+    wet = run_command(small_sweep.output, "--clean")
+    assert wet.code == 0 and not stray.exists() and not (small_sweep.output / "data" / "unused").exists()
+    assert core_bytes(small_sweep.output) == cores
+    assert run_command(small_sweep.output, "--status").out.count("done") == 2

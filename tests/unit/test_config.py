@@ -1,0 +1,137 @@
+"""The configuration: what it accepts, what it refuses and how it says so, and what names a folder."""
+
+from pathlib import Path
+
+import pytest
+
+from dmsae_ray.config import Config, HarvestCommand, SweepCommand, fields_key, load
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ValueError) as error:
+        load(SweepCommand, list(argv))
+    return str(error.value)
+
+
+def test_default_needs_no_arguments():
+    config = load(SweepCommand, [])
+    assert config.name == "quickstart"
+    assert len(config.sweep.seeds) >= 2 and len(config.sweep.k) >= 2
+    assert config.sweep.cycles >= 4 and config.sae.width >= 2048 and config.train.tokens >= 300_000
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    config = load(SweepCommand, ["--config", str(path)])
+    assert config.name == path.stem.replace("_", "-")
+
+
+def test_paper_reading_takes_the_source_s_reading_of_the_open_decisions():
+    paper = load(SweepCommand, ["--config", str(CONFIGS / "gemma2_2b_l12_65k_paper_reading.yaml")])
+    ours = load(SweepCommand, ["--config", str(CONFIGS / "gemma2_2b_l12_65k.yaml")])
+    assert (paper.sae.core_gate, paper.sae.core_budget, paper.sae.core_decoder_init) == ("relu", "counted", "random")
+    changes = {"core_gate": "batchtopk", "core_decoder_init": "encoder"}
+    assert paper.sae.model_copy(update=changes) == ours.sae
+    assert paper.train == ours.train and paper.harvest == ours.harvest and paper.sweep == ours.sweep
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ntrain:\n  lr: 0.001\n  batch: 512\nsweep:\n  k: [8]\n")
+    config = load(SweepCommand, ["--config", str(path), "--train.lr", "0.002", "--sweep.seeds", "3,4"])
+    assert (config.train.lr, config.train.batch, config.sweep.k, config.sweep.seeds) == (0.002, 512, (8,), (3, 4))
+
+
+def test_unknown_key_in_the_file_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  learning_rate: 0.001\n")
+    message = refused("--config", str(path))
+    assert str(path) in message and "train.learning_rate" in message and "no such field" in message
+
+
+def test_unknown_flag_ends_the_command(capsys):
+    with pytest.raises(SystemExit) as error:
+        load(SweepCommand, ["--train.learning_rate", "0.1"])
+    assert error.value.code == 2
+    assert "--train.learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--train.lr", "fast"], ["train.lr", "number", "'fast'"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "cannot be read"]),
+        (["--sweep.k", "4096"], ["sweep.k 4096", "train.batch", "between 1 and 2048"]),
+        (["--sae.width", "16"], ["sae.width 16", "first group", "widen"]),
+        (["--attribution.tau", "1.5"], ["attribution.tau", "less than or equal to 1"]),
+        (["--attribution.tau", "0"], ["attribution.tau", "greater than 0"]),
+        (["--train.lanes", "3"], ["train.lanes 3", "train.batch 1024"]),
+        (["--cluster.workers", "3"], ["cluster.workers 3", "train.lanes 8"]),
+        (["--harvest.rows_per_group", "1000"], ["harvest.rows_per_group 1000", "train.batch / train.lanes"]),
+        (["--harvest.tokens", "100"], ["harvest.tokens 100", "one row group for each lane"]),
+        (["--train.tokens", "100"], ["train.tokens 100", "less than one batch"]),
+        (["--sweep.seeds", "1,1"], ["sweep.seeds", "twice"]),
+        (["--sae.prefix_fractions", "0.5,0.6"], ["sae.prefix_fractions", "together below 1"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_field(argv, words):
+    message = refused(*argv)
+    for word in words:
+        assert word in message, message
+
+
+def test_several_mistakes_are_all_named():
+    message = refused("--train.lanes", "3", "--sweep.k", "4096")
+    assert "train.lanes" in message and "sweep.k" in message
+
+
+def test_help_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        load(SweepCommand, ["--help"])
+    text = capsys.readouterr().out
+    for section, model in Config.model_fields.items():
+        if hasattr(model.annotation, "model_fields"):
+            for name, field in model.annotation.model_fields.items():
+                assert f"--{section}.{name}" in text
+                assert field.description, f"{section}.{name} has no description"
+    assert "(default: 0.0003)" in text
+
+
+def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else():
+    base = load(SweepCommand, [])
+
+    def key(*argv):
+        return fields_key(load(SweepCommand, list(argv)).chain_fields(0, 16, "data"))
+
+    same = key()
+    assert same == fields_key(base.chain_fields(0, 16, "data"))
+    for argv in (["--sweep.seeds", "0,1,2"], ["--sweep.k", "8,16"], ["--train.log_steps", "7"], ["--sweep.cycles", "6"],
+                 ["--output", "/elsewhere"], ["--name", "other"], ["--cluster.concurrent", "1"], ["--compare.draws", "50"]):  # fmt: skip
+        assert key(*argv) == same, argv
+    for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
+                 ["--cluster.workers", "2"], ["--sweep.data_seed", "5"]):  # fmt: skip
+        assert key(*argv) != same, argv
+
+
+def test_output_folder_is_absolute_and_lasting(monkeypatch, tmp_path):
+    monkeypatch.delenv("DMSAE_RAY_HOME", raising=False)
+    assert load(SweepCommand, []).home == Path.home() / "dmsae_ray" / "quickstart"
+    monkeypatch.setenv("DMSAE_RAY_HOME", str(tmp_path))
+    assert load(SweepCommand, []).home == tmp_path / "quickstart"
+    assert load(HarvestCommand, ["--output", "x"]).home == Path.cwd() / "x"
+
+
+def test_resolved_configuration_reads_back_as_itself(tmp_path):
+    import yaml
+
+    config = load(SweepCommand, ["--train.lr", "0.002", "--sweep.seeds", "7,8"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(config.section_dict()))
+    assert load(SweepCommand, ["--config", str(path)]).section_dict() == config.section_dict()
+
+
+def test_the_package_carries_the_quickstart():
+    packaged = Path(__file__).parents[2] / "dmsae_ray" / "configs" / "quickstart.yaml"
+    assert packaged.read_text() == (CONFIGS / "quickstart.yaml").read_text()

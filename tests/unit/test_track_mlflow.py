@@ -1,0 +1,302 @@
+"""MLflow shows what lies on disk, once, whatever happened to earlier drivers. A real sqlite store, shared by the module."""
+
+import json
+import logging
+import sqlite3
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dmsae_ray.track.mlflow_sync import MlflowTracker
+from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
+
+CYCLES, STEPS = 3, 40
+CONFIG = {
+    "name": "test", "sweep": {"seeds": [0, 1], "k": [16], "cycles": CYCLES}, "attribution": {"tau": 0.9},
+    "sae": {"width": 2048, "note": "x" * 2000},
+}  # fmt: skip
+
+
+def write_chain(folder, key, seed):
+    folder.mkdir(parents=True)
+    fields = {"seed": seed, "data_seed": seed, "k": 16, "sae": {"width": 2048}}
+    chain = {"format_version": 1, "key": key, "seed": seed, "data_seed": seed, "k": 16, "label": f"seed{seed}-k16", "fields": fields}
+    (folder / "chain.json").write_text(json.dumps(chain))
+    return folder
+
+
+def write_curve(folder, cycle, first, last, torn=False):
+    """Append the steps first..last as a training would, in strides of ten."""
+    path = folder / f"cycle_{cycle:02d}"
+    path.mkdir(exist_ok=True)
+    with open(path / "curve.jsonl", "a") as file:
+        for step in range(first, last + 1, 10):
+            row = {"step": step, "tokens": step * 1024, "lr": 3e-4, "loss": 1 / (1 + step), "fvu": 0.2, "l0": 16.0, "threshold": None}
+            file.write(json.dumps(row) + "\n")
+        if torn:
+            file.write('{"step": 9')
+
+
+def write_cycle(folder, cycle, core_in, core_out, curve=True):
+    path = folder / f"cycle_{cycle:02d}"
+    if curve:
+        write_curve(folder, cycle, 0, STEPS)
+    scores_P = np.random.default_rng(cycle).exponential(size=700)
+    ids_P = np.arange(700)
+    save_file({"ids": ids_P, "scores": scores_P, "curve": np.cumsum(np.sort(scores_P)[::-1]) / scores_P.sum()}, path / "scores.safetensors")
+    save_file({"W_enc": np.zeros((core_out, 4), dtype=np.float32)}, path / "core.safetensors")
+    record = {
+        "format_version": 1, "chain": "c", "cycle": cycle, "generation": 1, "seed": 0, "k": 16, "core_in": core_in, "core_out": core_out,
+        "kept": core_in, "entered": core_out - core_in, "left": 0, "jaccard": None if cycle == 0 else core_in / core_out,
+        "tokens": 40960, "steps": STEPS, "rows_dropped": 0, "theta": 0.5, "l0": 16.1, "core_l0": 8.0, "free_l0": 8.1, "fvu": 0.16,
+        "loss_clean": 3.1, "loss_spliced": 3.4, "loss_zero": 8.3, "loss_mean": 7.0, "loss_recovered_zero": 0.94,
+        "loss_recovered_mean": 0.92, "dead_share": 0.02, "core_share": 0.9, "coverage": 0.91, "origins": {"0": core_out},
+        "seconds": {"train": 20.0, "attribute": 5.0, "evaluate": 5.0, "total": 30.0}, "tokens_per_s": 12000.0,
+        "data": {"rows": 40960, "ray_tasks": 4}, "attribution": {"tokens": 1000, "shards": 3, "workers": 1, "resent": 0},
+        "finished_at": 1_790_000_000.0 + 60 * cycle,
+    }  # fmt: skip
+    (path / "record.json").write_text(json.dumps(record))
+
+
+def finish(folder, start=0):
+    sizes = [49, 70, 81]
+    for cycle in range(start, CYCLES):
+        write_cycle(folder, cycle, sizes[cycle - 1] if cycle else 0, sizes[cycle])
+
+
+def pair(a, b, value=0.8):
+    null = {"available": True, "reason": None, "mean": 0.2, "p99": 0.3, "overlap_mean": 0.0, "overlap_p99": 0.0, "mmcs_mean": 0.2,
+            "draws": 200, "size": [81, 81], "density_gap": None}  # fmt: skip
+    gone = null | {"available": False, "reason": "densities differ", "p99": None, "density_gap": 3.1}
+    return {"a": a, "b": b, "size_a": 81, "size_b": 80, "differs": "seed", "overlap": 0.7, "shared": 56, "pw_mcc": value,
+            "mmcs_ab": 0.8, "mmcs_ba": 0.79, "pw_mcc_dictionary": 0.4,
+            "nulls": {"covariance": null, "matched_density": gone, "cycle0": null | {"p99": 0.6}}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("a folder")
+
+
+@pytest.fixture
+def sweep(output, request):
+    """(tracker maker, folders of two chains) of a sweep of this test's own."""
+    key = request.node.name
+    chains = [(f"{key}-{seed}", f"seed{seed}-k16", output / "chains" / f"{key}-{seed}", seed, 16) for seed in (0, 1)]
+    for chain_key, _, folder, seed, _ in chains:
+        write_chain(folder, chain_key, seed)
+
+    def make(uri=None, sweep_key=key):
+        return MlflowTracker(uri, output, "experiment", sweep_key, f"sweep {sweep_key}", CONFIG, chains)
+
+    return make, [chain[2] for chain in chains]
+
+
+def runs_of(tracker, key):
+    """The sweep's runs in the store, as {(kind, key without the chain's prefix): run}; fails on duplicates."""
+    store = tracker._store
+    found = store.client.search_runs([store.experiment_id], f"tags.`dmsae.sweep` = '{key}'", max_results=1000)
+    runs = {(run.data.tags["dmsae.kind"], run.data.tags["dmsae.key"].removeprefix(key)): run for run in found}
+    assert len(runs) == len(found)
+    return runs
+
+
+def steps_of(tracker, run, metric):
+    return sorted(point.step for point in tracker._store.client.get_metric_history(run.info.run_id, metric))
+
+
+def rows_in(output):
+    """Rows of every table a sync writes to."""
+    with sqlite3.connect(output / "mlflow.db") as database:
+        return [database.execute(f"select count(*) from {table}").fetchone()[0] for table in ("runs", "metrics", "params", "tags")]
+
+
+def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
+    key, (make, (first, second)) = request.node.name, sweep
+    finish(first)
+    write_curve(second, 0, 0, 20, torn=True)
+    tracker = make()
+    assert tracker.sync()
+    runs = runs_of(tracker, key)
+    top, chain = runs["sweep", ""], runs["chain", "-0"]
+    assert set(runs) == {("sweep", ""), ("chain", "-0"), ("chain", "-1"), *(("cycle", f"-0/{n}") for n in range(3)), ("cycle", "-1/0")}
+    assert chain.data.tags["mlflow.parentRunId"] == top.info.run_id
+    cycle = runs["cycle", "-0/1"]
+    assert cycle.data.tags["mlflow.parentRunId"] == chain.info.run_id
+    assert {name: cycle.data.tags[name] for name in ("seed", "k", "cycle", "chain", "stage")} == {
+        "seed": "0", "k": "16", "cycle": "1", "chain": "seed0-k16", "stage": "distill",
+    }  # fmt: skip
+    assert top.data.params["sae.width"] == "2048" and len(top.data.params["sae.note"]) == PARAM_LENGTH
+    assert chain.data.params["chain.data_seed"] == "0"
+    assert steps_of(tracker, cycle, "train/loss") == [0, 10, 20, 30, 40]
+    assert "train/threshold" not in cycle.data.metrics
+    assert cycle.data.metrics["cycle/core_size"] == 70 and cycle.data.metrics["cycle/jaccard"] == 0.7
+    assert steps_of(tracker, chain, "cycle/core_size") == [0, 1, 2] and steps_of(tracker, chain, "cycle/jaccard") == [1, 2]
+    ranks = steps_of(tracker, cycle, "attribution/coverage")
+    assert len(ranks) <= 200 and 70 in ranks and ranks[0] == 1 and ranks[-1] == 700
+    assert cycle.data.metrics["attribution/coverage"] == pytest.approx(1.0)
+    client = tracker._store.client
+    assert {entry.path for entry in client.list_artifacts(cycle.info.run_id)} == {"core.safetensors", "scores.safetensors", "record.json"}
+    assert [entry.path for entry in client.list_artifacts(chain.info.run_id)] == ["coverage.png"]
+    assert (cycle.info.status, chain.info.status) == ("FINISHED", "FINISHED")
+    assert cycle.info.end_time - cycle.info.start_time == 30_000
+    assert runs["chain", "-1"].info.status == runs["cycle", "-1/0"].info.status == top.info.status == "RUNNING"
+
+    before, begin = rows_in(output), time.monotonic()
+    assert tracker.sync()
+    assert time.monotonic() - begin < 0.3
+    assert rows_in(output) == before
+    assert make().sync()
+    assert rows_in(output) == before
+
+
+def test_killed_driver_leaves_no_gap_and_no_duplicate(sweep, request):
+    key, (make, (first, second)) = request.node.name, sweep
+    write_curve(first, 0, 0, 20, torn=True)
+    killed = make()
+    assert killed.sync()
+    before = runs_of(killed, key)
+    # The new driver trains steps 20.. again, in the same file, behind the line that was cut.
+    with open(first / "cycle_00" / "curve.jsonl", "a") as file:
+        file.write("\n")
+    write_curve(first, 0, 20, STEPS)
+    write_cycle(first, 0, 0, 49, curve=False)
+    write_curve(first, 1, 0, 10)
+    tracker = make()
+    assert tracker.sync()
+    write_curve(first, 1, 20, STEPS)
+    write_cycle(first, 1, 49, 70, curve=False)
+    finish(first, start=2)
+    finish(second)
+    tracker.close()
+    after = runs_of(tracker, key)
+    assert {run.info.status for run in after.values()} == {"FINISHED"}
+    assert all(after[name].info.run_id == run.info.run_id for name, run in before.items())
+    for n in range(CYCLES):
+        assert steps_of(tracker, after["cycle", f"-0/{n}"], "train/fvu") == [0, 10, 20, 30, 40]
+    assert steps_of(tracker, after["chain", "-0"], "cycle/l0") == [0, 1, 2]
+    assert not [run for run in after.values() if run.info.end_time is None]
+
+
+def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
+    key, (make, (first, second)) = request.node.name, sweep
+    write_curve(first, 0, 0, 20)
+    abandoned = make(sweep_key=f"{key}-abandoned")
+    assert abandoned.sync()
+    tracker = make()
+    tracker.sync()
+    assert runs_of(abandoned, f"{key}-abandoned")["sweep", ""].info.status == "KILLED"
+    tracker.close("KILLED")
+    killed = runs_of(tracker, key)
+    assert {run.info.status for run in killed.values()} == {"KILLED"} and ("cycle", "-0/0") in killed
+    assert tracker.sync() and runs_of(tracker, key)["sweep", ""].info.status == "KILLED"
+    tracker = make()
+    tracker.sync()
+    assert {run.info.status for run in runs_of(tracker, key).values()} == {"RUNNING"}
+    write_curve(first, 0, 30, STEPS)
+    write_cycle(first, 0, 0, 49, curve=False)
+    finish(first, start=1)
+    finish(second)
+    tracker.close()
+    done = runs_of(tracker, key)
+    assert {run.info.status for run in done.values()} == {"FINISHED"}
+    assert all(done[name].info.run_id == run.info.run_id for name, run in killed.items())
+    with sqlite3.connect(output / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs where status = 'RUNNING'").fetchone()[0] == 0
+
+
+def test_failed_chain_says_why_until_it_is_mended(sweep, request):
+    key, (make, (first, second)) = request.node.name, sweep
+    finish(first)
+    write_curve(second, 0, 0, 20)
+    (second / "failed.json").write_text(json.dumps({"cycle": 0, "step": 25, "reason": "loss is nan", "generation": 1}))
+    tracker = make()
+    tracker.close()
+    runs = runs_of(tracker, key)
+    for name in (("chain", "-1"), ("cycle", "-1/0")):
+        assert runs[name].info.status == "FAILED"
+        assert runs[name].data.tags["failed"] == "cycle 0, step 25: loss is nan"
+    assert runs["sweep", ""].info.status == runs["chain", "-0"].info.status == "FINISHED"
+    (second / "failed.json").unlink()
+    write_curve(second, 0, 30, STEPS)
+    write_cycle(second, 0, 0, 49, curve=False)
+    finish(second, start=1)
+    make().close()
+    runs = runs_of(tracker, key)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert "failed" not in runs["chain", "-1"].data.tags and "failed" not in runs["cycle", "-1/0"].data.tags
+
+
+def test_comparison_can_be_downloaded_and_is_replaced(sweep, output, request, tmp_path):
+    key, (make, folders) = request.node.name, sweep
+    finish(folders[0])
+    comparison = {"format_version": 1, "chains": ["seed0-k16"], "failed": [{"label": "seed1-k16", "reason": "x"}], "pairs": []}
+    tracker = make()
+    assert tracker.log_comparison(comparison)
+    finish(folders[1])
+    names = ["seed0-k16", "seed1-k16"]
+    report = tmp_path / "report.txt"
+    report.write_text("report")
+    comparison = {"format_version": 1, "chains": names, "failed": [], "pairs": [pair(*names)]}
+    assert tracker.log_comparison(comparison, [report])
+    run = runs_of(tracker, key)["sweep", ""]
+    got = lambda name: open(tracker._store.client.download_artifacts(run.info.run_id, name, str(tmp_path)), "rb").read()  # noqa: E731
+    pairs, chains = json.loads(got("tables/pairs.json")), json.loads(got("tables/chains.json"))
+    assert len(pairs["data"]) == 1 and len(chains["data"]) == 2
+    assert dict(zip(pairs["columns"], pairs["data"][0], strict=True))["covariance p99"] == 0.3
+    assert dict(zip(chains["columns"], chains["data"][0], strict=True))["core sizes"] == "49>70>81"
+    assert got("tables/consistency.csv").decode().splitlines()[1] == "seed0-k16,,0.800000"
+    assert got("consistency.png").startswith(b"\x89PNG") and got("core_sizes.png").startswith(b"\x89PNG")
+    assert json.loads(got("comparison.json")) == comparison and got("report.txt") == b"report"
+    assert run.data.metrics["compare/pw_mcc_min"] == 0.8 and run.data.metrics["compare/share_above_covariance"] == 1.0
+    assert run.data.metrics["compare/matched_density_available"] == 0 and "compare/share_above_matched_density" not in run.data.metrics
+    assert "tables/pairs.json" in run.data.tags["mlflow.loggedArtifacts"]
+    before = rows_in(output)
+    assert tracker.log_comparison(comparison)
+    assert rows_in(output) == before
+
+
+def test_store_that_fails_is_warned_of_once_and_caught_up(sweep, request, caplog, monkeypatch):
+    key, (make, (first, _)) = request.node.name, sweep
+    finish(first)
+    tracker = make()
+    works = tracker._store.client.log_artifact
+
+    def full(run_id, path, folder=None):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracker._store.client, "log_artifact", full)
+    with caplog.at_level(logging.WARNING, "dmsae_ray"):
+        assert not tracker.sync() and not tracker.sync()
+    assert len(caplog.records) == 1 and "No space left" in caplog.text
+    with pytest.raises(TrackingError, match=r"sqlite:.*mlflow.db.*start the same command again"):
+        tracker.close()
+    monkeypatch.setattr(tracker._store.client, "log_artifact", works)
+    assert tracker.sync()
+    run = runs_of(tracker, key)["cycle", "-0/0"]
+    assert steps_of(tracker, run, "train/loss") == [0, 10, 20, 30, 40] and run.info.status == "FINISHED"
+    (first / "cycle_00" / "record.json").write_text("{")
+    assert make().sync() is False
+    assert "cycle_00/record.json" in caplog.text
+
+
+def test_long_curves_go_in_several_batches(output):
+    store = RunStore(None, output, "experiment")
+    store.load()
+    run_id = store.open("long", "sweep", "long", "long", {}, None)
+    points = [Point("m", 1.0 if step else float("nan"), step, 1_790_000_000_000) for step in range(METRICS_PER_BATCH + 2)]
+    store.append(run_id, points)
+    store.append(run_id, points)
+    again = RunStore(None, output, "experiment")
+    again.load()
+    again.append(run_id, [*points, points[-1]._replace(step=5000)])
+    steps = sorted(point.step for point in store.client.get_metric_history(run_id, "m"))
+    assert steps == [*range(1, METRICS_PER_BATCH + 2), 5000]
+
+
+def test_unusable_store_is_named(tmp_path):
+    (tmp_path / "mlflow.db").write_text("not a database, and long enough to be read as one" * 40)
+    with pytest.raises(TrackingError, match=r"track.uri sqlite:.*mlflow.db.*cannot be used"):
+        RunStore(None, tmp_path, "experiment")
