@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +58,7 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
         os.environ.setdefault(name, value)
     import ray
 
-    quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, configure_logging=True)
-    if not verbose:
-        for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=r"ray(\.|$)")
+    quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or _running_here()
     if address is None:
         cores = available_cpus()

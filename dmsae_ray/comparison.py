@@ -15,7 +15,7 @@ from dmsae_ray.compare.pair import ChainResult, CompareSettings, compare_all
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.select import load_scores
+from dmsae_ray.distill.select import load_scores, rank
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ def chain_result(plan: ChainPlan, cycle: int) -> ChainResult:
     sae, stored = MatryoshkaSAE.load(plan.folder.cycle(cycle).sae)
     first, _ = MatryoshkaSAE.load(plan.folder.cycle(0).sae)
     W_enc_FD, W_dec_FD = first.encoder().detach(), first.W_dec.detach()
-    by_score_N = load_scores(plan.folder.cycle(0).scores).ids_N
+    by_score_N = rank(load_scores(plan.folder.cycle(0).scores)).ids_N
     return ChainResult(
         label=plan.label, seed=plan.seed, k=plan.k, core=core, W_enc_FD=sae.encoder().detach(), W_dec_FD=sae.W_dec.detach(),
         density_F=stored["density"], core_ids=core.latent_ids_C,

@@ -10,7 +10,8 @@ from dmsae_ray.cluster import connect, disconnect
 from dmsae_ray.config import Config, HarvestCommand, load
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight
-from dmsae_ray.sweep import INTERRUPTED, Lines, interrupt
+from dmsae_ray.screen import Screen
+from dmsae_ray.sweep import INTERRUPTED, interrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,22 +31,21 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: Config, verbose: bool) -> int:
     preflight(config)
     lock = OutputLock(config.home)
-    say = Lines(config.home)
     try:
-        dataset = find_dataset(config)
-        if dataset is None:
-            capacity = connect(config, chains=1, verbose=verbose)
-            try:
-                dataset = harvest(config, say, capacity.harvest_actors)
-            finally:
-                disconnect(capacity, say.path.with_suffix(".ray"))
-        manifest = dataset.manifest
-        say(
-            f"{dataset.folder}: {sum(s['rows'] for s in manifest.shards):,} training rows in {len(manifest.shards)} shards, "
-            f"{manifest.calibration['rows']:,} held back, d = {manifest.d}, {manifest.dtype}, scale {manifest.scale:.6g}"
-        )
+        with Screen(config.home, "harvest", verbose) as say:
+            dataset = find_dataset(config)
+            if dataset is None:
+                capacity = connect(config, chains=1, verbose=verbose)
+                try:
+                    dataset = harvest(config, say, capacity.harvest_actors)
+                finally:
+                    disconnect(capacity, say.path.with_suffix(".ray"))
+            manifest = dataset.manifest
+            say(
+                f"{dataset.folder}: {sum(s['rows'] for s in manifest.shards):,} training rows in {len(manifest.shards)} shards, "
+                f"{manifest.calibration['rows']:,} held back, d = {manifest.d}, {manifest.dtype}, scale {manifest.scale:.6g}"
+            )
     finally:
-        say.close()
         lock.release()
     return 0
 

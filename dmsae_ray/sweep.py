@@ -6,11 +6,9 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import yaml
@@ -26,6 +24,7 @@ from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.housekeeping import clean, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight
+from dmsae_ray.screen import Screen
 
 INTERRUPTED = 130
 
@@ -53,37 +52,18 @@ def run(command: SweepCommand) -> int:
     config, verbose = Config(**command.section_dict()), command.verbose
     preflight(config)
     lock = OutputLock(config.home)
-    say = Lines(config.home)
     try:
-        lease = lock.lease()
-        say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}")
-        return Sweep(config, lease, say, verbose).run()
+        with Screen(config.home, "sweep", verbose) as say:
+            say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}")
+            return Sweep(config, lock.lease(), say, verbose).run()
     finally:
-        say.close()
         lock.release()
-
-
-class Lines:
-    """Our lines: to the terminal, and with the time to a log file in the output folder."""
-
-    def __init__(self, home: Path):
-        (home / "logs").mkdir(exist_ok=True)
-        self.path = home / "logs" / time.strftime("sweep-%Y%m%d-%H%M%S.log")
-        self._file = open(self.path, "a")
-
-    def __call__(self, line: str) -> None:
-        print(line, flush=True)
-        self._file.write(f"{time.strftime('%F %T')} {line}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Sweep:
     """One run of the command, after its configuration was found good and the output folder is ours."""
 
-    def __init__(self, config: Config, lease: Lease, say: Lines, verbose: bool):
+    def __init__(self, config: Config, lease: Lease, say: Screen, verbose: bool):
         self.config, self.lease, self.say, self.verbose = config, lease, say, verbose
         self.capacity: Capacity | None = None
 
@@ -164,7 +144,7 @@ class Sweep:
         for plan in todo:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
         scratch = self.config.home / "ray" / str(self.lease.generation)
-        with LiveLines(lambda: ray.get(board.snapshot.remote())), Every(10.0, tracker.sync):
+        with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             run_chains(todo, capacity.concurrent, board, scratch)
 
     # -- say -----------------------------------------------------------------------------------------------------------
@@ -186,7 +166,7 @@ class Sweep:
         tables = report(rows, comparison)
         write_report(folder / "report.txt", tables)
         save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
-        terminal_console().print(tables)
+        terminal_console(self.say.stream).print(tables)
         uri = self.config.track.uri or f"sqlite:///{self.config.home / 'mlflow.db'}"
         self.say(f"everything lies in {self.config.home}; this sweep's report in {folder}")
         self.say(f"MLflow: make ui, or mlflow server --backend-store-uri {uri}")
@@ -218,5 +198,4 @@ def interrupt(number, frame):
 
 
 if __name__ == "__main__":
-    logging.captureWarnings(True)
     sys.exit(main())

@@ -41,7 +41,8 @@ README = """\
 
 Copyright Python Software Foundation and contributors. `LICENSE` is the licence of that Python release, taken from
 the installation; it covers sources and documentation. Files that are byte for byte equal were kept once; nothing
-else was changed, except that line ends are `\\n`.
+else was changed, except that line ends are `\\n`. {left} more documents, those with the largest hash of their text, were left
+out to keep the file under {limit:,} bytes.
 
 Made by `jobs/build_corpus.py`. sha256 of `documents.parquet`: `{sha256}`.
 """
@@ -113,10 +114,11 @@ def main() -> None:
         if not folder.is_dir():
             raise SystemExit(f"{folder} is not a folder: give --stdlib and --docs (Debian package python3.11-doc)")
     licence = args.licence or args.stdlib / "LICENSE.txt"
-    version = (args.stdlib / "LICENSE.txt").parent.name.removeprefix("python")
+    version = args.stdlib.name.removeprefix("python")
 
     args.out.mkdir(parents=True, exist_ok=True)
     documents = collect(args.stdlib, args.docs)
+    collected = len(documents)
     target = args.out / "documents.parquet"
     size = write(documents, target)
     by_hash = sorted(documents, key=lambda name: text_hash(documents[name]))
@@ -131,7 +133,7 @@ def main() -> None:
     lib = sum(name.startswith("lib/") for name in documents)
     (args.out / "README.md").write_text(README.format(
         count=len(documents), characters=sum(map(len, documents.values())), lib=lib, doc=len(documents) - lib,
-        version=version, sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
+        version=version, left=collected - len(documents), limit=args.limit, sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
     ))
     print(f"{len(documents)} documents ({lib} of the library), {sum(map(len, documents.values())):,} characters, {size:,} bytes")
 

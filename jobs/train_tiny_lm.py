@@ -5,11 +5,15 @@
 Only documents of the training split of the embedded corpus are seen, by the tokenizer as well as by the model; the
 loss on the model card is that of the saved bf16 weights on the evaluation split. A sequence is BOS and up to 127
 tokens of one document, which is how the model is used afterwards (corpus/tokens.py).
+
+The weights so far are kept in `checkpoint` under --out; --start-from takes that folder, or a finished model, and trains on
+from its weights with a new schedule (the optimiser's state is rebuilt during the warm-up).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -22,12 +26,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from dmsae_ray.corpus.documents import load_documents
 from dmsae_ray.corpus.split import split_of
+from dmsae_ray.corpus.tokens import MIN_PIECE
 
 ATTRIBUTION = EVALUATION = 0.05  # the default shares of held-out documents
 CONTEXT = 128  # tokens of a sequence, BOS included
-MIN_PIECE = 16  # as in corpus/tokens.py: shorter pieces of a document are dropped
 VOCABULARY = 4096
 PAD, EOS, BOS = 0, 1, 2  # ids as in Gemma's tokenizer
+TRAINED = "trained.json"  # beside the weights: tokens, steps and minutes that made them
 IGNORED = -100  # target value that cross-entropy leaves out
 
 # 1.5 M parameters; head_dim * heads = hidden, two layers of the four look back 64 tokens only, as every second layer
@@ -181,14 +186,15 @@ def optimisers(model: torch.nn.Module, lr: float, muon: bool) -> list[torch.opti
     return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
 
 
-def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write config, bf16 weights and tokenizer; the model itself keeps its dtype."""
+def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, trained: dict) -> None:
+    """Write config, bf16 weights, tokenizer and what went into them; the model itself keeps its dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     copy = Gemma2ForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(state)
     copy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / TRAINED).write_text(json.dumps(trained) + "\n")
 
 
 def main() -> None:
@@ -202,11 +208,11 @@ def main() -> None:
     parser.add_argument("--optimiser", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16 (faster where the CPU has it)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", type=Path, help="weights to go on from, written by an earlier run")
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0, help="time between two saves of the weights")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     by_split: dict[str, list[str]] = {"train": [], "attribution": [], "evaluation": []}
     for document in load_documents("embedded"):
         by_split[split_of(document.text, ATTRIBUTION, EVALUATION)].append(document.text)
@@ -218,13 +224,26 @@ def main() -> None:
     print({name: len(texts) for name, texts in by_split.items()}, f"{train_tokens:,} training tokens", flush=True)
 
     model = Gemma2ForCausalLM(Gemma2Config(**ARCHITECTURE, attn_implementation="eager"))
+    before = {"tokens": 0, "steps": 0, "minutes": 0.0}
+    if args.start_from:
+        before = json.loads((args.start_from / TRAINED).read_text())
+        earlier = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
+
+    def trained() -> dict:
+        minutes = (time.monotonic() - started) / 60
+        return {"tokens": before["tokens"] + seen, "steps": before["steps"] + step, "minutes": before["minutes"] + minutes}
+
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
     opts = optimisers(model, args.lr, args.optimiser == "muon")
     started = checkpoint = time.monotonic()
-    seen, step, epoch, smooth = 0, 0, 0, None
-    while (progress := max(seen / args.tokens, (time.monotonic() - started) / 60 / args.minutes)) < 1:
+    seen, step, smooth = 0, 0, None
+    epoch = round(before["tokens"] / train_tokens)
+    progress = 0.0
+    while progress < 1:
         # Each pass cuts the documents at other places, so that a token is not always seen with the same context.
+        rng = np.random.default_rng([args.seed, epoch])
         offsets = rng.integers(0, CONTEXT - 1, len(train)).tolist() if epoch else [0] * len(train)
         rows_NT = rng.permutation(sequences(train, offsets))
         for first in range(0, len(rows_NT) - args.batch + 1, args.batch):
@@ -251,12 +270,12 @@ def main() -> None:
                 print(f"step {step} tokens {seen:,} loss {smooth:.3f} lr {lr:.2e} tok/s {rate:,.0f}", flush=True)
             if time.monotonic() - checkpoint > 60 * args.checkpoint_minutes:
                 checkpoint = time.monotonic()
-                save(model, tokenizer, args.out / "checkpoint")
+                save(model, tokenizer, args.out / "checkpoint", trained())
                 print(f"step {step} held-out glance {held_out_loss(model, watch_NT)[0]:.3f}", flush=True)
         epoch += 1
-    minutes = (time.monotonic() - started) / 60
+    done = trained()
 
-    save(model, tokenizer, args.out)
+    save(model, tokenizer, args.out, done)
     shutil.rmtree(args.out / "checkpoint", ignore_errors=True)
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32, attn_implementation="eager")
     loss, targets = held_out_loss(saved, evaluation_NT)
@@ -264,12 +283,12 @@ def main() -> None:
         **ARCHITECTURE, parameters=parameters, size=(args.out / "model.safetensors").stat().st_size,
         train_documents=len(train), train_tokens=train_tokens,
         held_documents=len(by_split["attribution"]) + len(by_split["evaluation"]),
-        attribution=ATTRIBUTION, evaluation=EVALUATION, tokens=seen, epochs=seen / train_tokens, context=CONTEXT,
-        steps=step, batch=args.batch, optimiser="Muon and AdamW" if args.optimiser == "muon" else "AdamW",
-        seed=args.seed, minutes=minutes, threads=torch.get_num_threads(), loss=loss, loss_tokens=targets,
+        attribution=ATTRIBUTION, evaluation=EVALUATION, tokens=done["tokens"], epochs=done["tokens"] / train_tokens, context=CONTEXT,
+        steps=done["steps"], batch=args.batch, optimiser="Muon and AdamW" if args.optimiser == "muon" else "AdamW",
+        seed=args.seed, minutes=done["minutes"], threads=torch.get_num_threads(), loss=loss, loss_tokens=targets,
         evaluation_documents=len(by_split["evaluation"]),
     ))
-    print(f"held-out loss {loss:.4f} nats over {targets:,} targets; {minutes:.1f} minutes; {args.out}", flush=True)
+    print(f"held-out loss {loss:.4f} nats over {targets:,} targets; {done['minutes']:.1f} minutes; {args.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -210,13 +210,18 @@ def harvest(config: Config, say: Callable[[str], None], actors: int) -> Activati
             ShardMaker, fn_constructor_kwargs={"config": config, "folder": str(folder), "key": key},
             batch_size=1, batch_format="numpy", compute=pool, num_cpus=1, num_gpus=h.gpus_per_actor,
         )  # fmt: skip
+        total, first = sum(plan.rows for plan in missing), None
         for row in table.iter_rows():
             entry = row["entry"]
             entries[Path(entry["file"]).stem] = entry
             done += entry["rows"]
-            rate = done / (time.monotonic() - start)
-            left = sum(p.rows for p in missing) - done
-            say(f"harvest: {entry['file']} written, {done:,} tokens, {rate:,.0f} tokens/s, {left / rate:.0f} s left")
+            now = time.monotonic()
+            if first is None:
+                first = now, done  # actors start and load the model before this: no rate can be told yet
+            rate = (done - first[1]) / (now - first[0]) if done > first[1] else None
+            pace = f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left" if rate else ""
+            say(f"harvest: {done:,} of {total:,} tokens{pace}")
+        say(f"harvest: done in {time.monotonic() - start:.0f} s")
     return _finish(config, folder, key, fields, model_fingerprint, corpus, plans, entries)
 
 

@@ -69,7 +69,7 @@ class Stream:
         context.use_datasource_v2 = False  # the V2 stage takes seconds to give a first batch
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits.object_store_memory = self.object_store_bytes
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=self.object_store_bytes)
         unit_bytes = self.order.unit_rows * 2 * self.dataset.manifest.d
         per_task = int(np.clip(BLOCK_BYTES // unit_bytes, 1, len(self._lanes)))
         table = pa.table(

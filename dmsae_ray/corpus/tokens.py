@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,40 +26,32 @@ ENCODE_DOCUMENTS = 64
 class TokenSequences:
     """Rows of BOS, tokens of one document, padding."""
 
-    ids_NT: np.ndarray
+    ids: np.ndarray
     """int32 [N, T]"""
-    lengths_N: np.ndarray
+    lengths: np.ndarray
     """int32 [N], real tokens of a row, BOS included"""
 
     def __post_init__(self) -> None:
-        assert self.ids_NT.ndim == 2 and self.ids_NT.dtype == np.int32, (self.ids_NT.shape, self.ids_NT.dtype)
-        assert self.lengths_N.shape == (len(self.ids_NT),) and self.lengths_N.dtype == np.int32
-
-    @property
-    def ids(self) -> np.ndarray:
-        return self.ids_NT
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.lengths_N
+        assert self.ids.ndim == 2 and self.ids.dtype == np.int32, (self.ids.shape, self.ids.dtype)
+        assert self.lengths.shape == (len(self.ids),) and self.lengths.dtype == np.int32
 
     @property
     def tokens(self) -> int:
         """Tokens that can become rows: BOS and padding do not count."""
-        return int((self.lengths_N.astype(np.int64) - 1).sum())
+        return int((self.lengths.astype(np.int64) - 1).sum())
 
     def __len__(self) -> int:
-        return len(self.ids_NT)
+        return len(self.ids)
 
     def take(self, order: np.ndarray) -> TokenSequences:
         """The sequences at these indices, in this order."""
-        return TokenSequences(self.ids_NT[order], self.lengths_N[order])
+        return TokenSequences(self.ids[order], self.lengths[order])
 
     def first_tokens(self, tokens: int) -> TokenSequences:
         """The shortest run of first sequences with at least so many tokens; all of them if there are fewer."""
-        reached = np.cumsum(self.lengths_N.astype(np.int64) - 1) >= tokens
+        reached = np.cumsum(self.lengths.astype(np.int64) - 1) >= tokens
         last = int(reached.argmax()) + 1 if reached.any() else len(self)
-        return TokenSequences(self.ids_NT[:last], self.lengths_N[:last])
+        return TokenSequences(self.ids[:last], self.lengths[:last])
 
     def batches(self, sequences: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (ids [B, T], lengths [B]) as int64 tensors, always of B = `sequences` rows.
@@ -67,12 +60,11 @@ class TokenSequences:
         of the computation, and with it every rounding, does not depend on where a batch stands.
         """
         for first in range(0, len(self), sequences):
-            ids = self.ids_NT[first : first + sequences]
-            lengths = self.lengths_N[first : first + sequences]
+            ids = self.ids[first : first + sequences]
+            lengths = self.lengths[first : first + sequences]
             missing = sequences - len(ids)
             if missing:
-                # All padding but the BOS: copies of the first token of a row everywhere would do as well, since these
-                # positions never count; the last row's tokens keep the ids inside the vocabulary.
+                # Copies of a real row, so that nothing unusual is computed at positions that never count.
                 ids = np.concatenate([ids, np.repeat(ids[-1:], missing, axis=0)])
                 lengths = np.concatenate([lengths, np.ones(missing, np.int32)])
             yield torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
@@ -83,7 +75,7 @@ class TokenSequences:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         header = {"format_version": FORMAT_VERSION} | {key: str(value) for key, value in (metadata or {}).items()}
-        tensors = {"ids": np.ascontiguousarray(self.ids_NT), "lengths": np.ascontiguousarray(self.lengths_N)}
+        tensors = {"ids": np.ascontiguousarray(self.ids), "lengths": np.ascontiguousarray(self.lengths)}
         save_file(tensors, temporary, metadata=header)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -110,12 +102,10 @@ def _open(path: Path):
         file = safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged file of token sequences ({error}); {remedy}") from error
-    with file as opened:
-        found = (opened.metadata() or {}).get("format_version")
-        names = set(opened.keys())
-    if found != FORMAT_VERSION or names != {"ids", "lengths"}:
+    found = (file.metadata() or {}).get("format_version")
+    if found != FORMAT_VERSION or set(file.keys()) != {"ids", "lengths"}:
         raise ValueError(f"{path}: token sequences of format {found}, this version reads {FORMAT_VERSION}; {remedy}")
-    return safe_open(path, framework="numpy")
+    return file
 
 
 def pad_id_of(tokenizer) -> int:
@@ -136,16 +126,15 @@ def tokenise(documents: Iterable[Document], tokenizer, context: int) -> TokenSeq
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every sequence; use another model")
     pad, body = pad_id_of(tokenizer), context - 1
     shortest = min(MIN_PIECE, body)
-    ids, lengths, batch = [], [], []
-    for document in _with_end(documents):
-        if document is not None:
-            batch.append(document.text)
-            if len(batch) < ENCODE_DOCUMENTS:
-                continue
-        if not batch:
-            continue
-        # verbose=False: documents are longer than the model's context, and are cut right here.
-        for text_ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+    ids, lengths = [], []
+    stream = iter(documents)
+    while texts := [document.text for document in islice(stream, ENCODE_DOCUMENTS)]:
+        # verbose=False: documents are longer than the model's context, and are cut right here. A special token's name
+        # in a text is text: the only BOS of a row is its first token.
+        encoded = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        for text_ids in encoded["input_ids"]:
             for start in range(0, len(text_ids), body):
                 piece = text_ids[start : start + body]
                 if len(piece) < shortest:
@@ -155,15 +144,9 @@ def tokenise(documents: Iterable[Document], tokenizer, context: int) -> TokenSeq
                 row[1 : 1 + len(piece)] = piece
                 ids.append(row)
                 lengths.append(1 + len(piece))
-        batch.clear()
     if not ids:
         raise ValueError(
             f"no document has {shortest} tokens or more, so there is no sequence: give more or longer documents, "
             "or other corpus.attribution_share and corpus.evaluation_share"
         )
     return TokenSequences(np.stack(ids), np.array(lengths, dtype=np.int32))
-
-
-def _with_end(documents: Iterable[Document]) -> Iterator[Document | None]:
-    yield from documents
-    yield None

@@ -37,6 +37,10 @@ from dmsae_ray.sae.step import Diverged, Trainer
 from dmsae_ray.sae.threshold import calibrate
 
 
+FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+"""What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries."""
+
+
 def train_chain(loop: dict) -> None:
     """What every Ray Train worker runs. loop: plan (ChainPlan), aggregator and board (actor handles)."""
     plan: ChainPlan = loop["plan"]
@@ -47,7 +51,7 @@ def train_chain(loop: dict) -> None:
     try:
         worker.run()
     except Exception as error:
-        known = _cause(error, (Diverged, ShardError))
+        known = _cause(error, FINAL)
         if known is None:
             raise
         worker.fail(known)
@@ -287,11 +291,14 @@ class ChainWorker:
         )
 
     def fail(self, error: Exception) -> None:
-        """Mark the chain failed. Divergence is final for this chain's fields; bad data is tried again by the next sweep."""
-        if self.rank == 0 or isinstance(error, ShardError):
-            self.plan.lease.check()
-            write_failure(self.plan, "diverged" if isinstance(error, Diverged) else "data", str(error), self.cycle)
-            self.board.update.remote(self.plan.label, phase="failed", message=str(error))
+        """Mark the chain failed. Divergence is final for this chain's fields; anything else is tried again by the next sweep."""
+        if self.rank and isinstance(error, Diverged):
+            return  # all ranks diverge together, rank 0 writes
+        self.plan.lease.check()
+        kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError) else "error"
+        reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
+        write_failure(self.plan, kind, reason, self.cycle)
+        self.board.update.remote(self.plan.label, phase="failed", message=reason)
 
 
 def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None) -> None:

@@ -30,8 +30,8 @@ EXPLODED = 1e3
 """A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is more)."""
 
 GUESS = 0.9
-"""The next batch's smallest kept value is guessed to exceed this share of the last one's. It varies by 1 to 2 % between random
-batches, and the lower guess costs only 1.3 times k * B candidates; a wrong guess costs time, never correctness."""
+"""The next batch's smallest kept value is guessed to exceed this share of the last one's (both hold on CANDIDATES). A wrong
+guess costs time, never correctness."""
 
 
 class Diverged(RuntimeError):
@@ -69,8 +69,8 @@ class Trainer:
     """An SAE in training: its optimiser, counters and running threshold.
 
     model: the `LossModule` of this SAE wrapped in DistributedDataParallel if there are several ranks (wrapping with
-    `broadcast_buffers=False` saves a broadcast per step). `step` raises `Diverged` on all ranks together. A batch changes the
-    state only if its step succeeds, but for b_dec in the first step.
+    `forward_sync_buffers=False` saves a broadcast per step). `step` raises `Diverged` on all ranks together. A batch
+    changes the state only if its step succeeds, but for b_dec in the first step.
     """
 
     def __init__(
@@ -145,7 +145,8 @@ class Trainer:
         if not torch.isfinite(global_BD).all():
             raise Diverged("the first batch holds values that are not finite")
         if token_index_B is not None:
-            global_BD = global_BD[torch.cat(self.comm.all_gather(token_index_B)).argsort().to(global_BD.device)]
+            token_index_N = torch.cat(self.comm.all_gather(token_index_B.to(x_BD.device)))
+            global_BD = global_BD[token_index_N.argsort()]
         self.sae.b_dec.copy_(geometric_median(global_BD))
 
     def _check(self, loss: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.track import figures
 from dmsae_ray.track.measurements import began_ms, coverage, coverage_points, curve_points, cycle_points, ended_ms, flatten
-from dmsae_ray.track.run_store import RunStore, TrackingError, now_ms
+from dmsae_ray.track.run_store import Point, RunStore, TrackingError, now_ms
 
 
 class TrackedChain(NamedTuple):
@@ -37,7 +37,8 @@ class SweepRun:
 
 
 class ChainRuns:
-    """One chain of one sweep. A chain that has not started has no run yet."""
+    """One chain of one sweep. A chain that has not started has no run yet. After an error it must be made anew: what it
+    remembers to have read may not have been logged."""
 
     def __init__(self, store: RunStore, sweep: SweepRun, chain: TrackedChain):
         self._store, self._sweep, self._chain = store, sweep, chain
@@ -105,18 +106,18 @@ class ChainRuns:
         self._store.params(run_id, {"chain": chain.label, "seed": chain.seed, "k": chain.k, "cycle": number})
         return run_id
 
-    def _log_curve(self, run_id: str, number: int, ms: int) -> None:
-        """Log the training curve as far as it has come; a file that did not change is not read again."""
+    def _new_curve(self, number: int, ms: int) -> list[Point]:
+        """The training curve beyond what was taken before; a file that did not change is not read again."""
         path = self._folder.cycle(number).curve
         if not path.exists():
-            return
+            return []
         stat = path.stat()
         if self._read.get(number) == (stat.st_size, stat.st_mtime_ns):
-            return
+            return []
         points = list(curve_points(path, self._step.get(number, -1), ms))
-        self._store.append(run_id, points)
         self._step[number] = max((point.step for point in points), default=self._step.get(number, -1))
         self._read[number] = stat.st_size, stat.st_mtime_ns
+        return points
 
     def _open_cycle(self, chain_run: str, number: int, status: str, reason: str | None) -> None:
         """A cycle that is under way, interrupted or failed; one that has not logged anything has no run."""
@@ -125,7 +126,7 @@ class ChainRuns:
         run_id = self._cycle_run(chain_run, number, None)
         self._store.set_status(run_id, status)
         self._store.tag(run_id, "failed", reason)
-        self._log_curve(run_id, number, now_ms())
+        self._store.append(run_id, self._new_curve(number, now_ms()))
 
     def _finish_cycle(self, chain_run: str, number: int, record: dict[str, Any]) -> None:
         run_id = self._cycle_run(chain_run, number, began_ms(record))
@@ -133,10 +134,10 @@ class ChainRuns:
             return
         files = self._folder.cycle(number)
         self._store.tag(run_id, "failed", None)
-        self._log_curve(run_id, number, ended_ms(record))
-        self._store.append(run_id, cycle_points(record))
+        points = [*self._new_curve(number, ended_ms(record)), *cycle_points(record)]
         if files.scores.exists():
-            self._store.append(run_id, coverage_points(coverage(files.scores), record["core_out"], ended_ms(record)))
+            points += coverage_points(coverage(files.scores), record["core_out"], ended_ms(record))
+        self._store.append(run_id, points)
         for path in (files.core, files.scores, files.record):
             if path.exists():  # scores may have been cleaned away since
                 self._store.client.log_artifact(run_id, str(path))

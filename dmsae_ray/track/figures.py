@@ -80,8 +80,8 @@ def consistency_matrix(
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="PW-MCC", shrink=0.8)
     known = [null for row in nulls for null in row if null is not None]
-    bar = f"largest 99th percentile of the covariance null: {max(known):.2f}" if known else "covariance null not available"
-    title = f"Agreement of the cores of {n} chain{'s' if n != 1 else ''}\n({bar})"
+    bar = f"p99: 99th percentile of the covariance null, at most {max(known):.2f}" if known else "covariance null not available"
+    title = f"Agreement of the cores of {n} chains\n{bar}"
     if n < 2:
         title = "Agreement of cores: not available (needs two finished chains)"
     if failed:
@@ -139,6 +139,7 @@ def coverage_curves(label: str, curves: Sequence[tuple[int, np.ndarray, int]], t
         axes.axhline(tau, color="#666666", linewidth=0.8, linestyle="--")
         axes.text(1.0, tau, f" tau = {tau:g}", va="bottom", fontsize=8, color="#444444")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("candidates, by falling attribution")
     axes.set_ylabel("cumulative share of attribution")

@@ -100,8 +100,8 @@ class MlflowTracker:
                     self._store.set_status(run_id, status if run_id == sweep.run_id else "KILLED")
             except (ValueError, *STORE_ERRORS) as error:
                 raise TrackingError(
-                    f"track.uri {self.uri}: the results could not be logged ({one_line(error)}). They are safe on disk: put the cause right "
-                    "and start the same command again; what is missing is logged then, and nothing is computed twice"
+                    f"track.uri {self.uri}: the results could not be logged ({one_line(error)}). They are safe on disk: put the "
+                    "cause right and start the same command again; what is missing is logged then, and nothing is computed twice"
                 ) from error
             self._closed = True
 
@@ -150,7 +150,8 @@ class MlflowTracker:
         client.log_figure(run_id, figures.core_sizes(rows), "core_sizes.png")
         # The step counts comparisons: a sweep whose failed chain was mended is compared again.
         step = int(self._store.get_tag(run_id, "comparisons") or 0)
-        self._store.append(run_id, [Point(f"compare/{name}", value, step, now_ms()) for name, value in tables.summary(comparison).items()])
+        numbers = tables.summary(comparison)
+        self._store.append(run_id, [Point(f"compare/{name}", value, step, now_ms()) for name, value in numbers.items()])
         self._store.tag(run_id, "comparisons", str(step + 1))
         self._store.tag(run_id, "comparison", stamp)
 

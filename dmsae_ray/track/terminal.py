@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -30,9 +30,10 @@ def rate(tokens_per_s: float | None) -> str:
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    """left, right: column names by alignment. Chains' labels are never broken; other columns give way first."""
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name in left:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in ("chain", "a", "b"))
     for name in right:
         table.add_column(name, justify="right", overflow="fold")
     return table
@@ -55,7 +56,8 @@ def chains_table(rows: Sequence[ChainRow]) -> Table:
 
 CHAINS_NOTE = (
     "Core sizes: latents in the core after cycle 0, 1, ...; jaccard: the last two cycles' cores, each against the one before; "
-    "the rest is the last finished cycle on held-out text (loss recovered: 1 is the model's own loss, 0 its loss with the stream set to zero)."
+    "the rest is the last finished cycle on held-out text (loss recovered: 1 is the model's own loss, 0 its loss with the stream "
+    "set to zero)."
 )
 
 
@@ -128,7 +130,7 @@ def write_report(path: Path, *renderables: RenderableType) -> None:
     os.replace(temporary, path)
 
 
-def terminal_console() -> Console:
-    """Standard output; where it is not a terminal, wide enough for the tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+def terminal_console(stream: TextIO | None = None) -> Console:
+    """Where people read; where that is not a terminal, wide enough for the tables."""
+    console = Console(file=stream, highlight=False)
+    return console if console.is_terminal else Console(file=stream, highlight=False, width=WIDTH)

@@ -8,11 +8,13 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
 
-CYCLES, STEPS = 3, 40
+CYCLES, STEPS = 2, 40
 CONFIG = {
     "name": "test", "sweep": {"seeds": [0, 1], "k": [16], "cycles": CYCLES}, "attribution": {"tau": 0.9},
     "sae": {"width": 2048, "note": "x" * 2000},
@@ -61,7 +63,7 @@ def write_cycle(folder, cycle, core_in, core_out, curve=True):
 
 
 def finish(folder, start=0):
-    sizes = [49, 70, 81]
+    sizes = [49, 70]
     for cycle in range(start, CYCLES):
         write_cycle(folder, cycle, sizes[cycle - 1] if cycle else 0, sizes[cycle])
 
@@ -77,7 +79,15 @@ def pair(a, b, value=0.8):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    return tmp_path_factory.mktemp("a folder")
+    """An output folder with a sqlite store that does not wait for the disk: 800 commits of 8 ms each are most of these tests' time."""
+
+    def hurry(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", hurry)
+    yield tmp_path_factory.mktemp("a folder")
+    event.remove(Engine, "connect", hurry)
 
 
 @pytest.fixture
@@ -88,8 +98,8 @@ def sweep(output, request):
     for chain_key, _, folder, seed, _ in chains:
         write_chain(folder, chain_key, seed)
 
-    def make(uri=None, sweep_key=key):
-        return MlflowTracker(uri, output, "experiment", sweep_key, f"sweep {sweep_key}", CONFIG, chains)
+    def make(sweep_key=key, only=(0, 1)):
+        return MlflowTracker(None, output, "experiment", sweep_key, f"sweep {sweep_key}", CONFIG, [chains[i] for i in only])
 
     return make, [chain[2] for chain in chains]
 
@@ -121,7 +131,7 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert tracker.sync()
     runs = runs_of(tracker, key)
     top, chain = runs["sweep", ""], runs["chain", "-0"]
-    assert set(runs) == {("sweep", ""), ("chain", "-0"), ("chain", "-1"), *(("cycle", f"-0/{n}") for n in range(3)), ("cycle", "-1/0")}
+    assert set(runs) == {("sweep", ""), ("chain", "-0"), ("chain", "-1"), *(("cycle", f"-0/{n}") for n in range(2)), ("cycle", "-1/0")}
     assert chain.data.tags["mlflow.parentRunId"] == top.info.run_id
     cycle = runs["cycle", "-0/1"]
     assert cycle.data.tags["mlflow.parentRunId"] == chain.info.run_id
@@ -133,7 +143,7 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert steps_of(tracker, cycle, "train/loss") == [0, 10, 20, 30, 40]
     assert "train/threshold" not in cycle.data.metrics
     assert cycle.data.metrics["cycle/core_size"] == 70 and cycle.data.metrics["cycle/jaccard"] == 0.7
-    assert steps_of(tracker, chain, "cycle/core_size") == [0, 1, 2] and steps_of(tracker, chain, "cycle/jaccard") == [1, 2]
+    assert steps_of(tracker, chain, "cycle/core_size") == [0, 1] and steps_of(tracker, chain, "cycle/jaccard") == [1]
     ranks = steps_of(tracker, cycle, "attribution/coverage")
     assert len(ranks) <= 200 and 70 in ranks and ranks[0] == 1 and ranks[-1] == 700
     assert cycle.data.metrics["attribution/coverage"] == pytest.approx(1.0)
@@ -144,18 +154,18 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert cycle.info.end_time - cycle.info.start_time == 30_000
     assert runs["chain", "-1"].info.status == runs["cycle", "-1/0"].info.status == top.info.status == "RUNNING"
 
-    before, begin = rows_in(output), time.monotonic()
+    before, begin = rows_in(output), time.thread_time()
     assert tracker.sync()
-    assert time.monotonic() - begin < 0.3
+    assert time.thread_time() - begin < 0.3
     assert rows_in(output) == before
     assert make().sync()
     assert rows_in(output) == before
 
 
 def test_killed_driver_leaves_no_gap_and_no_duplicate(sweep, request):
-    key, (make, (first, second)) = request.node.name, sweep
+    key, (make, (first, _)) = request.node.name, sweep
     write_curve(first, 0, 0, 20, torn=True)
-    killed = make()
+    killed = make(only=[0])
     assert killed.sync()
     before = runs_of(killed, key)
     # The new driver trains steps 20.. again, in the same file, behind the line that was cut.
@@ -164,41 +174,38 @@ def test_killed_driver_leaves_no_gap_and_no_duplicate(sweep, request):
     write_curve(first, 0, 20, STEPS)
     write_cycle(first, 0, 0, 49, curve=False)
     write_curve(first, 1, 0, 10)
-    tracker = make()
+    tracker = make(only=[0])
     assert tracker.sync()
     write_curve(first, 1, 20, STEPS)
     write_cycle(first, 1, 49, 70, curve=False)
-    finish(first, start=2)
-    finish(second)
     tracker.close()
     after = runs_of(tracker, key)
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     assert all(after[name].info.run_id == run.info.run_id for name, run in before.items())
     for n in range(CYCLES):
         assert steps_of(tracker, after["cycle", f"-0/{n}"], "train/fvu") == [0, 10, 20, 30, 40]
-    assert steps_of(tracker, after["chain", "-0"], "cycle/l0") == [0, 1, 2]
+    assert steps_of(tracker, after["chain", "-0"], "cycle/l0") == [0, 1]
     assert not [run for run in after.values() if run.info.end_time is None]
 
 
 def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
-    key, (make, (first, second)) = request.node.name, sweep
+    key, (make, (first, _)) = request.node.name, sweep
     write_curve(first, 0, 0, 20)
-    abandoned = make(sweep_key=f"{key}-abandoned")
+    abandoned = make(f"{key}-abandoned", only=[0])
     assert abandoned.sync()
-    tracker = make()
+    tracker = make(only=[0])
     tracker.sync()
     assert runs_of(abandoned, f"{key}-abandoned")["sweep", ""].info.status == "KILLED"
     tracker.close("KILLED")
     killed = runs_of(tracker, key)
     assert {run.info.status for run in killed.values()} == {"KILLED"} and ("cycle", "-0/0") in killed
     assert tracker.sync() and runs_of(tracker, key)["sweep", ""].info.status == "KILLED"
-    tracker = make()
+    tracker = make(only=[0])
     tracker.sync()
     assert {run.info.status for run in runs_of(tracker, key).values()} == {"RUNNING"}
     write_curve(first, 0, 30, STEPS)
     write_cycle(first, 0, 0, 49, curve=False)
     finish(first, start=1)
-    finish(second)
     tracker.close()
     done = runs_of(tracker, key)
     assert {run.info.status for run in done.values()} == {"FINISHED"}
@@ -208,22 +215,21 @@ def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
 
 
 def test_failed_chain_says_why_until_it_is_mended(sweep, request):
-    key, (make, (first, second)) = request.node.name, sweep
-    finish(first)
+    key, (make, (_, second)) = request.node.name, sweep
     write_curve(second, 0, 0, 20)
     (second / "failed.json").write_text(json.dumps({"cycle": 0, "step": 25, "reason": "loss is nan", "generation": 1}))
-    tracker = make()
+    tracker = make(only=[1])
     tracker.close()
     runs = runs_of(tracker, key)
     for name in (("chain", "-1"), ("cycle", "-1/0")):
         assert runs[name].info.status == "FAILED"
         assert runs[name].data.tags["failed"] == "cycle 0, step 25: loss is nan"
-    assert runs["sweep", ""].info.status == runs["chain", "-0"].info.status == "FINISHED"
+    assert runs["sweep", ""].info.status == "FINISHED"
     (second / "failed.json").unlink()
     write_curve(second, 0, 30, STEPS)
     write_cycle(second, 0, 0, 49, curve=False)
     finish(second, start=1)
-    make().close()
+    make(only=[1]).close()
     runs = runs_of(tracker, key)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert "failed" not in runs["chain", "-1"].data.tags and "failed" not in runs["cycle", "-1/0"].data.tags
@@ -246,7 +252,7 @@ def test_comparison_can_be_downloaded_and_is_replaced(sweep, output, request, tm
     pairs, chains = json.loads(got("tables/pairs.json")), json.loads(got("tables/chains.json"))
     assert len(pairs["data"]) == 1 and len(chains["data"]) == 2
     assert dict(zip(pairs["columns"], pairs["data"][0], strict=True))["covariance p99"] == 0.3
-    assert dict(zip(chains["columns"], chains["data"][0], strict=True))["core sizes"] == "49>70>81"
+    assert dict(zip(chains["columns"], chains["data"][0], strict=True))["core sizes"] == "49>70"
     assert got("tables/consistency.csv").decode().splitlines()[1] == "seed0-k16,,0.800000"
     assert got("consistency.png").startswith(b"\x89PNG") and got("core_sizes.png").startswith(b"\x89PNG")
     assert json.loads(got("comparison.json")) == comparison and got("report.txt") == b"report"
@@ -296,7 +302,11 @@ def test_long_curves_go_in_several_batches(output):
     assert steps == [*range(1, METRICS_PER_BATCH + 2), 5000]
 
 
-def test_unusable_store_is_named(tmp_path):
-    (tmp_path / "mlflow.db").write_text("not a database, and long enough to be read as one" * 40)
-    with pytest.raises(TrackingError, match=r"track.uri sqlite:.*mlflow.db.*cannot be used"):
-        RunStore(None, tmp_path, "experiment")
+def test_unusable_store_is_named(output, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"track.uri http://127.0.0.1:1: the MLflow store cannot be used"):
+        RunStore("http://127.0.0.1:1", output, "experiment")
+    store = RunStore(None, output, "in the trash")
+    store.client.delete_experiment(store.experiment_id)
+    with pytest.raises(TrackingError, match="'in the trash' is in the trash of sqlite"):
+        RunStore(None, output, "in the trash")

@@ -1,0 +1,55 @@
+"""The terminal is ours: whatever libraries print goes to a log file instead, unless `--verbose`.
+
+Ray writes from Python, from C++ and from threads of its own; only the file descriptors themselves catch all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class Screen:
+    """While open, file descriptors 1 and 2 lead to `<log>.all`, and `stream` to the terminal. Calling it says a line there.
+
+    Every line said is also kept, with the time, in `<home>/logs/<command>-<time>.log`.
+    """
+
+    def __init__(self, home: Path, command: str, verbose: bool):
+        (home / "logs").mkdir(exist_ok=True)
+        self.path = home / "logs" / time.strftime(f"{command}-%Y%m%d-%H%M%S.log")
+        self.verbose = verbose
+        self.stream: TextIO = sys.stdout
+        self._log = open(self.path, "a")
+        self._saved: tuple[int, int] | None = None
+
+    def __enter__(self) -> Screen:
+        if not self.verbose:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._saved = os.dup(1), os.dup(2)
+            self.stream = os.fdopen(os.dup(1), "w", buffering=1)
+            everything = os.open(self.path.with_suffix(".all"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(everything, 1)
+            os.dup2(everything, 2)
+            os.close(everything)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._saved is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, saved in zip((1, 2), self._saved):
+                os.dup2(saved, target)
+                os.close(saved)
+            self.stream.close()
+            self.stream = sys.stdout
+        self._log.close()
+
+    def __call__(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+        self._log.write(f"{time.strftime('%F %T')} {line}\n")
+        self._log.flush()

@@ -1,0 +1,148 @@
+"""Nulls against known answers."""
+
+import numpy as np
+import pytest
+
+from dmsae_ray.compare.match import hungarian, mmcs, pw_mcc
+from dmsae_ray.compare.nulls import (
+    Densities,
+    Gaussian,
+    Latents,
+    covariance_null,
+    cycle0_null,
+    draw_matched,
+    matched_density_null,
+)
+
+D = 12
+
+
+def latents(count, seed, d=D):
+    rng = np.random.default_rng(seed)
+    return Latents(rng.standard_normal((count, d)), rng.standard_normal((count, d)))
+
+
+def random_covariance(seed=0):
+    half = np.random.default_rng(seed).standard_normal((D, D))
+    return half @ np.diag(np.linspace(0.05, 3, D)) @ half.T
+
+
+def test_gaussian_directions_have_the_covariance():
+    cov_DD = random_covariance()
+    x_ND = Gaussian.of(cov_DD).directions(np.random.default_rng(0), 50_000)
+    assert np.abs(np.cov(x_ND.T) - cov_DD).max() < 0.03 * np.abs(cov_DD).max()
+
+
+def test_two_random_sets_lie_within_the_null():
+    cov_DD = random_covariance()
+    root_DD = np.linalg.cholesky(cov_DD)
+    rng = np.random.default_rng(3)
+    whole = rng.standard_normal((200, D)) @ root_DD.T
+    null = covariance_null(Gaussian.of(cov_DD), (25, 40), whole, whole, 100, 0.7, seed=0)
+    scores = [
+        pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T))
+        for _ in range(100)
+    ]
+    assert null.available and null.draws == 100 and null.size == (25, 40)
+    assert null.mean == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / np.sqrt(100) * 1.5)
+    assert np.mean(np.array(scores) <= null.p99) >= 0.93
+    assert null.mean < null.p99 < 1 and 0 < null.overlap_mean <= null.overlap_p99
+    # Any draw of these directions has the same expected largest cosine to the dictionary.
+    assert null.mmcs_mean == pytest.approx(mmcs(rng.standard_normal((2000, D)) @ root_DD.T, whole), abs=0.02)
+
+
+def test_a_null_is_decided_by_its_seed():
+    gaussian, whole = Gaussian.of(np.eye(D)), latents(50, 0).W_dec_ND
+    first, again, other = (covariance_null(gaussian, (5, 5), whole, whole, 20, 0.7, seed) for seed in (0, 0, 1))
+    assert first == again and first.mean != other.mean
+
+
+def test_narrow_data_raises_the_null():
+    # Directions of data that lies along one axis resemble each other: that is what this null is for.
+    whole = latents(50, 0).W_dec_ND
+    narrow = np.diag([100.0] + [1.0] * (D - 1))
+    nulls = [covariance_null(Gaussian.of(cov), (20, 20), whole, whole, 20, 0.7, 0) for cov in (np.eye(D), narrow)]
+    assert nulls[1].mean > nulls[0].p99
+
+
+@pytest.mark.parametrize("cov", [np.zeros((3, 3)), np.full((3, 3), np.nan), np.triu(np.ones((3, 3))), np.ones((2, 3))])
+def test_what_is_no_covariance(cov):
+    with pytest.raises(ValueError, match="covariance"):
+        Gaussian.of(cov)
+
+
+def test_density_draws_are_equal_where_they_can_be():
+    core_C = np.array([0.5, 0.01, 0.01, 0.2])
+    free_N = np.repeat([0.5, 0.01, 0.2, 0.9], 12)
+    seen = set()
+    for seed in range(30):
+        picks_C = draw_matched(core_C, free_N, np.random.default_rng(seed))
+        assert (free_N[picks_C] == core_C).all()
+        assert len(set(picks_C.tolist())) == 4
+        seen |= set(picks_C.tolist())
+    assert len(seen) > 25  # of the 36 that match: draws differ
+
+
+def test_density_draws_take_the_nearest_by_ratio():
+    # By difference 0.05 would be nearer to 0.1 than 0.19 is; by ratio it is not.
+    core_C, free_N = np.array([0.1]), np.array([0.05, 0.06, 0.08, 0.1, 0.15, 0.19, 0.4, 0.9, 0.0001])
+    near = {int(draw_matched(core_C, free_N, np.random.default_rng(seed))[0]) for seed in range(200)}
+    assert near == {1, 2, 3, 4, 5}  # |log ratio| 0.51, 0.22, 0, 0.41, 0.64; 0.05 is at 0.69
+
+
+def test_density_draws_can_use_all_that_is_there():
+    free_N = np.linspace(0.1, 0.5, 6)
+    assert sorted(draw_matched(np.full(6, 0.2), free_N, np.random.default_rng(0))) == list(range(6))
+
+
+def test_free_latents_are_alive_and_outside_the_core():
+    densities = Densities.split(np.array([0.3, 0.0, 0.2, 0.1, 0.0]), np.array([0, 4]))
+    assert densities.free_ids_N.tolist() == [2, 3]
+    assert densities.core_C.tolist() == [0.3, 0.1]  # a silent member counts with the smallest density there is
+
+
+def split(core, free):
+    density_F = np.array([*core, *free])
+    return Densities.split(density_F, np.arange(len(core)))
+
+
+def test_matched_density_null_never_draws_the_core():
+    # The cores are equal and the free latents orthogonal to each other: every draw must score 0.
+    eye = np.eye(24)
+    a = Latents(np.concatenate([eye[:4], eye[4:14]]), np.concatenate([eye[:4], eye[4:14]]))
+    b = Latents(np.concatenate([eye[:4], eye[14:24]]), np.concatenate([eye[:4], eye[14:24]]))
+    densities = split([0.1] * 4, [0.1] * 10)
+    null = matched_density_null(a, b, densities, densities, 20, 0.7, 0)
+    assert null.available and null.mean == 0 and null.overlap_mean == 0 and null.mmcs_mean == 0
+    assert null.density_gap == pytest.approx(1) and null.size == (4, 4) and null.draws == 20
+
+
+def test_a_wide_density_gap_is_flagged_with_its_numbers():
+    a, b = latents(14, 0), latents(14, 1)
+    near, far = split([0.1] * 4, [0.1] * 10), split([0.3] * 4, [0.1] * 10)
+    null = matched_density_null(a, b, near, far, 20, 0.7, 0)
+    assert not null.available and "factor of 3" in null.reason
+    assert null.density_gap == pytest.approx(3) and null.mean is not None and null.overlap_mean is not None
+    assert matched_density_null(a, b, near, split([0.19] * 4, [0.1] * 10), 20, 0.7, 0).available
+
+
+def test_too_few_living_free_latents():
+    a, b = latents(14, 0), latents(14, 1)
+    enough, few = split([0.1] * 4, [0.1] * 10), split([0.1] * 4, [0.1] * 3 + [0.0] * 7)
+    null = matched_density_null(a, b, enough, few, 20, 0.7, 0)
+    assert not null.available and "second SAE has 3 free latents" in null.reason and null.mean is None
+
+
+def test_cycle0_takes_the_top_and_cuts_the_cores_alike():
+    start_a, start_b = latents(6, 0), latents(3, 1)
+    core_a, core_b = latents(4, 2), latents(5, 3)
+    null = cycle0_null(start_a, start_b, core_a, core_b, 0.7)
+    assert null.available and null.size == (4, 3) and null.draws == 1
+    assert null.mean == null.p99 == pw_mcc(hungarian(start_a.W_dec_ND[:4], start_b.W_dec_ND))
+    assert null.core_pw_mcc_same_size == pw_mcc(hungarian(core_a.W_dec_ND, core_b.W_dec_ND[:3]))
+    assert null.mmcs_mean is None
+    whole = latents(30, 4).W_dec_ND
+    assert cycle0_null(start_a, start_b, core_a, core_b, 0.7, whole, whole).mmcs_mean == pytest.approx(
+        (mmcs(start_a.W_dec_ND[:4], whole) + mmcs(start_b.W_dec_ND, whole)) / 2
+    )
+    assert not cycle0_null(latents(0, 0), start_b, core_a, core_b, 0.7).available

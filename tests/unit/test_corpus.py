@@ -1,0 +1,231 @@
+"""Documents, splits and token sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dmsae_ray.corpus.documents import EMBEDDED, Document, check_source, corpus_fingerprint, is_hub, load_documents
+from dmsae_ray.corpus.split import SPLITS, split_of
+from dmsae_ray.corpus.tokens import MIN_PIECE, TokenSequences, pad_id_of, read_metadata, tokenise
+from dmsae_ray.lm.source import load_tokenizer
+
+T = 32
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return list(load_documents("embedded"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
+
+
+def texts(source, **kwargs):
+    return [document.text for document in load_documents(str(source), **kwargs)]
+
+
+# -- the embedded corpus -------------------------------------------------------------------------------------------------
+
+
+def test_embedded_corpus_is_small_licensed_and_without_duplicates(documents):
+    assert EMBEDDED.stat().st_size < 4_000_000
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (EMBEDDED.parent / "LICENSE").read_text()
+    assert hashlib.sha256(EMBEDDED.read_bytes()).hexdigest() in (EMBEDDED.parent / "README.md").read_text()
+    assert len(documents) > 500 and len({d.text for d in documents}) == len(documents) == len({d.name for d in documents})
+    assert {d.name.split("/")[0] for d in documents} == {"lib", "doc"}
+    assert [d.name for d in documents] == sorted(d.name for d in documents)
+
+
+def test_embedded_corpus_covers_every_split(documents):
+    counts = {split: 0 for split in SPLITS}
+    for document in documents:
+        counts[split_of(document.text, 0.05, 0.05)] += len(document.text)
+    total = sum(counts.values())
+    assert 0.85 < counts["train"] / total < 0.95
+    assert counts["attribution"] / total > 0.02 and counts["evaluation"] / total > 0.02
+
+
+# -- splits --------------------------------------------------------------------------------------------------------------
+
+
+def test_split_depends_on_the_text_alone_and_is_stable():
+    # Frozen values: another rule would move documents that the tiny model was trained on into held-out splits.
+    assert [split_of(f"document {i}", 0.2, 0.2) for i in range(8)] == ["attribution", "train", "train", "evaluation", "train", "attribution", "train", "evaluation"]
+
+
+def test_split_shares_and_nesting():
+    names = [f"text {i}" for i in range(4000)]
+    small = [split_of(name, 0.05, 0.1) for name in names]
+    assert abs(small.count("attribution") / 4000 - 0.05) < 0.015 and abs(small.count("evaluation") / 4000 - 0.1) < 0.02
+    larger = [split_of(name, 0.15, 0.1) for name in names]
+    assert all(b == "attribution" for a, b in zip(small, larger) if a == "attribution")
+    assert all(b != "train" or a == "train" for a, b in zip(small, larger))
+    assert {split_of(name, 0.0, 0.0) for name in names} == {"train"}
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0)])
+def test_split_refuses_impossible_shares(shares):
+    with pytest.raises(ValueError, match="split shares"):
+        split_of("text", *shares)
+
+
+# -- loaders -------------------------------------------------------------------------------------------------------------
+
+
+def test_txt_jsonl_and_parquet(tmp_path):
+    (tmp_path / "a.txt").write_text("one document\nof two lines", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"body": "first"}\n\n{"body": ""}\n{"body": null}\n{"body": "sécond"}\n', encoding="utf-8")
+    (tmp_path / "sub").mkdir()
+    pq.write_table(pa.table({"body": ["third", None, "fourth"], "n": [1, 2, 3]}), tmp_path / "sub" / "c.parquet")
+    (tmp_path / "ignored.csv").write_text("x")
+    assert texts(tmp_path / "a.txt") == ["one document\nof two lines"]
+    assert texts(tmp_path / "b.jsonl", text_field="body") == ["first", "sécond"]
+    assert texts(tmp_path / "sub" / "c.parquet", text_field="body") == ["third", "fourth"]
+    everything = list(load_documents(str(tmp_path), "body"))
+    assert [d.text for d in everything] == ["one document\nof two lines", "first", "sécond", "third", "fourth"]
+    assert everything[2].name == f"{tmp_path / 'b.jsonl'} line 5"
+    assert texts(tmp_path / "*.jsonl", text_field="body") == ["first", "sécond"]
+    for source in (tmp_path, tmp_path / "b.jsonl", tmp_path / "sub" / "c.parquet", "embedded"):
+        check_source(str(source), "body")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.jsonl", b'{"other": "a", "more": 1}\n', r"x\.jsonl line 1: no field 'text'.*more, other"),
+    ("x.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"x\.jsonl line 2: field 'text' holds int"),
+    ("x.jsonl", b'{"text": "a"\n', r"x\.jsonl line 1: not JSON"),
+    ("x.jsonl", b'["a"]\n', r"x\.jsonl line 1: expected an object"),
+    ("x.jsonl", b"", r"x\.jsonl: the file is empty"),
+    ("x.jsonl", b'{"text": " "}\n', "no document has any text"),
+    ("x.txt", b"", r"x\.txt: the file is empty"),
+    ("x.txt", b"\xff\xfe", r"x\.txt: not UTF-8"),
+    ("x.parquet", b"nonsense", r"x\.parquet: not a readable Parquet file"),
+    ("x.csv", b"a,b", r"cannot read \.csv"),
+])  # fmt: skip
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(load_documents(str(tmp_path / name)))
+
+
+def test_parquet_field_is_checked(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), path)
+    for call in (lambda field: list(load_documents(str(path), field)), lambda field: check_source(str(path), field)):
+        with pytest.raises(ValueError, match=r"x\.parquet: no field 'content'.*body, text"):
+            call("content")
+        with pytest.raises(ValueError, match="field 'text' holds int64"):
+            call("text")
+
+
+def test_missing_paths_and_empty_folders(tmp_path):
+    for source in (tmp_path / "none.txt", tmp_path / "none", tmp_path / "*.txt", "./none"):
+        with pytest.raises(ValueError, match="no such file or folder"):
+            check_source(str(source), "text")
+        with pytest.raises(ValueError, match="no such file or folder"):
+            list(load_documents(str(source)))
+    with pytest.raises(ValueError, match="holds no .txt"):
+        check_source(str(tmp_path), "text")
+
+
+def test_hub_ids_are_told_from_paths(tmp_path):
+    assert is_hub("owner/name") and is_hub("name") and is_hub("owner/name:config")
+    assert not is_hub(str(tmp_path)) and not is_hub("data/x.jsonl") and not is_hub("./data") and not is_hub("a/b/c")
+    check_source("owner/name", "text")  # the id only, no network
+
+
+def test_fingerprint_follows_content_and_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "body": "y"}))
+    first = corpus_fingerprint(str(tmp_path))
+    assert corpus_fingerprint(str(tmp_path)) == first == corpus_fingerprint(str(tmp_path / "a.jsonl"))
+    assert corpus_fingerprint(str(tmp_path), "body") != first
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "z", "body": "y"}))
+    assert corpus_fingerprint(str(tmp_path)) != first
+    assert corpus_fingerprint("embedded") == corpus_fingerprint("embedded", "any field")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert corpus_fingerprint("owner/name", revision=commit) != corpus_fingerprint("owner/other", revision=commit)
+
+
+# -- token sequences -----------------------------------------------------------------------------------------------------
+
+
+def test_sequences_start_with_bos_and_give_back_the_documents(documents, tokenizer):
+    chosen = [d for d in documents if len(d.text) < 4000][:150]  # more than one batch of the tokenizer
+    sequences = tokenise(chosen, tokenizer, T)
+    assert sequences.ids.shape == (len(sequences), T) and (sequences.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (sequences.ids[:, 1:] != tokenizer.bos_token_id).all()
+    assert sequences.lengths.min() >= 1 + MIN_PIECE and sequences.lengths.max() == T
+    padding = np.arange(T)[None] >= sequences.lengths[:, None]
+    assert (sequences.ids[padding] == pad_id_of(tokenizer)).all() and (sequences.ids[~padding] != pad_id_of(tokenizer)).all()
+    # Going through the documents in order uses up the rows in order: no row holds tokens of two documents.
+    row = 0
+    for document in chosen:
+        expected = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        if len(expected) % (T - 1) < MIN_PIECE:
+            expected = expected[: len(expected) // (T - 1) * (T - 1)]
+        joined = []
+        while len(joined) < len(expected):
+            joined += sequences.ids[row, 1 : sequences.lengths[row]].tolist()
+            row += 1
+        assert joined == expected
+    assert row == len(sequences)
+    assert sequences.tokens == int((sequences.lengths - 1).sum())
+
+
+def test_a_special_token_in_a_text_is_text(tokenizer):
+    sequences = tokenise([Document("x", "a <bos> b <pad> c <eos> " * 10)], tokenizer, T)
+    assert (sequences.ids[:, 1:][np.arange(1, T)[None] < sequences.lengths[:, None]] > 2).all()
+
+
+def test_tokenise_refuses_what_gives_no_sequence(tokenizer):
+    with pytest.raises(ValueError, match="no document has 16 tokens"):
+        tokenise([Document("x", "short")], tokenizer, T)
+    assert len(tokenise([Document("x", "a b c d e f g h i")], tokenizer, 8)) == 1  # a context below MIN_PIECE
+
+
+def some_sequences(n=7):
+    rng = np.random.default_rng(0)
+    return TokenSequences(rng.integers(3, 99, (n, T)).astype(np.int32), rng.integers(17, T + 1, n).astype(np.int32))
+
+
+def test_save_and_load(tmp_path):
+    sequences, path = some_sequences(), tmp_path / "tokens" / "train.safetensors"
+    sequences.save(path, {"split": "train", "context": T})
+    again = TokenSequences.load(path)
+    assert (again.ids == sequences.ids).all() and (again.lengths == sequences.lengths).all() and again.ids.dtype == np.int32
+    assert read_metadata(path)["split"] == "train" and read_metadata(path)["context"] == str(T)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    path = tmp_path / "train.safetensors"
+    with pytest.raises(ValueError, match="no such file of token sequences"):
+        TokenSequences.load(path)
+    some_sequences().save(path, {"format_version": "0"})
+    with pytest.raises(ValueError, match=r"train\.safetensors: token sequences of format 0"):
+        TokenSequences.load(path)
+    some_sequences().save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"train\.safetensors: damaged"):
+        TokenSequences.load(path)
+
+
+def test_take_first_tokens_and_batches():
+    sequences = some_sequences(7)
+    order = np.array([3, 1, 5])
+    assert (sequences.take(order).ids == sequences.ids[order]).all()
+    two = int((sequences.lengths[:2] - 1).sum())
+    assert len(sequences.first_tokens(two)) == 2 and len(sequences.first_tokens(two + 1)) == 3
+    assert len(sequences.first_tokens(10**9)) == 7 and len(sequences.first_tokens(1)) == 1
+    batches = list(sequences.batches(3))
+    assert all(ids.shape == (3, T) and lengths.shape == (3,) and ids.dtype == lengths.dtype == torch.int64 for ids, lengths in batches)
+    assert batches[-1][1].tolist() == [int(sequences.lengths[-1]), 1, 1]  # filled with rows that count nothing
+    assert sum(int((lengths - 1).sum()) for _, lengths in batches) == sequences.tokens

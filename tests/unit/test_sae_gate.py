@@ -1,0 +1,118 @@
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from reference_sae import reference_mask
+
+from dmsae_ray.sae.collective import Alone
+from dmsae_ray.sae.gate import gate
+from dmsae_ray.sae.settings import SAESettings
+
+
+class Shared:
+    """What the ranks of one test see of each other."""
+
+    def __init__(self, world):
+        self.parts = [None] * world
+        self.barrier = threading.Barrier(world, timeout=10)
+
+
+class ThreadCollective:
+    """Ranks as threads of one process."""
+
+    def __init__(self, shared, rank):
+        self.shared, self.rank, self.world = shared, rank, len(shared.parts)
+
+    def all_gather(self, tensor):
+        self.shared.parts[self.rank] = tensor.clone()
+        self.shared.barrier.wait()
+        parts = list(self.shared.parts)
+        self.shared.barrier.wait()
+        assert len({part.shape for part in parts}) == 1
+        return parts
+
+    def all_reduce_sum(self, tensor):
+        return torch.stack(self.all_gather(tensor)).sum(dim=0)
+
+    def all_reduce_max(self, tensor):
+        return torch.stack(self.all_gather(tensor)).amax(dim=0)
+
+
+def gate_over_ranks(p_BF, settings, core_size, rows_of_ranks, lower_bound):
+    """The mask of the whole batch, from ranks that hold the given rows each."""
+    shared = Shared(len(rows_of_ranks))
+    results = [None] * len(rows_of_ranks)
+
+    def work(rank, rows):
+        results[rank] = gate(p_BF[rows], settings, core_size, ThreadCollective(shared, rank), rows, lower_bound)
+
+    threads = [threading.Thread(target=work, args=item) for item in enumerate(rows_of_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
+    for rows, (mask, _) in zip(rows_of_ranks, results, strict=True):
+        mask_BF[rows] = mask
+    assert len({smallest for _, smallest in results}) == 1
+    return mask_BF, results[0][1]
+
+
+@st.composite
+def cases(draw):
+    world = draw(st.sampled_from([1, 1, 2, 3]))
+    tokens = world * draw(st.integers(1, 4))
+    width = draw(st.integers(2, 7))
+    core_size = draw(st.integers(0, width - 1))
+    values = st.sampled_from([-1.0, 0.0, 0.5, 0.5, 1.0, 2.0, 3.0])  # many ties, negatives, zeros
+    p_BF = torch.tensor(draw(st.lists(st.lists(values, min_size=width, max_size=width), min_size=tokens, max_size=tokens)))
+    settings = SAESettings(
+        d=1, width=width, k=draw(st.integers(1, width)), batch=tokens,
+        core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
+    )  # fmt: skip
+    order = torch.tensor(draw(st.permutations(range(tokens))))
+    lower_bound = draw(st.sampled_from([-1.0, 0.0, 0.5, 0.75, 1.0, 2.5, 10.0]))
+    return p_BF, settings, core_size, list(order.split(tokens // world)), lower_bound
+
+
+@hypothesis_settings(max_examples=250, deadline=None)
+@given(cases())
+def test_gate_is_the_sort_based_definition_on_any_ranks_and_with_any_guess(case):
+    p_BF, settings, core_size, rows_of_ranks, lower_bound = case
+    expected, smallest = reference_mask(p_BF, settings.k, core_size, settings.core_gate, settings.core_budget)
+    for mask_BF, least in (
+        gate(p_BF, settings, core_size, Alone(), None, lower_bound),
+        gate_over_ranks(p_BF, settings, core_size, rows_of_ranks, lower_bound),
+    ):
+        assert torch.equal(mask_BF, expected)
+        assert least == smallest
+
+
+def test_budgets_of_an_exempt_core():
+    p_BF = torch.ones(4, 10)
+    kept = {}
+    for budget in ("counted", "exempt"):
+        settings = SAESettings(d=1, width=10, k=5, batch=4, core_gate="relu", core_budget=budget)
+        kept[budget] = [int(gate(p_BF, settings, core_size, Alone())[0].sum()) for core_size in (0, 3, 6)]
+    assert kept["counted"] == [20, 20, 24 + 4]  # a core above the budget leaves one free pair per token
+    assert kept["exempt"] == [20, 12 + 20, 24 + 16]  # only 16 free pairs exist
+
+
+def test_not_a_number_is_never_kept():
+    p_BF = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan, torch.inf, -1.0]])
+    mask_BF, smallest = gate(p_BF, SAESettings(d=1, width=3, k=1, batch=2), 0)
+    assert mask_BF.tolist() == [[False, False, True], [False, True, False]]
+    assert smallest == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_random_batch_keeps_the_largest(dtype):
+    p_BF = torch.randn(300, 200, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    settings = SAESettings(d=1, width=200, k=7, batch=300)
+    mask_BF, smallest = gate(p_BF, settings, 0, lower_bound=1.0)
+    expected = p_BF.flatten().topk(2100).values
+    assert torch.equal(p_BF[mask_BF].sort(descending=True).values, expected)
+    assert smallest == expected[-1].item()

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from reference_sae import ReferenceTrainer, reference_loss
+
+from dmsae_ray.sae.loss import LossModule
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings
+
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def random_case(seed):
+    """A random small SAE (float64) with a core, a batch, and settings; about half of them with dead latents."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    d, width, batch = integer(2, 9), integer(6, 30), integer(2, 12)
+    core_size = integer(0, width // 2)
+    settings = SAESettings(
+        d=d, width=width, k=integer(1, 4), batch=batch,
+        prefix_fractions=[(0.1, 0.2), (1 / 3,), (1 / 32, 1 / 4, 1 / 2)][seed % 3],
+        core_gate=["batchtopk", "relu"][seed % 2], core_budget=["counted", "exempt"][seed // 2 % 2],
+        core_decoder_init=["encoder", "random"][seed // 3 % 2], dead_window_tokens=[10**7, 3 * batch][seed // 2 % 2],
+        auxk_k=[None, 1, 50][seed % 3], lr=1e-2, warmup_steps=2, decay_steps=3, total_steps=9,
+    )  # fmt: skip
+    core = torch.randn(core_size, d, dtype=torch.float64, generator=generator)
+    sae = MatryoshkaSAE.init(settings, core, seed, torch.float64)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
+            parameter += 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    x_BD = torch.randn(batch, d, dtype=torch.float64, generator=generator)
+    silent_F = batch * torch.randint(0, 5, (width,), generator=generator)
+    return sae, settings, x_BD, silent_F, generator
+
+
+def reference_of(sae, settings):
+    """A reference trainer that starts where this SAE stands."""
+    parameters = {name: getattr(sae, name).detach().clone() for name in NAMES}
+    parameters["W_enc"] = sae.encoder().detach().clone()
+    return ReferenceTrainer(
+        parameters, sae.group_ends, sae.core_size, settings.k, settings.lr, settings.core_gate, settings.core_budget,
+        settings.dead_window_tokens, settings.warmup_steps, settings.decay_steps, settings.total_steps,
+        settings.auxk_alpha, settings.aux_latents, settings.clip,
+    )  # fmt: skip
+
+
+def gradients_of(sae):
+    """Gradients by name, W_enc over all latents with zeros for the frozen rows."""
+    gradients = {name: getattr(sae, name).grad for name in NAMES}
+    gradients["W_enc"] = torch.cat([torch.zeros_like(sae.W_enc_core), sae.W_enc.grad])
+    return gradients
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_gradients_are_those_of_autograd(seed):
+    sae, settings, x_BD, silent_F, _ = random_case(seed)
+    reference = reference_of(sae, settings)
+    reference.silent = silent_F.clone()
+    expected, expected_loss, mask, smallest = reference.gradients(x_BD)
+
+    before = silent_F.clone()
+    loss, outcome = LossModule(sae, settings)(x_BD, silent_F)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-12)
+    assert outcome.smallest == pytest.approx(smallest, rel=1e-12)
+    assert torch.equal(outcome.silent_F, reference.silent)
+    assert torch.equal(silent_F, before), "the forward pass must not change the counters"
+    assert torch.equal(outcome.latent_N, mask.nonzero()[:, 1])
+    for name, gradient in gradients_of(sae).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-12, msg=lambda text: f"{name}: {text}")
+
+
+def test_the_cases_hold_dead_latents_on_both_sides_of_the_auxk_limit():
+    found = set()
+    for seed in range(36):
+        sae, settings, x_BD, silent_F, _ = random_case(seed)
+        _, outcome = LossModule(sae, settings)(x_BD, silent_F)
+        dead = int(outcome.dead_F.sum())
+        found.add("none" if dead == 0 else "more" if dead > settings.aux_latents else "fewer")
+        assert not outcome.dead_F[: sae.core_size].any(), "core latents do not count as dead"
+    assert found == {"none", "fewer", "more"}
+
+
+def test_auxk_loss_is_zero_where_the_residual_has_no_variance():
+    settings = SAESettings(d=3, width=8, k=1, batch=4, dead_window_tokens=4)
+    sae = MatryoshkaSAE.init(settings, None, seed=0)
+    with torch.no_grad():
+        sae.b_enc.fill_(-10.0)  # nothing fires: the residual is x - b_dec, the same for every token
+    x_BD = torch.tensor([[0.1, 0.7, -0.3]]).repeat(4, 1)
+    loss, outcome = LossModule(sae, settings)(x_BD, torch.zeros(8, dtype=torch.int64))
+    loss.backward()
+    assert outcome.dead_F.all() and outcome.loss_aux == 0
+    assert all(torch.isfinite(parameter.grad).all() for parameter in sae.parameters())
+
+
+def test_loss_module_scales_with_an_incoming_gradient():
+    sae, settings, x_BD, silent_F, _ = random_case(0)
+    LossModule(sae, settings)(x_BD, silent_F)[0].backward()
+    once = sae.W_dec.grad.clone()
+    sae.zero_grad()
+    (3 * LossModule(sae, settings)(x_BD, silent_F)[0]).backward()
+    torch.testing.assert_close(sae.W_dec.grad, 3 * once)
+
+
+def test_reference_loss_by_hand():
+    # One token, two latents of one dimension: prefix 0 rebuilds 1 of 3, prefix 1 rebuilds 3 of 3.
+    x = torch.tensor([[3.0]])
+    _, loss_rec, _ = reference_loss(
+        x, torch.tensor([[0.0], [0.0]]), torch.tensor([1.0, 2.0]), torch.ones(2, 1), torch.zeros(1),
+        [1, 2], torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool), 0.0, 1,
+    )  # fmt: skip
+    assert loss_rec == ((3 - 1) ** 2 + 0) / 4

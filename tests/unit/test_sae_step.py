@@ -1,0 +1,224 @@
+import copy
+import dataclasses
+import io
+import math
+
+import pytest
+import torch
+from reference_sae import reference_mask
+from test_sae_loss import NAMES, random_case, reference_of
+
+from dmsae_ray.sae.median import geometric_median
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.step import Diverged, Trainer
+
+SETTINGS = SAESettings(
+    d=6, width=24, k=2, batch=16, lr=3e-3, warmup_steps=3, decay_steps=5, total_steps=20, dead_window_tokens=48,
+    threshold_start_step=3, threshold_beta=0.9,
+)  # fmt: skip
+
+
+def batches(count, settings=SETTINGS, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(count, settings.batch, settings.d, generator=generator, dtype=dtype) / settings.d**0.5
+    return x + 0.2
+
+
+def new_trainer(core_size=3, settings=SETTINGS, seed=0):
+    core = torch.randn(core_size, settings.d, generator=torch.Generator().manual_seed(99))
+    return Trainer(MatryoshkaSAE.init(settings, torch.nn.functional.normalize(core, dim=1), seed), settings)
+
+
+def assert_same(a, b):
+    """Equal to the last bit, however nested."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whole_updates_are_those_of_the_reference(seed):
+    sae, settings, _, _, generator = random_case(seed)
+    settings = dataclasses.replace(settings, clip=[1.0, 0.05][seed % 2], threshold_start_step=1, threshold_beta=0.8)
+    reference = reference_of(sae, settings)
+    trainer = Trainer(sae, settings)
+    values = []
+    for step in range(9):
+        x_BD = torch.randn(settings.batch, settings.d, dtype=torch.float64, generator=generator)
+        loss, mask, smallest = reference.update(x_BD)
+        report = trainer.step(x_BD, log=True)
+        values += [smallest] if step > 1 else []
+        assert report.loss == pytest.approx(loss, rel=1e-9)
+        assert report.l0 == pytest.approx(mask.sum().item() / settings.batch)
+        assert report.core_l0 == pytest.approx(mask[:, : sae.core_size].sum().item() / settings.batch)
+        assert report.l0 == pytest.approx(report.core_l0 + report.free_l0)
+    weights = [0.8**age for age in reversed(range(len(values)))]
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+    assert trainer.threshold == pytest.approx(mean) == sae.theta.item()
+    assert torch.equal(trainer.silent_F, reference.silent)
+    for name in NAMES:
+        ours = sae.encoder() if name == "W_enc" else getattr(sae, name)
+        torch.testing.assert_close(ours, reference.parameters[name], rtol=0, atol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+def test_first_step_only_moves_b_dec_to_the_geometric_median():
+    trainer = new_trainer()
+    before = copy.deepcopy(trainer.sae.state_dict())
+    x_BD = batches(1)[0]
+    report = trainer.step(x_BD, log=True)
+    assert report.lr == 0
+    after = trainer.sae.state_dict()
+    torch.testing.assert_close(after["b_dec"], geometric_median(x_BD))
+    for name in ("W_enc", "b_enc", "W_enc_core", "theta"):
+        assert torch.equal(after[name], before[name])
+    torch.testing.assert_close(after["W_dec"], before["W_dec"])
+
+
+def test_geometric_median_minimises_summed_distance_and_survives_equal_rows():
+    points = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    median = geometric_median(points)
+    best = (points - median).norm(dim=1).sum()
+    for direction in torch.eye(3, dtype=torch.float64):
+        for sign in (-1, 1):
+            assert (points - median - sign * 1e-2 * direction).norm(dim=1).sum() > best
+    torch.testing.assert_close(geometric_median(torch.ones(5, 2)), torch.ones(2))
+
+
+def test_core_encoder_stays_and_everything_else_moves():
+    trainer = new_trainer()
+    before = copy.deepcopy(trainer.sae.state_dict())
+    for x_BD in batches(12):
+        trainer.step(x_BD)
+    after = trainer.sae.state_dict()
+    assert torch.equal(after["W_enc_core"], before["W_enc_core"])
+    for name in NAMES:
+        assert not torch.equal(after[name], before[name])
+    assert not torch.equal(after["W_dec"][:3], before["W_dec"][:3])
+    torch.testing.assert_close(after["W_dec"].norm(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_a_resumed_run_is_bit_identical(through_file):
+    x = batches(20)
+    straight = new_trainer()
+    for x_BD in x:
+        straight.step(x_BD)
+
+    first = new_trainer()
+    for x_BD in x[:10]:
+        first.step(x_BD)
+    state = first.state_dict()
+    if through_file:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    second = new_trainer(seed=5)
+    second.load_state_dict(state)
+    for x_BD in x[10:]:
+        second.step(x_BD)
+    assert_same(second.state_dict(), straight.state_dict())
+    assert straight.state_dict()["threshold_steps"] == 16
+
+
+def test_a_loaded_trainer_shares_no_memory_with_the_one_saved():
+    first = new_trainer()
+    x = batches(6)
+    for x_BD in x[:3]:
+        first.step(x_BD)
+    second = new_trainer(seed=5)
+    second.load_state_dict(first.state_dict())
+    kept = copy.deepcopy(second.state_dict())
+    for x_BD in x[3:]:
+        first.step(x_BD)
+    assert_same(second.state_dict(), kept)
+
+
+def test_logging_changes_no_state_and_reports_the_batch():
+    silent, logged = new_trainer(), new_trainer()
+    for step, x_BD in enumerate(batches(8)):
+        assert silent.step(x_BD) is None
+        report = logged.step(x_BD, log=True)
+        assert report.step == step and report.tokens == 16 * (step + 1)
+    assert_same(silent.state_dict(), logged.state_dict())
+    assert report.loss == pytest.approx(report.loss_rec + SETTINGS.auxk_alpha * report.loss_aux)
+
+
+def test_reported_figures_by_their_definitions():
+    trainer, x_BD = new_trainer(), batches(1)[0]
+    report = trainer.step(x_BD, log=True)  # at learning rate 0, so the parameters are still those of the report
+    p_BF = trainer.sae.pre(x_BD)
+    mask_BF, _ = reference_mask(p_BF, SETTINGS.k, core_size=3)
+    error_BD = trainer.sae.decode(p_BF * mask_BF) - x_BD
+    assert report.fvu == pytest.approx((error_BD.square().sum() / (x_BD - x_BD.mean(dim=0)).square().sum()).item(), rel=1e-5)
+    assert report.l0 == mask_BF.sum() / 16 == 2
+    assert (report.core_l0, report.free_l0) == (mask_BF[:, :3].sum() / 16, mask_BF[:, 3:].sum() / 16)
+    assert (report.dead_share, report.threshold, report.loss_aux) == (0, 0, 0)
+
+
+def test_dead_latents_are_reported_and_revived():
+    settings = dataclasses.replace(SETTINGS, lr=0.05, decay_steps=0, warmup_steps=0, total_steps=0)
+    trainer = new_trainer(core_size=0, settings=settings)
+    with torch.no_grad():
+        trainer.sae.b_enc[5:] = -0.3
+    shares = [trainer.step(x_BD, log=True).dead_share for x_BD in batches(40)]
+    assert max(shares) > 0.2 and shares[0] == 0
+    assert shares[-1] < max(shares)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at_step", [0, 4])
+def test_a_batch_that_is_not_finite_stops_before_any_weight_changes(value, at_step):
+    trainer = new_trainer()
+    x = batches(6)
+    for x_BD in x[:at_step]:
+        trainer.step(x_BD)
+    before = copy.deepcopy(trainer.state_dict())
+    bad = x[at_step].clone()
+    bad[3, 2] = value
+    with pytest.raises(Diverged):
+        trainer.step(bad)
+    assert_same(trainer.state_dict(), before)
+    trainer.step(x[at_step])  # a good batch still goes through, as if nothing had been
+
+
+def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run():
+    trainer = new_trainer()
+    x = batches(3)
+    trainer.step(x[0])
+    with torch.no_grad():
+        trainer.sae.b_dec += 100
+    before = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(Diverged, match="step 1"):
+        trainer.step(x[1])
+    assert_same(trainer.state_dict(), before)
+
+    trainer = new_trainer()
+    trainer.step(x[0])
+    with torch.no_grad():
+        trainer.sae.W_enc[4, 0] = math.nan  # a latent that is never kept, so the loss does not show it
+    with pytest.raises(Diverged, match="gradient"):
+        trainer.step(x[1])
+
+
+def test_wrong_batches_settings_and_states_are_refused():
+    trainer = new_trainer()
+    with pytest.raises(ValueError, match="shape"):
+        trainer.step(torch.zeros(15, 6))
+    with pytest.raises(ValueError, match="float16"):
+        trainer.step(torch.zeros(16, 6, dtype=torch.float16))
+    with pytest.raises(ValueError, match="24 x 6"):
+        Trainer(trainer.sae, dataclasses.replace(SETTINGS, width=32))
+    with pytest.raises(ValueError, match="another configuration"):
+        new_trainer(core_size=4).load_state_dict(trainer.state_dict())
+    with pytest.raises(ValueError, match="version"):
+        trainer.load_state_dict({**trainer.state_dict(), "version": 0})

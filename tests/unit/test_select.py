@@ -1,0 +1,139 @@
+"""Selection by hand-worked cases, and provenance over three cycles."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dmsae_ray.distill.select import jaccard, load_scores, next_core, rank, save_scores, select
+
+
+@pytest.mark.parametrize(
+    ("scores", "tau", "ids"),
+    [
+        ([1, 5, 4], 0.9, [1, 2]),  # 5 + 4 of 10 is exactly the share asked for
+        ([1, 5, 4], 0.91, [0, 1, 2]),
+        ([1, 5, 4], 0.5, [1]),
+        ([1, 5, 4], 0.01, [1]),  # never empty
+        ([2, 2, 2, 2], 0.5, [0, 1]),  # ties by id
+        ([1, 3, 3, 3], 0.3, [1]),
+        ([1, 3, 3, 3], 0.6, [1, 2]),
+        ([0, 7, 0], 1.0, [1]),  # nothing is gained by scores of zero
+        ([0.1] * 30, 0.9, list(range(27))),  # although the running sums give 0.8999999999999999
+        ([3], 0.9, [0]),
+    ],
+)
+def test_smallest_set_that_reaches_tau(scores, tau, ids):
+    chosen = select(torch.tensor(scores, dtype=torch.float64), tau)
+    assert chosen.tolist() == ids and chosen.dtype == torch.int64
+
+
+def test_no_smaller_set_reaches_tau():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores_N, tau = rng.exponential(size=rng.integers(1, 40)), rng.uniform(0.05, 1)
+        chosen = select(torch.from_numpy(scores_N), tau).numpy()
+        assert scores_N[chosen].sum() >= tau * scores_N.sum() * (1 - 1e-12)
+        best_without_one = np.sort(scores_N)[::-1][: len(chosen) - 1].sum()
+        assert best_without_one < tau * scores_N.sum()
+
+
+def test_ranking_and_curve():
+    ranking = rank(torch.tensor([1, 5, 4, 5], dtype=torch.float64))
+    assert ranking.ids_N.tolist() == [1, 3, 2, 0]
+    assert ranking.scores_N.tolist() == [5, 5, 4, 1]
+    assert ranking.share_N.tolist() == pytest.approx([5 / 15, 10 / 15, 14 / 15, 1])
+
+
+@pytest.mark.parametrize(
+    ("scores", "tau", "message"),
+    [
+        ([0, 0], 0.9, "attribution 0"),
+        ([1, float("nan")], 0.9, "finite"),
+        ([1, -1], 0.9, "not negative"),
+        ([], 0.9, "at least one"),
+        ([1], 0.0, "tau"),
+        ([1], 1.1, "tau"),
+    ],
+)
+def test_what_cannot_be_selected_from(scores, tau, message):
+    with pytest.raises(ValueError, match=message):
+        select(torch.tensor(scores, dtype=torch.float64), tau)
+
+
+def test_scores_file(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    scores_N = torch.tensor([1, 5, 4], dtype=torch.float64)
+    assert save_scores(path, scores_N).tolist() == [0.5, 0.9, 1.0]
+    assert torch.equal(load_scores(path), scores_N)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{path}: truncated"):
+        load_scores(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path}: no such scores file"):
+        load_scores(path)
+
+
+def test_jaccard():
+    assert jaccard(kept=2, old_size=3, new_size=4) == 2 / 5
+    assert jaccard(0, 3, 4) == 0
+    assert jaccard(3, 3, 3) == 1
+    assert jaccard(0, 0, 0) is None
+
+
+def make_sae(core_W_enc_CD, width=8, d=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W_dec_FD = torch.randn(width, d, generator=generator)
+    return SimpleNamespace(
+        W_enc_core=core_W_enc_CD, W_enc=torch.randn(width - len(core_W_enc_CD), d, generator=generator),
+        W_dec=W_dec_FD / W_dec_FD.norm(dim=1, keepdim=True), b_enc=torch.randn(width, generator=generator),
+        b_dec=torch.randn(d, generator=generator), theta=torch.tensor(0.2, dtype=torch.float64),
+    )  # fmt: skip
+
+
+SOURCE = {"seed": 1, "k": 16, "scale": 2.0, "hook": "hook", "model": "model"}
+SCORES_N = torch.arange(1, 7, dtype=torch.float64)
+DENSITY_F = torch.linspace(0.1, 0.8, 8)
+
+
+def test_provenance_over_three_cycles():
+    sae0 = make_sae(torch.zeros(0, 4))
+    core0 = next_core(None, sae0, torch.tensor([1, 3, 4]), SCORES_N, DENSITY_F, cycle=0, **SOURCE)
+    assert core0.selected == ((0,), (0,), (0,))
+    assert core0.scores_C.tolist() == [2, 4, 5]
+    assert torch.equal(core0.W_enc_CD, sae0.W_enc[[1, 3, 4]]) and torch.equal(core0.W_dec_CD, sae0.W_dec[[1, 3, 4]])
+    assert torch.equal(core0.b_enc_C, sae0.b_enc[[1, 3, 4]])
+    assert core0.density_C.tolist() == DENSITY_F[[1, 3, 4]].double().tolist()
+    assert core0.survivors_C().all()
+
+    # Cycle 1: members 0 and 2 (once latents 1 and 4) stay, free latent 5 enters.
+    sae1 = make_sae(core0.W_enc_CD, seed=1)
+    core1 = next_core(core0, sae1, torch.tensor([0, 2, 5]), SCORES_N, DENSITY_F, cycle=1, **SOURCE)
+    assert core1.selected == ((0, 1), (0, 1), (1,))
+    assert core1.entered_C.tolist() == [0, 0, 1]
+    assert core1.latent_ids_C.tolist() == [0, 2, 5]
+    assert torch.equal(core1.W_enc_CD[:2], core0.W_enc_CD[[0, 2]]) and torch.equal(core1.W_enc_CD[2], sae1.W_enc[2])
+    assert core1.theta == 0.2
+
+    # Cycle 2: the newcomer and one old member stay, two enter.
+    sae2 = make_sae(core1.W_enc_CD, seed=2)
+    core2 = next_core(core1, sae2, torch.tensor([1, 2, 3, 4]), SCORES_N, DENSITY_F, cycle=2, **SOURCE)
+    assert core2.selected == ((0, 1, 2), (1, 2), (2,), (2,))
+    assert core2.origins() == {0: 1, 1: 1, 2: 2}
+    assert core2.repeated_C(2).tolist() == [True, True, False, False]
+    assert core2.survivors_C().tolist() == [True, False, False, False]
+    assert torch.equal(core2.W_enc_CD[0], sae0.W_enc[4])
+
+
+@pytest.mark.parametrize("change", [{"scale": 2.1}, {"hook": "other"}, {"model": "other"}])
+def test_a_core_from_another_source_is_refused(change):
+    core0 = next_core(None, make_sae(torch.zeros(0, 4)), torch.tensor([1]), SCORES_N, DENSITY_F, cycle=0, **SOURCE)
+    with pytest.raises(ValueError, match="one dataset"):
+        next_core(core0, make_sae(core0.W_enc_CD), torch.tensor([0]), SCORES_N, DENSITY_F, cycle=1, **(SOURCE | change))
+
+
+def test_frozen_rows_that_moved_are_noticed():
+    core0 = next_core(None, make_sae(torch.zeros(0, 4)), torch.tensor([1]), SCORES_N, DENSITY_F, cycle=0, **SOURCE)
+    with pytest.raises(AssertionError, match="moved"):
+        next_core(core0, make_sae(core0.W_enc_CD + 1e-6), torch.tensor([0]), SCORES_N, DENSITY_F, cycle=1, **SOURCE)
