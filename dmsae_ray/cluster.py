@@ -60,7 +60,8 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
 
     quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or _running_here()
-    if address is None:
+    if address in (None, "local"):
+        address = None
         cores = available_cpus()
         wanted = config.cluster.concurrent or max(1, cores // (config.cluster.workers * config.train.threads))
         wanted = min(wanted, max(1, chains))
@@ -82,10 +83,11 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
 
 
 def _running_here() -> str | None:
-    """Address of a cluster that runs on this machine."""
-    from ray._private.services import find_gcs_addresses
+    """Whether `ray start` made a cluster on this machine. Another driver's private cluster does not count: it ends with its driver."""
+    from ray._private.utils import read_ray_address
 
-    return "auto" if find_gcs_addresses() else None
+    # "auto", not the address itself: only then does Ray take up a token that lies ready.
+    return "auto" if read_ray_address() else None
 
 
 def capacity(config: Config, resources: dict[str, float], chains: int, local: bool) -> Capacity:

@@ -10,8 +10,8 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset, write_json
 from dmsae_ray.activations.shard import file_sha256
-from dmsae_ray.compare.nulls import Latents
 from dmsae_ray.compare.pair import ChainResult, CompareSettings, compare_all
+from dmsae_ray.compare.summary import summarise
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.plan import ChainPlan
@@ -45,6 +45,7 @@ def compare_chains(config: Config, dataset: ActivationDataset, plans: list[Chain
         "chains": [plan.label for plan in finished],
         "failed": [{"label": p.label, "reason": (p.folder.failure() or {}).get("reason", "not finished")} for p in plans if not p.finished()],
         "pairs": [pair.to_dict() for pair in pairs],
+        "summary": summarise(pairs, seed=c.seed).to_dict(),
     }
     write_json(path, comparison)
     return comparison
@@ -60,7 +61,7 @@ def chain_result(plan: ChainPlan, cycle: int) -> ChainResult:
     return ChainResult(
         label=plan.label, seed=plan.seed, k=plan.k, core=core, W_enc_FD=sae.encoder().detach(), W_dec_FD=sae.W_dec.detach(),
         density_F=stored["density"], core_ids=core.latent_ids_C,
-        cycle0=Latents(W_enc_FD[by_score_N], W_dec_FD[by_score_N]), cycle0_W_dec_FD=W_dec_FD,
+        cycle0_W_enc_ND=W_enc_FD[by_score_N], cycle0_W_dec_ND=W_dec_FD[by_score_N], cycle0_whole_FD=W_dec_FD,
     )  # fmt: skip
 
 

@@ -220,7 +220,7 @@ class ClusterConfig(Section):
     """What the work may use. Nothing here, but `workers`, changes a number."""
 
     address: str | None = None
-    """Ray cluster to join; empty: RAY_ADDRESS, else a cluster running on this machine, else a new local one"""
+    """Ray cluster to join; `local`: start one; empty: RAY_ADDRESS, else the one `ray start` made on this machine, else a new one"""
     workers: int = Field(1, ge=1)
     """data-parallel training workers of a chain"""
     cpus_per_worker: float = Field(0.5, gt=0)

@@ -120,7 +120,9 @@ class LiveLines:
 
     def _run(self) -> None:
         if self._console.is_terminal:
-            with Live(console=self._console, auto_refresh=False) as live:
+            # Elsewhere than on standard output, what libraries print there is none of our business.
+            ours = self._console.file is sys.stdout
+            with Live(console=self._console, auto_refresh=False, redirect_stdout=ours, redirect_stderr=ours) as live:
                 self._look_until_stopped(lambda found, last: live.update(self._lines(found), refresh=True))
         else:
             self._look_until_stopped(self._say_changes)
