@@ -50,6 +50,7 @@ test-peers: .venv-peers/.ready
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
 	.venv-peers/bin/python -m pip install --quiet dictionary-learning==0.1.0
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
 	touch $@
 
 clean:

@@ -5,6 +5,8 @@ Ray writes from Python, from C++ and from threads of its own; only the file desc
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 import time
@@ -25,6 +27,7 @@ class Screen:
         self.stream: TextIO = sys.stdout
         self._log = open(self.path, "a")
         self._saved: tuple[int, int] | None = None
+        self._handler = _Say(self)
 
     def __enter__(self) -> Screen:
         if not self.verbose:
@@ -36,20 +39,35 @@ class Screen:
             os.dup2(everything, 1)
             os.dup2(everything, 2)
             os.close(everything)
+        logging.getLogger("dmsae_ray").addHandler(self._handler)
         return self
 
     def __exit__(self, *_: object) -> None:
+        logging.getLogger("dmsae_ray").removeHandler(self._handler)
         if self._saved is not None:
             sys.stdout.flush()
             sys.stderr.flush()
             for target, saved in zip((1, 2), self._saved):
                 os.dup2(saved, target)
                 os.close(saved)
-            self.stream.close()
+            with contextlib.suppress(OSError):
+                self.stream.close()
             self.stream = sys.stdout
         self._log.close()
 
     def __call__(self, line: str) -> None:
-        print(line, file=self.stream, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that went away must not end a sweep
+            print(line, file=self.stream, flush=True)
         self._log.write(f"{time.strftime('%F %T')} {line}\n")
         self._log.flush()
+
+
+class _Say(logging.Handler):
+    """Our own warnings are our lines too."""
+
+    def __init__(self, screen: Screen):
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen(f"warning: {record.getMessage()}")

@@ -6,6 +6,7 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -25,6 +26,12 @@ from dmsae_ray.housekeeping import clean, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight
 from dmsae_ray.screen import Screen
+from dmsae_ray.track.figures import consistency_matrix, matrices, save
+from dmsae_ray.track.mlflow_sync import MlflowTracker
+from dmsae_ray.track.progress import LiveLines, ProgressBoard
+from dmsae_ray.track.run_store import TrackingError
+from dmsae_ray.track.tables import chain_row
+from dmsae_ray.track.terminal import report, terminal_console, write_report
 
 INTERRUPTED = 130
 
@@ -81,18 +88,25 @@ class Sweep:
                     plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
             write_json(folder / "chains.json", {plan.label: plan.key for plan in plans})
             tracker = self.tracker(plans)
-            ending = "KILLED"
             try:
                 self.chains(plans, tracker)
                 comparison = compare_chains(self.config, dataset, plans, folder, self.say)
-                tracker.log_comparison(comparison, [folder / "config.yaml"])
-                ending = "FINISHED" if all(plan.finished() for plan in plans) else "FAILED"
-            finally:
-                tracker.close(ending)
+                tables = self.report(folder, plans, comparison)
+                tracker.log_comparison(comparison, [folder / name for name in ("config.yaml", "report.txt", "consistency.png")])
+            except BaseException:
+                # Whatever ended the sweep matters more than a store that cannot be reached on top of it.
+                with contextlib.suppress(TrackingError):
+                    tracker.close("KILLED")
+                raise
+            done = all(plan.finished() for plan in plans)
+            tracker.close("FINISHED" if done else "FAILED")
         finally:
             if self.capacity is not None:
                 disconnect(self.capacity, self.say.path.with_suffix(".ray"))
-        return self.conclude(folder, plans, comparison)
+        terminal_console(self.say.stream).print(tables)
+        self.say(f"everything lies in {self.config.home}; this sweep's report in {folder}")
+        self.say(f"MLflow: make ui, or mlflow server --backend-store-uri {tracker.uri}")
+        return 0 if done else 1
 
     @staticmethod
     def key(plans: list[ChainPlan]) -> str:
@@ -137,10 +151,8 @@ class Sweep:
         import ray
 
         from dmsae_ray.distill.trials import run_chains
-        from dmsae_ray.track.progress import LiveLines, ProgressBoard
-
         capacity = self.connect()
-        board = ray.remote(num_cpus=0, max_restarts=-1)(ProgressBoard).remote()
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in todo:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
         scratch = self.config.home / "ray" / str(self.lease.generation)
@@ -149,28 +161,19 @@ class Sweep:
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
-    def tracker(self, plans: list[ChainPlan]):
-        from dmsae_ray.track.mlflow_sync import MlflowTracker
-
+    def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, self.key(plans), self.config.name,
             self.config.section_dict(), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
         )  # fmt: skip
 
-    def conclude(self, folder: Path, plans: list[ChainPlan], comparison: dict) -> int:
-        from dmsae_ray.track.figures import consistency_matrix, matrices, save
-        from dmsae_ray.track.tables import chain_row
-        from dmsae_ray.track.terminal import report, terminal_console, write_report
-
-        rows = [chain_row(plan.label, plan.folder.path, plan.cycles) for plan in plans]
-        tables = report(rows, comparison)
+    @staticmethod
+    def report(folder: Path, plans: list[ChainPlan], comparison: dict):
+        """Both tables, also as report.txt, and the consistency matrix as a picture."""
+        tables = report([chain_row(plan.label, plan.folder.path, plan.cycles) for plan in plans], comparison)
         write_report(folder / "report.txt", tables)
         save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
-        terminal_console(self.say.stream).print(tables)
-        uri = self.config.track.uri or f"sqlite:///{self.config.home / 'mlflow.db'}"
-        self.say(f"everything lies in {self.config.home}; this sweep's report in {folder}")
-        self.say(f"MLflow: make ui, or mlflow server --backend-store-uri {uri}")
-        return 0 if all(plan.finished() for plan in plans) else 1
+        return tables
 
 
 class Every:

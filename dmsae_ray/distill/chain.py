@@ -164,7 +164,7 @@ class ChainWorker:
             return None
         # Buffers (the frozen core rows) are equal on all ranks by construction.
         return ray.train.torch.prepare_model(
-            LossModule(sae, self.settings, self.comm), parallel_strategy_kwargs={"broadcast_buffers": False}
+            LossModule(sae, self.settings, self.comm), parallel_strategy_kwargs={"forward_sync_buffers": False}
         )
 
     def _calibration_chunks(self, rows_ND: torch.Tensor):
