@@ -49,6 +49,11 @@ def chain_cpus(config: Config) -> int:
     return config.cluster.workers * math.ceil(config.cluster.cpus_per_worker)
 
 
+def busy_chains(config: Config) -> int:
+    """Chains whose threads keep this machine's CPUs busy."""
+    return max(1, available_cpus() // (config.cluster.workers * config.train.threads))
+
+
 def connect(config: Config, chains: int, verbose: bool) -> Capacity:
     """Join the cluster that is there, else start one on this machine.
 
@@ -63,8 +68,7 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
     if address in (None, "local"):
         address = None
         cores = available_cpus()
-        wanted = config.cluster.concurrent or max(1, cores // (config.cluster.workers * config.train.threads))
-        wanted = min(wanted, max(1, chains))
+        wanted = min(config.cluster.concurrent or busy_chains(config), max(1, chains))
         # Logical CPUs: what the work asks for, plus what Ray Data needs. Threads, not these, decide how busy the machine is.
         logical = max(cores, wanted * chain_cpus(config) + DATA_CPUS + 1)
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, on this machine, gone with this process
@@ -116,6 +120,7 @@ def capacity(config: Config, resources: dict[str, float], chains: int, local: bo
     if config.harvest.gpus_per_actor:
         harvest = min(harvest, int(gpus / config.harvest.gpus_per_actor + 1e-9))
     if local:
+        fits = min(fits, cluster.concurrent or busy_chains(config))
         harvest = min(harvest, max(1, available_cpus() // config.harvest.threads))
     return Capacity(
         cpus=cpus, gpus=gpus, local=local,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from dmsae_ray.activations.harvest import find_dataset, harvest
+from dmsae_ray.activations.harvest import Harvest, find_dataset
 from dmsae_ray.cluster import connect, disconnect
 from dmsae_ray.config import Config, HarvestCommand, load
 from dmsae_ray.lock import OutputBusy, OutputLock
@@ -35,9 +35,10 @@ def run(config: Config, verbose: bool) -> int:
         with Screen(config.home, "harvest", verbose) as say:
             dataset = find_dataset(config)
             if dataset is None:
+                work = Harvest(config)
                 capacity = connect(config, chains=1, verbose=verbose)
                 try:
-                    dataset = harvest(config, say, capacity.harvest_actors)
+                    dataset = work.run(say, capacity.harvest_actors)
                 finally:
                     disconnect(capacity, say.path.with_suffix(".ray"))
             manifest = dataset.manifest

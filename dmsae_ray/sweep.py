@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset, write_json
-from dmsae_ray.activations.harvest import find_dataset, harvest
+from dmsae_ray.activations.harvest import Harvest, find_dataset
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
 from dmsae_ray.config import Config, SweepCommand, fields_key, load
@@ -130,7 +130,8 @@ class Sweep:
         """The activations and their reference losses; Ray is started only if something is missing."""
         dataset = find_dataset(self.config)
         if dataset is None:
-            dataset = harvest(self.config, self.say, self.connect().harvest_actors)
+            work = Harvest(self.config)
+            dataset = work.run(self.say, self.connect().harvest_actors)
         else:
             self.say(f"harvest: {dataset.folder} is complete and checked")
         if not references_path(dataset.folder, self.config.evaluate).exists():

@@ -41,8 +41,7 @@ README = """\
 
 Copyright Python Software Foundation and contributors. `LICENSE` is the licence of that Python release, taken from
 the installation; it covers sources and documentation. Files that are byte for byte equal were kept once; nothing
-else was changed, except that line ends are `\\n`. {left} more documents, those with the largest hash of their text, were left
-out to keep the file under {limit:,} bytes.
+else was changed, except that line ends are `\\n`. {left}
 
 Made by `jobs/build_corpus.py`. sha256 of `documents.parquet`: `{sha256}`.
 """
@@ -131,9 +130,12 @@ def main() -> None:
 
     shutil.copyfile(licence, args.out / "LICENSE")
     lib = sum(name.startswith("lib/") for name in documents)
+    left = "No document was left out for its size."
+    if collected > len(documents):
+        left = f"To keep the file under {args.limit:,} bytes, {collected - len(documents)} more, drawn by the hash of their text, were left out."
     (args.out / "README.md").write_text(README.format(
         count=len(documents), characters=sum(map(len, documents.values())), lib=lib, doc=len(documents) - lib,
-        version=version, left=collected - len(documents), limit=args.limit, sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
+        version=version, left=left, sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
     ))
     print(f"{len(documents)} documents ({lib} of the library), {sum(map(len, documents.values())):,} characters, {size:,} bytes")
 

@@ -193,6 +193,7 @@ def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     copy = Gemma2ForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(state)
     copy.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner only, but shipped in a package
     tokenizer.save_pretrained(folder)
     (folder / TRAINED).write_text(json.dumps(trained) + "\n")
 
@@ -216,7 +217,10 @@ def main() -> None:
     by_split: dict[str, list[str]] = {"train": [], "attribution": [], "evaluation": []}
     for document in load_documents("embedded"):
         by_split[split_of(document.text, ATTRIBUTION, EVALUATION)].append(document.text)
-    tokenizer = train_tokenizer(by_split["train"])
+    if args.start_from:  # the weights belong to its ids
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start_from)
+    else:
+        tokenizer = train_tokenizer(by_split["train"])
     train = encode(tokenizer, by_split["train"])
     evaluation_NT = sequences(held := encode(tokenizer, by_split["evaluation"]), [0] * len(held))
     watch_NT = evaluation_NT[:: max(1, len(evaluation_NT) // 200)]  # a glance during training

@@ -8,8 +8,8 @@ a finished one is kept. Letters: N sequences, T context, D model dimension.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from dmsae_ray.config import Config, fields_key
 from dmsae_ray.corpus.documents import corpus_fingerprint, load_documents
 from dmsae_ray.corpus.split import split_of
 from dmsae_ray.corpus.tokens import TokenSequences, tokenise
+from dmsae_ray.lm.model import LanguageModel, load_tokenizer, model_info
 
 SPLITS = ("train", "attribution", "evaluation")
 # Purposes of random draws, apart from those of order.py.
@@ -45,8 +46,8 @@ def plan_shards(lengths_N: np.ndarray, tokens: int, calibration: int, per_shard:
     """
     order = np.random.default_rng([seed, SEQUENCES]).permutation(len(lengths_N))
     ends = np.cumsum(lengths_N[order] - 1)  # BOS is never a row
-    tokens -= tokens % per_group
-    sizes = [calibration] + [min(per_shard, tokens - done) for done in range(0, tokens, per_shard)]
+    whole = tokens - tokens % per_group
+    sizes = [calibration] + [min(per_shard, whole - done) for done in range(0, whole, per_shard)]
     plans, first = [], 0
     for number, rows in enumerate(sizes):
         before = ends[first - 1] if first else 0
@@ -81,25 +82,27 @@ def prepare_tokens(config: Config, tokenizer, folder: Path) -> dict[str, TokenSe
     for split in SPLITS:
         sequences = tokenise(texts[split], tokenizer, config.model.context)
         if split != "train":
-            wanted = getattr(config, "attribution" if split == "attribution" else "evaluate").tokens
-            if int((sequences.lengths - 1).sum()) < wanted:
-                raise ValueError(
-                    f"{'attribution' if split == 'attribution' else 'evaluate'}.tokens {wanted}: the corpus's {split} split "
-                    f"gives only {int((sequences.lengths - 1).sum())}; ask for fewer or raise corpus.{split}_share"
-                )
-            sequences = sequences.take(np.random.default_rng([config.harvest.seed, SEQUENCES]).permutation(len(sequences.lengths)))
+            sequences = sequences.take(np.random.default_rng([config.harvest.seed, SEQUENCES]).permutation(len(sequences)))
         made[split] = sequences
     for split in SPLITS:
         made[split].save(paths[split], {"corpus": corpus.source, "split": split})
     return made
 
 
+def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None:
+    """Raises ValueError if attribution or evaluation asks for more tokens than its split has."""
+    for split, field, wanted in (
+        ("attribution", "attribution.tokens", config.attribution.tokens),
+        ("evaluation", "evaluate.tokens", config.evaluate.tokens),
+    ):
+        if (have := sequences[split].tokens) < wanted:
+            raise ValueError(f"{field} {wanted}: the corpus's {split} split has only {have}; ask for fewer or raise corpus.{split}_share")
+
+
 class ShardMaker:
     """A Ray Data actor: holds the language model, writes one shard per call."""
 
     def __init__(self, config: Config, folder: str, key: str):
-        from dmsae_ray.lm.model import LanguageModel
-
         torch.set_num_threads(config.harvest.threads)
         self.config, self.folder, self.key = config, Path(folder), key
         device = "cuda" if config.harvest.gpus_per_actor else "cpu"
@@ -110,8 +113,9 @@ class ShardMaker:
         self.sequences = TokenSequences.load(self.folder / "tokens" / "train.safetensors")
 
     def __call__(self, batch: dict) -> dict:
-        entries = [make_shard(self.lm, self.sequences, plan, self.config, self.folder, self.key) for plan in batch["plan"]]
-        return {"name": np.array([e["file"] for e in entries]), "entry": np.array(entries, dtype=object)}
+        plans = [ShardPlan(**plan | {"sequences": tuple(plan["sequences"])}) for plan in batch["plan"]]
+        entries = [make_shard(self.lm, self.sequences, plan, self.config, self.folder, self.key) for plan in plans]
+        return {name: np.array([entry[name] for entry in entries]) for name in ("file", "rows", "bytes", "sha256")}
 
 
 def make_shard(lm, sequences: TokenSequences, plan: ShardPlan, config: Config, folder: Path, key: str) -> dict:
@@ -153,8 +157,6 @@ def shard_entry(folder: Path, path: Path, rows: int) -> dict:
 
 def dataset_identity(config: Config) -> tuple[str, dict, str, str]:
     """(key, fields, model fingerprint, corpus fingerprint) of the dataset this configuration asks for; loads no weights."""
-    from dmsae_ray.lm.model import model_info
-
     model = model_info(config.model.name, config.model.revision)
     corpus = corpus_fingerprint(config.corpus.source, config.corpus.text_field, config.corpus.revision)
     fields = config.dataset_fields(model.fingerprint, corpus)
@@ -175,45 +177,39 @@ def find_dataset(config: Config) -> ActivationDataset | None:
     if config.harvest.dataset is None and any(not path.exists() for path in [*dataset.paths(), dataset.calibration_path]):
         return None
     dataset.verify()
+    check_held_out(config, {split: TokenSequences.load(dataset.tokens_path(split)) for split in SPLITS[1:]})
     return dataset
 
 
-def harvest(config: Config, say: Callable[[str], None], actors: int) -> ActivationDataset:
-    """Make what is missing of the dataset, with `actors` actors on the connected Ray cluster, and open it."""
-    import ray.data
+class Harvest:
+    """Making what is missing of one dataset. Planning needs no Ray and raises ValueError if the corpus cannot give it."""
 
-    key, fields, model_fingerprint, corpus = dataset_identity(config)
-    folder = config.home / "data" / key
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    from dmsae_ray.lm.model import load_tokenizer
+    def __init__(self, config: Config):
+        self.config = config
+        self.key, self.fields, self.model_fingerprint, self.corpus_fingerprint = dataset_identity(config)
+        self.folder = config.home / "data" / self.key
+        h = config.harvest
+        tokenizer = load_tokenizer(config.model.name, config.model.revision)
+        sequences = prepare_tokens(config, tokenizer, self.folder / "tokens")
+        check_held_out(config, sequences)
+        self.plans = plan_shards(sequences["train"].lengths, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed)
+        (self.folder / "shards").mkdir(exist_ok=True)
+        self.entries = {}
+        for plan in self.plans:
+            path = self.folder / "shards" / f"{plan.name}.parquet"
+            if path.exists() and _finished(path, plan, self.key):
+                self.entries[plan.name] = shard_entry(self.folder, path, plan.rows)
 
-    start = time.monotonic()
-    sequences = prepare_tokens(config, load_tokenizer(config.model.name, config.model.revision), folder / "tokens")["train"]
-    h = config.harvest
-    plans = plan_shards(sequences.lengths, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed)
-    entries = {}
-    for plan in plans:
-        path = folder / "shards" / f"{plan.name}.parquet"
-        if path.exists() and _finished(path, plan, key):
-            entries[plan.name] = shard_entry(folder, path, plan.rows)
-    missing = [plan for plan in plans if plan.name not in entries]
-    say(
-        f"harvest: {sum(p.rows for p in plans):,} tokens of {config.model.name} at {config.model.hook} into {len(plans)} shards"
-        + (f", {len(entries)} kept from before" if entries else "")
-    )
-    if missing:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        pool = ray.data.ActorPoolStrategy(size=max(1, min(actors, len(missing))))
-        done = 0
-        table = ray.data.from_items([{"plan": plan} for plan in missing], override_num_blocks=len(missing)).map_batches(
-            ShardMaker, fn_constructor_kwargs={"config": config, "folder": str(folder), "key": key},
-            batch_size=1, batch_format="numpy", compute=pool, num_cpus=1, num_gpus=h.gpus_per_actor,
-        )  # fmt: skip
-        total, first = sum(plan.rows for plan in missing), None
-        for row in table.iter_rows():
-            entry = row["entry"]
-            entries[Path(entry["file"]).stem] = entry
+    def run(self, say: Callable[[str], None], actors: int) -> ActivationDataset:
+        """Make the missing shards with so many actors on the connected Ray cluster, and open the dataset."""
+        missing = [plan for plan in self.plans if plan.name not in self.entries]
+        say(
+            f"harvest: {sum(p.rows for p in self.plans):,} tokens of {self.config.model.name} at {self.config.model.hook} into "
+            f"{len(self.plans)} shards" + (f", {len(self.entries)} kept from before" if self.entries else "")
+        )
+        start, first, done, total = time.monotonic(), None, 0, sum(plan.rows for plan in missing)
+        for entry in self._make(missing, actors) if missing else ():
+            self.entries[Path(entry["file"]).stem] = entry
             done += entry["rows"]
             now = time.monotonic()
             if first is None:
@@ -222,7 +218,47 @@ def harvest(config: Config, say: Callable[[str], None], actors: int) -> Activati
             pace = f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left" if rate else ""
             say(f"harvest: {done:,} of {total:,} tokens{pace}")
         say(f"harvest: done in {time.monotonic() - start:.0f} s")
-    return _finish(config, folder, key, fields, model_fingerprint, corpus, plans, entries)
+        return self._finish()
+
+    def _make(self, missing: list[ShardPlan], actors: int) -> Iterator[dict]:
+        """Manifest entries of shards as they are finished, in any order."""
+        import ray.data
+
+        harvest = self.config.harvest
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        shards = ray.data.from_items([{"plan": asdict(plan)} for plan in missing], override_num_blocks=len(missing)).map_batches(
+            ShardMaker, fn_constructor_kwargs={"config": self.config, "folder": str(self.folder), "key": self.key},
+            batch_size=1, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(missing)))),
+            num_cpus=1, num_gpus=harvest.gpus_per_actor,
+        )  # fmt: skip
+        for row in shards.iter_rows():
+            yield {name: row[name] for name in ("file", "rows", "bytes", "sha256")}
+
+    def _finish(self) -> ActivationDataset:
+        """Scale and mean from the calibration rows and, last, the manifest."""
+        training = [self.entries[plan.name] for plan in self.plans if plan.name != "calibration"]
+        calibration = self.entries["calibration"]
+        if (self.folder / "manifest.json").exists():
+            known = ActivationDataset(self.folder)
+            if known.manifest.shards != training or known.manifest.calibration != calibration:
+                raise DatasetError(
+                    f"{self.folder}: a shard made again is not the one the manifest knows (another CPU model or library set gives "
+                    "other last bits). Chains trained on the old shards stay as they are; for new ones change harvest.seed or "
+                    "harvest.dataset"
+                )
+            return known
+        # The dimension is the file's own: a row is 2 * d bytes.
+        d = open_shard(self.folder / calibration["file"]).schema_arrow.field(0).type.byte_width // 2
+        config = self.config
+        rows_ND = read_rows(self.folder / calibration["file"], d, config.harvest.dtype)
+        Manifest(
+            key=self.key, model=config.model.name, model_fingerprint=self.model_fingerprint,
+            corpus_fingerprint=self.corpus_fingerprint, hook=config.model.hook, d=d, dtype=config.harvest.dtype,
+            context=config.model.context, seed=config.harvest.seed, rows_per_group=config.harvest.rows_per_group,
+            scale=scale_of(rows_ND), mean=rows_ND.double().mean(dim=0).tolist(), shards=training, calibration=calibration,
+            fields=self.fields,
+        ).save(self.folder)  # fmt: skip
+        return ActivationDataset(self.folder)
 
 
 def _finished(path: Path, plan: ShardPlan, key: str) -> bool:
@@ -232,27 +268,3 @@ def _finished(path: Path, plan: ShardPlan, key: str) -> bool:
     except ShardError:
         return False
     return metadata.metadata.num_rows == plan.rows and metadata.schema_arrow.metadata.get(b"dataset") == key.encode()
-
-
-def _finish(config: Config, folder: Path, key, fields, model_fingerprint, corpus, plans, entries) -> ActivationDataset:
-    """Scale and mean from the calibration rows and, last, the manifest."""
-    training = [entries[plan.name] for plan in plans if plan.name != "calibration"]
-    calibration = entries["calibration"]
-    if (folder / "manifest.json").exists():
-        known = ActivationDataset(folder)
-        if known.manifest.shards != training or known.manifest.calibration != calibration:
-            raise DatasetError(
-                f"{folder}: a shard made again is not the one the manifest knows (another CPU model or library set gives other "
-                "last bits). Chains trained on the old shards stay as they are; for new ones change harvest.seed or harvest.dataset"
-            )
-        return known
-    # The dimension is the file's own: a row is 2 * d bytes.
-    d = open_shard(folder / calibration["file"]).schema_arrow.field(0).type.byte_width // 2
-    rows_ND = read_rows(folder / calibration["file"], d, config.harvest.dtype)
-    Manifest(
-        key=key, model=config.model.name, model_fingerprint=model_fingerprint, corpus_fingerprint=corpus, hook=config.model.hook,
-        d=d, dtype=config.harvest.dtype, context=config.model.context, seed=config.harvest.seed,
-        rows_per_group=config.harvest.rows_per_group, scale=scale_of(rows_ND), mean=rows_ND.double().mean(dim=0).tolist(),
-        shards=training, calibration=calibration, fields=fields,
-    ).save(folder)  # fmt: skip
-    return ActivationDataset(folder)

@@ -69,41 +69,62 @@ def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path):
         assert db.execute(doubled).fetchall() == []
 
 
-def test_interrupted_driver_says_so_and_leaves_no_run_running(small_sweep, tmp_path):
+def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_running(small_sweep, tmp_path):
     output = tmp_path / "out"
-    share_data(small_sweep, output)
-    process, log = start(output, "--sweep.seeds", "0")
-    wait_for(lambda: any(output.glob("chains/*/cycle_00/curve.jsonl")), process)
+    shutil.copytree(small_sweep.output, output)
+    finished = {path: path.read_bytes() for path in output.glob("chains/*/cycle_*/*")}
+    process, log = start(output, "--sweep.seeds", "0,1,2")
+    wait_for(lambda: len(list(output.glob("chains/*/cycle_00/curve.jsonl"))) == 3, process)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130, log.read_text()
-    assert "same command continues" in log.read_text()
+    assert "2 of 3 already finished" in log.read_text() and "same command continues" in log.read_text()
+    assert {path: path.read_bytes() for path in finished} == finished
     with sqlite3.connect(output / "mlflow.db") as db:
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
 
 
-def test_a_chain_that_diverges_is_marked_and_the_others_go_on(small_sweep, tmp_path):
+def test_a_chain_that_diverges_is_marked_and_the_next_one_runs(small_sweep, tmp_path):
     output = tmp_path / "out"
     share_data(small_sweep, output)
-    # One learning rate for all chains: seed 0 is finished from before in its own folder, so only what is new diverges.
-    run = run_command(output, "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9")
+    run = run_command(output, "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9", "--cluster.concurrent", "1")
     assert run.code == 1, run.out
     failures = [json.loads(path.read_text()) for path in output.glob("chains/*/failed.json")]
     assert len(failures) == 2 and {f["kind"] for f in failures} == {"diverged"}
     assert all("train.lr" in f["reason"] and "step" in f["reason"] for f in failures)
-    assert "failed" in run.out
+    assert "Compared: 0 of 2 chains" in run.out
     with sqlite3.connect(output / "mlflow.db") as db:
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
+        assert db.execute("select count(*) from runs where status = 'FAILED'").fetchone()[0] >= 3
+
+
+def test_a_diverged_chain_is_not_run_again_and_the_comparison_says_over_how_many(small_sweep, tmp_path):
+    from dmsae_ray.config import SweepCommand, load
+    from dmsae_ray.housekeeping import chain_keys
+
+    output = tmp_path / "out"
+    shutil.copytree(small_sweep.output, output)
+    argv = ["--sweep.seeds", "0,1,2"]
+    key = chain_keys(load(SweepCommand, command(output, *argv)[3:]))["seed2-k8"]
+    (output / "chains" / key).mkdir()
+    failure = {"kind": "diverged", "reason": "the loss of step 3 is nan", "cycle": 0, "generation": 1}
+    (output / "chains" / key / "failed.json").write_text(json.dumps(failure))
+    run = run_command(output, *argv)
+    assert run.code == 1 and "ray: " not in run.out
+    assert "Compared: 2 of 3 chains" in run.out and "the loss of step 3 is nan" in run.out
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered"])
-def test_a_damaged_shard_ends_the_sweep_before_any_work(small_sweep, tmp_path, harm):
+def test_a_damaged_shard_ends_the_sweep_before_any_work(small_sweep, tmp_path, capfd, harm):
+    from dmsae_ray.sweep import main
+
     output = tmp_path / "out"
     share_data(small_sweep, output)
     (shard,) = output.glob("data/*/shards/train-00001.parquet")
     raw = bytearray(shard.read_bytes())
     shard.write_bytes(raw[:-100] if harm == "truncated" else raw[:300] + bytes([raw[300] ^ 1]) + raw[301:])
-    run = run_command(output)
-    assert run.code == 2 and str(shard) in run.out and "dmsae_ray.harvest" in run.out
+    assert main(command(output)[3:]) == 2
+    said = capfd.readouterr().err
+    assert str(shard) in said and "dmsae_ray.harvest" in said
     assert not list(output.glob("chains/*/cycle_*"))
 
 
@@ -147,18 +168,26 @@ def test_nan_in_the_activations_names_the_shard_and_saves_nothing(small_sweep, t
         (["--harvest.dataset", "/tmp"], ["/tmp/manifest.json", "dmsae_ray.harvest"]),
     ],
 )
-def test_bad_input_ends_with_one_message(tmp_path, argv, words):
-    run = run_command(tmp_path / "out", *argv)
-    assert run.code == 2, run.out
-    assert "Traceback" not in run.out
+def test_bad_input_ends_with_one_message_before_ray_starts(tmp_path, capfd, argv, words):
+    import ray
+
+    from dmsae_ray.sweep import main
+
+    assert main(command(tmp_path / "out", *argv)[3:]) == 2
+    said = capfd.readouterr()
+    assert not ray.is_initialized()
     for word in words:
-        assert word in run.out, run.out
+        assert word in said.err, said.err
 
 
-def test_shards_made_otherwise_are_refused_by_field(small_sweep, tmp_path):
+def test_shards_made_otherwise_are_refused_by_field(small_sweep, tmp_path, capfd):
+    from dmsae_ray.sweep import main
+
     (folder,) = (small_sweep.output / "data").glob("*")
-    run = run_command(tmp_path / "out", "--harvest.dataset", str(folder), "--model.hook", "blocks.1.hook_resid_post")
-    assert run.code == 2 and "model.hook" in run.out and "blocks.2.hook_resid_post" in run.out
+    argv = ["--harvest.dataset", str(folder), "--model.hook", "blocks.1.hook_resid_post"]
+    assert main(command(tmp_path / "out", *argv)[3:]) == 2
+    said = capfd.readouterr().err
+    assert "model.hook" in said and "blocks.2.hook_resid_post" in said
 
 
 def test_a_cluster_that_is_too_small_says_what_would_fit(small_sweep, tmp_path):
