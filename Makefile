@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
-# Ours is CPU or GPU code that sets its own threads; tests run beside one another on few cores.
-TEST   := $(BIN)/python -m pytest
+# Every test process computes with one thread: two run side by side on two cores.
+TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help setup sweep test test-unit test-pipeline test-faults test-peers ui clean
 
@@ -32,7 +32,7 @@ ui: $(READY)
 test: test-unit test-pipeline test-faults
 
 test-unit: $(READY)
-	timeout 60 $(TEST) tests/unit
+	timeout 60 $(TEST) -n 2 tests/unit
 
 test-pipeline: $(READY)
 	timeout 360 $(TEST) tests/pipeline

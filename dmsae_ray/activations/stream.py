@@ -37,8 +37,11 @@ class Stream:
         self._units = dataset.units()
         assert len(self._units) == order.n_units
         self._lanes = order.lanes_of(rank, world)
-        self.shards: list[str] = []
-        """shards that the batch given last came from, for error messages"""
+        self._lane_shards: list[str] = []
+
+    def shard_of(self, row: int) -> str:
+        """The shard that this row of the batch given last came from."""
+        return self._lane_shards[row // self.order.lane_rows]
 
     def batches(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         """This rank's rows of global batches start .. stop - 1, each [B / W, D] fp32, divided by the scale."""
@@ -51,7 +54,7 @@ class Stream:
         rows = self._rows(self._pipeline([int(unit) for units in plan for unit in units]))
         step = start
         for round_, units in enumerate(plan, first_round):
-            self.shards = sorted({self._units[unit][0] for unit in units})
+            self._lane_shards = [self._units[unit][0] for unit in units]
             # Lane by lane: the unit's rows as a view of Ray's memory, and the order to take them in.
             lanes = [(next(rows), torch.from_numpy(order.rows(round_, unit))) for unit in units]
             for row in range(first_row if round_ == first_round else 0, order.unit_rows, order.lane_rows):

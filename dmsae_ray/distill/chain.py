@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import time
 import traceback
 from dataclasses import asdict
@@ -119,7 +120,7 @@ class ChainWorker:
         trainer = Trainer(sae, self.settings, self.comm, self._parallel(sae))
         first, curve = 0, []
         if folder.checkpoint.exists():
-            state = torch.load(folder.checkpoint, map_location=self.device, weights_only=True)
+            state = self._load_checkpoint(folder)
             trainer.load_state_dict(state["trainer"])
             first, curve = state["step"], json.loads(state["curve"])
         if self.rank == 0:
@@ -173,7 +174,8 @@ class ChainWorker:
 
     def _diverged(self, error: Diverged, x_BD: torch.Tensor, stream: Stream, step: int) -> Exception:
         """Tell bad data from a bad run: all ranks come here together."""
-        mine = [] if bool(torch.isfinite(x_BD).all()) else stream.shards
+        bad_B = (~torch.isfinite(x_BD).all(dim=1)).nonzero().flatten()
+        mine = [stream.shard_of(int(row)) for row in bad_B]
         everyone: list = [None] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(everyone, mine)
@@ -192,8 +194,17 @@ class ChainWorker:
         if self.rank == 0:
             self.plan.lease.check()
             temporary = folder.checkpoint.with_name(f"checkpoint.pt.tmp-{os.getpid()}")
-            torch.save({"trainer": trainer.state_dict(), "step": step, "curve": json.dumps(curve)}, temporary)
+            with open(temporary, "wb") as file:
+                torch.save({"trainer": trainer.state_dict(), "step": step, "curve": json.dumps(curve)}, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, folder.checkpoint)
+
+    def _load_checkpoint(self, folder: CycleFolder) -> dict:
+        try:
+            return torch.load(folder.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
 
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
@@ -201,17 +212,19 @@ class ChainWorker:
         """Held-out metrics and each latent's density [F]; saves the SAE with them."""
         self.say(phase="evaluate", within=0.87)
         evaluate, tally = self.plan.config.evaluate, Tally()
-        batches = self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch)
-        for number, (ids_NT, lengths_N) in enumerate(batches):
-            if number % self.world == self.rank:
-                tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale)
+        batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
+        # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
+        mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
+        for ids_NT, lengths_N in mine:
+            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale)
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae.core_size, read_references(self.dataset.folder, evaluate))
         if self.rank == 0:
             self.plan.lease.check()
+            manifest = self.dataset.manifest
             sae.save(
                 folder.sae,
-                {"density": density_F.float(), "scale": self.scale, "hook": self.dataset.manifest.hook, "model": self.dataset.manifest.model_fingerprint,
+                {"density": density_F.float(), "scale": self.scale, "hook": manifest.hook, "model": manifest.model_fingerprint,
                  "cycle": self.cycle, "seed": self.plan.seed, "k": self.plan.k, "chain": self.plan.key},
             )  # fmt: skip
         return metrics, density_F
@@ -231,11 +244,14 @@ class ChainWorker:
         if self.rank == 0:
             ray.get(self.aggregator.begin.remote(ledger))
         self._barrier()
-        began = time.monotonic()
-        score_shards(sae, self.lm, batches, self.scale, self.plan.attribution_settings, self.aggregator, ledger, self.rank,
-                     on_shard=lambda n: self.say(phase="attribute", within=0.9 + 0.1 * n / len(batches),
-                                                 tokens_per_s=n * config.sequences_per_shard * self.plan.config.model.context
-                                                 / (time.monotonic() - began)))  # fmt: skip
+        began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
+
+        def on_shard(done: int) -> None:
+            within = 0.9 + 0.1 * done * self.world / len(batches)
+            self.say(phase="attribute", within=within, tokens_per_s=done * self.world * tokens / (time.monotonic() - began))
+
+        settings = self.plan.attribution_settings
+        score_shards(sae, self.lm, batches, self.scale, settings, self.aggregator, ledger, self.rank, on_shard)
         return ray.get(self.aggregator.select.remote(ledger))
 
     def commit(self, folder, core, sae, density_F, selected, metrics, trained, seconds) -> None:
@@ -260,7 +276,7 @@ class ChainWorker:
             **trained, "theta": float(sae.theta), **metrics,
             "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": float(curve[new.size - 1]),
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "data": {"through": "ray.data", "rows": (plan.steps - trained["resumed_at_step"]) * plan.config.train.batch},
+            "data": {"rows": (plan.steps - trained["resumed_at_step"]) * plan.config.train.batch},
             "attribution": {name: selected[name] for name in ("tokens", "shards", "workers", "resent")},
             "finished_at": time.time(),
         }  # fmt: skip
