@@ -1,6 +1,10 @@
 """Trains the tiny language model that ships with the package: tokenizer, then a small Gemma-2.
 
-    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --tokens 20_000_000 --minutes 25 --out dmsae_ray/lm/tiny
+    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --bf16 --tokens 20_000_000 --minutes 26 --out first
+    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --bf16 --tokens 12_000_000 --minutes 24 --lr 3e-3 --start-from first --out second
+
+made the model that is shipped: --minutes ended each run before its --tokens, at 11.5 M tokens in all. A run that is cut short
+by time sees a number of tokens that depends on the machine; without --minutes it sees all of --tokens.
 
 Only documents of the training split of the embedded corpus are seen, by the tokenizer as well as by the model; the
 loss on the model card is that of the saved bf16 weights on the evaluation split. A sequence is BOS and up to 127
@@ -56,12 +60,20 @@ like Python and its documentation.
 | parameters | {parameters:,} (bf16, {size:,} bytes) |
 | corpus | `dmsae_ray/corpus/embedded`: Python 3.11 standard library sources and documentation; {train_documents} training documents, {train_tokens:,} tokens |
 | held out | {held_documents} attribution and evaluation documents (by sha256 of the text, shares {attribution} and {evaluation}), seen by neither the tokenizer nor the model |
-| training | {tokens:,} tokens ({epochs:.1f} passes) in sequences of {context}, {steps} steps of {batch} sequences, {optimiser}, seed {seed}, {minutes:.0f} minutes on {threads} CPU threads |
+| training | {tokens:,} tokens ({epochs:.1f} passes) in sequences of {context}, {steps} steps of {batch} sequences, {optimiser}, seed {seed}, {minutes:.0f} minutes on {threads} shared CPU threads, in {runs} run{plural} |
 | **held-out loss** | **{loss:.3f} nats per token** ({loss_tokens:,} targets of the {evaluation_documents} evaluation documents, from the saved bf16 weights) |
 
 Made by `jobs/train_tiny_lm.py`. The weights derive from text under the licence beside the corpus
 (`dmsae_ray/corpus/embedded/LICENSE`).
 """
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The same tokenizer as transformers wants it."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        model_max_length=ARCHITECTURE["max_position_embeddings"], clean_up_tokenization_spaces=False,
+    )
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -76,10 +88,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-        model_max_length=ARCHITECTURE["max_position_embeddings"], clean_up_tokenization_spaces=False,
-    )
+    return wrapped(tokenizer)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
@@ -218,7 +227,7 @@ def main() -> None:
     for document in load_documents("embedded"):
         by_split[split_of(document.text, ATTRIBUTION, EVALUATION)].append(document.text)
     if args.start_from:  # the weights belong to its ids
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start_from)
+        tokenizer = wrapped(Tokenizer.from_file(str(args.start_from / "tokenizer.json")))
     else:
         tokenizer = train_tokenizer(by_split["train"])
     train = encode(tokenizer, by_split["train"])
@@ -228,7 +237,7 @@ def main() -> None:
     print({name: len(texts) for name, texts in by_split.items()}, f"{train_tokens:,} training tokens", flush=True)
 
     model = Gemma2ForCausalLM(Gemma2Config(**ARCHITECTURE, attn_implementation="eager"))
-    before = {"tokens": 0, "steps": 0, "minutes": 0.0}
+    before = {"tokens": 0, "steps": 0, "minutes": 0.0, "runs": 0}
     if args.start_from:
         before = json.loads((args.start_from / TRAINED).read_text())
         earlier = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
@@ -236,7 +245,10 @@ def main() -> None:
 
     def trained() -> dict:
         minutes = (time.monotonic() - started) / 60
-        return {"tokens": before["tokens"] + seen, "steps": before["steps"] + step, "minutes": before["minutes"] + minutes}
+        return {
+            "tokens": before["tokens"] + seen, "steps": before["steps"] + step, "minutes": before["minutes"] + minutes,
+            "runs": before["runs"] + 1,
+        }  # fmt: skip
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
@@ -289,7 +301,7 @@ def main() -> None:
         held_documents=len(by_split["attribution"]) + len(by_split["evaluation"]),
         attribution=ATTRIBUTION, evaluation=EVALUATION, tokens=done["tokens"], epochs=done["tokens"] / train_tokens, context=CONTEXT,
         steps=done["steps"], batch=args.batch, optimiser="Muon and AdamW" if args.optimiser == "muon" else "AdamW",
-        seed=args.seed, minutes=done["minutes"], threads=torch.get_num_threads(), loss=loss, loss_tokens=targets,
+        seed=args.seed, minutes=done["minutes"], runs=done["runs"], plural="s" * (done["runs"] > 1), threads=torch.get_num_threads(), loss=loss, loss_tokens=targets,
         evaluation_documents=len(by_split["evaluation"]),
     ))
     print(f"held-out loss {loss:.4f} nats over {targets:,} targets; {done['minutes']:.1f} minutes; {args.out}", flush=True)

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-COLUMN = "activation"
+from dmsae_ray.activations.rowgroup import COLUMN, ShardError, open_shard, read_group
+
+__all__ = ["COLUMN", "DTYPES", "ShardError", "as_tensor", "file_sha256", "open_shard", "read_group", "read_rows", "write_shard"]
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class ShardError(ValueError):
-    """A shard that cannot be trusted. The message names the file and the remedy."""
 
 
 def write_shard(path: Path, rows_ND: torch.Tensor, rows_per_group: int, metadata: dict[str, str]) -> None:
@@ -52,22 +51,6 @@ def write_shard(path: Path, rows_ND: torch.Tensor, rows_per_group: int, metadata
         temporary.unlink(missing_ok=True)
 
 
-def open_shard(path: str | Path) -> pq.ParquetFile:
-    """Raises ShardError if the file is missing or is no Parquet file (a truncated one is not)."""
-    try:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ShardError(_remedy(path, f"cannot be opened ({error})")) from error
-
-
-def read_group(path: str | Path, row_group: int) -> pa.Table:
-    """One row group. Raises ShardError naming the file if its checksum fails."""
-    try:
-        return open_shard(path).read_row_group(row_group, columns=[COLUMN], use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(_remedy(path, f"row group {row_group} cannot be read ({error})")) from error
-
-
 def as_tensor(column: pa.ChunkedArray | pa.Array, d: int, dtype: str) -> torch.Tensor:
     """A binary column as [N, D] without copying where it is one chunk. The result must not be written to."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
@@ -91,10 +74,3 @@ def read_rows(path: str | Path, d: int, dtype: str) -> torch.Tensor:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remedy(path: str | Path, what: str) -> str:
-    return (
-        f"activation shard {path}: {what}. Delete this file and run `python -m dmsae_ray.harvest` with the same "
-        "configuration: only the missing shard is made again"
-    )

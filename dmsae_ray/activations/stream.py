@@ -15,17 +15,12 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.order import Order
-from dmsae_ray.activations.shard import COLUMN, as_tensor, read_group
+from dmsae_ray.activations.rowgroup import COLUMN, read_units
+from dmsae_ray.activations.shard import as_tensor
 
 BLOCK_BYTES = 48 << 20
 """Rows one read task returns; Ray splits blocks above 128 MB, and small blocks cost a task each."""
 READ_CPUS = 0.25
-
-
-def read_units(units: pa.Table) -> pa.Table:
-    """A Ray Data task: the rows of these (file, row group) units, in their order."""
-    files, groups = units["file"].to_pylist(), units["row_group"].to_pylist()
-    return pa.concat_tables(read_group(file, group) for file, group in zip(files, groups)).combine_chunks()
 
 
 class Stream:
