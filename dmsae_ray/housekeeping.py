@@ -7,10 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+from rich import box
+from rich.table import Table
+
 from dmsae_ray.activations.harvest import dataset_identity
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.lock import OutputLock
+from dmsae_ray.track.terminal import terminal_console
 
 
 def chain_keys(config: Config) -> dict[str, str]:
@@ -53,17 +57,15 @@ def chain_state(folder: ChainFolder, cycles: int, alive: bool) -> tuple[str, str
 
 def status(config: Config) -> int:
     """Print each chain's state; changes nothing."""
-    from rich.console import Console
-    from rich.table import Table
-
     alive = driver_alive(config.home)
-    table = Table(title=f"{config.home} ({'a driver is at work' if alive else 'no driver at work'})", title_justify="left")
+    print(f"{config.home}: {'a driver is at work' if alive else 'no driver at work'}")
+    table = Table(box=box.SIMPLE_HEAD)
     for column in ("chain", "folder", "state", "detail"):
         table.add_column(column, overflow="fold")
     for label, key in chain_keys(config).items():
         state, detail = chain_state(ChainFolder(config.home / "chains" / key), config.sweep.cycles, alive)
         table.add_row(label, f"chains/{key}", state, detail)
-    Console().print(table)
+    terminal_console().print(table)
     return 0
 
 
