@@ -76,12 +76,11 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
     else:
         try:
             ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise ValueError(f"cluster.address {address}: no Ray cluster answers there ({error}); start one or leave it empty") from error
-        except RuntimeError as error:
+        except (ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"cluster.address {address}: the cluster refused this driver ({error}); where it asks for a token, set "
-                "RAY_AUTH_MODE=token and give the same token on both sides"
+                f"cluster.address {address}: this driver could not join the Ray cluster ({error}). Is it up? `ray stop` clears what a "
+                "dead one left, `--cluster.address local` starts another. Where it asks for a token, set RAY_AUTH_MODE=token and the "
+                "same token on both sides"
             ) from error
     return capacity(config, ray.cluster_resources(), chains, local=address is None)
 

@@ -26,9 +26,13 @@ from dmsae_ray.track.progress import ProgressBoard
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        # Workers import the loop below from this file.
+        here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+        ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here)
+        yield
+        ray.shutdown()
 
 
 def dataset_of(sweep) -> ActivationDataset:
