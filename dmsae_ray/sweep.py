@@ -89,6 +89,7 @@ class Sweep:
             write_json(folder / "chains.json", {plan.label: plan.key for plan in plans})
             tracker = self.tracker(plans)
             try:
+                tracker.sync()
                 self.chains(plans, tracker)
                 comparison = compare_chains(self.config, dataset, plans, folder, self.say)
                 tables = self.report(folder, plans, comparison)

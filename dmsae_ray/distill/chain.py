@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import time
 import traceback
 from dataclasses import asdict
@@ -340,11 +341,14 @@ def score_shards(sae, lm, batches, scale, settings, aggregator, ledger, rank: in
     return ours
 
 
-def _cause(error: BaseException | None, kinds: tuple[type, ...]) -> Exception | None:
-    """The first of these kinds in a chain of causes: Ray wraps what a task raised."""
-    seen = 0
-    while error is not None and seen < 16:
-        if isinstance(error, kinds):
-            return error
-        error, seen = getattr(error, "cause", None) or error.__cause__ or error.__context__, seen + 1
-    return None
+def _cause(error: BaseException, kinds: tuple[type, ...]) -> Exception | None:
+    """The first of these kinds in a chain of causes, also where Ray wrapped what a task of its own raised."""
+    chain, next_ = [], error
+    while next_ is not None and next_ not in chain:
+        chain.append(next_)
+        next_ = getattr(next_, "cause", None) or next_.__cause__ or next_.__context__
+    for link in chain:
+        # A read task's error reaches us only as the text of its traceback.
+        if found := re.search(r"^[\w.]*ShardError: (.+)$", str(link), re.MULTILINE):
+            return ShardError(found[1])
+    return next((link for link in chain if isinstance(link, kinds)), None)

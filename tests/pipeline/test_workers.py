@@ -1,6 +1,7 @@
 """What depends on Ray and must not depend on the number of workers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         # Workers import the loop below from this file.
-        here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+        here = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}}
         ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here)
         yield
         ray.shutdown()
@@ -115,6 +116,28 @@ def test_training_rows_come_through_a_ray_dataset_and_queued_chains_do_not_hang(
     assert len(done) - before == 2 * 4
     again = core_bytes(tmp_path / "out")
     assert again and all(core_bytes(small_sweep.output)[place] == core for place, core in again.items())
+
+
+def test_a_byte_altered_after_the_start_fails_the_chain_by_name_and_saves_nothing(cluster, small_sweep, tmp_path):
+    """Only the reading task can notice; what it found must reach the user."""
+    source = dataset_of(small_sweep).folder
+    shutil.copytree(source, tmp_path / "data")
+    dataset = ActivationDataset(tmp_path / "data")
+    path = dataset.paths()[0]
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    small = load(SweepCommand, ["--config", str(small_sweep.output.parent / "small.yaml")])
+    config = Config(**(small.section_dict() | {"output": str(tmp_path / "out"), "sweep": {"seeds": [0], "k": [8], "cycles": 1}}))
+    lock = OutputLock(config.home)
+    (plan,) = plan_chains(config, dataset, lock.lease())
+    plan.folder.describe(plan.key, plan.label, plan.fields)
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    run_chains([plan], 1, board, tmp_path / "scratch")
+    lock.release()
+    failure = plan.folder.failure()
+    assert failure["kind"] == "data" and str(path) in failure["reason"] and "dmsae_ray.harvest" in failure["reason"]
+    assert not plan.folder.cycle(0).sae.exists() and not plan.folder.records()
 
 
 def reads(list_tasks) -> list:
