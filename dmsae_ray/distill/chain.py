@@ -57,7 +57,7 @@ def train_chain(loop: dict) -> None:
         if known is None:
             raise
         worker.fail(known)
-        if not isinstance(known, Diverged):
+        if worker.world > 1 and not isinstance(known, Diverged):
             raise  # the other ranks do not know: let Ray end the group
 
 
