@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
 # Every test process computes with one thread: two run side by side on two cores.
-TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help setup sweep test test-unit test-pipeline test-faults test-peers ui clean
 
