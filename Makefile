@@ -29,7 +29,9 @@ sweep: $(READY)
 ui: $(READY)
 	$(BIN)/python -m dmsae_ray.ui $(ARGS)
 
-test: test-unit test-pipeline test-faults
+# Pipeline and fault tests share one undisturbed sweep here; each target alone makes its own.
+test: test-unit
+	timeout 600 $(TEST) tests/pipeline tests/faults
 
 test-unit: $(READY)
 	timeout 60 $(TEST) -n 2 tests/unit

@@ -42,6 +42,7 @@ def environment(**extra: str) -> dict[str, str]:
 def command(output: Path, *args: str, module: str = "sweep") -> list[str]:
     config = output.parent / "small.yaml"
     if not config.exists():
+        config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(SMALL)
     return [sys.executable, "-m", f"dmsae_ray.{module}", "--config", str(config), "--output", str(output), *args]
 

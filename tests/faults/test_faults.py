@@ -87,18 +87,17 @@ def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_run
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
 
 
-def test_chains_that_diverge_are_marked_each_with_its_reason(small_sweep, tmp_path):
+def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
     output = tmp_path / "out"
     share_data(small_sweep, output)
-    run = run_command(output, "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9")
+    run = run_command(output, "--sweep.seeds", "0", "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9")
     assert run.code == 1, run.out
-    failures = [json.loads(path.read_text()) for path in output.glob("chains/*/failed.json")]
-    assert len(failures) == 2 and {f["kind"] for f in failures} == {"diverged"}
-    assert all("train.lr" in f["reason"] and "step" in f["reason"] for f in failures)
-    assert "Compared: 0 of 2 chains" in run.out
+    (failure,) = [json.loads(path.read_text()) for path in output.glob("chains/*/failed.json")]
+    assert failure["kind"] == "diverged" and "train.lr" in failure["reason"] and "step" in failure["reason"]
+    assert "Compared: 0 of 1 chains" in run.out and "not available" in run.out
     with sqlite3.connect(output / "mlflow.db") as db:
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
-        assert db.execute("select count(*) from runs where status = 'FAILED'").fetchone()[0] >= 3
+        assert db.execute("select count(*) from runs where status = 'FAILED'").fetchone()[0] >= 2
 
 
 def test_a_diverged_chain_is_not_run_again_and_the_comparison_says_over_how_many(small_sweep, tmp_path):
@@ -192,16 +191,3 @@ def test_shards_made_otherwise_are_refused_by_field(small_sweep, tmp_path, capfd
     assert main(command(tmp_path / "out", *argv)[3:]) == 2
     said = capfd.readouterr().err
     assert "model.hook" in said and "blocks.2.hook_resid_post" in said
-
-
-def test_a_cluster_that_is_too_small_says_what_would_fit(small_sweep, tmp_path):
-    output = tmp_path / "out"
-    share_data(small_sweep, output)
-    ray = str(os.path.join(os.path.dirname(os.sys.executable), "ray"))
-    env = environment(RAY_AUTH_MODE="disabled")
-    subprocess.run([ray, "start", "--head", "--num-cpus=1", "--port=0", "--include-dashboard=false"], env=env, check=True, capture_output=True)
-    try:
-        run = run_command(output, "--cluster.workers", "2", RAY_AUTH_MODE="disabled")
-    finally:
-        subprocess.run([ray, "stop", "--force"], env=env, check=True, capture_output=True)
-    assert run.code == 2 and "too small" in run.out and "--num-cpus=3" in run.out, run.out
