@@ -72,9 +72,8 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
         wanted = min(config.cluster.concurrent or busy_chains(config), max(1, chains))
         # Logical CPUs: what the work asks for, plus what Ray Data needs. Threads, not these, decide how busy the machine is.
         logical = max(cores, wanted * chain_cpus(config) + DATA_CPUS + 1)
-        # A cluster of our own, gone with this process, listens on the network all the same: a token for this run alone. Ray would
-        # otherwise leave one in the home folder, which every later `ray start` then asks for.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token: one for this run
+        # alone. Ray would otherwise leave one in the home folder, which every later `ray start` then asks for.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(num_cpus=logical, include_dashboard=True, dashboard_port=0, **quiet)
     else:
