@@ -7,11 +7,11 @@ ARGS   ?=
 # Every test process computes with one thread: two run side by side on two cores.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup sweep test test-unit test-pipeline test-faults test-peers ui clean
+.PHONY: help setup sweep test test-all test-unit test-pipeline test-faults test-peers ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
-	@echo "make test              unit, pipeline and fault tests"
+	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
 	@echo "make ui                open MLflow on the quickstart's results"
 	@echo "make test-unit | test-pipeline | test-faults | test-peers"
 
@@ -29,18 +29,22 @@ sweep: $(READY)
 ui: $(READY)
 	$(BIN)/python -m dmsae_ray.ui $(ARGS)
 
-# Pipeline and fault tests share one undisturbed sweep here; each target alone makes its own.
+# `make test` runs all but the tests marked slow; pipeline and fault tests share one undisturbed sweep there, and each
+# target below makes its own. `make test-all` leaves nothing out.
 test: test-unit
-	timeout 600 $(TEST) tests/pipeline tests/faults
+	timeout 780 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
+
+test-all: test-unit
+	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
-	timeout 60 $(TEST) -n 2 tests/unit
+	timeout 120 $(TEST) -n 2 tests/unit
 
 test-pipeline: $(READY)
-	timeout 360 $(TEST) tests/pipeline
+	timeout 600 $(TEST) tests/pipeline
 
 test-faults: $(READY)
-	timeout 300 $(TEST) tests/faults
+	timeout 600 $(TEST) tests/faults
 
 # The update of dictionary-learning, recorded live and compared with the stored recording. Its requirements conflict with
 # ours (numpy < 2), so it gets an environment of its own; torchvision would clash with this torch.

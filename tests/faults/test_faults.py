@@ -73,6 +73,7 @@ def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path, capfd)
         assert db.execute(doubled).fetchall() == []
 
 
+@pytest.mark.slow
 def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_running(small_sweep, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output, output)
@@ -87,6 +88,7 @@ def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_run
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
 
 
+@pytest.mark.slow
 def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
     output = tmp_path / "out"
     share_data(small_sweep, output)
@@ -131,6 +133,7 @@ def test_a_damaged_shard_ends_the_sweep_before_any_work(small_sweep, tmp_path, c
     assert not list(output.glob("chains/*/cycle_*"))
 
 
+@pytest.mark.slow
 def test_nan_in_the_activations_names_the_shard_and_saves_nothing(small_sweep, tmp_path):
     """A shard that is whole, and recorded as such, but holds NaN: only training can notice."""
     from dmsae_ray.activations.dataset import ActivationDataset, write_json

@@ -43,6 +43,7 @@ def test_a_submitted_job_gives_the_same_cores_in_a_lasting_folder(head, small_sw
     assert core_bytes(output) == core_bytes(small_sweep.output) != {}
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_too_small_says_what_would_fit(head, small_sweep, tmp_path):
     _, env = head
     output = tmp_path / "out"

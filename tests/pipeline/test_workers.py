@@ -118,6 +118,7 @@ def test_training_rows_come_through_a_ray_dataset(cluster, small_sweep, tmp_path
     assert again and all(core_bytes(small_sweep.output)[place] == core for place, core in again.items())
 
 
+@pytest.mark.slow
 def test_a_byte_altered_after_the_start_fails_the_chain_by_name_and_saves_nothing(cluster, small_sweep, tmp_path):
     """Only the reading task can notice; what it found must reach the user."""
     source = dataset_of(small_sweep).folder
