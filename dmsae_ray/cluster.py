@@ -75,7 +75,7 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
         # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token: one for this run
         # alone. Ray would otherwise leave one in the home folder, which every later `ray start` then asks for.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(num_cpus=logical, include_dashboard=True, dashboard_port=0, **quiet)
+        ray.init(address="local", num_cpus=logical, include_dashboard=True, dashboard_port=0, **quiet)
     else:
         try:
             ray.init(address=address, **quiet)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.documents import check_source
-from dmsae_ray.lm.model import ModelInfo, model_info
+from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
 
-SAVINGS = 1.2
+MARGIN = 1.2
 """Margin on the disk estimate."""
 
 
@@ -18,21 +17,11 @@ def preflight(config: Config) -> ModelInfo:
     """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
     check_source(config.corpus.source, config.corpus.text_field)
     info = model_info(config.model.name, config.model.revision)
-    check_hook(config.model.hook, info)
+    layer_of(config.model.hook, info.name, info.n_layers)
     if config.model.context > info.max_context:
         raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
     check_disk(config, info)
     return info
-
-
-def check_hook(hook: str, info: ModelInfo) -> None:
-    """The hook names the residual stream after a block that the model has."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_post|hook_out)", hook)
-    if not match or int(match[1]) >= info.n_layers:
-        raise ValueError(
-            f"model.hook {hook}: {info.name} has blocks.0.hook_resid_post to blocks.{info.n_layers - 1}.hook_resid_post "
-            "(the residual stream after a block; hook_out is the same place)"
-        )
 
 
 def disk_bytes(config: Config, d: int) -> int:
@@ -41,7 +30,7 @@ def disk_bytes(config: Config, d: int) -> int:
     sae = 2 * config.sae.width * d * 4
     chains = len(config.sweep.seeds) * len(config.sweep.k)
     at_once = config.cluster.concurrent or chains
-    return int(SAVINGS * (rows * 2 * d + chains * config.sweep.cycles * 1.5 * sae + at_once * 4 * sae + (64 << 20)))
+    return int(MARGIN * (rows * 2 * d + chains * config.sweep.cycles * 1.5 * sae + at_once * 4 * sae + (64 << 20)))
 
 
 def check_disk(config: Config, info: ModelInfo) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from dmsae_ray.activations.shard import ShardError, file_sha256, open_shard, read_rows
+from dmsae_ray.activations.rowgroup import damaged
+from dmsae_ray.activations.shard import file_sha256, open_shard, read_rows
 
 FORMAT_VERSION = 1
 FULL_CHECK_BYTES = 4 << 30
@@ -126,16 +127,15 @@ class ActivationDataset:
         """
         entries = list(zip(self.paths(), self.manifest.shards)) + [(self.calibration_path, self.manifest.calibration)]
         full = sum(entry["bytes"] for _, entry in entries) <= FULL_CHECK_BYTES
-        again = "Delete this file and run `python -m dmsae_ray.harvest` with the same configuration: only this shard is made again"
         for path, entry in entries:
             size = path.stat().st_size if path.exists() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise ShardError(f"activation shard {path}: {found}, the manifest says {entry['bytes']}. {again}")
+                raise damaged(path, f"{found}, the manifest says {entry['bytes']}")
             if open_shard(path).metadata.num_rows != entry["rows"]:
-                raise ShardError(f"activation shard {path}: its row count is not the manifest's {entry['rows']}. {again}")
+                raise damaged(path, f"its row count is not the manifest's {entry['rows']}")
             if full and file_sha256(path) != entry["sha256"]:
-                raise ShardError(f"activation shard {path}: its checksum is not the manifest's, it was altered. {again}")
+                raise damaged(path, "its checksum is not the manifest's, it was altered")
         scale = scale_of(self.calibration_rows())
         if abs(scale - self.manifest.scale) > 1e-9 * scale:
             raise DatasetError(

@@ -19,7 +19,7 @@ def open_shard(path: str | Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ShardError(_remedy(path, f"cannot be opened ({error})")) from error
+        raise damaged(path, f"cannot be opened ({error})") from error
 
 
 def read_group(path: str | Path, row_group: int) -> pa.Table:
@@ -27,7 +27,7 @@ def read_group(path: str | Path, row_group: int) -> pa.Table:
     try:
         return open_shard(path).read_row_group(row_group, columns=[COLUMN], use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise ShardError(_remedy(path, f"row group {row_group} cannot be read ({error})")) from error
+        raise damaged(path, f"row group {row_group} cannot be read ({error})") from error
 
 
 def read_units(units: pa.Table) -> pa.Table:
@@ -36,8 +36,9 @@ def read_units(units: pa.Table) -> pa.Table:
     return pa.concat_tables(read_group(file, group) for file, group in zip(files, groups)).combine_chunks()
 
 
-def _remedy(path: str | Path, what: str) -> str:
-    return (
+def damaged(path: str | Path, what: str) -> ShardError:
+    """The error to raise for a shard on disk, with its remedy."""
+    return ShardError(
         f"activation shard {path}: {what}. Delete this file and run `python -m dmsae_ray.harvest` with the same "
         "configuration: only the missing shard is made again"
     )
