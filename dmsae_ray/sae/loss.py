@@ -1,12 +1,13 @@
-"""The training loss of one batch and its gradients, dense and written by hand.
+"""The training loss of one batch and its gradients, over kept pairs only.
 
-Shapes: B tokens of this rank's batch, D = d, F width, P latents of a prefix group, G groups, K dead latents, N kept pairs.
+Shapes: B tokens of this rank's batch, D = d, F width, G groups, N kept pairs, P trained numbers.
 
     L = (1/G^2) * sum_g mean_tokens ||x - x_hat_g||^2 + alpha * L_aux
 
 as `MatryoshkaBatchTopKTrainer.loss` of dictionary-learning 0.1.0 (means are over the global batch: every rank computes its
-rows' share, and averaging gradients over ranks with equal batches gives the global one). The gradients are written out
-because they are simple, and because autograd would pass over batch x width once per prefix.
+rows' share, and averaging gradients over ranks with equal batches gives the global one). The gradients are written out: one
+pass over the decoder gives all prefix errors as running sums over groups, the error of prefix g reaches group h only for
+h <= g (a sum from behind), and everything else is sums over pairs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dmsae_ray.sae.aux import add_aux
 from dmsae_ray.sae.collective import Alone, Collective
-from dmsae_ray.sae.gate import select
+from dmsae_ray.sae.gate import gate
+from dmsae_ray.sae.pairs import pairs_on
 from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.screen import Screen, faster_screen
 from dmsae_ray.sae.settings import SAESettings
 
 
@@ -27,140 +31,122 @@ class Outcome:
     """What a forward pass found, beside the loss. Tensors carry no gradient; nothing here has changed any state."""
 
     loss_rec: Tensor
-    """this rank's mean reconstruction loss, 0-dim"""
+    """this rank's mean reconstruction loss, 0-dim float64"""
     loss_aux: Tensor
     """this rank's AuxK loss (before alpha), 0-dim"""
     residual_BD: Tensor
-    """x_hat - x with all latents"""
+    """x_hat - x with all latents; overwritten by the next forward pass"""
     latent_N: Tensor
-    """latent of each kept pair"""
+    """latent of each kept pair, int32"""
     silent_F: Tensor
     """tokens since each latent last fired, this batch included"""
     dead_F: Tensor
     """free latents silent for the whole window"""
     smallest: float
     """smallest value kept by BatchTopK in the global batch"""
+    bound: float
+    """the gate's proven bound, from which the next batch's is guessed"""
+    candidates: int
+    """pairs of this rank that were screened in"""
+    retries: int
+    """scans of the screen beyond the first"""
 
 
 class LossModule(nn.Module):
-    """The forward pass as a module, so that DistributedDataParallel can wrap it.
+    """The forward pass as a module with one parameter: the SAE's trained numbers as one vector.
 
-    Every parameter takes part in every step (with a zero gradient where nothing depends on it), so
-    `find_unused_parameters` is not needed. Buffers are equal on all ranks by construction and need no broadcast.
+    So DistributedDataParallel can wrap it and reduces all gradients in one buffer of fixed layout; `flat` shares the memory
+    of the SAE's parameters.
     """
 
     def __init__(self, sae: MatryoshkaSAE, settings: SAESettings, comm: Collective = Alone()) -> None:
+        """Raises native.NotBuilt if compiled kernels are asked for and cannot be had."""
         super().__init__()
-        self.sae = sae
+        device = sae.b_dec.device
+        self.__dict__["sae"] = sae  # not a submodule: its parameters would be reduced twice
         self.settings = settings
         self.comm = comm
+        self.ops = pairs_on(device, settings.kernels)
+        screen = settings.screen
+        if screen == "auto":
+            screen = faster_screen(str(device), torch.get_num_threads(), sae.d)
+        self.screen = Screen(sae, self.ops, screen)
+        self.flat = nn.Parameter(sae.flat)
+        self._S_BGD: Tensor | None = None
+        self._gradient: Tensor | None = None
 
     def forward(
-        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, lower_bound: float = 0.0
+        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, guess: float | None = None
     ) -> tuple[Tensor, Outcome]:
-        """This rank's loss, with gradients attached to the parameters, and the outcome.
+        """This rank's loss, with its gradient attached to `flat`, and the outcome. Arguments as for `compute`."""
+        loss, gradient, outcome = self.compute(x_BD, silent_F, token_index_B, guess, torch.empty_like(self.flat.data))
+        return _WithGradient.apply(loss, gradient, self.flat), outcome
 
-        silent_F: tokens since each latent last fired, before this batch. token_index_B, lower_bound: see `gate.select`.
+    @torch.no_grad()
+    def compute(
+        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, guess: float | None = None,
+        gradient: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Outcome]:  # fmt: skip
+        """This rank's loss, its gradient [P], and the outcome.
+
+        silent_F: tokens since each latent last fired, before this batch. token_index_B, guess: see `gate`. gradient: where to
+        put it, by default a buffer that the next call overwrites.
         """
-        with torch.no_grad():
-            loss, gradients, outcome = self._forward(x_BD, silent_F, token_index_B, lower_bound)
-        sae = self.sae
-        return _WithGradients.apply(loss, gradients, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), outcome
+        sae, settings, comm, ops = self.sae, self.settings, self.comm, self.ops
+        n_rows, n_groups = len(x_BD), len(sae.group_ends)
+        encoder_FD, W_dec_FD, b_enc_F, b_dec_D = sae.encoder_rows(), sae.W_dec.detach(), sae.b_enc.detach(), sae.b_dec.detach()
+        if gradient is None:
+            if self._gradient is None:
+                self._gradient = torch.empty_like(sae.flat)
+            gradient = self._gradient
+        grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = sae.views(gradient)
 
-    def _forward(
-        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None, lower_bound: float
-    ) -> tuple[Tensor, tuple[Tensor, ...], Outcome]:
-        sae, settings, comm = self.sae, self.settings, self.comm
-        n_rows, n_groups, width = len(x_BD), len(sae.group_ends), sae.width
-        starts = [0, *sae.group_ends[:-1]]
+        centred_BD, rows = ops.centre(x_BD, b_dec_D, self.screen.low)
+        kept = gate(centred_BD, rows, self.screen, settings, comm, token_index_B, guess)
+        pairs = kept.pairs
+        start_F1, order_N = ops.by_latent(pairs.latent_N, sae.width)
 
-        centred_BD = x_BD - sae.b_dec
-        encoder_FD = sae.encoder()
-        p_BF = torch.addmm(sae.b_enc, centred_BD, encoder_FD.t())
-        kept = select(p_BF, settings, sae.core_size, comm, token_index_B, lower_bound)
-        value_N = p_BF.view(-1)[kept.index_N]
-        latent_N = kept.index_N % width
-
-        fired_F = torch.zeros(width, dtype=torch.int8, device=x_BD.device)
-        fired_F[latent_N] = 1
-        fired_F = comm.all_reduce_max(fired_F)
+        fired_F = comm.all_reduce_max((start_F1[1:] > start_F1[:-1]).to(torch.int8))
         silent_F = (silent_F + n_rows * comm.world).masked_fill_(fired_F.bool(), 0)
         dead_F = silent_F >= settings.dead_window_tokens
         dead_F[: sae.core_size] = False
 
-        # Reconstruction: prefix g adds its group's latents to prefix g - 1.
-        z_BF = torch.zeros_like(p_BF)
-        z_BF.view(-1)[kept.index_N] = value_N
-        error_GBD = x_BD.new_empty(n_groups, n_rows, sae.d)
-        before_BD = sae.b_dec - x_BD
-        for error_BD, start, end in zip(error_GBD, starts, sae.group_ends, strict=True):
-            torch.addmm(before_BD, z_BF[:, start:end], sae.W_dec[start:end], out=error_BD)
-            before_BD = error_BD
-        loss_rec = error_GBD.square().sum() / (n_groups**2 * n_rows)
-        residual_BD = error_GBD[-1].clone()
+        if self._S_BGD is None or self._S_BGD.shape[0] != n_rows:
+            self._S_BGD = x_BD.new_empty(n_rows, n_groups, sae.d)
+        S_BGD = self._S_BGD
+        gradient_N, loss_B = ops.decode(x_BD, b_dec_D, W_dec_FD, pairs, sae.group_ends, S_BGD)
+        loss_rec = loss_B.sum() / (n_groups**2 * n_rows)
+        residual_BD = S_BGD[:, -1]
+        scale = 2 / (n_groups**2 * n_rows)
+        ops.weight_gradients(
+            S_BGD, centred_BD, pairs, gradient_N, start_F1, order_N, sae.group_ends, sae.core_size, scale,
+            grad_W_enc, grad_b_enc, grad_W_dec,
+        )  # fmt: skip
 
-        # From here on error_GBD[g] is the gradient with respect to what group g adds: all later prefixes see it.
-        error_GBD.mul_(2 / (n_groups**2 * n_rows))
-        for g in range(n_groups - 2, -1, -1):
-            error_GBD[g] += error_GBD[g + 1]
-        grad_W_dec_FD = torch.empty_like(sae.W_dec)
-        grad_z_BF = torch.empty_like(p_BF)
-        for error_BD, start, end in zip(error_GBD, starts, sae.group_ends, strict=True):
-            torch.mm(z_BF[:, start:end].t(), error_BD, out=grad_W_dec_FD[start:end])
-            torch.mm(error_BD, sae.W_dec[start:end].t(), out=grad_z_BF[:, start:end])
-        grad_p_BF = z_BF.zero_()  # z is no longer needed; its memory is
-        grad_p_BF.view(-1)[kept.index_N] = grad_z_BF.view(-1)[kept.index_N]
-
-        loss = loss_rec
-        loss_aux = torch.zeros_like(loss_rec)
+        loss_aux = torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)
         dead_K = dead_F.nonzero().squeeze(1)
         if dead_K.numel() and settings.auxk_alpha:
-            loss_aux, grad_dead_BK, grad_W_dec_KD = self._aux(p_BF, residual_BD, dead_K)
-            loss = loss_rec + settings.auxk_alpha * loss_aux
-            # Dead latents have no kept pair in this batch, so their columns are still 0.
-            grad_p_BF[:, dead_K] = grad_dead_BK
-            grad_W_dec_FD[dead_K] += grad_W_dec_KD
-
-        grad_W_enc_FD = grad_p_BF[:, sae.core_size :].t() @ centred_BD
-        grad_b_enc_F = grad_p_BF.sum(dim=0)
-        grad_b_dec_D = error_GBD[0].sum(dim=0) - grad_b_enc_F @ encoder_FD
-        outcome = Outcome(loss_rec, loss_aux, residual_BD, latent_N, silent_F, dead_F, kept.smallest)
-        return loss, (grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D), outcome
-
-    def _aux(self, p_BF: Tensor, residual_BD: Tensor, dead_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """AuxK loss, and alpha times its gradients with respect to the dead latents' p and decoder rows.
-
-        Per token the largest relu(p) among the dead latents rebuild the residual, which counts as a constant.
-        """
-        n_rows = len(p_BF)
-        n_global = n_rows * self.comm.world
-        # In float64 a residual that is the same for all tokens has a variance of exactly 0.
-        mean_D = self.comm.all_reduce_sum(residual_BD.sum(dim=0, dtype=torch.float64)) / n_global
-        spread = (residual_BD - mean_D.to(residual_BD.dtype)).square().sum()
-        variance = self.comm.all_reduce_sum(spread) / n_global
-        inverse = torch.where(variance > 0, 1 / variance, 0)
-
-        z_BK = p_BF[:, dead_K].clamp_min_(0)
-        if self.settings.aux_latents < dead_K.numel():
-            top = z_BK.topk(self.settings.aux_latents, dim=1, sorted=False)
-            z_BK = torch.zeros_like(z_BK).scatter_(1, top.indices, top.values)
-        W_dec_KD = self.sae.W_dec[dead_K]
-        error_BD = torch.addmm(residual_BD, z_BK, W_dec_KD)  # residual_BD is x_hat - x, so this is the rebuilt minus the true
-        loss = error_BD.square().sum() / n_rows * inverse
-        error_BD *= 2 * self.settings.auxk_alpha / n_rows * inverse
-        grad_BK = (error_BD @ W_dec_KD.t()).masked_fill_(z_BK <= 0, 0)
-        return loss, grad_BK, z_BK.t() @ error_BD
+            loss_aux = add_aux(
+                centred_BD, residual_BD, dead_K, encoder_FD, b_enc_F, W_dec_FD, sae.core_size, settings.aux_latents,
+                settings.auxk_alpha, ops, comm, grad_W_enc, grad_b_enc, grad_W_dec,
+            )  # fmt: skip
+        # The first prefix sees every later one's error, and b_dec is in all of them; the encoder subtracts it.
+        torch.sum(S_BGD[:, 0], dim=0, out=grad_b_dec).mul_(scale).sub_(grad_b_enc @ encoder_FD)
+        outcome = Outcome(
+            loss_rec, loss_aux, residual_BD, pairs.latent_N, silent_F, dead_F, kept.smallest, kept.bound, kept.candidates, kept.retries
+        )
+        return (loss_rec + settings.auxk_alpha * loss_aux).to(x_BD.dtype), gradient, outcome
 
 
-class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient is known already."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss
+    def forward(ctx, loss: Tensor, gradient: Tensor, flat: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(gradient.mul_(grad_loss) for gradient in gradients)
+        gradient, ctx.gradient = ctx.gradient, None
+        return None, None, gradient.mul_(grad_loss)

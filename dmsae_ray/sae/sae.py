@@ -21,7 +21,10 @@ from dmsae_ray.sae.settings import SAESettings, group_sizes
 FORMAT_VERSION = 1
 """Raised when an older reader would misread the file."""
 
-_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_enc_core", "theta")
+TRAINED = ("W_enc", "b_enc", "W_dec", "b_dec")
+"""Names of the trained parameters, in the order in which they lie in memory."""
+
+_TENSORS = (*TRAINED, "W_enc_core", "theta")
 
 
 class MatryoshkaSAE(nn.Module):
@@ -50,6 +53,47 @@ class MatryoshkaSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
         self.register_buffer("W_enc_core", torch.zeros(core_size, d, dtype=dtype))
         self.register_buffer("theta", torch.zeros((), dtype=torch.float64))
+        self._pack()
+
+    def _pack(self) -> None:
+        """Move all weights into one piece of memory: the core's encoder rows, then all that is trained, in a fixed order."""
+        with torch.no_grad():
+            whole = torch.cat([tensor.detach().flatten() for tensor in (self.W_enc_core, *self._trained())])
+            at = self.W_enc_core.numel()
+            self.W_enc_core = whole[:at].view(self.W_enc_core.shape)
+            for name in TRAINED:
+                shape = getattr(self, name).shape
+                setattr(self, name, nn.Parameter(whole[at : at + shape.numel()].view(shape)))
+                at += shape.numel()
+            self._whole = whole
+
+    def _trained(self) -> list[Tensor]:
+        return [getattr(self, name) for name in TRAINED]
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._pack()  # moved or cast one by one
+        return self
+
+    def __deepcopy__(self, memo) -> MatryoshkaSAE:
+        copy = MatryoshkaSAE(self.d, self.group_ends, self.core_size, self.core_gate, self.W_dec.dtype).to(self.W_dec.device)
+        copy.load_state_dict(self.state_dict())
+        memo[id(self)] = copy
+        return copy
+
+    @property
+    def flat(self) -> Tensor:
+        """Everything that is trained as one vector, sharing the parameters' memory: W_enc, b_enc, W_dec, b_dec."""
+        return self._whole[self.W_enc_core.numel() :]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """W_enc, b_enc, W_dec, b_dec in a vector laid out like `flat`."""
+        pieces = flat.split([tensor.numel() for tensor in self._trained()])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self._trained(), strict=True)]
+
+    def encoder_rows(self) -> Tensor:
+        """All encoder rows, core first, [F, D], sharing the weights' memory and without gradient."""
+        return self._whole[: self.width * self.d].view(self.width, self.d)
 
     @staticmethod
     def init(
@@ -129,7 +173,7 @@ class MatryoshkaSAE(nn.Module):
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
-            file.write(safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, header))
+            file.write(safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, header))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

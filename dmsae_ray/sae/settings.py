@@ -57,6 +57,10 @@ class SAESettings:
     """decay of the running mean of the smallest kept value"""
     threshold_start_step: int = 1000
     """that mean takes in the steps after this one"""
+    screen: str = "auto"
+    """precision of the product that finds candidates: `bf16`, `fp32`, or `auto`, the faster one here. Never changes a result"""
+    kernels: str = "auto"
+    """`compiled`: C kernels, CPU only; `torch`: plain torch; `auto`: compiled where possible. Differ in the order of sums"""
 
     def __post_init__(self) -> None:
         problems = []
@@ -76,6 +80,8 @@ class SAESettings:
             ("core_gate", ("batchtopk", "relu")),
             ("core_budget", ("counted", "exempt")),
             ("core_decoder_init", ("encoder", "random")),
+            ("screen", ("auto", "bf16", "fp32")),
+            ("kernels", ("auto", "compiled", "torch")),
         ):
             if getattr(self, name) not in choices:
                 problems.append(f"{name} {getattr(self, name)!r} must be one of {', '.join(choices)}")

@@ -9,7 +9,6 @@ a warm-up.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from dmsae_ray.sae.collective import Alone, Collective
+from dmsae_ray.sae.gate import GUESS
 from dmsae_ray.sae.loss import LossModule, Outcome
 from dmsae_ray.sae.median import geometric_median
-from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
+from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.update import Adam
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Raised when older training states cannot be continued."""
 
 EXPLODED = 1e3
 """A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is more)."""
-
-GUESS = 0.9
-"""The next batch's smallest kept value is guessed to exceed this share of the last one's. Over random batches it moved by 2.4 %
-at most, and the guess left 1.4 to 1.7 times k * batch candidates. A wrong guess costs time, never correctness."""
 
 
 class Diverged(RuntimeError):
@@ -89,10 +86,8 @@ class Trainer:
         self.settings = settings
         self.comm = comm
         self.model = LossModule(sae, settings) if model is None else model
-        self.optimizer = torch.optim.Adam(
-            [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec],
-            lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
-        )  # fmt: skip
+        self.loss: LossModule = getattr(self.model, "module", self.model)
+        self.adam = Adam(sae, settings, self.loss.ops, self.loss.screen)
         self.steps_done = 0
         self.silent_F = torch.zeros(sae.width, dtype=torch.int64, device=sae.b_dec.device)
         """tokens since each latent last fired"""
@@ -101,7 +96,7 @@ class Trainer:
         self.threshold_steps = 0
         """values that have gone into it"""
         self.first_loss: float | None = None
-        self._lower_bound = 0.0  # not part of the state: it decides speed only
+        self._guess: float | None = None  # not part of the state: it decides speed only
 
     @property
     def threshold(self) -> float:
@@ -126,13 +121,21 @@ class Trainer:
         if self.steps_done == 0:
             self._start(x_BD, token_index_B)
 
-        loss, outcome = self.model(x_BD, self.silent_F, token_index_B, self._lower_bound)
-        parts = torch.stack([outcome.loss_rec, outcome.loss_aux]).double()
+        if self.comm.world == 1:
+            _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, self._guess)
+        else:
+            loss, outcome = self.model(x_BD, self.silent_F, token_index_B, self._guess)
+        parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
         loss_rec, loss_aux = (self.comm.all_reduce_sum(parts) / self.comm.world).tolist()
         total = loss_rec + settings.auxk_alpha * loss_aux
         self._check(total)
-        loss.backward()
-        grad_norm = self._update(settings.learning_rate(self.steps_done))
+        if self.comm.world > 1:
+            self.loss.flat.grad = None
+            loss.backward()  # reduces the gradient over ranks
+            gradient = self.loss.flat.grad
+        grad_norm = self.adam.update(gradient, settings.learning_rate(self.steps_done))
+        if not math.isfinite(grad_norm):
+            raise Diverged(f"the gradient of step {self.steps_done} has norm {grad_norm}")
         self._commit(outcome, total)
         if not log:
             return None
@@ -158,24 +161,6 @@ class Trainer:
         if loss > limit:
             raise Diverged(f"the loss of step {self.steps_done} is {loss:.3g}, the first was {self.first_loss:.3g}")
 
-    @torch.no_grad()
-    def _update(self, lr: float) -> float:
-        """Apply the gradients; returns their norm before clipping."""
-        W_dec_FD = self.sae.W_dec
-        row_FD = W_dec_FD / (torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True) + 1e-6)
-        parallel_F = torch.linalg.vecdot(W_dec_FD.grad, row_FD)
-        W_dec_FD.grad.addcmul_(row_FD, parallel_F[:, None], value=-1)
-        parameters = self.optimizer.param_groups[0]["params"]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip).item()
-        if not math.isfinite(grad_norm):
-            self.optimizer.zero_grad()
-            raise Diverged(f"the gradient of step {self.steps_done} has norm {grad_norm}")
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        W_dec_FD.copy_(unit_rows(W_dec_FD))
-        return grad_norm
-
     def _commit(self, outcome: Outcome, loss: float) -> None:
         """Take in what the batch showed, once its step has succeeded."""
         if self.first_loss is None:
@@ -186,7 +171,7 @@ class Trainer:
             self.threshold_sum = beta * self.threshold_sum + (1 - beta) * outcome.smallest
             self.threshold_steps += 1
             self.sae.theta.fill_(self.threshold)
-        self._lower_bound = GUESS * outcome.smallest
+        self._guess = GUESS * outcome.bound if outcome.bound > 0 else None
         self.steps_done += 1
 
     @torch.no_grad()
@@ -229,7 +214,7 @@ class Trainer:
         return {
             "version": STATE_VERSION,
             "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "adam": self.adam.state_dict(),
             "steps_done": self.steps_done,
             "silent": self.silent_F,
             "threshold_sum": self.threshold_sum,
@@ -252,10 +237,10 @@ class Trainer:
                     f"{expected.dtype} {tuple(expected.shape)}: it belongs to another configuration"
                 )
         self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # Adam would otherwise adopt its tensors
+        self.adam.load_state_dict(state["adam"])
         self.steps_done = state["steps_done"]
         self.silent_F = state["silent"].to(self.silent_F.device, copy=True)
         self.threshold_sum = state["threshold_sum"]
         self.threshold_steps = state["threshold_steps"]
         self.first_loss = state["first_loss"]
-        self._lower_bound = 0.0
+        self._guess = None

@@ -1,0 +1,112 @@
+"""The compiled kernels of `kernels.c`: built once per machine with the system's C compiler, called through ctypes.
+
+Nothing but a C compiler with OpenMP is needed; without one, `pairs.py` does the same in plain torch. The library lies in a
+cache folder under a name made of source, compiler and processor, so a shared home folder serves unlike machines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
+SUFFIX = {torch.float32: "_f32", torch.float64: "_f64"}
+
+
+class NotBuilt(RuntimeError):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/dmsae_ray, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmsae_ray"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, built now if they are not there. Raises NotBuilt if that cannot be done."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise NotBuilt("no C compiler found (cc, gcc or clang)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    identity = "\n".join([SOURCE.read_text(), version, " ".join(FLAGS), _processor()])
+    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / name
+        if not path.exists():
+            _build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotBuilt(f"{cache_folder()}: {error}") from error
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile to a temporary name and rename: several processes may do this at once."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        temporary = file.name
+    done = subprocess.run([compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"], capture_output=True, text=True)
+    if done.returncode:
+        os.unlink(temporary)
+        raise NotBuilt(f"{compiler} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    os.replace(temporary, path)
+
+
+def call(name: str, dtype: torch.dtype | None, *arguments, returns=None):
+    """Call a kernel. Tensors go as pointers (None: a null pointer), ints as int64, floats as double, bools as int.
+
+    Every call ends with the number of threads, except where a kernel takes none.
+    """
+    function = _function(name + (SUFFIX[dtype] if dtype is not None else ""), returns)
+    return function(*(_argument(argument) for argument in arguments))
+
+
+@functools.cache
+def _function(name: str, returns):
+    function = getattr(library(), name)
+    function.restype = returns
+    return function
+
+
+def _argument(value):
+    if isinstance(value, Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu", "kernels take contiguous CPU tensors"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p()
+    if isinstance(value, Threads):
+        return ctypes.c_int(value)
+    if isinstance(value, bool):
+        return ctypes.c_int(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_double(value)
+
+
+class Threads(int):
+    """A number of threads (a C int)."""
+
+
+def threads() -> Threads:
+    """As many as torch uses."""
+    return Threads(torch.get_num_threads())

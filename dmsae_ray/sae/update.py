@@ -1,0 +1,67 @@
+"""The update of one training step: parallel component out, clip, Adam, decoder rows to unit length.
+
+As dictionary-learning 0.1.0 does it (`set_decoder_norm_to_unit_norm`, `remove_gradient_parallel_to_decoder_directions`, clip by
+the norm of the whole gradient, Adam), in two passes over the weights: one that takes the norm, one that does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmsae_ray.sae.pairs import AdamStep, TorchPairs
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.screen import Screen
+from dmsae_ray.sae.settings import SAESettings
+
+
+class Adam:
+    """Adam's state for one SAE: running means of gradient and square, laid out like `sae.flat`."""
+
+    def __init__(self, sae: MatryoshkaSAE, settings: SAESettings, ops: TorchPairs, screen: Screen) -> None:
+        self.sae = sae
+        self.settings = settings
+        self.ops = ops
+        self.screen = screen
+        self.mean = torch.zeros_like(sae.flat)
+        self.square = torch.zeros_like(sae.flat)
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, lr: float) -> float:
+        """Apply a gradient laid out like `sae.flat`; returns its norm before clipping. If that is not finite, nothing is changed."""
+        sae, ops, settings = self.sae, self.ops, self.settings
+        W_enc, b_enc, W_dec, b_dec = sae.views(gradient)
+        squares, parallel_F = ops.gradient_squares(W_dec, sae.W_dec.detach())
+        squares = squares + ops.gradient_squares(W_enc, None)[0]
+        norm = math.sqrt(squares.item() + b_enc.double().square().sum().item() + b_dec.double().square().sum().item())
+        if not math.isfinite(norm):
+            return norm
+        clip = min(1.0, settings.clip / (norm + 1e-6))
+        self.steps += 1
+        step = AdamStep(
+            settings.beta1, settings.beta2, settings.eps, lr / (1 - settings.beta1**self.steps),
+            1 / math.sqrt(1 - settings.beta2**self.steps),
+        )  # fmt: skip
+        rounded = self.screen.free_latents()
+        for name, W, g, m, v in zip(
+            ("W_enc", "b_enc", "W_dec", "b_dec"), sae.views(sae.flat), (W_enc, b_enc, W_dec, b_dec), sae.views(self.mean),
+            sae.views(self.square), strict=True,
+        ):  # fmt: skip
+            decoder = name == "W_dec"
+            ops.adam(W, g, m, v, parallel_F if decoder else None, clip, step, decoder, rounded if name == "W_enc" else None)
+        torch.autograd.graph.increment_version(sae.flat)  # kernels write behind torch's back
+        self.screen.updated()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live tensors: save or copy them before the next update."""
+        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+        self.steps = state["steps"]
