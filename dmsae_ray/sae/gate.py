@@ -77,7 +77,8 @@ def gate(
         guess = -comm.all_reduce_max(torch.tensor(-local, dtype=torch.float64, device=b_enc_F.device)).item()
     retries = 0
     while True:
-        bound = max(guess, 0.0) if retries < RETRIES else 0.0
+        # A number of the weights' own precision: every comparison with it then means the same.
+        bound = torch.tensor(max(guess, 0.0) if retries < RETRIES else 0.0, dtype=b_enc_F.dtype).item()
         found = screen.candidates(centred_BD, rows, b_enc_F, bound, n_exempt, again=retries > 0)
         if bound == 0.0:
             break

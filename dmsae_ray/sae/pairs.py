@@ -11,6 +11,7 @@ number, and no other, pairs are kept or not.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ class TorchPairs:
     ) -> tuple[Tensor, int]:
         """Values of candidates that can still reach `cut`, -1 for the others; and how many are beyond their margin."""
         row_N, latent_N, approx_N, margin_N = candidates
-        cut_N = torch.where(latent_N < n_exempt, 0.0, cut)
+        cut_N = torch.full_like(approx_N, cut).masked_fill_(latent_N < n_exempt, 0)
         out_N = approx_N + margin_N < cut_N
         value_N = self.values(centred_BD, W_enc_FD, b_enc_F, row_N, latent_N)
         wrong = int((((value_N - approx_N).abs() > margin_N) & ~out_N).sum())
@@ -252,9 +253,11 @@ class AdamStep(NamedTuple):
 def _sampled(a_BD: Tensor, b_FD: Tensor, row_N: Tensor, latent_N: Tensor) -> Tensor:
     """<a[row], b[latent]> for pairs sorted by row."""
     start_B1 = torch.searchsorted(row_N, torch.arange(len(a_BD) + 1, device=row_N.device, dtype=row_N.dtype))
-    pattern = torch.sparse_csr_tensor(
-        start_B1, latent_N.long(), a_BD.new_zeros(len(latent_N)), (len(a_BD), len(b_FD)), check_invariants=False
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # torch says so once per process
+        pattern = torch.sparse_csr_tensor(
+            start_B1, latent_N.long(), a_BD.new_zeros(len(latent_N)), (len(a_BD), len(b_FD)), check_invariants=False
+        )
     return torch.sparse.sampled_addmm(pattern, a_BD, b_FD.t(), beta=0).values()
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import datetime
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from dmsae_ray.sae import loss as loss_module
 from dmsae_ray.sae.collective import Alone, TorchCollective
-from dmsae_ray.sae.gate import gate
+from dmsae_ray.sae.gate import Kept, gate, select
 from dmsae_ray.sae.loss import LossModule
+from dmsae_ray.sae.pairs import NativePairs, Pairs, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step import Diverged, Trainer
 
-BATCH, STEPS = 12, 8
+BATCH = 24
+STEPS = {"batchtopk": 50, "counted": 10, "exempt": 32}
 CASES = {
-    "batchtopk": {"dead_window_tokens": 36},
-    "counted": {"core_gate": "relu", "k": 3},
-    "exempt": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 24, "auxk_k": 1},
+    "batchtopk": {"dead_window_tokens": 72},
+    "counted": {"core_gate": "relu", "k": 3, "kernels": "torch"},
+    "exempt": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 48, "auxk_k": 1},
 }
 
 
@@ -29,7 +33,7 @@ def settings_of(case):
 
 
 def tied_values():
-    """[12, 9] pre-activations of few distinct values, so that cuts fall into ties that span ranks."""
+    """[24, 9] pre-activations of few distinct values, so that cuts fall into ties that span ranks."""
     return torch.randint(-2, 4, (BATCH, 9), generator=torch.Generator().manual_seed(0)).float()
 
 
@@ -38,28 +42,72 @@ def rows_of(rank, world):
     return torch.arange(BATCH)[rank::world]
 
 
-def run(comm):
-    """Everything that one process and several must agree on."""
+def mask_of_ties(k, core_gate, comm, rows):
+    p_BF = tied_values()[rows]
+    settings = SAESettings(d=1, width=9, k=k, batch=BATCH, core_gate=core_gate)
+    row_N, latent_N = (index.int() for index in torch.ones_like(p_BF).nonzero(as_tuple=True))
+    pairs, _ = select(
+        row_N, latent_N, p_BF.flatten(), len(rows), 2 if core_gate == "relu" else 0, settings,
+        NativePairs() if k % 2 else TorchPairs(), comm, rows, 9,
+    )  # fmt: skip
+    return mask_of(pairs, len(rows), 9)
+
+
+def mask_of(pairs, rows, width):
+    mask_BF = torch.zeros(rows, width, dtype=torch.bool)
+    mask_BF[pairs.row_N.long(), pairs.latent_N.long()] = True
+    return mask_BF
+
+
+class Recorder:
+    """The gate, which keeps the masks that it gave out; or, with masks to feed, keeps those pairs instead."""
+
+    def __init__(self, feed=None):
+        self.masks = []
+        self.feed = feed
+
+    def __call__(self, centred_BD, rows, screen, settings, comm, token_index_B, guess):
+        if self.feed is None:
+            kept = gate(centred_BD, rows, screen, settings, comm, token_index_B, guess)
+            self.masks.append(mask_of(kept.pairs, len(centred_BD), screen.sae.width))
+            return kept
+        row_N, latent_N = (index.int() for index in self.feed[len(self.masks)].nonzero(as_tuple=True))
+        self.masks.append(self.feed[len(self.masks)])
+        sae = screen.sae
+        value_N = screen.ops.values(centred_BD, sae.encoder_rows(), sae.b_enc.detach(), row_N, latent_N)
+        starts = torch.searchsorted(row_N, torch.arange(len(centred_BD) + 1, dtype=torch.int32))
+        return Kept(Pairs(starts, row_N, latent_N, value_N), 0.0, 0.0, 0, 0)
+
+
+def train(case, comm, rows, dtype, feed=None):
+    """A trainer after STEPS steps, its reports and the masks of kept pairs."""
+    settings = settings_of(case)
+    core = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sae = MatryoshkaSAE.init(settings, core.to(dtype), seed=2, dtype=dtype)
+    model = LossModule(sae, settings, comm)
+    if comm.world > 1:
+        model = DistributedDataParallel(model, forward_sync_buffers=case == "counted")
+    trainer = Trainer(sae, settings, comm, model)
+    generator, reports, recorder = torch.Generator().manual_seed(3), [], Recorder(feed)
+    with mock.patch.object(loss_module, "gate", recorder):
+        for step in range(STEPS[case]):
+            x_BD = torch.randn(BATCH, 5, dtype=torch.float64, generator=generator).to(dtype)
+            report = trainer.step(x_BD[rows], rows, log=step % 5 == 4)
+            reports += [vars(report)] if report else []
+    return trainer, reports, recorder.masks, x_BD
+
+
+def run(comm, masks=None):
+    """Everything that one process and several must agree on. masks: of one process in float32, to be fed to several."""
     found = {}
     rows = rows_of(comm.rank, comm.world)
     for k in (1, 2, 3, 9):
         for core_gate in ("batchtopk", "relu"):
-            settings = SAESettings(d=1, width=9, k=k, batch=BATCH, core_gate=core_gate)
-            found[f"mask.ties.{core_gate}.{k}"] = gate(tied_values()[rows], settings, 2, comm, rows)[0]
-    for case in CASES:
-        settings = settings_of(case)
-        core = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        sae = MatryoshkaSAE.init(settings, core, seed=2, dtype=torch.float64)
-        model = LossModule(sae, settings, comm)
-        if comm.world > 1:
-            model = DistributedDataParallel(model, forward_sync_buffers=case == "counted")
-        trainer = Trainer(sae, settings, comm, model)
-        generator = torch.Generator().manual_seed(3)
-        reports, latents = [], []
-        for _ in range(STEPS):
-            x_BD = torch.randn(BATCH, 5, dtype=torch.float64, generator=generator)
-            reports.append(vars(trainer.step(x_BD[rows], rows, log=True)))
-            latents.append(gate(sae.pre(x_BD[rows]).detach(), settings, 3, comm, rows)[0])
+            found[f"mask.ties.{core_gate}.{k}"] = mask_of_ties(k, core_gate, comm, rows)
+    for case in CASES if comm.world <= 2 else ["batchtopk"]:
+        trainer, reports, kept, x_BD = train(case, comm, rows, torch.float64)
+        for step, mask in enumerate(kept):
+            found[f"mask.{case}.{step}"] = mask
         try:  # only the last row is bad, so only one rank sees it
             x_BD[-1, 0] = torch.nan
             trainer.step(x_BD[rows], rows)
@@ -67,17 +115,19 @@ def run(comm):
         except Diverged:
             stopped = True
         found[case] = {"state": trainer.state_dict(), "reports": reports, "stopped": stopped}
-        for step, mask in enumerate(latents):
-            found[f"mask.{case}.{step}"] = mask
+    fed = None if masks is None else [mask[rows] for mask in masks]
+    trainer, _, kept, _ = train("batchtopk", comm, rows, torch.float32, fed)
+    found["float32"] = {"state": trainer.state_dict(), "masks": kept}
     return found
 
 
 def rank_main(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
     )
-    torch.save(run(TorchCollective()), f"{folder}/rank{rank}.pt")
+    masks = torch.load(f"{folder}/masks.pt", weights_only=True)
+    torch.save(run(TorchCollective(), masks), f"{folder}/rank{rank}of{world}.pt")
     dist.destroy_process_group()
 
 

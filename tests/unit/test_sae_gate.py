@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from reference_sae import reference_mask
 
 from dmsae_ray.sae.collective import Alone
-from dmsae_ray.sae.gate import gate
+from dmsae_ray.sae.gate import kth_largest, select
+from dmsae_ray.sae.pairs import NativePairs, TorchPairs
 from dmsae_ray.sae.settings import SAESettings
+
+OPS = {"torch": TorchPairs(), "compiled": NativePairs()}
 
 
 class Shared:
@@ -41,13 +44,28 @@ class ThreadCollective:
         return torch.stack(self.all_gather(tensor)).amax(dim=0)
 
 
-def gate_over_ranks(p_BF, settings, core_size, rows_of_ranks, lower_bound):
+def gate(p_BF, settings, core_size, comm=None, token_index_B=None, kernels="compiled"):
+    """Kept pairs as a mask, when every pair is a candidate, and the smallest kept value."""
+    rows, width = p_BF.shape
+    row_N, latent_N = (index.int() for index in torch.ones_like(p_BF).nonzero(as_tuple=True))
+    n_exempt = core_size if settings.core_gate == "relu" else 0
+    pairs, smallest = select(
+        row_N, latent_N, p_BF.flatten(), rows, n_exempt, settings, OPS[kernels], comm or Alone(), token_index_B, width
+    )
+    mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
+    mask_BF[pairs.row_N.long(), pairs.latent_N.long()] = True
+    assert torch.equal(pairs.value_N, p_BF[mask_BF])
+    assert torch.equal(pairs.start_B1.diff(), mask_BF.sum(dim=1))
+    return mask_BF, smallest
+
+
+def gate_over_ranks(p_BF, settings, core_size, rows_of_ranks):
     """The mask of the whole batch, from ranks that hold the given rows each."""
     shared = Shared(len(rows_of_ranks))
     results = [None] * len(rows_of_ranks)
 
     def work(rank, rows):
-        results[rank] = gate(p_BF[rows], settings, core_size, ThreadCollective(shared, rank), rows, lower_bound)
+        results[rank] = gate(p_BF[rows], settings, core_size, ThreadCollective(shared, rank), rows)
 
     threads = [threading.Thread(target=work, args=item) for item in enumerate(rows_of_ranks)]
     for thread in threads:
@@ -74,18 +92,18 @@ def cases(draw):
         core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
     )  # fmt: skip
     order = torch.tensor(draw(st.permutations(range(tokens))))
-    lower_bound = draw(st.sampled_from([-1.0, 0.0, 0.5, 0.75, 1.0, 2.5, 10.0]))
-    return p_BF, settings, core_size, list(order.split(tokens // world)), lower_bound
+    return p_BF, settings, core_size, list(order.split(tokens // world))
 
 
 @hypothesis_settings(max_examples=250, deadline=None)
 @given(cases())
-def test_gate_is_the_sort_based_definition_on_any_ranks_and_with_any_guess(case):
-    p_BF, settings, core_size, rows_of_ranks, lower_bound = case
+def test_selection_is_the_sort_based_definition_on_any_ranks(case):
+    p_BF, settings, core_size, rows_of_ranks = case
     expected, smallest = reference_mask(p_BF, settings.k, core_size, settings.core_gate, settings.core_budget)
     for mask_BF, least in (
-        gate(p_BF, settings, core_size, Alone(), None, lower_bound),
-        gate_over_ranks(p_BF, settings, core_size, rows_of_ranks, lower_bound),
+        gate(p_BF, settings, core_size),
+        gate(p_BF, settings, core_size, kernels="torch"),
+        gate_over_ranks(p_BF, settings, core_size, rows_of_ranks),
     ):
         assert torch.equal(mask_BF, expected)
         assert least == smallest
@@ -96,7 +114,7 @@ def test_budgets_of_an_exempt_core():
     kept = {}
     for budget in ("counted", "exempt"):
         settings = SAESettings(d=1, width=10, k=5, batch=4, core_gate="relu", core_budget=budget)
-        kept[budget] = [int(gate(p_BF, settings, core_size, Alone())[0].sum()) for core_size in (0, 3, 6)]
+        kept[budget] = [int(gate(p_BF, settings, core_size)[0].sum()) for core_size in (0, 3, 6)]
     assert kept["counted"] == [20, 20, 24 + 4]  # a core above the budget leaves one free pair per token
     assert kept["exempt"] == [20, 12 + 20, 24 + 16]  # only 16 free pairs exist
 
@@ -112,7 +130,20 @@ def test_not_a_number_is_never_kept():
 def test_large_random_batch_keeps_the_largest(dtype):
     p_BF = torch.randn(300, 200, dtype=dtype, generator=torch.Generator().manual_seed(0))
     settings = SAESettings(d=1, width=200, k=7, batch=300)
-    mask_BF, smallest = gate(p_BF, settings, 0, lower_bound=1.0)
+    mask_BF, smallest = gate(p_BF, settings, 0)
     expected = p_BF.flatten().topk(2100).values
     assert torch.equal(p_BF[mask_BF].sort(descending=True).values, expected)
     assert smallest == expected[-1].item()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kth_largest_over_the_whole_range_of_floats(dtype, kernels):
+    info, generator = torch.finfo(dtype), torch.Generator().manual_seed(3)
+    exponents = torch.empty(500, dtype=dtype).uniform_(-140 if dtype == torch.float32 else -1000, 120, generator=generator)
+    value = torch.cat([
+        torch.exp2(exponents), -torch.exp2(exponents), torch.tensor([0.0, info.tiny, info.tiny / 4, info.max, torch.inf, 1.0, 1.0], dtype=dtype)
+    ])  # fmt: skip
+    descending = value.sort(descending=True).values
+    for k in (1, 2, 3, 17, 250, int((value > 0).sum())):
+        assert kth_largest(value, k, OPS[kernels]) == descending[k - 1].item()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from reference_sae import ReferenceTrainer, reference_loss
@@ -46,29 +48,33 @@ def reference_of(sae, settings):
     )  # fmt: skip
 
 
-def gradients_of(sae):
+def gradients_of(sae, flat):
     """Gradients by name, W_enc over all latents with zeros for the frozen rows."""
-    gradients = {name: getattr(sae, name).grad for name in NAMES}
-    gradients["W_enc"] = torch.cat([torch.zeros_like(sae.W_enc_core), sae.W_enc.grad])
+    gradients = dict(zip(NAMES, sae.views(flat), strict=True))
+    gradients["W_enc"] = torch.cat([torch.zeros_like(sae.W_enc_core), gradients["W_enc"]])
     return gradients
 
 
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
 @pytest.mark.parametrize("seed", range(36))
-def test_gradients_are_those_of_autograd(seed):
+def test_gradients_are_those_of_autograd(seed, kernels):
     sae, settings, x_BD, silent_F, _ = random_case(seed)
+    settings = dataclasses.replace(settings, kernels=kernels)
     reference = reference_of(sae, settings)
     reference.silent = silent_F.clone()
     expected, expected_loss, mask, smallest = reference.gradients(x_BD)
 
     before = silent_F.clone()
-    loss, outcome = LossModule(sae, settings)(x_BD, silent_F)
+    module = LossModule(sae, settings)
+    assert module.ops.name == kernels
+    loss, outcome = module(x_BD, silent_F)
     loss.backward()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-12)
     assert outcome.smallest == pytest.approx(smallest, rel=1e-12)
     assert torch.equal(outcome.silent_F, reference.silent)
     assert torch.equal(silent_F, before), "the forward pass must not change the counters"
-    assert torch.equal(outcome.latent_N, mask.nonzero()[:, 1])
-    for name, gradient in gradients_of(sae).items():
+    assert torch.equal(outcome.latent_N, mask.nonzero()[:, 1].int())
+    for name, gradient in gradients_of(sae, module.flat.grad).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-12, msg=lambda text: f"{name}: {text}")
 
 
@@ -89,19 +95,27 @@ def test_auxk_loss_is_zero_where_the_residual_has_no_variance():
     with torch.no_grad():
         sae.b_enc.fill_(-10.0)  # nothing fires: the residual is x - b_dec, the same for every token
     x_BD = torch.tensor([[0.1, 0.7, -0.3]]).repeat(4, 1)
-    loss, outcome = LossModule(sae, settings)(x_BD, torch.zeros(8, dtype=torch.int64))
-    loss.backward()
+    _, gradient, outcome = LossModule(sae, settings).compute(x_BD, torch.zeros(8, dtype=torch.int64))
     assert outcome.dead_F.all() and outcome.loss_aux == 0
-    assert all(torch.isfinite(parameter.grad).all() for parameter in sae.parameters())
+    assert torch.isfinite(gradient).all()
 
 
 def test_loss_module_scales_with_an_incoming_gradient():
     sae, settings, x_BD, silent_F, _ = random_case(0)
-    LossModule(sae, settings)(x_BD, silent_F)[0].backward()
-    once = sae.W_dec.grad.clone()
-    sae.zero_grad()
-    (3 * LossModule(sae, settings)(x_BD, silent_F)[0]).backward()
-    torch.testing.assert_close(sae.W_dec.grad, 3 * once)
+    once, thrice = LossModule(sae, settings), LossModule(sae, settings)
+    once(x_BD, silent_F)[0].backward()
+    (3 * thrice(x_BD, silent_F)[0]).backward()
+    torch.testing.assert_close(thrice.flat.grad, 3 * once.flat.grad)
+
+
+def test_the_module_s_one_parameter_is_the_sae_s_memory():
+    sae, settings, _, _, _ = random_case(1)
+    module = LossModule(sae, settings)
+    ((name, flat),) = module.named_parameters()
+    assert name == "flat" and flat.numel() == sum(parameter.numel() for parameter in sae.parameters())
+    with torch.no_grad():
+        flat.fill_(3.0)
+    assert all((parameter == 3).all() for parameter in sae.parameters()) and not (sae.W_enc_core == 3).any()
 
 
 def test_reference_loss_by_hand():
