@@ -19,11 +19,11 @@ from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step import Diverged, Trainer
 
 BATCH = 24
-STEPS = {"batchtopk": 50, "counted": 10, "exempt": 32}
+STEPS = {"batchtopk": 50, "counted": 10, "exempt": 12}
 CASES = {
     "batchtopk": {"dead_window_tokens": 72},
     "counted": {"core_gate": "relu", "k": 3, "kernels": "torch"},
-    "exempt": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 48, "auxk_k": 1},
+    "exempt": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 24, "auxk_k": 1},
 }
 
 
@@ -92,7 +92,7 @@ def train(case, comm, rows, dtype, feed=None):
     with mock.patch.object(loss_module, "gate", recorder):
         for step in range(STEPS[case]):
             x_BD = torch.randn(BATCH, 5, dtype=torch.float64, generator=generator).to(dtype)
-            report = trainer.step(x_BD[rows], rows, log=step % 5 == 4)
+            report = trainer.step(x_BD[rows], rows, log=step % 3 == 2)
             reports += [vars(report)] if report else []
     return trainer, reports, recorder.masks, x_BD
 
@@ -121,14 +121,17 @@ def run(comm, masks=None):
     return found
 
 
-def rank_main(rank, world, folder):
+def rank_main(rank, folder):
+    """Two of the processes are a group of two first, then all are one of four."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
     masks = torch.load(f"{folder}/masks.pt", weights_only=True)
-    torch.save(run(TorchCollective(), masks), f"{folder}/rank{rank}of{world}.pt")
-    dist.destroy_process_group()
+    for world in (2, 4):
+        if rank >= world:
+            continue
+        meeting = f"file://{folder}/meeting{world}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
+        torch.save(run(TorchCollective(), masks), f"{folder}/rank{rank}of{world}.pt")
+        dist.destroy_process_group()
 
 
 def run_alone():

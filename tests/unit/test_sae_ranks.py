@@ -16,12 +16,17 @@ def cases_of(ranks):
     return CASES if len(ranks) == 2 else ["batchtopk"]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, alone, tmp_path_factory):
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+@pytest.fixture(scope="module")
+def folder(alone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
     torch.save(alone["float32"]["masks"], folder / "masks.pt")
-    torch.multiprocessing.spawn(rank_main, (world, str(folder)), nprocs=world)
-    return [torch.load(folder / f"rank{rank}of{world}.pt", weights_only=True) for rank in range(world)]
+    torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=4)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, folder):
+    return [torch.load(folder / f"rank{rank}of{request.param}.pt", weights_only=True) for rank in range(request.param)]
 
 
 def test_kept_pairs_are_those_of_one_process(alone, ranks):
