@@ -436,25 +436,22 @@ void NAME(keep_top)(REAL *value, int64_t rows, int64_t columns, int64_t most, in
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
         REAL *line = value + r * columns;
-        int64_t counts[DIGITS], prefix = 0, left = most, positive = 0;
+        int64_t prefix = 0, left = most, positive = 0;
         for (int64_t j = 0; j < columns; j++) {
             if (!(line[j] > 0)) line[j] = 0;
             positive += line[j] > 0;
         }
         if (positive <= most) continue;
-        int shift = 8 * (int)sizeof(BITS);
-        while (shift > 0) { /* find the bits of the `most`-th largest, eleven at a time */
-            const int step = shift < 11 ? shift : 11, above = shift;
-            shift -= step;
-            memset(counts, 0, sizeof counts);
+        for (int shift = 8 * (int)sizeof(BITS) - 8; shift >= 0; shift -= 8) { /* the bits of the `most`-th largest, byte by byte */
+            int32_t counts[256] = {0};
             for (int64_t j = 0; j < columns; j++) {
                 BITS bits;
                 memcpy(&bits, line + j, sizeof bits);
-                if (line[j] > 0 && (above == 8 * (int)sizeof bits || (int64_t)(bits >> above) == prefix)) counts[(bits >> shift) & ((1 << step) - 1)]++;
+                counts[(bits >> shift) & 255] += (line[j] > 0) & ((int64_t)(bits >> shift) >> 8 == prefix);
             }
-            int64_t digit = (1 << step) - 1;
+            int64_t digit = 255;
             while (counts[digit] < left) left -= counts[digit--];
-            prefix = (prefix << step) | digit;
+            prefix = (prefix << 8) | digit;
         }
         for (int64_t j = 0; j < columns; j++) {
             BITS bits;

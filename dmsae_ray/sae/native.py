@@ -68,7 +68,8 @@ def _build(compiler: str, path: Path) -> None:
     done = subprocess.run([compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"], capture_output=True, text=True)
     if done.returncode:
         os.unlink(temporary)
-        raise NotBuilt(f"{compiler} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [f"exit {done.returncode}"]
+        raise NotBuilt(f"{compiler} failed: {errors[0]}")
     os.replace(temporary, path)
 
 

@@ -384,12 +384,17 @@ def _new_rounded(rows_ND: Tensor, low: bool) -> Rounded:
 
 
 def pairs_on(device: torch.device | str, kernels: str = "auto") -> TorchPairs:
-    """The operations for tensors on this device. kernels: `auto`, `compiled` (raises native.NotBuilt where impossible), `torch`."""
+    """The operations for tensors on this device.
+
+    kernels: `auto` (a warning says so where a CPU has to do without compiled ones), `compiled` (raises native.NotBuilt where
+    impossible), `torch`.
+    """
     if kernels == "torch" or (kernels == "auto" and torch.device(device).type != "cpu"):
         return TorchPairs()
     try:
         return NativePairs()
-    except native.NotBuilt:
+    except native.NotBuilt as error:
         if kernels == "compiled":
             raise
+        warnings.warn(f"no compiled kernels: {error}. Training runs in plain torch, several times slower", stacklevel=2)
         return TorchPairs()

@@ -10,6 +10,7 @@ a warm-up.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,10 @@ STATE_VERSION = 2
 
 EXPLODED = 1e3
 """A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is more)."""
+
+
+RECENT = 8
+"""Batches whose proven bounds the next guess is made from."""
 
 
 class Diverged(RuntimeError):
@@ -60,6 +65,10 @@ class StepReport:
     """before clipping"""
     tokens: int
     """trained on so far, this step included"""
+    candidates: float
+    """pairs that the screen could not rule out, per kept pair"""
+    retries: int
+    """scans of the screen beyond the first"""
 
 
 class Trainer:
@@ -96,7 +105,7 @@ class Trainer:
         self.threshold_steps = 0
         """values that have gone into it"""
         self.first_loss: float | None = None
-        self._guess: float | None = None  # not part of the state: it decides speed only
+        self._bounds: deque[float] = deque(maxlen=RECENT)  # not part of the state: they decide speed only
 
     @property
     def threshold(self) -> float:
@@ -121,10 +130,12 @@ class Trainer:
         if self.steps_done == 0:
             self._start(x_BD, token_index_B)
 
+        # The smallest bound of the last batches; none known, or one of them 0: the gate guesses from the batch.
+        guess = GUESS * min(self._bounds, default=0.0) or None
         if self.comm.world == 1:
-            _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, self._guess)
+            _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess)
         else:
-            loss, outcome = self.model(x_BD, self.silent_F, token_index_B, self._guess)
+            loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess)
         parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
         loss_rec, loss_aux = (self.comm.all_reduce_sum(parts) / self.comm.world).tolist()
         total = loss_rec + settings.auxk_alpha * loss_aux
@@ -171,7 +182,7 @@ class Trainer:
             self.threshold_sum = beta * self.threshold_sum + (1 - beta) * outcome.smallest
             self.threshold_steps += 1
             self.sae.theta.fill_(self.threshold)
-        self._guess = GUESS * outcome.bound if outcome.bound > 0 else None
+        self._bounds.append(outcome.bound)
         self.steps_done += 1
 
     @torch.no_grad()
@@ -187,9 +198,10 @@ class Trainer:
                 (x_BD - mean_D).square().sum().double(),
                 is_core_N.sum().double(),
                 (~is_core_N).sum().double(),
+                is_core_N.new_tensor(outcome.candidates, dtype=torch.float64),
             ]
         )
-        error, variance, core_pairs, free_pairs = self.comm.all_reduce_sum(sums).tolist()
+        error, variance, core_pairs, free_pairs, candidates = self.comm.all_reduce_sum(sums).tolist()
         return StepReport(
             step=self.steps_done - 1,
             lr=self.settings.learning_rate(self.steps_done - 1),
@@ -204,6 +216,8 @@ class Trainer:
             threshold=self.threshold,
             grad_norm=grad_norm,
             tokens=self.steps_done * n_tokens,
+            candidates=candidates / max(core_pairs + free_pairs, 1),
+            retries=outcome.retries,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,4 +257,4 @@ class Trainer:
         self.threshold_sum = state["threshold_sum"]
         self.threshold_steps = state["threshold_steps"]
         self.first_loss = state["first_loss"]
-        self._guess = None
+        self._bounds.clear()
