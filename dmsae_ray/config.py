@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
-CHAIN_FORMAT = 1
+CHAIN_FORMAT = 2
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
 
 
@@ -151,6 +151,10 @@ class TrainConfig(Section):
     """row groups mixed in a batch; a multiple of every worker count used"""
     threads: int = Field(1, ge=1)
     """CPU threads of a training worker (part of what decides the last bit)"""
+    screen: Literal["auto", "bf16", "fp32"] = "auto"
+    """precision of the product that finds a batch's candidates, exact values decide among them; `auto`: the faster one. Never changes a result"""
+    kernels: Literal["auto", "compiled", "torch"] = "auto"
+    """sparse operations of a step: `compiled` C kernels (CPU), plain `torch`, or `auto`, compiled where there is a C compiler; differ in the order of sums"""
     checkpoint_steps: int = Field(100, ge=1)
     """steps between checkpoints inside a cycle"""
     log_steps: int = Field(10, ge=1)
@@ -348,7 +352,7 @@ class Config(BaseSettings):
             "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "k": k,
             "workers": self.cluster.workers,
             "sae": self.sae.model_dump(mode="json"),
-            "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps"}),
+            "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),
         }  # fmt: skip

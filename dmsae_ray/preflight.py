@@ -8,6 +8,7 @@ import shutil
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.documents import check_source
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
+from dmsae_ray.sae import native
 
 MARGIN = 1.2
 """Margin on the disk estimate."""
@@ -22,6 +23,22 @@ def preflight(config: Config) -> ModelInfo:
         raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
     check_disk(config, info)
     return info
+
+
+def without_kernels(config: Config) -> str | None:
+    """Why training on this machine's CPU will have to do without compiled kernels; None if it will not.
+
+    Builds them, so that workers find them built. Raises ValueError if they are asked for and cannot be had.
+    """
+    if config.train.kernels == "torch" or config.cluster.gpus_per_worker:
+        return None
+    try:
+        native.library()
+    except native.NotBuilt as error:
+        if config.train.kernels == "compiled":
+            raise ValueError(f"train.kernels compiled: {error}; install gcc, or set train.kernels to auto") from error
+        return str(error)
+    return None
 
 
 def disk_bytes(config: Config, d: int) -> int:

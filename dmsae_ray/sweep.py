@@ -24,7 +24,7 @@ from dmsae_ray.distill.folder import Lease
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.housekeeping import clean, status
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight
+from dmsae_ray.preflight import preflight, without_kernels
 from dmsae_ray.screen import Screen
 from dmsae_ray.track.figures import consistency_matrix, matrices, save
 from dmsae_ray.track.mlflow_sync import MlflowTracker
@@ -58,10 +58,13 @@ def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.section_dict()), command.verbose
     preflight(config)
+    lacking = without_kernels(config)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "sweep", verbose) as say:
             say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}")
+            if lacking:
+                say(f"train: {lacking}; without compiled kernels a step takes several times longer")
             return Sweep(config, lock.lease(), say, verbose).run()
     finally:
         lock.release()

@@ -8,6 +8,7 @@ import torch
 from reference_sae import reference_mask
 from test_sae_loss import NAMES, random_case, reference_of
 
+from dmsae_ray.sae import native
 from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
@@ -141,6 +142,39 @@ def test_a_loaded_trainer_shares_no_memory_with_the_one_saved():
     for x_BD in x[3:]:
         first.step(x_BD)
     assert_same(second.state_dict(), kept)
+
+
+def test_the_screen_changes_no_bit_of_the_state():
+    states = []
+    for screen in ("bf16", "fp32"):
+        trainer = new_trainer(settings=dataclasses.replace(SETTINGS, screen=screen))
+        assert trainer.loss.screen.low == (screen == "bf16")
+        for x_BD in batches(12):
+            trainer.step(x_BD)
+        states.append(trainer.state_dict())
+    assert_same(*states)
+
+
+def test_without_a_compiler_training_says_so_and_goes_on(monkeypatch):
+    def missing():
+        raise native.NotBuilt("no C compiler found")
+
+    monkeypatch.setattr(native, "library", missing)
+    with pytest.warns(UserWarning, match="no C compiler found"):
+        trainer = new_trainer()
+    assert trainer.loss.ops.name == "torch"
+    trainer.step(batches(1)[0])
+    with pytest.raises(native.NotBuilt):
+        new_trainer(settings=dataclasses.replace(SETTINGS, kernels="compiled"))
+
+
+def test_kernels_that_cannot_be_built_name_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "broken.c")
+    native.SOURCE.write_text("int broken(")
+    with pytest.raises(native.NotBuilt, match="error"):
+        native.library.__wrapped__()
+    assert list((tmp_path / "dmsae_ray").iterdir()) == [], "nothing is left behind"
 
 
 def test_logging_changes_no_state_and_reports_the_batch():
