@@ -235,6 +235,8 @@ class ClusterConfig(Section):
     """chains at once; empty: as many as fit"""
     object_store_mb: int = Field(512, ge=64)
     """object store a chain's data stream may fill, MB"""
+    read_tasks: int = Field(2, ge=1)
+    """tasks that read shards for one worker at the same time; each is a process"""
     retries: int = Field(2, ge=0)
     """restarts of a chain whose worker or node was lost"""
 

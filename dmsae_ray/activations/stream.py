@@ -7,6 +7,8 @@ epoch; here any (round, row) is a start.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,14 +23,18 @@ from dmsae_ray.activations.shard import as_tensor
 BLOCK_BYTES = 48 << 20
 """Rows one read task returns; Ray splits blocks above 128 MB, and small blocks cost a task each."""
 READ_CPUS = 0.25
+PAUSE_S = 0.01
+"""Rest of Ray Data's scheduling loop between two rounds. While its output waits for a slower consumer the loop of Ray 2.60 spins
+without one, on the interpreter lock that training needs: measured, half a core per worker and a training step 3 to 4 times as long."""
 
 
 class Stream:
     """One rank's share of a cycle's global batches."""
 
-    def __init__(self, dataset: ActivationDataset, order: Order, rank: int, world: int, object_store_mb: int = 512):
+    def __init__(self, dataset: ActivationDataset, order: Order, rank: int, world: int, object_store_mb: int = 512, read_tasks: int = 2):
         self.dataset, self.order, self.rank, self.world = dataset, order, rank, world
         self.object_store_bytes = object_store_mb << 20
+        self.read_tasks = read_tasks
         self._units = dataset.units()
         assert len(self._units) == order.n_units
         self._lanes = order.lanes_of(rank, world)
@@ -67,6 +73,8 @@ class Stream:
         context.use_datasource_v2 = False  # the V2 stage takes seconds to give a first batch
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
+        if _rest() not in context.custom_execution_callback_classes:
+            context.custom_execution_callback_classes.append(_rest())
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=self.object_store_bytes)
         unit_bytes = self.order.unit_rows * 2 * self.dataset.manifest.d
         per_task = int(np.clip(BLOCK_BYTES // unit_bytes, 1, len(self._lanes)))
@@ -75,7 +83,8 @@ class Stream:
         )
         slices = [table.slice(i, per_task) for i in range(0, len(units), per_task)]
         return ray.data.from_arrow(slices).map_batches(
-            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS
+            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
+            concurrency=self.read_tasks,
         )
 
     def _rows(self, pipeline) -> Iterator[torch.Tensor]:
@@ -88,3 +97,15 @@ class Stream:
                 yield left[: self.order.unit_rows]
                 left = left[self.order.unit_rows :]
         assert left is None or not len(left), "a unit came back incomplete"
+
+
+@functools.cache
+def _rest() -> type:
+    """The class that rests; made here because importing Ray Data takes a second that not every user of this module needs."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Rest(ExecutionCallback):
+        def on_execution_step(self, executor) -> None:
+            time.sleep(PAUSE_S)
+
+    return Rest

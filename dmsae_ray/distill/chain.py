@@ -127,7 +127,8 @@ class ChainWorker:
         if self.rank == 0:
             folder.curve.write_text("".join(json.dumps(point) + "\n" for point in curve))
         order = plan.order(self.dataset, self.cycle)
-        stream = Stream(self.dataset, order, self.rank, self.world, plan.config.cluster.object_store_mb)
+        cluster = plan.config.cluster
+        stream = Stream(self.dataset, order, self.rank, self.world, cluster.object_store_mb, cluster.read_tasks)
         token_index_B = torch.from_numpy(order.token_index(self.rank, self.world))
         began, waited, wait_from = time.monotonic(), 0.0, time.monotonic()
         for step, x_BD in enumerate(stream.batches(first, plan.steps), first):

@@ -1,9 +1,15 @@
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from reference_sae import ReferenceTrainer, reference_loss
 
+from dmsae_ray.sae import loss as loss_module
+from dmsae_ray.sae.gate import gate
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
@@ -76,6 +82,65 @@ def test_gradients_are_those_of_autograd(seed, kernels):
     assert torch.equal(outcome.latent_N, mask.nonzero()[:, 1].int())
     for name, gradient in gradients_of(sae, module.flat.grad).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-12, msg=lambda text: f"{name}: {text}")
+
+
+@st.composite
+def any_case(draw):
+    """Any shape, group sizes, core, gate, empty rows, none to all of the free latents dead, in float64 or float32."""
+    d, width, batch = draw(st.integers(1, 40)), draw(st.integers(4, 70)), draw(st.integers(1, 20))
+    core_size = draw(st.integers(0, width - 4))
+    fractions = draw(st.sampled_from([(0.3,), (0.1, 0.2), (1 / 32, 1 / 16, 1 / 8, 1 / 4), (0.5, 0.4), (0.01, 0.02)]))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    settings = SAESettings(
+        d=d, width=width, k=draw(st.integers(1, min(width, 12))), batch=batch, prefix_fractions=fractions,
+        core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
+        core_decoder_init=draw(st.sampled_from(["encoder", "random"])), dead_window_tokens=1000,
+        auxk_k=draw(st.sampled_from([None, 1, 3, 100])), auxk_alpha=draw(st.sampled_from([0.0, 1 / 32, 1.0])),
+        kernels=draw(st.sampled_from(["compiled", "torch"])), screen=draw(st.sampled_from(["bf16", "fp32"])),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    core = torch.randn(core_size, d, dtype=dtype, generator=generator)
+    sae = MatryoshkaSAE.init(settings, core, 0, dtype)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
+            parameter += 0.2 * torch.randn(parameter.shape, dtype=dtype, generator=generator)
+        if draw(st.booleans()):
+            sae.b_enc -= 2.0  # few positive pairs, many rows without any
+    x_BD = torch.randn(batch, d, dtype=dtype, generator=generator)
+    share = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    silent_F = torch.where(torch.rand(width, generator=generator) < share, 1000, 0)
+    return sae, settings, x_BD, silent_F
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(any_case())
+def test_every_gradient_is_that_of_autograd_given_the_same_kept_pairs(case):
+    sae, settings, x_BD, silent_F = case
+    kept = {}
+
+    def watched(*arguments, **more):
+        kept["pairs"] = gate(*arguments, **more).pairs
+        return real(*arguments, **more)
+
+    real = loss_module.gate
+    with mock.patch.object(loss_module, "gate", watched):
+        loss, flat, outcome = LossModule(sae, settings).compute(x_BD, silent_F)
+    mask_BF = torch.zeros(len(x_BD), sae.width, dtype=torch.bool)
+    mask_BF[kept["pairs"].row_N.long(), kept["pairs"].latent_N.long()] = True
+
+    leaves = {name: getattr(sae, name).detach().double().requires_grad_() for name in ("b_enc", "W_dec", "b_dec")}
+    leaves["W_enc"] = sae.encoder_rows().double().requires_grad_()
+    expected, _, _ = reference_loss(
+        x_BD.double(), leaves["W_enc"], leaves["b_enc"], leaves["W_dec"], leaves["b_dec"], sae.group_ends, mask_BF,
+        outcome.dead_F if settings.auxk_alpha else torch.zeros_like(outcome.dead_F), settings.auxk_alpha, settings.aux_latents,
+    )  # fmt: skip
+    expected.backward()
+    tolerance = 1e-10 if x_BD.dtype == torch.float64 else 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
+    leaves["W_enc"].grad[: sae.core_size] = 0
+    for name, gradient in gradients_of(sae, flat).items():
+        size = max(1.0, float(leaves[name].grad.abs().max()))
+        assert (gradient.double() - leaves[name].grad).abs().max() <= tolerance * size, name
 
 
 def test_the_cases_hold_dead_latents_on_both_sides_of_the_auxk_limit():
