@@ -11,11 +11,13 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define DIGITS 2048   /* counters of one radix pass */
-#define SUM_BLOCK 64  /* rows that share a partial sum of squares */
+#define ROWS 32       /* rows of a matrix that share partial sums */
 #define TOGETHER 256  /* candidates of which the useful ones are found first */
-#define COLUMNS 32    /* pre-activations looked at together */
 #define ABS(v) ((v) < 0 ? -(v) : (v))
 
 static inline float from_bf16(uint16_t bits) {
@@ -37,18 +39,23 @@ static inline uint16_t to_bf16(float value) { /* nearest, ties to even */
 
 typedef double wide_vec __attribute__((vector_size(64)));
 
+#define FLOAT
 #define REAL float
 #define BITS int32_t
+#define SIGN INT32_MIN
 #define ROOT sqrtf
 #define NAME(f) JOIN(f, _f32)
 #include "kernels.c"
+#undef FLOAT
 #undef REAL
 #undef BITS
+#undef SIGN
 #undef ROOT
 #undef NAME
 
 #define REAL double
 #define BITS int64_t
+#define SIGN INT64_MIN
 #define ROOT sqrt
 #define NAME(f) JOIN(f, _f64)
 #include "kernels.c"
@@ -66,14 +73,63 @@ void by_latent(const int32_t *latent, int64_t n, int64_t n_latents, int64_t *sta
 #else /* REAL */
 
 typedef REAL NAME(vec) __attribute__((vector_size(64)));
+typedef BITS NAME(mask) __attribute__((vector_size(64)));
 typedef REAL NAME(eight) __attribute__((vector_size(8 * sizeof(REAL))));
 #define VEC NAME(vec)
+#define MASK NAME(mask)
 #define PER_VEC ((int64_t)(64 / sizeof(REAL)))
 
 static inline VEC NAME(load)(const REAL *from) {
     VEC v;
     memcpy(&v, from, sizeof v);
     return v;
+}
+
+static inline VEC NAME(load_some)(const REAL *from, int64_t count) {
+    if (count == PER_VEC) return NAME(load)(from);
+    VEC v = {0};
+    for (int64_t i = 0; i < count; i++) v[i] = from[i];
+    return v;
+}
+
+/* `count` screened values from place `at` on, bf16 or REAL. */
+static inline VEC NAME(load_screen)(const void *screen, int low, int64_t at, int64_t count) {
+    if (!low) return NAME(load_some)((const REAL *)screen + at, count);
+    const uint16_t *from = (const uint16_t *)screen + at;
+#ifdef FLOAT
+    if (count == PER_VEC) {
+        typedef uint16_t halves __attribute__((vector_size(32)));
+        typedef uint32_t wholes __attribute__((vector_size(64)));
+        halves bits;
+        memcpy(&bits, from, sizeof bits);
+        return (VEC)(__builtin_convertvector(bits, wholes) << 16);
+    }
+#endif
+    VEC v = {0};
+    for (int64_t i = 0; i < count; i++) v[i] = (REAL)from_bf16(from[i]);
+    return v;
+}
+
+static inline VEC NAME(fill)(REAL value) {
+    VEC v;
+    for (int64_t i = 0; i < PER_VEC; i++) v[i] = value;
+    return v;
+}
+
+static inline VEC NAME(size)(VEC v) { return (VEC)((MASK)v & (((MASK){0} - 1) ^ SIGN)); }
+
+/* Bit i is set unless v[i] < least[i]: set, too, where either is NaN. */
+static inline uint32_t NAME(not_below)(VEC v, VEC least) {
+#if defined(__AVX512F__) && defined(FLOAT)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)least, _CMP_NLT_UQ);
+#elif defined(__AVX512F__)
+    return _mm512_cmp_pd_mask((__m512d)v, (__m512d)least, _CMP_NLT_UQ);
+#else
+    MASK below = v < least;
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < PER_VEC; i++) bits |= (uint32_t)(below[i] == 0) << i;
+    return bits;
+#endif
 }
 
 static inline wide_vec NAME(load_wide)(const REAL *from) {
@@ -206,74 +262,49 @@ void NAME(prepare_rows)(const REAL *x, const REAL *b_dec, REAL *centred, uint16_
     }
 }
 
-/* Candidates of one chunk of rows: pairs with screen + b_enc + margin not below the cut. margin = row_a * norm +
- * row_c * error + relative * |screen| + rounding * |screen + b_enc| + absolute. Comparisons are written so that NaN is a candidate. Worker w of
- * `threads` scans its share of rows and fills places [w * capacity, ...); counts[w] says how many it found, which may
- * exceed the capacity: then only that many were stored, and the caller comes again with more. */
-#define SCAN(SCREEN, LOAD)                                                                                                 \
-    const int64_t share = (rows + threads - 1) / threads;                                                                  \
-    _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int w = 0; w < threads; w++) {                   \
-        int64_t found = 0, last = (w + 1) * share < rows ? (w + 1) * share : rows;                                         \
-        int32_t *rows_out = row_out + w * capacity;                                                                        \
-        int32_t *latents_out = latent_out + w * capacity;                                                                  \
-        REAL *approx_out = approx + w * capacity, *margin_out = margin + w * capacity;                                     \
-        for (int64_t r = w * share; r < last; r++) {                                                                       \
-            const SCREEN *line = screen + r * n_latents;                                                                   \
-            const REAL a = row_a[r], c = row_c[r];                                                                         \
-            for (int64_t j = 0; j < n_latents; j += COLUMNS) {                                                             \
-                const int64_t width = j + COLUMNS <= n_latents ? COLUMNS : n_latents - j;                                  \
-                const REAL *b = b_enc + j, *n = norm + j, *e = error + j;                                                  \
-                REAL at[COLUMNS], reach[COLUMNS];                                                                          \
-                uint8_t hit[COLUMNS] = {0};                                                                                \
-                if (width == COLUMNS && j >= exempt)                                                                       \
-                    for (int i = 0; i < COLUMNS; i++) {                                                                    \
-                        const REAL s = LOAD(line[j + i]);                                                                  \
-                        at[i] = s + b[i];                                                                                  \
-                        reach[i] = a * n[i] + c * e[i] + relative * ABS(s) + rounding * ABS(at[i]) + absolute;             \
-                        hit[i] = !(at[i] + reach[i] < cut);                                                                \
-                    }                                                                                                      \
-                else                                                                                                       \
-                    for (int i = 0; i < width; i++) {                                                                      \
-                        const REAL s = LOAD(line[j + i]);                                                                  \
-                        at[i] = s + b[i];                                                                                  \
-                        reach[i] = a * n[i] + c * e[i] + relative * ABS(s) + rounding * ABS(at[i]) + absolute;             \
-                        hit[i] = !(at[i] + reach[i] < (j + i < exempt ? 0 : cut));                                         \
-                    }                                                                                                      \
-                for (int word = 0; word < COLUMNS / 8; word++) {                                                           \
-                    uint64_t left;                                                                                         \
-                    memcpy(&left, hit + 8 * word, sizeof left);                                                            \
-                    for (; left; left &= left - 1) {                                                                       \
-                        const int i = 8 * word + __builtin_ctzll(left) / 8;                                                \
-                        if (found < capacity) {                                                                            \
-                            rows_out[found] = (int32_t)(first_row + r);                                                    \
-                            latents_out[found] = (int32_t)(j + i);                                                         \
-                            approx_out[found] = at[i];                                                                     \
-                            margin_out[found] = reach[i];                                                                  \
-                        }                                                                                                  \
-                        found++;                                                                                           \
-                    }                                                                                                      \
-                }                                                                                                          \
-            }                                                                                                              \
-        }                                                                                                                  \
-        counts[w] = found;                                                                                                 \
-    }
-
-void NAME(scan)(const REAL *screen, int64_t rows, int64_t first_row, int64_t n_latents, int64_t exempt, const REAL *b_enc,
-                const REAL *row_a, const REAL *row_c, const REAL *norm, const REAL *error, double relative_, double rounding_, double absolute_,
-                double cut_, int32_t *row_out, int32_t *latent_out, REAL *approx, REAL *margin, int64_t capacity,
+/* Candidates of one chunk of rows: pairs with screen + b_enc + margin not below the cut (latents below `exempt`: 0), where
+ * margin = row_a * norm + row_c * error + relative * |screen| + rounding * |screen + b_enc| + absolute. Comparisons are
+ * written so that NaN is a candidate. Worker w of `threads` scans its share of rows and fills places [w * capacity, ...);
+ * counts[w] says how many it found, which may exceed the capacity: then only that many were stored, and the caller comes
+ * again with more. The screen is REAL, or bf16 (low != 0). */
+void NAME(scan)(const void *screen, int low, int64_t rows, int64_t first_row, int64_t n_latents, int64_t exempt, const REAL *b_enc,
+                const REAL *row_a, const REAL *row_c, const REAL *norm, const REAL *error, double relative_, double rounding_,
+                double absolute_, double cut_, int32_t *row_out, int32_t *latent_out, REAL *approx, REAL *margin, int64_t capacity,
                 int64_t *counts, int threads) {
     const REAL relative = (REAL)relative_, rounding = (REAL)rounding_, absolute = (REAL)absolute_, cut = (REAL)cut_;
-    SCAN(REAL, (REAL))
+    const int64_t share = (rows + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int w = 0; w < threads; w++) {
+        const int64_t last = (w + 1) * share < rows ? (w + 1) * share : rows, base = w * capacity;
+        int64_t found = 0;
+        for (int64_t r = w * share; r < last; r++) {
+            const REAL a = row_a[r], c = row_c[r];
+            for (int64_t j = 0; j < n_latents; j += PER_VEC) {
+                const int64_t width = j + PER_VEC <= n_latents ? PER_VEC : n_latents - j;
+                const VEC s = NAME(load_screen)(screen, low, r * n_latents + j, width);
+                const VEC at = s + NAME(load_some)(b_enc + j, width), norms = NAME(load_some)(norm + j, width);
+                const VEC errors = NAME(load_some)(error + j, width);
+                const VEC reach = a * norms + c * errors + relative * NAME(size)(s) + rounding * NAME(size)(at) + absolute;
+                VEC least = NAME(fill)(cut);
+                if (j < exempt)
+                    for (int64_t i = 0; i < PER_VEC && j + i < exempt; i++) least[i] = 0;
+                uint32_t hits = NAME(not_below)(at + reach, least);
+                if (width < PER_VEC) hits &= (1u << width) - 1;
+                for (; hits; hits &= hits - 1) {
+                    const int i = __builtin_ctz(hits);
+                    if (found < capacity) {
+                        row_out[base + found] = (int32_t)(first_row + r);
+                        latent_out[base + found] = (int32_t)(j + i);
+                        approx[base + found] = at[i];
+                        margin[base + found] = reach[i];
+                    }
+                    found++;
+                }
+            }
+        }
+        counts[w] = found;
+    }
 }
-
-void NAME(scan_bf16)(const uint16_t *screen, int64_t rows, int64_t first_row, int64_t n_latents, int64_t exempt,
-                     const REAL *b_enc, const REAL *row_a, const REAL *row_c, const REAL *norm, const REAL *error,
-                     double relative_, double rounding_, double absolute_, double cut_, int32_t *row_out, int32_t *latent_out, REAL *approx,
-                     REAL *margin, int64_t capacity, int64_t *counts, int threads) {
-    const REAL relative = (REAL)relative_, rounding = (REAL)rounding_, absolute = (REAL)absolute_, cut = (REAL)cut_;
-    SCAN(uint16_t, (REAL)from_bf16)
-}
-#undef SCAN
 
 /* value = <centred row, encoder row> + b_enc for pairs that can still reach the cut, -1 for the others. Returns the number
  * of pairs whose value is farther from its approximation than its margin: 0, or the margin is wrong. */
@@ -392,42 +423,82 @@ void NAME(decode)(const REAL *x, const REAL *b_dec, const REAL *W_dec, const int
     }
 }
 
-/* Gradients of the weights, every row written: scale * sum over a latent's pairs. Frozen encoder rows get none. */
+/* <gradient, w> / (||w|| + 1e-6)^2: as a factor of w, the gradient's component along it. */
+static inline REAL NAME(along)(const REAL *g, const REAL *w, int64_t d) {
+    const REAL inverse = 1 / ((REAL)sqrt(NAME(squares)(w, d)) + (REAL)1e-6);
+    return NAME(dot)(g, w, d) * inverse * inverse;
+}
+
+/* Sum of squares of gradient - factor * w. */
+static inline double NAME(squares_without)(const REAL *g, const REAL *w, REAL factor, int64_t d) {
+    wide_vec part = {0};
+    int64_t i = 0;
+    for (; i + 8 <= d; i += 8) {
+        wide_vec rest = NAME(load_wide)(g + i) - (double)factor * NAME(load_wide)(w + i);
+        part += rest * rest;
+    }
+    double total = NAME(sum_wide)(part);
+    for (; i < d; i++) total += (double)(g[i] - factor * w[i]) * (double)(g[i] - factor * w[i]);
+    return total;
+}
+
+/* Gradients of the weights: scale * sums over a latent's pairs. Frozen encoder rows get none; rows of latents that are
+ * `ready` (which have no pairs) are left as they are. While a row is at hand, also what the update needs of it:
+ * parallel[F], see `along`; and by block of ROWS latents sums[block], squares of all gradients without the parallel components, and
+ * pull[block, D], the sum of b_enc gradient * encoder row. */
 void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *start, const int32_t *order, const int32_t *row,
-                            const REAL *value, const REAL *gradient, const int64_t *group_end, int64_t n_latents, int64_t core,
-                            int64_t d, int64_t groups, double scale_, REAL *W_enc, REAL *b_enc, REAL *W_dec, int threads) {
+                            const REAL *value, const REAL *gradient, const int64_t *group_end, const uint8_t *ready, const REAL *W_enc,
+                            const REAL *W_dec, int64_t n_latents, int64_t core, int64_t d, int64_t groups, double scale_, REAL *grad_W_enc,
+                            REAL *grad_b_enc, REAL *grad_W_dec, REAL *parallel, double *sums, REAL *pull, int threads) {
     const REAL scale = (REAL)scale_;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-    for (int64_t j = 0; j < n_latents; j++) {
+    const int64_t blocks = (n_latents + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t stop = (block + 1) * ROWS < n_latents ? (block + 1) * ROWS : n_latents;
+        double total = 0;
         int64_t g = 0;
-        while (j >= group_end[g]) g++;
-        REAL *decoder = W_dec + j * d, *encoder = j < core ? 0 : W_enc + (j - core) * d, bias = 0;
-        memset(decoder, 0, sizeof *decoder * (size_t)d);
-        if (encoder) memset(encoder, 0, sizeof *encoder * (size_t)d);
-        int64_t i = start[j];
-        const int64_t end = start[j + 1];
-        while (i < end) {
-            const int count = i + 4 <= end ? 4 : 1;
-            const REAL *errors[4], *inputs[4];
-            REAL by_value[4], by_gradient[4];
-            for (int n = 0; n < count; n++) {
-                const int64_t at = order[i + n], t = row[at];
-                errors[n] = S + (t * groups + g) * d;
-                inputs[n] = centred + t * d;
-                by_value[n] = scale * value[at];
-                by_gradient[n] = scale * gradient[at];
-                bias += gradient[at];
+        memset(pull + block * d, 0, sizeof *pull * (size_t)d);
+        for (int64_t j = block * ROWS; j < stop; j++) {
+            while (j >= group_end[g]) g++;
+            REAL *decoder = grad_W_dec + j * d, *encoder = j < core ? 0 : grad_W_enc + (j - core) * d;
+            int64_t i = start[j];
+            const int64_t end = start[j + 1];
+            if (!ready[j]) {
+                REAL bias = 0;
+                memset(decoder, 0, sizeof *decoder * (size_t)d);
+                if (encoder) memset(encoder, 0, sizeof *encoder * (size_t)d);
+                while (i < end) {
+                    const int count = i + 4 <= end ? 4 : 1;
+                    const REAL *errors[4], *inputs[4];
+                    REAL by_value[4], by_gradient[4];
+                    for (int n = 0; n < count; n++) {
+                        const int64_t at = order[i + n], t = row[at];
+                        errors[n] = S + (t * groups + g) * d;
+                        inputs[n] = centred + t * d;
+                        by_value[n] = scale * value[at];
+                        by_gradient[n] = scale * gradient[at];
+                        bias += gradient[at];
+                    }
+                    if (count == 4) {
+                        NAME(add_four)(decoder, by_value, errors, d);
+                        if (encoder) NAME(add_four)(encoder, by_gradient, inputs, d);
+                    } else {
+                        NAME(add_scaled)(decoder, by_value[0], errors[0], d);
+                        if (encoder) NAME(add_scaled)(encoder, by_gradient[0], inputs[0], d);
+                    }
+                    i += count;
+                }
+                grad_b_enc[j] = scale * bias;
             }
-            if (count == 4) {
-                NAME(add_four)(decoder, by_value, errors, d);
-                if (encoder) NAME(add_four)(encoder, by_gradient, inputs, d);
-            } else {
-                NAME(add_scaled)(decoder, by_value[0], errors[0], d);
-                if (encoder) NAME(add_scaled)(encoder, by_gradient[0], inputs[0], d);
-            }
-            i += count;
+            parallel[j] = 0;
+            if (!ready[j] && start[j] == end) continue; /* all zero */
+            parallel[j] = NAME(along)(decoder, W_dec + j * d, d);
+            total += NAME(squares_without)(decoder, W_dec + j * d, parallel[j], d);
+            if (encoder) total += NAME(squares)(encoder, d);
+            total += (double)grad_b_enc[j] * (double)grad_b_enc[j];
+            NAME(add_scaled)(pull + block * d, grad_b_enc[j], W_enc + j * d, d);
         }
-        b_enc[j] = scale * bias;
+        sums[block] = total;
     }
 }
 
@@ -461,32 +532,17 @@ void NAME(keep_top)(REAL *value, int64_t rows, int64_t columns, int64_t most, in
     }
 }
 
-/* parallel[j] = <gradient, unit row> for every row of W; W == NULL: none. squares[block] = sum of squares of the gradient
- * without that component, for SUM_BLOCK rows each. */
+/* parallel[j], see `along`, for every row of W (NULL: none), and by block of ROWS rows the sum of squares of the gradient
+ * without that component. */
 void NAME(gradient_squares)(const REAL *gradient, const REAL *W, REAL *parallel, double *sums, int64_t rows, int64_t d, int threads) {
-    const int64_t blocks = (rows + SUM_BLOCK - 1) / SUM_BLOCK;
+    const int64_t blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < blocks; block++) {
-        const int64_t last = (block + 1) * SUM_BLOCK < rows ? (block + 1) * SUM_BLOCK : rows;
+        const int64_t stop = (block + 1) * ROWS < rows ? (block + 1) * ROWS : rows;
         double total = 0;
-        for (int64_t j = block * SUM_BLOCK; j < last; j++) {
-            const REAL *g = gradient + j * d;
-            if (!W) {
-                total += NAME(squares)(g, d);
-                continue;
-            }
-            const REAL *w = W + j * d;
-            const REAL inverse = 1 / ((REAL)sqrt(NAME(squares)(w, d)) + (REAL)1e-6);
-            const REAL along = NAME(dot)(g, w, d) * inverse, factor = along * inverse;
-            wide_vec part = {0};
-            int64_t i = 0;
-            for (; i + 8 <= d; i += 8) {
-                wide_vec rest = NAME(load_wide)(g + i) - factor * NAME(load_wide)(w + i);
-                part += rest * rest;
-            }
-            total += NAME(sum_wide)(part);
-            for (; i < d; i++) total += (double)(g[i] - factor * w[i]) * (double)(g[i] - factor * w[i]);
-            parallel[j] = factor;
+        for (int64_t j = block * ROWS; j < stop; j++) {
+            if (W) parallel[j] = NAME(along)(gradient + j * d, W + j * d, d);
+            total += W ? NAME(squares_without)(gradient + j * d, W + j * d, parallel[j], d) : NAME(squares)(gradient + j * d, d);
         }
         sums[block] = total;
     }
@@ -521,5 +577,6 @@ void NAME(adam)(REAL *W, const REAL *gradient, REAL *mean, REAL *square, const R
 }
 
 #undef VEC
+#undef MASK
 #undef PER_VEC
 #endif

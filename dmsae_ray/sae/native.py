@@ -21,6 +21,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
+ROWS = 32
+"""Rows of a matrix that share partial sums (the same number in kernels.c)."""
 SUFFIX = {torch.float32: "_f32", torch.float64: "_f64"}
 
 
@@ -74,9 +76,8 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def call(name: str, dtype: torch.dtype | None, *arguments, returns=None):
-    """Call a kernel. Tensors go as pointers (None: a null pointer), ints as int64, floats as double, bools as int.
-
-    Every call ends with the number of threads, except where a kernel takes none.
+    """Call a kernel, by its name and the precision it is for. Tensors go as pointers (None: a null pointer), ints as int64,
+    floats as double, bools and `Int` as int.
     """
     function = _function(name + (SUFFIX[dtype] if dtype is not None else ""), returns)
     return function(*(_argument(argument) for argument in arguments))
@@ -89,25 +90,23 @@ def _function(name: str, returns):
     return function
 
 
+class Int(int):
+    """A C int; plain Python ints go as int64."""
+
+
 def _argument(value):
     if isinstance(value, Tensor):
         assert value.is_contiguous() and value.device.type == "cpu", "kernels take contiguous CPU tensors"
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p()
-    if isinstance(value, Threads):
-        return ctypes.c_int(value)
-    if isinstance(value, bool):
+    if isinstance(value, Int | bool):
         return ctypes.c_int(value)
     if isinstance(value, int):
         return ctypes.c_int64(value)
     return ctypes.c_double(value)
 
 
-class Threads(int):
-    """A number of threads (a C int)."""
-
-
-def threads() -> Threads:
+def threads() -> Int:
     """As many as torch uses."""
-    return Threads(torch.get_num_threads())
+    return Int(torch.get_num_threads())

@@ -225,7 +225,7 @@ def test_a_batch_that_is_not_finite_stops_before_any_weight_changes(value, at_st
     trainer.step(x[at_step])  # a good batch still goes through, as if nothing had been
 
 
-def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run():
+def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkeypatch):
     trainer = new_trainer()
     x = batches(3)
     trainer.step(x[0])
@@ -238,10 +238,17 @@ def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run():
 
     trainer = new_trainer()
     trainer.step(x[0])
-    with torch.no_grad():
-        trainer.sae.W_enc[4, 0] = math.nan  # a latent that is never kept, so the loss does not show it
+    before, compute = copy.deepcopy(trainer.state_dict()), trainer.loss.compute
+
+    def overflowing(*arguments):
+        loss, gradient, outcome = compute(*arguments)
+        gradient[5] = math.inf
+        return loss, gradient, dataclasses.replace(outcome, norms=outcome.norms._replace(squares=torch.tensor(math.inf)))
+
+    monkeypatch.setattr(trainer.loss, "compute", overflowing)
     with pytest.raises(Diverged, match="gradient"):
         trainer.step(x[1])
+    assert_same(trainer.state_dict(), before)
 
 
 def test_wrong_batches_settings_and_states_are_refused():
