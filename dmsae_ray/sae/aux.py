@@ -20,13 +20,11 @@ CHUNK = 1 << 22
 """Most (row, dead latent) pairs at a time."""
 
 
-def aux_loss(
+def add_aux(
     centred_BD: Tensor, residual_BD: Tensor, dead_K: Tensor, encoder_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, core_size: int,
     most: int, alpha: float, ops: TorchPairs, comm: Collective, grad_W_enc: Tensor, grad_b_enc: Tensor, grad_W_dec: Tensor,
 ) -> Tensor:  # fmt: skip
-    """This rank's AuxK loss (before alpha), 0-dim; alpha times its gradients are put in the dead latents' places.
-
-    A dead latent has no kept pair on any rank, so this is all of its gradient.
+    """This rank's AuxK loss (before alpha), 0-dim; alpha times its gradients are added to those of the dead latents.
 
     residual_BD: x_hat - x with all latents. most: dead latents used per token.
     """
@@ -52,7 +50,8 @@ def aux_loss(
         grad_RK = (error_RD @ W_dec_KD.t()).masked_fill_(z_RK <= 0, 0)
         sum_W_enc_KD.addmm_(grad_RK.t(), centred_RD)
         sum_b_enc_K += grad_RK.sum(dim=0)
-    grad_W_enc[dead_K - core_size] = sum_W_enc_KD
-    grad_b_enc[dead_K] = sum_b_enc_K
-    grad_W_dec[dead_K] = sum_W_dec_KD
+    # Dead latents have no kept pair in this batch, but a rank may hold none of the others' rows either: add, do not set.
+    grad_W_enc.index_add_(0, dead_K - core_size, sum_W_enc_KD)
+    grad_b_enc.index_add_(0, dead_K, sum_b_enc_K)
+    grad_W_dec.index_add_(0, dead_K, sum_W_dec_KD)
     return loss / n_rows * inverse

@@ -9,6 +9,7 @@
 #ifndef REAL
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
@@ -17,6 +18,7 @@
 
 #define DIGITS 2048   /* counters of one radix pass */
 #define ROWS 32       /* rows of a matrix that share partial sums */
+#define FAR (48 << 20) /* bytes that no cache holds */
 #define TOGETHER 256  /* candidates of which the useful ones are found first */
 #define ABS(v) ((v) < 0 ? -(v) : (v))
 
@@ -233,17 +235,34 @@ static inline double NAME(squares)(const REAL *a, int64_t d) {
     return total;
 }
 
+static inline REAL NAME(sum)(VEC p);
+
+/* Norm of a row. In its own precision where that is safe, which is as exact as margins and unit rows need; otherwise in double. */
+static inline REAL NAME(norm)(const REAL *a, int64_t d) {
+    VEC even = {0}, odd = {0};
+    int64_t i = 0;
+    for (; i + 2 * PER_VEC <= d; i += 2 * PER_VEC) {
+        const VEC u = NAME(load)(a + i), v = NAME(load)(a + i + PER_VEC);
+        even += u * u;
+        odd += v * v;
+    }
+    REAL total = NAME(sum)(even + odd);
+    for (; i < d; i++) total += a[i] * a[i];
+    return total > (REAL)1e-20 && total < (REAL)1e20 ? ROOT(total) : (REAL)sqrt(NAME(squares)(a, d));
+}
+
 /* bf16 copy of one row, its norm, and the norm of what rounding took away. low == NULL: no copy, error 0. */
 static inline void NAME(round_row)(const REAL *row, uint16_t *low, REAL *norm, REAL *error, int64_t d) {
-    *norm = (REAL)sqrt(NAME(squares)(row, d));
+    *norm = NAME(norm)(row, d);
     *error = 0;
     if (!low) return;
     for (int64_t i = 0; i < d; i++) low[i] = to_bf16((float)row[i]);
-    double gone = 0;
+    double gone = 0; /* by pieces, and again in double where squares of what was lost may underflow */
     for (int64_t i = 0; i < d; i += 64) {
         REAL lost[64] = {0};
         for (int64_t n = 0; n < 64 && i + n < d; n++) lost[n] = row[i + n] - (REAL)from_bf16(low[i + n]);
-        gone += NAME(squares)(lost, 64);
+        const REAL piece = NAME(norm)(lost, 64);
+        gone += (double)piece * (double)piece;
     }
     *error = (REAL)sqrt(gone);
 }
@@ -425,80 +444,105 @@ void NAME(decode)(const REAL *x, const REAL *b_dec, const REAL *W_dec, const int
 
 /* <gradient, w> / (||w|| + 1e-6)^2: as a factor of w, the gradient's component along it. */
 static inline REAL NAME(along)(const REAL *g, const REAL *w, int64_t d) {
-    const REAL inverse = 1 / ((REAL)sqrt(NAME(squares)(w, d)) + (REAL)1e-6);
+    const REAL inverse = 1 / (NAME(norm)(w, d) + (REAL)1e-6);
     return NAME(dot)(g, w, d) * inverse * inverse;
 }
 
-/* Sum of squares of gradient - factor * w. */
+/* Sum of squares of gradient - factor * w (w NULL: of the gradient). Overflow makes it infinite, which ends the run. */
 static inline double NAME(squares_without)(const REAL *g, const REAL *w, REAL factor, int64_t d) {
-    wide_vec part = {0};
+    VEC even = {0}, odd = {0};
     int64_t i = 0;
-    for (; i + 8 <= d; i += 8) {
-        wide_vec rest = NAME(load_wide)(g + i) - (double)factor * NAME(load_wide)(w + i);
-        part += rest * rest;
+    for (; i + 2 * PER_VEC <= d; i += 2 * PER_VEC) {
+        VEC u = NAME(load)(g + i), v = NAME(load)(g + i + PER_VEC);
+        if (w) {
+            u -= factor * NAME(load)(w + i);
+            v -= factor * NAME(load)(w + i + PER_VEC);
+        }
+        even += u * u;
+        odd += v * v;
     }
-    double total = NAME(sum_wide)(part);
-    for (; i < d; i++) total += (double)(g[i] - factor * w[i]) * (double)(g[i] - factor * w[i]);
+    double total = NAME(sum)(even + odd);
+    for (; i < d; i++) {
+        const REAL rest = w ? g[i] - factor * w[i] : g[i];
+        total += rest * rest;
+    }
     return total;
 }
 
-/* Gradients of the weights: scale * sums over a latent's pairs. Frozen encoder rows get none; rows of latents that are
- * `ready` (which have no pairs) are left as they are. While a row is at hand, also what the update needs of it:
- * parallel[F], see `along`; and by block of ROWS latents sums[block], squares of all gradients without the parallel components, and
- * pull[block, D], the sum of b_enc gradient * encoder row. */
+/* Copy a finished row to where it will not be read soon: past the caches if `far`, which saves reading the old content. */
+static inline void NAME(put)(REAL *restrict to, const REAL *restrict from, int64_t d, int far) {
+#ifdef __AVX512F__
+    if (far && (uintptr_t)to % 64 == 0 && d % PER_VEC == 0) {
+        for (int64_t i = 0; i < d; i += PER_VEC) _mm512_stream_si512((void *)(to + i), (__m512i)NAME(load)(from + i));
+        return;
+    }
+#endif
+    (void)far;
+    memcpy(to, from, sizeof *to * (size_t)d);
+}
+
+/* Gradients of the weights, every row written: scale * sum over a latent's pairs. Frozen encoder rows get none. */
 void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *start, const int32_t *order, const int32_t *row,
-                            const REAL *value, const REAL *gradient, const int64_t *group_end, const uint8_t *ready, const REAL *W_enc,
-                            const REAL *W_dec, int64_t n_latents, int64_t core, int64_t d, int64_t groups, double scale_, REAL *grad_W_enc,
-                            REAL *grad_b_enc, REAL *grad_W_dec, REAL *parallel, double *sums, REAL *pull, int threads) {
+                            const REAL *value, const REAL *gradient, const int64_t *group_end, int64_t n_latents, int64_t core,
+                            int64_t d, int64_t groups, double scale_, REAL *W_enc, REAL *b_enc, REAL *W_dec, REAL *scratch,
+                            int threads) {
     const REAL scale = (REAL)scale_;
-    const int64_t blocks = (n_latents + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t stop = (block + 1) * ROWS < n_latents ? (block + 1) * ROWS : n_latents;
-        double total = 0;
-        int64_t g = 0;
-        memset(pull + block * d, 0, sizeof *pull * (size_t)d);
-        for (int64_t j = block * ROWS; j < stop; j++) {
-            while (j >= group_end[g]) g++;
-            REAL *decoder = grad_W_dec + j * d, *encoder = j < core ? 0 : grad_W_enc + (j - core) * d;
-            int64_t i = start[j];
+    const int far = n_latents * d * 2 * (int64_t)sizeof(REAL) > FAR;
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *decoder = scratch + omp_get_thread_num() * 2 * d, *encoder = decoder + d;
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t j = 0; j < n_latents; j++) {
+            int64_t g = 0, i = start[j];
             const int64_t end = start[j + 1];
-            if (!ready[j]) {
-                REAL bias = 0;
-                memset(decoder, 0, sizeof *decoder * (size_t)d);
-                if (encoder) memset(encoder, 0, sizeof *encoder * (size_t)d);
-                while (i < end) {
-                    const int count = i + 4 <= end ? 4 : 1;
-                    const REAL *errors[4], *inputs[4];
-                    REAL by_value[4], by_gradient[4];
-                    for (int n = 0; n < count; n++) {
-                        const int64_t at = order[i + n], t = row[at];
-                        errors[n] = S + (t * groups + g) * d;
-                        inputs[n] = centred + t * d;
-                        by_value[n] = scale * value[at];
-                        by_gradient[n] = scale * gradient[at];
-                        bias += gradient[at];
-                    }
-                    if (count == 4) {
-                        NAME(add_four)(decoder, by_value, errors, d);
-                        if (encoder) NAME(add_four)(encoder, by_gradient, inputs, d);
-                    } else {
-                        NAME(add_scaled)(decoder, by_value[0], errors[0], d);
-                        if (encoder) NAME(add_scaled)(encoder, by_gradient[0], inputs[0], d);
-                    }
-                    i += count;
+            REAL bias = 0;
+            while (j >= group_end[g]) g++;
+            memset(decoder, 0, sizeof *decoder * (size_t)(2 * d));
+            while (i < end) {
+                const int count = i + 4 <= end ? 4 : 1;
+                const REAL *errors[4], *inputs[4];
+                REAL by_value[4], by_gradient[4];
+                for (int n = 0; n < count; n++) {
+                    const int64_t at = order[i + n], t = row[at];
+                    errors[n] = S + (t * groups + g) * d;
+                    inputs[n] = centred + t * d;
+                    by_value[n] = scale * value[at];
+                    by_gradient[n] = scale * gradient[at];
+                    bias += gradient[at];
                 }
-                grad_b_enc[j] = scale * bias;
+                if (count == 4) {
+                    NAME(add_four)(decoder, by_value, errors, d);
+                    if (j >= core) NAME(add_four)(encoder, by_gradient, inputs, d);
+                } else {
+                    NAME(add_scaled)(decoder, by_value[0], errors[0], d);
+                    if (j >= core) NAME(add_scaled)(encoder, by_gradient[0], inputs[0], d);
+                }
+                i += count;
             }
-            parallel[j] = 0;
-            if (!ready[j] && start[j] == end) continue; /* all zero */
-            parallel[j] = NAME(along)(decoder, W_dec + j * d, d);
-            total += NAME(squares_without)(decoder, W_dec + j * d, parallel[j], d);
-            if (encoder) total += NAME(squares)(encoder, d);
-            total += (double)grad_b_enc[j] * (double)grad_b_enc[j];
-            NAME(add_scaled)(pull + block * d, grad_b_enc[j], W_enc + j * d, d);
+            b_enc[j] = scale * bias;
+            NAME(put)(W_dec + j * d, decoder, d, far);
+            if (j >= core) NAME(put)(W_enc + (j - core) * d, encoder, d, far);
         }
-        sums[block] = total;
+#ifdef __AVX512F__
+        _mm_sfence();
+#endif
+    }
+}
+
+/* sums[block, D] = sum of factor[j] * W[j] over the block's ROWS rows. */
+void NAME(weighted_rows)(const REAL *factor, const REAL *W, REAL *sums, int64_t rows, int64_t d, int threads) {
+    const int64_t blocks = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t stop = (block + 1) * ROWS < rows ? (block + 1) * ROWS : rows;
+        REAL *sum = sums + block * d;
+        int64_t j = block * ROWS;
+        memset(sum, 0, sizeof *sum * (size_t)d);
+        for (; j + 4 <= stop; j += 4) {
+            const REAL *from[4] = {W + j * d, W + (j + 1) * d, W + (j + 2) * d, W + (j + 3) * d};
+            NAME(add_four)(sum, factor + j, from, d);
+        }
+        for (; j < stop; j++) NAME(add_scaled)(sum, factor[j], W + j * d, d);
     }
 }
 
@@ -542,7 +586,7 @@ void NAME(gradient_squares)(const REAL *gradient, const REAL *W, REAL *parallel,
         double total = 0;
         for (int64_t j = block * ROWS; j < stop; j++) {
             if (W) parallel[j] = NAME(along)(gradient + j * d, W + j * d, d);
-            total += W ? NAME(squares_without)(gradient + j * d, W + j * d, parallel[j], d) : NAME(squares)(gradient + j * d, d);
+            total += NAME(squares_without)(gradient + j * d, W ? W + j * d : 0, W ? parallel[j] : 0, d);
         }
         sums[block] = total;
     }
@@ -569,7 +613,7 @@ void NAME(adam)(REAL *W, const REAL *gradient, REAL *mean, REAL *square, const R
             w[i] -= step_size * m[i] / (ROOT(v[i]) * correction + eps);
         }
         if (unit) {
-            const REAL length = (REAL)sqrt(NAME(squares)(w, d)) + unit_eps;
+            const REAL length = NAME(norm)(w, d) + unit_eps;
             for (int64_t i = 0; i < d; i++) w[i] /= length;
         }
         if (norm) NAME(round_row)(w, low ? low + j * d : 0, norm + j, error + j, d);

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmsae_ray.sae.aux import aux_loss
+from dmsae_ray.sae.aux import add_aux
 from dmsae_ray.sae.collective import Alone, Collective
 from dmsae_ray.sae.gate import gate
-from dmsae_ray.sae.pairs import Norms, pairs_on
+from dmsae_ray.sae.pairs import pairs_on
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen, faster_screen
 from dmsae_ray.sae.settings import SAESettings
@@ -44,8 +44,6 @@ class Outcome:
     """free latents silent for the whole window"""
     smallest: float
     """smallest value kept by BatchTopK in the global batch"""
-    norms: Norms
-    """of this rank's gradient"""
     bound: float
     """the gate's proven bound, from which the next batch's is guessed"""
     candidates: int
@@ -120,24 +118,22 @@ class LossModule(nn.Module):
         loss_rec = loss_B.sum() / (n_groups**2 * n_rows)
         residual_BD = S_BGD[:, -1]
         scale = 2 / (n_groups**2 * n_rows)
+        ops.weight_gradients(
+            S_BGD, centred_BD, pairs, gradient_N, start_F1, order_N, sae.group_ends, sae.core_size, scale,
+            grad_W_enc, grad_b_enc, grad_W_dec,
+        )  # fmt: skip
+
         loss_aux = torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)
-        ready_F = torch.zeros_like(dead_F)
         dead_K = dead_F.nonzero().squeeze(1)
         if dead_K.numel() and settings.auxk_alpha:
-            ready_F = dead_F
-            loss_aux = aux_loss(
+            loss_aux = add_aux(
                 centred_BD, residual_BD, dead_K, encoder_FD, b_enc_F, W_dec_FD, sae.core_size, settings.aux_latents,
                 settings.auxk_alpha, ops, comm, grad_W_enc, grad_b_enc, grad_W_dec,
             )  # fmt: skip
-        pull_D, norms = ops.weight_gradients(
-            S_BGD, centred_BD, pairs, gradient_N, start_F1, order_N, sae.group_ends, sae.core_size, scale, ready_F, encoder_FD, W_dec_FD,
-            grad_W_enc, grad_b_enc, grad_W_dec,
-        )  # fmt: skip
         # The first prefix sees every later one's error, and b_dec is in all of them; the encoder subtracts it.
-        torch.sum(S_BGD[:, 0], dim=0, out=grad_b_dec).mul_(scale).sub_(pull_D)
+        torch.sum(S_BGD[:, 0], dim=0, out=grad_b_dec).mul_(scale).sub_(ops.weighted_rows(grad_b_enc, encoder_FD))
         outcome = Outcome(
-            loss_rec, loss_aux, residual_BD, pairs.latent_N, silent_F, dead_F, kept.smallest, norms, kept.bound, kept.candidates,
-            kept.retries,
+            loss_rec, loss_aux, residual_BD, pairs.latent_N, silent_F, dead_F, kept.smallest, kept.bound, kept.candidates, kept.retries
         )
         return (loss_rec + settings.auxk_alpha * loss_aux).to(x_BD.dtype), gradient, outcome
 

@@ -58,15 +58,6 @@ class Pairs(NamedTuple):
     value_N: Tensor
 
 
-class Norms(NamedTuple):
-    """What the update needs to know of W_enc's, b_enc's and W_dec's gradients together."""
-
-    squares: Tensor
-    """sum of squares, float64, the decoder's without the components along its rows"""
-    parallel_F: Tensor
-    """those components, as factors of the decoder's rows"""
-
-
 class Margin(NamedTuple):
     """margin = row_a * norm + row_c * error + relative * |product| + rounding * |approx| + absolute, for a row and a latent's
     norm and error."""
@@ -183,28 +174,24 @@ class TorchPairs:
 
     def weight_gradients(
         self, S_BGD: Tensor, centred_BD: Tensor, pairs: Pairs, gradient_N: Tensor, start_F1: Tensor, order_N: Tensor,
-        group_ends: list[int], core_size: int, scale: float, ready_F: Tensor, encoder_FD: Tensor, W_dec_FD: Tensor,
-        grad_W_enc: Tensor, grad_b_enc: Tensor, grad_W_dec: Tensor,
-    ) -> tuple[Tensor, Norms]:  # fmt: skip
-        """Fill the gradients of all free encoder rows, all biases and all decoder rows with scale * sums over the pairs.
-
-        Latents that are ready_F have no pairs; their rows are left as they are. Returns b_enc's gradient times the encoder
-        [D], and the norms of the three gradients.
-        """
+        group_ends: list[int], core_size: int, scale: float, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+    ) -> None:  # fmt: skip
+        """Fill the gradients of all free encoder rows, all biases and all decoder rows with scale * sums over the pairs."""
         order_N = order_N.long()
         row_N, latent_N = pairs.row_N[order_N].long(), pairs.latent_N[order_N]
         bag_N = row_N * S_BGD.shape[1] + self._group(latent_N, group_ends)
         value_N, by_gradient_N = pairs.value_N[order_N] * scale, gradient_N[order_N] * scale
-        first_F, fresh_F = start_F1[:-1], ~ready_F
-        found = F.embedding_bag(bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N)
-        grad_W_dec[fresh_F] = found[fresh_F]
-        free, fresh_F = int(start_F1[core_size]), fresh_F[core_size:]
-        found = F.embedding_bag(
+        first_F = start_F1[:-1]
+        W_dec.copy_(F.embedding_bag(bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N))
+        free = int(start_F1[core_size])
+        W_enc.copy_(F.embedding_bag(
             row_N[free:], centred_BD, first_F[core_size:] - free, mode="sum", per_sample_weights=by_gradient_N[free:]
-        )
-        grad_W_enc[fresh_F] = found[fresh_F]
-        grad_b_enc.masked_fill_(~ready_F, 0).index_add_(0, latent_N.long(), by_gradient_N)
-        return grad_b_enc @ encoder_FD, self.norms(grad_W_enc, grad_b_enc, grad_W_dec, W_dec_FD)
+        ))  # fmt: skip
+        b_enc.zero_().index_add_(0, latent_N.long(), by_gradient_N)
+
+    def weighted_rows(self, factor_N: Tensor, rows_ND: Tensor) -> Tensor:
+        """factor_N @ rows_ND."""
+        return factor_N @ rows_ND
 
     @staticmethod
     def _group(latent_N: Tensor, group_ends: list[int]) -> Tensor:
@@ -219,11 +206,6 @@ class TorchPairs:
         tied_BK = z_BK == least_B1
         left_B1 = most - (z_BK > least_B1).sum(dim=1, keepdim=True)
         z_BK.masked_fill_((z_BK < least_B1) | (tied_BK & (tied_BK.cumsum(dim=1) > left_B1)), 0)
-
-    def norms(self, grad_W_enc: Tensor, grad_b_enc: Tensor, grad_W_dec: Tensor, W_dec_FD: Tensor) -> Norms:
-        """Norms of gradients, the decoder's without its component along each row."""
-        along, parallel_F = self.gradient_squares(grad_W_dec, W_dec_FD)
-        return Norms(along + self.gradient_squares(grad_W_enc, None)[0] + grad_b_enc.double().square().sum(), parallel_F)
 
     def gradient_squares(self, gradient_ND: Tensor, W_ND: Tensor | None, chunk: int = 4096) -> tuple[Tensor, Tensor | None]:
         """Sum of squares (float64) of the gradient without its component along each row of W, and that component as a factor of W."""
@@ -372,19 +354,20 @@ class NativePairs(TorchPairs):
         return gradient_N, loss_B
 
     def weight_gradients(
-        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, core_size, scale, ready_F, encoder_FD, W_dec_FD,
-        grad_W_enc, grad_b_enc, grad_W_dec,
-    ) -> tuple[Tensor, Norms]:  # fmt: skip
-        width, d = W_dec_FD.shape
-        blocks = -(-width // native.ROWS)
-        parallel_F, pull = W_dec_FD.new_empty(width), W_dec_FD.new_empty(blocks, d)
-        sums = torch.empty(blocks, dtype=torch.float64)
+        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, core_size, scale, W_enc, b_enc, W_dec
+    ) -> None:
+        workers = native.threads()
         native.call(
             "weight_gradients", S_BGD.dtype, S_BGD, centred_BD, start_F1, order_N, pairs.row_N, pairs.value_N, gradient_N,
-            torch.tensor(group_ends), ready_F, encoder_FD, W_dec_FD, width, core_size, d, len(group_ends), scale,
-            grad_W_enc, grad_b_enc, grad_W_dec, parallel_F, sums, pull, native.threads(),
+            torch.tensor(group_ends), len(b_enc), core_size, centred_BD.shape[1], len(group_ends), scale, W_enc, b_enc, W_dec,
+            W_dec.new_empty(workers, 2, W_dec.shape[1]), workers,
         )  # fmt: skip
-        return pull.sum(dim=0), Norms(sums.sum(), parallel_F)
+
+    def weighted_rows(self, factor_N, rows_ND) -> Tensor:
+        rows, d = rows_ND.shape
+        sums = rows_ND.new_empty(-(-rows // native.ROWS), d)
+        native.call("weighted_rows", rows_ND.dtype, factor_N, rows_ND, sums, rows, d, native.threads())
+        return sums.sum(dim=0)
 
     def keep_top(self, z_BK, most) -> None:
         native.call("keep_top", z_BK.dtype, z_BK, *z_BK.shape, most, native.threads())

@@ -134,7 +134,6 @@ class Trainer:
         guess = GUESS * min(self._bounds, default=0.0) or None
         if self.comm.world == 1:
             _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess)
-            norms = outcome.norms
         else:
             loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess)
         parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
@@ -144,8 +143,8 @@ class Trainer:
         if self.comm.world > 1:
             self.loss.flat.grad = None
             loss.backward()  # reduces the gradient over ranks
-            gradient, norms = self.loss.flat.grad, None
-        grad_norm = self.adam.update(gradient, settings.learning_rate(self.steps_done), norms)
+            gradient = self.loss.flat.grad
+        grad_norm = self.adam.update(gradient, settings.learning_rate(self.steps_done))
         if not math.isfinite(grad_norm):
             raise Diverged(f"the gradient of step {self.steps_done} has norm {grad_norm}")
         self._commit(outcome, total)

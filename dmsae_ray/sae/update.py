@@ -1,7 +1,7 @@
 """The update of one training step: parallel component out, clip, Adam, decoder rows to unit length.
 
 As dictionary-learning 0.1.0 does it (`set_decoder_norm_to_unit_norm`, `remove_gradient_parallel_to_decoder_directions`, clip by
-the norm of the whole gradient, Adam), in one pass over the weights, with another before it if the norm is not known yet.
+the norm of the whole gradient, Adam), in two passes over the weights: one that takes the norm, one that does the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.pairs import AdamStep, Norms, TorchPairs
+from dmsae_ray.sae.pairs import AdamStep, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
@@ -31,16 +31,13 @@ class Adam:
         self.steps = 0
 
     @torch.no_grad()
-    def update(self, gradient: Tensor, lr: float, norms: Norms | None = None) -> float:
-        """Apply a gradient laid out like `sae.flat`; returns its norm before clipping. If that is not finite, nothing is changed.
-
-        norms: of this very gradient, if they are known already.
-        """
+    def update(self, gradient: Tensor, lr: float) -> float:
+        """Apply a gradient laid out like `sae.flat`; returns its norm before clipping. If that is not finite, nothing is changed."""
         sae, ops, settings = self.sae, self.ops, self.settings
         W_enc, b_enc, W_dec, b_dec = sae.views(gradient)
-        if norms is None:
-            norms = ops.norms(W_enc, b_enc, W_dec, sae.W_dec.detach())
-        norm = math.sqrt(norms.squares.item() + b_dec.double().square().sum().item())
+        squares, parallel_F = ops.gradient_squares(W_dec, sae.W_dec.detach())
+        squares = squares + ops.gradient_squares(W_enc, None)[0]
+        norm = math.sqrt(squares.item() + b_enc.double().square().sum().item() + b_dec.double().square().sum().item())
         if not math.isfinite(norm):
             return norm
         clip = min(1.0, settings.clip / (norm + 1e-6))
@@ -55,7 +52,7 @@ class Adam:
             sae.views(self.square), strict=True,
         ):  # fmt: skip
             decoder = name == "W_dec"
-            ops.adam(W, g, m, v, norms.parallel_F if decoder else None, clip, step, decoder, rounded if name == "W_enc" else None)
+            ops.adam(W, g, m, v, parallel_F if decoder else None, clip, step, decoder, rounded if name == "W_enc" else None)
         torch.autograd.graph.increment_version(sae.flat)  # kernels write behind torch's back
         self.screen.updated()
         return norm
