@@ -7,13 +7,14 @@ ARGS   ?=
 # Every test process computes with one thread: two run side by side on two cores.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup sweep test test-all test-unit test-pipeline test-faults test-peers ui clean
+.PHONY: help setup sweep test test-all test-unit test-pipeline test-faults test-peers bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
 	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
 	@echo "make ui                open MLflow on the quickstart's results"
 	@echo "make test-unit | test-pipeline | test-faults | test-peers"
+	@echo "make bench             time the training step against other systems' (jobs/bench_step.md)"
 
 setup: $(READY)
 
@@ -46,15 +47,20 @@ test-pipeline: $(READY)
 test-faults: $(READY)
 	timeout 600 $(TEST) tests/faults
 
-# The update of dictionary-learning, recorded live and compared with the stored recording. Its requirements conflict with
-# ours (numpy < 2), so it gets an environment of its own; torchvision would clash with this torch.
+# Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
+# by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment
+# of their own, with dmsae_ray/sae from this folder, which needs little; torchvision would clash with this torch.
 test-peers: .venv-peers/.ready
 	.venv-peers/bin/python jobs/record_reference_step.py --check tests/data/dictionary_learning_updates.safetensors
+	.venv-peers/bin/python jobs/compare_training.py
+
+bench: .venv-peers/.ready
+	.venv-peers/bin/python jobs/bench_step.py --output jobs/bench_step.md
 
 .venv-peers/.ready:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
-	.venv-peers/bin/python -m pip install --quiet dictionary-learning==0.1.0
+	.venv-peers/bin/python -m pip install --quiet dictionary-learning==0.1.0 sae-lens==6.54.12
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
 	touch $@

@@ -24,7 +24,7 @@ from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.settings import SAESettings, group_sizes  # noqa: E402
 from dmsae_ray.sae.step import Trainer  # noqa: E402
 
-D, WIDTH, K, BATCH, LR = 64, 512, 8, 512, 1e-3
+D, WIDTH, K, BATCH, LR = 64, 1024, 4, 256, 3e-3
 
 
 def data(seed: int, directions: torch.Tensor, count: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=4)
     arguments = parser.parse_args()
-    directions = torch.nn.functional.normalize(torch.randn(3 * D, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    directions = torch.nn.functional.normalize(torch.randn(3 * D, D, generator=torch.Generator().manual_seed(12345)), dim=1)
     held_out = data(7, directions, 8)
     found = [both(seed, arguments.steps, directions, held_out) for seed in range(arguments.seeds)]
     print(f"{arguments.steps} steps, {arguments.seeds} seeds: ours | dictionary-learning")

@@ -28,8 +28,8 @@ from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
 
 GUESS = 0.97
-"""The proven bound L of the next batch is guessed to exceed this share of the last one's: over random batches it moved by 2.4 %
-at most. A wrong guess costs a second scan, never correctness."""
+"""The proven bound L of the next batch is guessed to exceed this share of the smallest of the last ones. A wrong guess costs a
+second scan, never correctness."""
 
 SAMPLE_GUESS = 0.85
 """The same for a guess from a few rows of the batch itself, whose values have not had their margins taken off."""
@@ -91,20 +91,22 @@ def gate(
         guess *= LOWER
         retries += 1
     value_N, wrong = ops.refine(centred_BD, encoder_FD, b_enc_F, found, bound, n_exempt)
+    if comm.world > 1:  # all ranks stop together
+        wrong = comm.all_reduce_sum(torch.tensor(wrong, device=b_enc_F.device)).item()
     if wrong:
         raise ScreenError(
-            f"{wrong} of {len(value_N)} screened pre-activations were off by more than their proven margin: this machine's "
+            f"{wrong} screened pre-activations were off by more than their proven margin: this machine's "
             "matrix product is less exact than any order of sums allows. Set train.screen to fp32, and report this machine"
         )
     kept, smallest = select(
-        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B, sae.width
+        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B
     )
     return Kept(kept, smallest, bound, len(value_N), retries)
 
 
 def select(
     row_N: Tensor, latent_N: Tensor, value_N: Tensor, n_rows: int, n_exempt: int, settings: SAESettings, ops: TorchPairs,
-    comm: Collective, token_index_B: Tensor | None, width: int,
+    comm: Collective, token_index_B: Tensor | None,
 ) -> tuple[Pairs, float]:  # fmt: skip
     """The kept ones of these pairs (sorted by row, then latent), which hold every pair that can be kept, and the smallest kept value."""
     core_N = latent_N < n_exempt if n_exempt else None

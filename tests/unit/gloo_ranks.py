@@ -48,7 +48,7 @@ def mask_of_ties(k, core_gate, comm, rows):
     row_N, latent_N = (index.int() for index in torch.ones_like(p_BF).nonzero(as_tuple=True))
     pairs, _ = select(
         row_N, latent_N, p_BF.flatten(), len(rows), 2 if core_gate == "relu" else 0, settings,
-        NativePairs() if k % 2 else TorchPairs(), comm, rows, 9,
+        NativePairs() if k % 2 else TorchPairs(), comm, rows,
     )  # fmt: skip
     return mask_of(pairs, len(rows), 9)
 

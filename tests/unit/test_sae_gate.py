@@ -50,7 +50,7 @@ def gate(p_BF, settings, core_size, comm=None, token_index_B=None, kernels="comp
     row_N, latent_N = (index.int() for index in torch.ones_like(p_BF).nonzero(as_tuple=True))
     n_exempt = core_size if settings.core_gate == "relu" else 0
     pairs, smallest = select(
-        row_N, latent_N, p_BF.flatten(), rows, n_exempt, settings, OPS[kernels], comm or Alone(), token_index_B, width
+        row_N, latent_N, p_BF.flatten(), rows, n_exempt, settings, OPS[kernels], comm or Alone(), token_index_B
     )
     mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
     mask_BF[pairs.row_N.long(), pairs.latent_N.long()] = True
