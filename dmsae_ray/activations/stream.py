@@ -25,7 +25,7 @@ BLOCK_BYTES = 48 << 20
 READ_CPUS = 0.25
 PAUSE_S = 0.01
 """Rest of Ray Data's scheduling loop between two rounds. While its output waits for a slower consumer the loop of Ray 2.60 spins
-without one, on the interpreter lock that training needs: measured, half a core per worker and a training step 3 to 4 times as long."""
+without one, on the interpreter lock that training needs: measured, about 0.4 of a core per worker."""
 
 
 class Stream:

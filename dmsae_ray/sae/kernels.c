@@ -235,8 +235,6 @@ static inline double NAME(squares)(const REAL *a, int64_t d) {
     return total;
 }
 
-static inline REAL NAME(sum)(VEC p);
-
 /* Norm of a row. In its own precision where that is safe, which is as exact as margins and unit rows need; otherwise in double. */
 static inline REAL NAME(norm)(const REAL *a, int64_t d) {
     VEC even = {0}, odd = {0};

@@ -31,7 +31,6 @@ STATE_VERSION = 2
 EXPLODED = 1e3
 """A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is more)."""
 
-
 RECENT = 8
 """Batches whose proven bounds the next guess is made from."""
 

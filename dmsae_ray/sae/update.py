@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.pairs import AdamStep, TorchPairs
-from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
 
@@ -48,7 +48,7 @@ class Adam:
         )  # fmt: skip
         rounded = self.screen.free_latents()
         for name, W, g, m, v in zip(
-            ("W_enc", "b_enc", "W_dec", "b_dec"), sae.views(sae.flat), (W_enc, b_enc, W_dec, b_dec), sae.views(self.mean),
+            TRAINED, sae.views(sae.flat), (W_enc, b_enc, W_dec, b_dec), sae.views(self.mean),
             sae.views(self.square), strict=True,
         ):  # fmt: skip
             decoder = name == "W_dec"
