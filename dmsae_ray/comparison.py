@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dmsae_ray.activations.dataset import ActivationDataset, write_json
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.files import write_json
 from dmsae_ray.activations.shard import file_sha256
 from dmsae_ray.compare.pair import ChainResult, CompareSettings, compare_all
 from dmsae_ray.compare.summary import summarise

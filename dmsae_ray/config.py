@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
-CHAIN_FORMAT = 2
+CHAIN_FORMAT = 3
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
 
 
@@ -89,9 +90,17 @@ class HarvestConfig(Section):
     actors: int | None = Field(None, ge=1)
     """harvest actors; empty: as many as the cluster holds"""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPUs of a harvest actor"""
-    dataset: Path | None = None
-    """use the finished dataset in this folder instead of harvesting; it must match the other fields"""
+    """GPUs of a harvest actor: a share of one, or several"""
+    hooks: tuple[str, ...] = ()
+    """further hooks to harvest in the same pass, a dataset each; `model.hook` is always harvested"""
+    outlier_norm: float | None = Field(None, gt=1)
+    """drop rows whose norm exceeds so many times the median norm of their shard; empty: keep all [D]"""
+    outlier_reserve: Share = 0.05
+    """with outlier_norm: rows planned beyond those that are kept, as a share, to fill the places of dropped ones"""
+    store: str | None = None
+    """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
+    dataset: str | None = None
+    """use the finished dataset in this folder or URL instead of harvesting; it must match the other fields"""
 
 
 class SAEConfig(Section):
@@ -196,6 +205,15 @@ class SweepConfig(Section):
     """cycles of a chain: cycle 0 (no core) and the distillation cycles after it"""
     data_seed: int | None = Field(None, ge=0)
     """seed of the order of data; empty: the chain's own seed"""
+    data: Literal["shared", "disjoint"] = "shared"
+    """`shared`: every chain reads all shards; `disjoint`: chains of different seeds read different shards, since agreement on shared data overstates reproducibility"""
+    parts: int | None = Field(None, ge=2)
+    """with data disjoint: how many parts the shards are dealt to, seed s taking part s modulo parts; empty: as many as seeds. A larger number leaves room for seeds added later"""
+
+    @property
+    def n_parts(self) -> int:
+        """Parts that the shards are dealt to."""
+        return 1 if self.data == "shared" else self.parts or len(self.seeds)
 
     @field_validator("seeds", "k")
     @classmethod
@@ -221,12 +239,12 @@ class CompareConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What the work may use. Nothing here, but `workers`, changes a number."""
+    """What the work may use. Nothing here decides a number, except that `workers` changes the order of sums, and so last bits."""
 
     address: str | None = None
     """Ray cluster to join; `local`: start one; empty: RAY_ADDRESS, else the one `ray start` made on this machine, else a new one"""
     workers: int = Field(1, ge=1)
-    """data-parallel training workers of a chain"""
+    """data-parallel training workers of a chain; a stopped chain may go on with another number"""
     cpus_per_worker: float = Field(0.5, gt=0)
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
@@ -234,9 +252,11 @@ class ClusterConfig(Section):
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     object_store_mb: int = Field(512, ge=64)
-    """object store a chain's data stream may fill, MB"""
+    """shared memory that the data stream of one training worker may fill, MB; eight row groups must fit"""
     read_tasks: int = Field(2, ge=1)
     """tasks that read shards for one worker at the same time; each is a process"""
+    fetch_ahead: int = Field(8, ge=1)
+    """row groups that a read task fetches at the same time from a remote store"""
     retries: int = Field(2, ge=0)
     """restarts of a chain whose worker or node was lost"""
 
@@ -315,6 +335,24 @@ class Config(BaseSettings):
             )
         if train.tokens < train.batch:
             problems.append(f"train.tokens {train.tokens} is less than one batch (train.batch {train.batch})")
+        parts = self.sweep.n_parts
+        if self.sweep.data == "disjoint":
+            if len({seed % parts for seed in self.sweep.seeds}) < len(self.sweep.seeds):
+                enough = next(n for n in itertools.count(parts) if len({seed % n for seed in self.sweep.seeds}) == len(self.sweep.seeds))
+                problems.append(
+                    f"sweep.seeds {list(self.sweep.seeds)}: with sweep.data disjoint two of them would take the same of {parts} parts "
+                    f"(seed modulo sweep.parts); set sweep.parts to {enough}"
+                )
+            shards = harvest.tokens // harvest.rows_per_shard
+            if (shards // parts) * (harvest.rows_per_shard // harvest.rows_per_group) < train.lanes:
+                problems.append(
+                    f"sweep.data disjoint: {shards} full shards (harvest.tokens / harvest.rows_per_shard) dealt to {parts} parts leave less than "
+                    f"one row group for each of {train.lanes} lanes; lower harvest.rows_per_shard or raise harvest.tokens"
+                )
+        elif self.sweep.parts is not None:
+            problems.append("sweep.parts has a meaning only with sweep.data disjoint")
+        if harvest.dataset is not None and (harvest.hooks or harvest.store):
+            problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
             problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
         if problems:
@@ -335,24 +373,30 @@ class Config(BaseSettings):
     def data_seed_of(self, seed: int) -> int:
         return seed if self.sweep.data_seed is None else self.sweep.data_seed
 
-    def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str) -> dict[str, Any]:
-        """What decides the bytes of the shards; its hash names the dataset's folder."""
-        harvest = self.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "dataset"})
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Every hook that is harvested, `model.hook` first."""
+        return (self.model.hook, *(hook for hook in self.harvest.hooks if hook != self.model.hook))
+
+    def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None) -> dict[str, Any]:
+        """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder."""
+        harvest = self.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"})
         corpus = self.corpus.model_dump(mode="json", include={"documents", "attribution_share", "evaluation_share"})
-        model = self.model.model_dump(mode="json", include={"hook", "dtype", "context"})
+        model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
         return {
-            "format": 1, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
+            "format": 2, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
             "corpus": corpus, "model": model, "harvest": harvest,
         }  # fmt: skip
 
     def chain_fields(self, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
         """What decides a chain's cores; its hash names the chain's folder.
 
-        The number of cycles is left out on purpose: a longer chain continues a shorter one.
+        The number of cycles is left out on purpose: a longer chain continues a shorter one. So is the number of workers, which
+        changes the order of sums alone: a stopped chain goes on with another number, and its record says with which.
         """
+        part = {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
         return {
-            "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "k": k,
-            "workers": self.cluster.workers,
+            "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "part": part, "k": k,
             "sae": self.sae.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
@@ -423,6 +467,10 @@ class HarvestCommand(Config):
 
     config: Path = Field(default_factory=default_config_path)
     """YAML file with the experiment"""
+    verify: CliImplicitFlag[bool] = False
+    """read every shard again, say what is bad, and stop"""
+    repair: CliImplicitFlag[bool] = False
+    """verify, delete what is bad, and make only that again"""
     verbose: CliImplicitFlag[bool] = False
     """show everything Ray prints as well"""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 
-from dmsae_ray.activations.harvest import Harvest, find_dataset
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.harvest import Harvest, Identity, find_dataset
+from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.cluster import connect, disconnect
 from dmsae_ray.config import Config, HarvestCommand, load
+from dmsae_ray.corpus.prepare import HELD_OUT
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight
 from dmsae_ray.screen import Screen
@@ -15,11 +19,11 @@ from dmsae_ray.sweep import INTERRUPTED, interrupt
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input, 130 interrupted (the same command continues)."""
+    """Exit status: 0 done, 1 something is bad (--verify), 2 bad input, 130 interrupted (the same command continues)."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         command = load(HarvestCommand, sys.argv[1:] if argv is None else argv)
-        return run(Config(**command.section_dict()), command.verbose)
+        return run(Config(**command.section_dict()), command)
     except (ValueError, OutputBusy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -28,27 +32,69 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run(config: Config, verbose: bool) -> int:
+def run(config: Config, command: HarvestCommand) -> int:
     preflight(config)
     lock = OutputLock(config.home)
     try:
-        with Screen(config.home, "harvest", verbose) as say:
-            dataset = find_dataset(config)
-            if dataset is None:
-                work = Harvest(config)
-                capacity = connect(config, chains=1, verbose=verbose)
+        with Screen(config.home, "harvest", command.verbose) as say:
+            if command.verify or command.repair:
+                bad = verify(config, say, repair=command.repair)
+                if command.verify or not bad:
+                    return 1 if bad else 0
+            datasets = {hook: find_dataset(config, hook) for hook in config.hooks}
+            if None in datasets.values():
+                work = Harvest(config, say)
+                capacity = connect(config, chains=1, verbose=command.verbose)
                 try:
-                    dataset = work.run(say, capacity.harvest_actors)
+                    datasets = work.run(capacity.harvest_actors)
                 finally:
                     disconnect(capacity, say.path.with_suffix(".ray"))
-            manifest = dataset.manifest
-            say(
-                f"{dataset.folder}: {sum(s['rows'] for s in manifest.shards):,} training rows in {len(manifest.shards)} shards, "
-                f"{manifest.calibration['rows']:,} held back, d = {manifest.d}, {manifest.dtype}, scale {manifest.scale:.6g}"
-            )
+            for dataset in datasets.values():
+                say(summary(dataset))
     finally:
         lock.release()
     return 0
+
+
+def summary(dataset: ActivationDataset) -> str:
+    m = dataset.manifest
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in m.positions.items() if count)
+    return (
+        f"{dataset}: {m.rows:,} training rows in {len(m.shards)} shards, {m.calibration.rows:,} held back, {m.hook}, d = {m.d}, {m.dtype}, "
+        f"scale {m.scale:.6g}; positions that are no rows: {dropped}"
+    )
+
+
+def verify(config: Config, say: Screen, repair: bool) -> int:
+    """Read everything again and say what is bad; with repair, delete the bad files too. Returns how many are bad."""
+    bad = 0
+    for hook in config.hooks:
+        store = Identity(config).store(hook)
+        dataset, start, size = ActivationDataset(store), time.monotonic(), 0
+        for entry, error in dataset.problems(read=True):
+            size += entry.bytes
+            if error is not None:
+                bad += 1
+                say(f"bad: {error}")
+                if repair:
+                    store.delete(entry.file)
+        for split in HELD_OUT:
+            try:
+                dataset.held_out(split)
+            except ValueError as error:
+                bad += 1
+                say(f"bad: {error}")
+                if repair:
+                    store.delete(f"tokens/{split}.safetensors")
+        if not bad:
+            dataset.check_scale()
+        seconds = time.monotonic() - start
+        say(f"verified {dataset}: {len(dataset.entries())} shards, {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)")
+    if bad and not repair:
+        say(f"{bad} bad. To make only these again: {REPAIR} with the same configuration")
+    elif not bad:
+        say("nothing is bad")
+    return bad
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from dmsae_ray.activations.harvest import dataset_identity
+from dmsae_ray.activations.harvest import Identity
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.lock import OutputLock
@@ -19,7 +19,7 @@ from dmsae_ray.track.terminal import terminal_console
 
 def chain_keys(config: Config) -> dict[str, str]:
     """label -> key of every chain the configuration asks for."""
-    dataset_key = dataset_identity(config)[0]
+    dataset_key = Identity(config).key(config.model.hook)
     return {
         f"seed{seed}-k{k}": fields_key(config.chain_fields(seed, k, dataset_key))
         for k in config.sweep.k
@@ -73,7 +73,8 @@ def superfluous(config: Config) -> list[Path]:
     """What no finished result and no chain of this configuration needs."""
     home, wanted = config.home, set(chain_keys(config).values())
     found = [path for path in home.rglob("*.tmp-*")] + [path for path in [home / "ray"] if path.exists()]
-    datasets = {dataset_identity(config)[0]}
+    identity = Identity(config)
+    datasets = {identity.key(hook) for hook in config.hooks}
     for folder in sorted((home / "chains").glob("*")):
         chain = ChainFolder(folder)
         done = len(chain.records())
@@ -86,6 +87,8 @@ def superfluous(config: Config) -> list[Path]:
             if (unfinished := chain.cycle(done).path).exists():
                 found.append(unfinished)
     found += [folder for folder in sorted((home / "data").glob("*")) if folder.name not in datasets]
+    # Token sequences serve to make shards: those of other configurations can be made again.
+    found += [folder for folder in sorted((home / "tokens").glob("*")) if folder.name != identity.tokens_key]
     return found
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from dmsae_ray.distill.folder import Lease
+from dmsae_ray.files import replacing
 
 
 class OutputBusy(RuntimeError):
@@ -53,9 +54,8 @@ class OutputLock:
             previous = int(path.read_text())
         except FileNotFoundError:
             previous = 0
-        temporary = path.with_name(f"generation.tmp-{os.getpid()}")
-        temporary.write_text(str(previous + 1))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(str(previous + 1))
         return Lease(path, previous + 1)
 
     def release(self) -> None:

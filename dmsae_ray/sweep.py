@@ -14,7 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from dmsae_ray.activations.dataset import ActivationDataset, write_json
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.files import write_json
 from dmsae_ray.activations.harvest import Harvest, find_dataset
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
@@ -134,15 +135,16 @@ class Sweep:
         """The activations and their reference losses; Ray is started only if something is missing."""
         dataset = find_dataset(self.config)
         if dataset is None:
-            work = Harvest(self.config)
-            dataset = work.run(self.say, self.connect().harvest_actors)
+            work = Harvest(self.config, self.say)
+            dataset = work.run(self.connect().harvest_actors)[self.config.model.hook]
         else:
-            self.say(f"harvest: {dataset.folder} is complete and checked")
-        if not references_path(dataset.folder, self.config.evaluate).exists():
+            self.say(f"harvest: {dataset} is complete and checked")
+        folder = self.config.home / "data" / dataset.manifest.key
+        if not references_path(folder, self.config.evaluate).exists():
             from dmsae_ray.distill.references import measure_references
 
             self.connect()
-            measure_references(self.config, dataset)
+            measure_references(self.config, dataset, folder)
         return dataset
 
     # -- chains --------------------------------------------------------------------------------------------------------

@@ -1,24 +1,30 @@
 """A dataset of shards: its manifest, and the checks before anyone trains on it.
 
-Layout of the folder: `manifest.json` (written last), `shards/train-00000.parquet` ..., `shards/calibration.parquet`,
-`tokens/{train,attribution,evaluation}.safetensors`.
+Layout of its store: `manifest.json` (written last), `shards/train-00000.parquet` ..., `shards/calibration.parquet`,
+`tokens/{attribution,evaluation}.safetensors`. Letters: N rows, D model dimension.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from dmsae_ray.activations.rowgroup import damaged
-from dmsae_ray.activations.shard import file_sha256, open_shard, read_rows
+from dmsae_ray.activations.rowgroup import ShardError, Unit, damaged, read_unit
+from dmsae_ray.activations.shard import ShardEntry, group_bytes, inspect_shard, read_rows
+from dmsae_ray.activations.store import Missing, Store
+from dmsae_ray.corpus.tokens import TokenSequences
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FULL_CHECK_BYTES = 4 << 30
-"""Up to this size every checksum is verified when a sweep starts (seconds); larger datasets are checked page by page as they are read."""
+"""Up to this size every checksum is verified when a sweep starts (a second); those of larger datasets as they are read."""
+PART = 16_384
+"""Rows turned into fp64 at a time: all calibration rows of a large model would take several times the memory they need."""
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
 class DatasetError(ValueError):
@@ -42,70 +48,85 @@ class Manifest:
     scale: float
     mean: list[float]
     """mean row over the calibration rows, raw units, [D]"""
-    shards: list[dict]
-    """training shards: file, rows, bytes, sha256"""
-    calibration: dict
-    """the rows held back from training: file, rows, bytes, sha256"""
+    variance: list[float]
+    """variance of each dimension over the calibration rows, raw units, [D]"""
+    norm_quantiles: dict[str, float]
+    """quantiles of the calibration rows' norms, raw units"""
+    positions: dict[str, int]
+    """positions of the harvested sequences that became no row, by reason (bos, padding, outlier, unused)"""
+    shards: list[ShardEntry]
+    """training shards"""
+    calibration: ShardEntry
+    """the rows held back from training"""
     fields: dict
     """the configuration fields that decided the bytes"""
     format_version: int = FORMAT_VERSION
 
-    def save(self, folder: Path) -> None:
-        write_json(folder / "manifest.json", asdict(self))
+    @staticmethod
+    def from_dict(tree: dict) -> Manifest:
+        return Manifest(**tree | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])})
 
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return sum(shard.rows for shard in self.shards)
 
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    @property
+    def row_bytes(self) -> int:
+        return 2 * self.d
+
+    def save(self, store: Store) -> None:
+        store.write("manifest.json", json.dumps(asdict(self), indent=1).encode())
 
 
 class ActivationDataset:
     """A finished dataset, opened for reading."""
 
-    def __init__(self, folder: Path):
-        """Raises DatasetError if there is no readable manifest in `folder`."""
-        self.folder = Path(folder)
-        path = self.folder / "manifest.json"
+    def __init__(self, place: str | Path | Store):
+        """place: folder or URL. Raises DatasetError if there is no readable manifest, StoreError if it cannot be reached."""
+        self.store = place if isinstance(place, Store) else Store(place)
+        path = self.store.where("manifest.json")
         try:
-            tree = json.loads(path.read_text())
-        except OSError as error:
-            raise DatasetError(f"{path}: no finished dataset here ({error.strerror}); run `python -m dmsae_ray.harvest`") from error
+            tree = json.loads(self.store.read("manifest.json"))
+        except Missing as error:
+            raise DatasetError(f"{path}: no finished dataset here; run `python -m dmsae_ray.harvest`") from error
         except ValueError as error:
-            raise DatasetError(f"{path}: damaged ({error}); delete it and run `python -m dmsae_ray.harvest`") from error
+            if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                raise DatasetError(f"{path}: damaged ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
+            raise
         if tree.get("format_version") != FORMAT_VERSION:
             raise DatasetError(
                 f"{path}: format version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
                 "harvest again with this version"
             )
-        self.manifest = Manifest(**tree)
+        try:
+            self.manifest = Manifest.from_dict(tree)
+        except (TypeError, KeyError) as error:
+            raise DatasetError(f"{path}: not a manifest ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
 
-    def paths(self) -> list[Path]:
-        return [self.folder / shard["file"] for shard in self.manifest.shards]
+    def __str__(self) -> str:
+        return str(self.store)
 
-    @property
-    def calibration_path(self) -> Path:
-        return self.folder / self.manifest.calibration["file"]
-
-    def units(self) -> list[tuple[str, int]]:
-        """(file, row group) of every full row group of the training shards."""
+    def units(self, shards: range | None = None) -> list[Unit]:
+        """Every full row group of the training shards, or of some of them, in file order."""
         per_group = self.manifest.rows_per_group
-        return [
-            (str(path), group)
-            for path, shard in zip(self.paths(), self.manifest.shards)
-            for group in range(shard["rows"] // per_group)
-        ]
+        chosen = self.manifest.shards if shards is None else [self.manifest.shards[i] for i in shards]
+        return [unit for shard in chosen for unit in shard.units()[: shard.rows // per_group]]
 
     def calibration_rows(self) -> torch.Tensor:
         """Rows held back from training, [N, D], stored precision, raw units."""
-        return read_rows(self.calibration_path, self.manifest.d, self.manifest.dtype)
+        m = self.manifest
+        return read_rows(self.store, m.calibration, m.rows_per_group, m.d, m.dtype)
 
-    def tokens_path(self, split: str) -> Path:
-        return self.folder / "tokens" / f"{split}.safetensors"
+    def held_out(self, split: str) -> TokenSequences:
+        """The token sequences of the attribution or evaluation split."""
+        name = f"tokens/{split}.safetensors"
+        if self.store.local:
+            return TokenSequences.load(self.store.local / name)
+        with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
+            path = Path(folder) / f"{split}.safetensors"
+            path.write_bytes(self.store.read(name))
+            return TokenSequences.load(path)
 
     def expect(self, asked: dict) -> None:
         """Check the fields that decided the bytes against those of a configuration.
@@ -115,38 +136,78 @@ class ActivationDataset:
         differ = list(_differences(self.manifest.fields, asked))
         if differ:
             raise DatasetError(
-                f"{self.folder}: these activations were made otherwise than the configuration asks for:\n  "
+                f"{self}: these activations were made otherwise than the configuration asks for:\n  "
                 + "\n  ".join(f"{name}: the dataset has {have!r}, the configuration asks for {want!r}" for name, have, want in differ)
                 + "\nGive harvest.dataset another folder, or leave it empty to harvest anew"
             )
 
-    def verify(self) -> None:
-        """Sizes and footers of all shards, checksums where the dataset is small, and the scale.
+    def check_shard(self, entry: ShardEntry, read: bool) -> None:
+        """Compare a shard with its entry: size, dataset, checksums of the footer; read: the rows themselves as well.
 
-        Raises DatasetError or ShardError that names the file and the remedy.
+        Raises ShardError that names the file and the remedy.
         """
-        entries = list(zip(self.paths(), self.manifest.shards)) + [(self.calibration_path, self.manifest.calibration)]
-        full = sum(entry["bytes"] for _, entry in entries) <= FULL_CHECK_BYTES
-        for path, entry in entries:
-            size = path.stat().st_size if path.exists() else None
-            if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise damaged(path, f"{found}, the manifest says {entry['bytes']}")
-            if open_shard(path).metadata.num_rows != entry["rows"]:
-                raise damaged(path, f"its row count is not the manifest's {entry['rows']}")
-            if full and file_sha256(path) != entry["sha256"]:
-                raise damaged(path, "its checksum is not the manifest's, it was altered")
+        where = self.store.where(entry.file)
+        size = self.store.size(entry.file)
+        if size != entry.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise damaged(where, f"{found}, the manifest says {entry.bytes}")
+        found, about = inspect_shard(self.store, entry.file)
+        if about["dataset"] != self.manifest.key:
+            raise damaged(where, f"is a shard of another dataset, {about['dataset']}; this one is {self.manifest.key}")
+        if found != entry:
+            raise damaged(where, "its footer and the manifest disagree about its rows or their checksums")
+        if read:
+            for unit, length in zip(entry.units(), group_bytes(entry, self.manifest.rows_per_group, self.manifest.row_bytes)):
+                read_unit(self.store, unit, length)
+
+    def entries(self) -> list[ShardEntry]:
+        return [self.manifest.calibration, *self.manifest.shards]
+
+    def problems(self, read: bool) -> Iterator[tuple[ShardEntry, ShardError | None]]:
+        """Every shard with what is wrong with it, if anything."""
+        for entry in self.entries():
+            try:
+                self.check_shard(entry, read)
+                yield entry, None
+            except ShardError as error:
+                yield entry, error
+
+    def check_scale(self) -> None:
+        """Raises DatasetError if the manifest's scale is not that of the calibration rows."""
         scale = scale_of(self.calibration_rows())
         if abs(scale - self.manifest.scale) > 1e-9 * scale:
             raise DatasetError(
-                f"{self.folder / 'manifest.json'}: scale {self.manifest.scale!r} is not that of {self.calibration_path} "
-                f"({scale!r}). Restore the manifest, or delete it and run `python -m dmsae_ray.harvest`"
+                f"{self.store.where('manifest.json')}: scale {self.manifest.scale!r} is not that of {self.manifest.calibration.file} "
+                f"({scale!r}). Restore the manifest, or delete it and run `python -m dmsae_ray.harvest`: shards are kept"
             )
+
+    def verify(self) -> None:
+        """Sizes and footers of all shards, checksums of all rows where the dataset is small, and the scale.
+
+        Raises DatasetError or ShardError that names the file and the remedy.
+        """
+        full = sum(entry.bytes for entry in self.entries()) <= FULL_CHECK_BYTES
+        for _, error in self.problems(read=full):
+            if error is not None:
+                raise error
+        self.check_scale()
 
 
 def scale_of(rows_ND: torch.Tensor) -> float:
     """The scalar s for which mean ||row / s||^2 = 1."""
-    return float(rows_ND.double().square().sum(dim=1).mean().sqrt())
+    return sum(float(part_ND.double().square().sum()) for part_ND in rows_ND.split(PART)) ** 0.5 / len(rows_ND) ** 0.5
+
+
+def statistics_of(rows_ND: torch.Tensor) -> dict:
+    """scale, mean, variance and norm_quantiles of a manifest, in fp64."""
+    n, parts = len(rows_ND), rows_ND.split(PART)
+    mean_D = sum(part_ND.double().sum(dim=0) for part_ND in parts) / n
+    variance_D = sum((part_ND.double() - mean_D).square().sum(dim=0) for part_ND in parts) / n
+    norms_N = torch.cat([part_ND.double().norm(dim=1) for part_ND in parts])
+    return {
+        "scale": scale_of(rows_ND), "mean": mean_D.tolist(), "variance": variance_D.tolist(),
+        "norm_quantiles": {f"{q:g}": float(norms_N.quantile(q)) for q in QUANTILES},
+    }  # fmt: skip
 
 
 def _differences(have: dict, want: dict, prefix: str = ""):

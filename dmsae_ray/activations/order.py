@@ -64,6 +64,12 @@ class Order:
         round_, batch = divmod(step, self.batches_per_round)
         return round_, batch * self.lane_rows
 
+    def step_at(self, round_: int, row: int) -> int:
+        """The global batch that starts at this position. Raises ValueError if none does."""
+        if row % self.lane_rows or not 0 <= row < self.unit_rows:
+            raise ValueError(f"no batch starts at row {row} of a round: a lane gives {self.lane_rows} rows to each")
+        return round_ * self.batches_per_round + row // self.lane_rows
+
     def lanes_of(self, rank: int, world: int) -> list[int]:
         assert self.lanes % world == 0, "checked by the configuration"
         return list(range(rank, self.lanes, world))

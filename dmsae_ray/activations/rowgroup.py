@@ -1,44 +1,97 @@
-"""Reading row groups of shards. Imports pyarrow alone: every Ray Data process that reads would pay seconds for torch."""
+"""Reading row groups of shards, as bytes that were checked. Imports no torch: every Ray Data process that reads would pay seconds for it.
+
+A row group of a shard is one Parquet page of plain values, so its rows stand in the file as they stand in memory. The manifest says
+where, and which checksum they have: reading is one range of one file, without parsing, and nothing is trusted that was not hashed.
+(xxh3 reads 15 GB/s here, Parquet's own page checksums 1.7.)
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import xxhash
+
+from dmsae_ray.activations.store import Missing, Store, StoreError
 
 COLUMN = "activation"
+REPAIR = "python -m dmsae_ray.harvest --repair"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trusted. The message names the file and the remedy."""
 
 
-def open_shard(path: str | Path) -> pq.ParquetFile:
-    """Raises ShardError if the file is missing or is no Parquet file (a truncated one is not)."""
+class Unit(NamedTuple):
+    """One row group: where its rows stand, and their checksum."""
+
+    file: str
+    offset: int
+    digest: str
+
+
+def digest_of(content) -> str:
+    """Checksum of rows as they stand in memory: xxh3, 64 bits, hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def read_unit(store: Store, unit: Unit, length: int) -> pa.Buffer:
+    """The bytes of a row group. Raises ShardError if they are not those the manifest knows."""
     try:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise damaged(path, f"cannot be opened ({error})") from error
+        rows = store.read_range(unit.file, unit.offset, length)
+    except Missing as error:
+        raise damaged(store.where(unit.file), "is missing") from error
+    if len(rows) < length:
+        raise damaged(store.where(unit.file), f"ends at byte {unit.offset + len(rows)}, before its row group at {unit.offset} does")
+    if digest_of(rows) != unit.digest:
+        raise damaged(store.where(unit.file), f"the row group at byte {unit.offset} has not the checksum that the manifest knows")
+    return rows
 
 
-def read_group(path: str | Path, row_group: int) -> pa.Table:
-    """One row group. Raises ShardError naming the file if its checksum fails."""
-    try:
-        return open_shard(path).read_row_group(row_group, columns=[COLUMN], use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(path, f"row group {row_group} cannot be read ({error})") from error
+def read_units(units: pa.Table, store: Store, length: int, row_bytes: int, blocks: list[int], ahead: int) -> Iterator[pa.Table]:
+    """A Ray Data task: the rows of these units (a row each: file, offset, digest), in their order, as blocks of so many units.
+
+    blocks: units of each block, in turn; the last entry holds for all that follow. Every unit is one chunk of its block.
+    ahead: units fetched at the same time from a remote store; a local one is mapped.
+    """
+    wanted = [Unit(*row.values()) for row in units.select(["file", "offset", "digest"]).to_pylist()]
+    sizes, block = iter(blocks), []
+    size = next(sizes)
+    for rows in _buffers(wanted, store, length, ahead):
+        block.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), length // row_bytes, [None, rows]))
+        if len(block) == size:
+            yield _block(block)
+            block, size = [], next(sizes, size)
+    if block:
+        yield _block(block)
 
 
-def read_units(units: pa.Table) -> pa.Table:
-    """A Ray Data task: the rows of these (file, row_group) units, in their order."""
-    files, groups = units["file"].to_pylist(), units["row_group"].to_pylist()
-    return pa.concat_tables(read_group(file, group) for file, group in zip(files, groups)).combine_chunks()
+def _block(units: list[pa.Array]) -> pa.Table:
+    return pa.table({COLUMN: pa.chunked_array(units)})
 
 
-def damaged(path: str | Path, what: str) -> ShardError:
-    """The error to raise for a shard on disk, with its remedy."""
+def _buffers(wanted: list[Unit], store: Store, length: int, ahead: int) -> Iterator[pa.Buffer]:
+    if store.local is not None or ahead == 1:
+        yield from (read_unit(store, unit, length) for unit in wanted)
+        return
+    with ThreadPoolExecutor(ahead) as pool:
+        waiting: deque = deque()
+        for unit in wanted:
+            waiting.append(pool.submit(read_unit, store, unit, length))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def damaged(where: str, what: str) -> ShardError:
+    """The error to raise for a shard, with its remedy."""
     return ShardError(
-        f"activation shard {path}: {what}. Delete this file and run `python -m dmsae_ray.harvest` with the same "
-        "configuration: only the missing shard is made again"
+        f"activation shard {where}: {what}. `{REPAIR}` with the same configuration finds every bad shard and makes only those again"
     )
+
+
+__all__ = ["COLUMN", "REPAIR", "ShardError", "StoreError", "Unit", "damaged", "digest_of", "read_unit", "read_units"]

@@ -1,102 +1,231 @@
 """Training rows out of shards, through Ray Data, in the order of `order.py`.
 
-A rank turns its units into one Ray Data pipeline with `preserve_order`: a small table of (file, row group), read by
-`map_batches` tasks wherever the cluster has a CPU, blocks coming back as shared memory. Ray Data has no resume inside an
-epoch; here any (round, row) is a start.
+A rank turns its units into one Ray Data pipeline with `preserve_order`: a small table of (file, offset, checksum), cut into long
+read tasks that yield block after block into shared memory, wherever the cluster has a CPU. A block holds whole rounds where they
+are small enough, and comes back as a view. Ray Data has no resume inside an epoch; here any position is a start.
+Letters: B batch in tokens, W workers, D model dimension.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 
+from dmsae_ray.activations.ahead import Ahead
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.order import Order
-from dmsae_ray.activations.rowgroup import COLUMN, read_units
-from dmsae_ray.activations.shard import as_tensor
+from dmsae_ray.activations.rowgroup import COLUMN, Unit, read_units
+from dmsae_ray.activations.shard import DTYPES, as_tensor
 
-BLOCK_BYTES = 48 << 20
-"""Rows one read task returns; Ray splits blocks above 128 MB, and small blocks cost a task each."""
-READ_CPUS = 0.25
+BLOCKS_IN_FLIGHT = 8
+"""Blocks of one stream that exist at the same time, at most: in the store behind its read tasks, on the way, and in use."""
+LARGEST_BLOCK = 160 << 20
+"""Each block costs some 14 ms of Ray's bookkeeping: at 151 MB (a round of 8 lanes at d = 2304) that is a third of its reading time."""
+TASK_BYTES = 8 << 30
+"""Rows of one read task. Long, so that the gap between two tasks does not show; Ray reads a lost one again from its start."""
+READ_CPUS = 0.01
+"""A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine leave none."""
 PAUSE_S = 0.01
 """Rest of Ray Data's scheduling loop between two rounds. While its output waits for a slower consumer the loop of Ray 2.60 spins
 without one, on the interpreter lock that training needs: measured, about 0.4 of a core per worker."""
+MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What one worker's stream may use."""
+
+    object_store_mb: int = 1024
+    read_tasks: int = 2
+    """read tasks at the same time; the second one's first blocks are ready when the first one ends"""
+    fetch_ahead: int = 8
+    """row groups a read task fetches at the same time from a remote store"""
 
 
 class Stream:
     """One rank's share of a cycle's global batches."""
 
-    def __init__(self, dataset: ActivationDataset, order: Order, rank: int, world: int, object_store_mb: int = 512, read_tasks: int = 2):
-        self.dataset, self.order, self.rank, self.world = dataset, order, rank, world
-        self.object_store_bytes = object_store_mb << 20
-        self.read_tasks = read_tasks
-        self._units = dataset.units()
-        assert len(self._units) == order.n_units
-        self._lanes = order.lanes_of(rank, world)
-        self._lane_shards: list[str] = []
+    def __init__(
+        self, dataset: ActivationDataset, units: list[Unit], rank: int, world: int, limits: StreamLimits = StreamLimits(),
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        """units: the row groups that this chain's orders are over. device: where batches are wanted."""
+        self.dataset, self.units, self.rank, self.world = dataset, units, rank, world
+        self.limits, self.device = limits, torch.device(device)
+
+    def open(self, order: Order, start: int, stop: int) -> Batches:
+        """This rank's rows of global batches start .. stop - 1. Reading begins now, and rests when the store's share is full."""
+        assert len(self.units) == order.n_units
+        return Batches(self, order, start, stop)
+
+
+class Batches:
+    """An iterator over batches, each [B / W, D] fp32 on the stream's device, divided by the scale; the next one may overwrite it."""
+
+    def __init__(self, stream: Stream, order: Order, start: int, stop: int):
+        self.order, self.start, self.stop = order, start, stop
+        self.digest = 0
+        """Of the rows given so far: the sum, modulo 2^64, over global batches and lanes of xxh3 of the lane's stored rows, seeded by
+        step * lanes + lane. The sum over ranks does not depend on their number; it says exactly which rows were given, and in which
+        batch and lane, whatever the way they came."""
+        self._stream, self._lanes = stream, order.lanes_of(stream.rank, stream.world)
+        self._files: list[str] = []
+        self._plan = self._rounds() if start < stop else []
+        wanted = [stream.units[unit] for _, units in self._plan for unit in units]
+        self._blocks = Ahead(functools.partial(_blocks, stream, order, wanted), depth=1)
+        self._batches = self._on_cpu() if stream.device.type == "cpu" else self._on_device()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self._batches
 
     def shard_of(self, row: int) -> str:
         """The shard that this row of the batch given last came from."""
-        return self._lane_shards[row // self.order.lane_rows]
+        return self._stream.dataset.store.where(self._files[row // self.order.lane_rows])
 
-    def batches(self, start: int, stop: int) -> Iterator[torch.Tensor]:
-        """This rank's rows of global batches start .. stop - 1, each [B / W, D] fp32, divided by the scale."""
-        if start >= stop:
-            return
-        order, manifest = self.order, self.dataset.manifest
-        first_round, first_row = order.position(start)
-        last_round = order.position(stop - 1)[0]
-        plan = [order.units(round_)[self._lanes] for round_ in range(first_round, last_round + 1)]
-        rows = self._rows(self._pipeline([int(unit) for units in plan for unit in units]))
-        step = start
-        for round_, units in enumerate(plan, first_round):
-            self._lane_shards = [self._units[unit][0] for unit in units]
-            # Lane by lane: the unit's rows as a view of Ray's memory, and the order to take them in.
-            lanes = [(next(rows), torch.from_numpy(order.rows(round_, unit))) for unit in units]
-            for row in range(first_row if round_ == first_round else 0, order.unit_rows, order.lane_rows):
-                if step == stop:
+    def close(self) -> None:
+        """Stop reading; also done by reading to the end."""
+        self._batches.close()
+        self._blocks.close()
+
+    def _rounds(self) -> list[tuple[int, np.ndarray]]:
+        """(round, this rank's units in it), lane by lane."""
+        first, last = self.order.position(self.start)[0], self.order.position(self.stop - 1)[0]
+        return [(round_, self.order.units(round_)[self._lanes]) for round_ in range(first, last + 1)]
+
+    def _picks(self) -> Iterator[list[Pick]]:
+        """Every batch as one pick per lane of this rank."""
+        order, manifest, step = self.order, self._stream.dataset.manifest, self.start
+        first_row = order.position(self.start)[1] if self._plan else 0
+        views = (view for block in self._blocks for view in _views(block, manifest))
+        for round_, units in self._plan:
+            lanes = [(lane, unit, next(views), torch.from_numpy(order.rows(round_, unit))) for lane, unit in zip(self._lanes, units)]
+            for row in range(first_row, order.unit_rows, order.lane_rows):
+                if step == self.stop:
                     return
-                picked = [view[take[row : row + order.lane_rows]] for view, take in lanes]
-                yield torch.cat(picked).float().div_(manifest.scale)
+                yield [
+                    Pick(step * order.lanes + lane, self._stream.units[unit].file, view_ND, take_N[row : row + order.lane_rows])
+                    for lane, unit, view_ND, take_N in lanes
+                ]
                 step += 1
+            first_row = 0
 
-    def _pipeline(self, units: list[int]):
-        """A ray.data.Dataset whose rows are those of the units, in this order."""
-        import ray.data
+    def _on_cpu(self) -> Iterator[torch.Tensor]:
+        manifest, n = self._stream.dataset.manifest, self.order.lane_rows
+        stored_ND = torch.empty(n, manifest.d, dtype=torch.int16)
+        as_float_ND = stored_ND.view(DTYPES[manifest.dtype])
+        batch_BD = torch.empty(len(self._lanes) * n, manifest.d)
+        for picks in self._picks():
+            # A lane at a time through the cache: gathered, hashed and converted without another pass over memory.
+            for pick, part_ND in zip(picks, batch_BD.split(n)):
+                self.digest = (self.digest + pick.gather(stored_ND)) & MASK
+                part_ND.copy_(as_float_ND).div_(manifest.scale)
+            self._files = [pick.file for pick in picks]
+            yield batch_BD
 
-        context = ray.data.DataContext.get_current()
-        context.use_datasource_v2 = False  # the V2 stage takes seconds to give a first batch
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        if _rest() not in context.custom_execution_callback_classes:
-            context.custom_execution_callback_classes.append(_rest())
-        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=self.object_store_bytes)
-        unit_bytes = self.order.unit_rows * 2 * self.dataset.manifest.d
-        per_task = int(np.clip(BLOCK_BYTES // unit_bytes, 1, len(self._lanes)))
-        table = pa.table(
-            {"file": [self._units[u][0] for u in units], "row_group": [self._units[u][1] for u in units]},
-        )
-        slices = [table.slice(i, per_task) for i in range(0, len(units), per_task)]
-        return ray.data.from_arrow(slices).map_batches(
-            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
-            concurrency=self.read_tasks,
-        )
+    def _on_device(self) -> Iterator[torch.Tensor]:
+        """Batches are gathered by a thread into pinned memory and copied beside the computation, one ahead of their use."""
+        device = self._stream.device
+        copies, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        gathered = Ahead(self._pinned, depth=1)
+        try:
+            pending = None
+            for buffer_BD, copied, digest, files in gathered:
+                with torch.cuda.stream(copies):
+                    stored_BD = buffer_BD.to(device, non_blocking=True)
+                    copied.record(copies)
+                if pending is not None:
+                    yield self._given(*pending, current)
+                pending = stored_BD, copied, digest, files
+            if pending is not None:
+                yield self._given(*pending, current)
+        finally:
+            gathered.close()
 
-    def _rows(self, pipeline) -> Iterator[torch.Tensor]:
-        """The pipeline's blocks cut into units again, each [unit_rows, D]; blocks may hold several, or split one."""
-        manifest, left = self.dataset.manifest, None
-        for block in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            view = as_tensor(block[COLUMN], manifest.d, manifest.dtype)
-            left = view if left is None or not len(left) else torch.cat([left, view])
-            while len(left) >= self.order.unit_rows:
-                yield left[: self.order.unit_rows]
-                left = left[self.order.unit_rows :]
-        assert left is None or not len(left), "a unit came back incomplete"
+    def _given(self, stored_BD: torch.Tensor, copied, digest: int, files: list[str], current) -> torch.Tensor:
+        manifest = self._stream.dataset.manifest
+        current.wait_event(copied)
+        stored_BD.record_stream(current)
+        self.digest, self._files = (self.digest + digest) & MASK, files
+        return stored_BD.view(DTYPES[manifest.dtype]).float().div_(manifest.scale)
+
+    def _pinned(self) -> Iterator[tuple]:
+        n, d = self.order.lane_rows, self._stream.dataset.manifest.d
+        # One being filled, one waiting, one being copied: a fourth is always free.
+        ring = [
+            (torch.empty(len(self._lanes) * n, d, dtype=torch.int16, pin_memory=True), torch.cuda.Event()) for _ in range(4)
+        ]
+        for (buffer_BD, copied), picks in zip(itertools.cycle(ring), self._picks()):
+            copied.synchronize()
+            digest = sum(pick.gather(part_ND) for pick, part_ND in zip(picks, buffer_BD.split(n)))
+            yield buffer_BD, copied, digest, [pick.file for pick in picks]
+
+
+class Pick(NamedTuple):
+    """One lane's rows of one batch."""
+
+    number: int
+    """step * lanes + lane"""
+    file: str
+    view_ND: torch.Tensor
+    """the unit, as stored, int16 [unit_rows, D]"""
+    take_N: torch.Tensor
+
+    def gather(self, out_ND: torch.Tensor) -> int:
+        """Copy the rows and return their digest."""
+        torch.index_select(self.view_ND, 0, self.take_N, out=out_ND)
+        return xxhash.xxh3_64_intdigest(out_ND.numpy(), seed=self.number)
+
+
+def _views(block: pa.Table, manifest) -> Iterator[torch.Tensor]:
+    """A block's units, each [unit_rows, D] int16, as views of Ray's memory."""
+    for chunk in block[COLUMN].chunks:
+        yield as_tensor(chunk, manifest.d, manifest.dtype).view(torch.int16)
+
+
+def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Table]:
+    """The units through Ray Data, as blocks whose chunks are the units."""
+    if not wanted:
+        return
+    import ray.data
+
+    dataset, limits = stream.dataset, stream.limits
+    unit_bytes = order.unit_rows * dataset.manifest.row_bytes
+    per_round = len(order.lanes_of(stream.rank, stream.world))
+    budget = limits.object_store_mb << 20
+    largest = max(1, min(LARGEST_BLOCK, budget // BLOCKS_IN_FLIGHT) // unit_bytes)
+    if largest > per_round:
+        largest -= largest % per_round
+    per_task = max(largest, TASK_BYTES // unit_bytes)
+    table = pa.table(
+        {"file": [u.file for u in wanted], "offset": [u.offset for u in wanted], "digest": [u.digest for u in wanted]}
+    )
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False  # the V2 stage takes seconds to give a first batch
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    if _rest() not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(_rest())
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=budget)
+    # A block is given on as soon as it exceeds the target and cut at one and a half of it: ours pass whole, each for itself.
+    context.target_max_block_size = int(0.9 * largest * unit_bytes)
+    pipeline = ray.data.from_arrow([table.slice(i, per_task) for i in range(0, len(wanted), per_task)]).map_batches(
+        read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
+        fn_kwargs={
+            "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "blocks": [largest],
+            "ahead": limits.fetch_ahead,
+        },
+    )  # fmt: skip
+    yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
 @functools.cache

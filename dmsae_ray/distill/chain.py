@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
 
-from dmsae_ray.activations.dataset import ActivationDataset, write_json
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardError
-from dmsae_ray.activations.stream import Stream
+from dmsae_ray.activations.store import StoreError
+from dmsae_ray.activations.stream import MASK, Batches, Stream
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill import attribution as attribution_
 from dmsae_ray.distill.core import Core
@@ -32,6 +33,7 @@ from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
 from dmsae_ray.distill.ledger import ALL_DONE, WAIT
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import jaccard, next_core, save_scores
+from dmsae_ray.files import replacing, write_json
 from dmsae_ray.sae.collective import Alone, TorchCollective
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -61,6 +63,19 @@ def train_chain(loop: dict) -> None:
             raise  # the other ranks do not know: let Ray end the group
 
 
+@dataclass
+class Progress:
+    """Where a cycle's training stands; what the checkpoint holds beside the trainer's state."""
+
+    position: tuple[int, int] = (0, 0)
+    """(round, row) of the next batch in the cycle's order: the weights contain every batch before it, once"""
+    digest: int = 0
+    """of all rows trained on, see stream.Batches"""
+    curve: list[dict] = field(default_factory=list)
+    resumes: list[dict] = field(default_factory=list)
+    """each time training went on from a checkpoint: step, generation of the driver, number of workers"""
+
+
 class ChainWorker:
     """One rank of one chain."""
 
@@ -78,13 +93,20 @@ class ChainWorker:
         self.dataset = ActivationDataset(plan.dataset)
         self.scale = self.dataset.manifest.scale
         self.settings = plan.sae_settings(self.dataset.manifest.d)
+        units = plan.units(self.dataset)
+        self.stream = Stream(self.dataset, units, self.rank, self.world, plan.stream_limits, self.device)
+        self._opened: Batches | None = None
         model = plan.config.model
         self.lm = LanguageModel.load(model.name, model.hook, dtype=model.dtype, device=str(self.device), revision=model.revision)
 
     def run(self) -> None:
-        for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
-            self.cycle = cycle
-            self.run_cycle(self.plan.folder.cycle(cycle))
+        try:
+            for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
+                self.cycle = cycle
+                self.run_cycle(self.plan.folder.cycle(cycle))
+        finally:
+            if self._opened is not None:
+                self._opened.close()
         self.say(phase="done", fraction=1.0)
 
     def run_cycle(self, folder: CycleFolder) -> None:
@@ -119,34 +141,36 @@ class ChainWorker:
         plan, train = self.plan, self.plan.config.train
         sae = MatryoshkaSAE.init(self.settings, None if core is None else core.W_enc_CD, plan.init_seed(self.cycle)).to(self.device)
         trainer = Trainer(sae, self.settings, self.comm, self._parallel(sae))
-        first, curve = 0, []
+        order = plan.order(self.dataset, self.cycle)
+        first, so_far = 0, Progress()
         if folder.checkpoint.exists():
             state = self._load_checkpoint(folder)
             trainer.load_state_dict(state["trainer"])
-            first, curve = state["step"], json.loads(state["curve"])
+            so_far = Progress(**json.loads(state["progress"]))
+            first = order.step_at(*so_far.position)
+            so_far.resumes.append({"step": first, "generation": plan.lease.generation, "workers": self.world})
         if self.rank == 0:
-            folder.curve.write_text("".join(json.dumps(point) + "\n" for point in curve))
-        order = plan.order(self.dataset, self.cycle)
-        cluster = plan.config.cluster
-        stream = Stream(self.dataset, order, self.rank, self.world, cluster.object_store_mb, cluster.read_tasks)
-        token_index_B = torch.from_numpy(order.token_index(self.rank, self.world))
-        began, waited, wait_from = time.monotonic(), 0.0, time.monotonic()
-        for step, x_BD in enumerate(stream.batches(first, plan.steps), first):
+            folder.curve.write_text("".join(json.dumps(point) + "\n" for point in so_far.curve))
+        batches = self._batches(self.cycle, order, first)
+        token_index_B = torch.from_numpy(order.token_index(self.rank, self.world)).to(self.device)
+        began, waited, wait_from, first_batch_s = time.monotonic(), 0.0, time.monotonic(), None
+        for step, x_BD in enumerate(batches, first):
             waited += time.monotonic() - wait_from
+            first_batch_s = waited if first_batch_s is None else first_batch_s
             log = step % train.log_steps == 0 or step == plan.steps - 1
             try:
-                report = trainer.step(x_BD.to(self.device), token_index_B, log=log)
+                report = trainer.step(x_BD, token_index_B, log=log)
             except Diverged as error:
-                raise self._diverged(error, x_BD, stream, step) from error
+                raise self._diverged(error, x_BD, batches, step) from error
             if report is not None and self.rank == 0:
                 rate = (step + 1 - first) * train.batch / (time.monotonic() - began)
                 point = asdict(report) | {"tokens_per_s": round(rate, 1)}
-                curve.append(point)
+                so_far.curve.append(point)
                 with open(folder.curve, "a") as file:
                     file.write(json.dumps(point) + "\n")
                 self.say(phase="train", step=step + 1, steps=plan.steps, tokens_per_s=rate, within=0.85 * (step + 1) / plan.steps)
             if (step + 1) % train.checkpoint_steps == 0 or step + 1 == plan.steps:
-                self.checkpoint(folder, trainer, step + 1, curve)
+                self.checkpoint(folder, trainer, step + 1, order, batches, so_far)
             wait_from = time.monotonic()
         elapsed = time.monotonic() - began
         self.say(phase="calibrate", within=0.86)
@@ -154,10 +178,11 @@ class ChainWorker:
         sae.theta.fill_(calibrate(sae, lambda: self._calibration_chunks(rows_ND), self.plan.k, self.settings))
         done = (plan.steps - first) * train.batch
         return sae, {
-            "steps": plan.steps, "tokens": plan.steps * train.batch, "resumed_at_step": first,
-            "rows_dropped": train.tokens - plan.steps * train.batch,
+            "steps": plan.steps, "tokens": plan.steps * train.batch, "resumes": so_far.resumes, "workers": self.world,
+            "data_digest": f"{so_far.digest:016x}", "rows_dropped": train.tokens - plan.steps * train.batch,
             "tokens_per_s": round(done / elapsed, 1) if done else None,
             "data_wait_share": round(waited / elapsed, 4) if done else None,
+            "first_batch_s": round(first_batch_s, 3) if done else None,
             "theta_training": float(trainer.threshold),
         }  # fmt: skip
 
@@ -174,10 +199,10 @@ class ChainWorker:
         for chunk_BD in rows_ND.split(self.settings.batch):
             yield (chunk_BD.float() / self.scale).to(self.device)
 
-    def _diverged(self, error: Diverged, x_BD: torch.Tensor, stream: Stream, step: int) -> Exception:
+    def _diverged(self, error: Diverged, x_BD: torch.Tensor, batches: Batches, step: int) -> Exception:
         """Tell bad data from a bad run: all ranks come here together."""
         bad_B = (~torch.isfinite(x_BD).all(dim=1)).nonzero().flatten()
-        mine = [stream.shard_of(int(row)) for row in bad_B]
+        mine = [batches.shard_of(int(row)) for row in bad_B]
         everyone: list = [None] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(everyone, mine)
@@ -187,20 +212,22 @@ class ChainWorker:
         if shards:
             return ShardError(
                 f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}). Delete it and run "
-                "`python -m dmsae_ray.harvest`; no checkpoint was written from it"
+                "`python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
             )
         return Diverged(f"cycle {self.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
 
-    def checkpoint(self, folder: CycleFolder, trainer: Trainer, step: int, curve: list[dict]) -> None:
-        """Everything a bit-identical continuation needs; the position in the data follows from the step."""
+    def checkpoint(self, folder: CycleFolder, trainer: Trainer, step: int, order: Order, batches: Batches, so_far: Progress) -> None:
+        """Everything a bit-identical continuation needs, on any number of workers. All ranks call it together."""
+        # Two halves, since a sum of signed 64-bit integers over ranks must not overflow.
+        halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.device)
+        high, low = self.comm.all_reduce_sum(halves).tolist()
+        so_far.digest = (so_far.digest + (high << 32) + low) & MASK
+        batches.digest = 0
+        so_far.position = order.position(step)
         if self.rank == 0:
             self.plan.lease.check()
-            temporary = folder.checkpoint.with_name(f"checkpoint.pt.tmp-{os.getpid()}")
-            with open(temporary, "wb") as file:
-                torch.save({"trainer": trainer.state_dict(), "step": step, "curve": json.dumps(curve)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder.checkpoint)
+            with replacing(folder.checkpoint) as temporary:
+                torch.save({"trainer": trainer.state_dict(), "progress": json.dumps(asdict(so_far))}, temporary)
 
     def _load_checkpoint(self, folder: CycleFolder) -> dict:
         try:
@@ -208,19 +235,36 @@ class ChainWorker:
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
 
+    def _batches(self, cycle: int, order: Order, first: int) -> Batches:
+        """The cycle's batches from this step on: those opened ahead, or new ones."""
+        opened, self._opened = self._opened, None
+        if opened is not None and (opened.order, opened.start) == (order, first):
+            batches = opened
+        else:
+            if opened is not None:
+                opened.close()
+            batches = self.stream.open(order, first, self.plan.steps)
+        self._opened = batches
+        return batches
+
+    def _open_next(self) -> None:
+        """Start reading for the next cycle: its first batch is then there when it starts."""
+        if self.cycle + 1 < self.plan.cycles:
+            self._opened = self.stream.open(self.plan.order(self.dataset, self.cycle + 1), 0, self.plan.steps)
+
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, folder: CycleFolder, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor]:
         """Held-out metrics and each latent's density [F]; saves the SAE with them."""
         self.say(phase="evaluate", within=0.87)
-        evaluate, tally = self.plan.config.evaluate, Tally()
+        plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
         batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
         # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         for ids_NT, lengths_N in mine:
             tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale)
         tally.reduce(self.comm)
-        metrics, density_F = scores_of(tally, sae.core_size, read_references(self.dataset.folder, evaluate))
+        metrics, density_F = scores_of(tally, sae.core_size, read_references(plan.references, evaluate))
         if self.rank == 0:
             self.plan.lease.check()
             manifest = self.dataset.manifest
@@ -232,7 +276,7 @@ class ChainWorker:
         return metrics, density_F
 
     def _sequences(self, split: str, tokens: int) -> TokenSequences:
-        return TokenSequences.load(self.dataset.tokens_path(split)).first_tokens(tokens)
+        return self.dataset.held_out(split).first_tokens(tokens)
 
     # -- attribute and select ------------------------------------------------------------------------------------------
 
@@ -254,6 +298,7 @@ class ChainWorker:
 
         settings = self.plan.attribution_settings
         score_shards(sae, self.lm, batches, self.scale, settings, self.aggregator, ledger, self.rank, on_shard)
+        self._open_next()
         return ray.get(self.aggregator.select.remote(ledger))
 
     def commit(self, folder, core, sae, density_F, selected, metrics, trained, seconds) -> None:
@@ -278,7 +323,6 @@ class ChainWorker:
             **trained, "theta": float(sae.theta), **metrics,
             "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": float(curve[new.size - 1]),
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "data": {"rows": (plan.steps - trained["resumed_at_step"]) * plan.config.train.batch},
             "attribution": {name: selected[name] for name in ("tokens", "shards", "workers", "resent")},
             "finished_at": time.time(),
         }  # fmt: skip
@@ -313,7 +357,7 @@ class ChainWorker:
         if self.rank and isinstance(error, Diverged):
             return  # all ranks diverge together, rank 0 writes
         self.plan.lease.check()
-        kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError) else "error"
+        kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError | StoreError) else "error"
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
         write_failure(self.plan, kind, reason, self.cycle)
         self.board.update.remote(self.plan.label, phase="failed", message=reason)
@@ -350,6 +394,6 @@ def _cause(error: BaseException, kinds: tuple[type, ...]) -> Exception | None:
         next_ = getattr(next_, "cause", None) or next_.__cause__ or next_.__context__
     for link in chain:
         # A read task's error reaches us only as the text of its traceback.
-        if found := re.search(r"^[\w.]*ShardError: (.+)$", str(link), re.MULTILINE):
-            return ShardError(found[1])
+        if found := re.search(r"^[\w.]*(ShardError|StoreError|Missing): (.+)$", str(link), re.MULTILINE):
+            return (ShardError if found[1] == "ShardError" else StoreError)(found[2])
     return next((link for link in chain if isinstance(link, kinds)), None)

@@ -20,9 +20,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmsae_ray.activations.dataset import write_json
+from dmsae_ray.files import write_json
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 class Superseded(RuntimeError):

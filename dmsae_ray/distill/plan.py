@@ -9,6 +9,8 @@ import numpy as np
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.order import Order
+from dmsae_ray.activations.rowgroup import Unit
+from dmsae_ray.activations.stream import StreamLimits
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.folder import ChainFolder, Lease
@@ -26,7 +28,7 @@ class ChainPlan:
     seed: int
     k: int
     dataset: str
-    """folder of the activations"""
+    """folder or URL of the activations"""
     dataset_key: str
     lease: Lease
 
@@ -47,6 +49,11 @@ class ChainPlan:
         return ChainFolder(self.config.home / "chains" / self.key)
 
     @property
+    def references(self) -> Path:
+        """Folder of the reference losses; in the output folder, since a dataset may be elsewhere and not ours to write to."""
+        return self.config.home / "data" / self.dataset_key
+
+    @property
     def cycles(self) -> int:
         return self.config.sweep.cycles
 
@@ -63,10 +70,24 @@ class ChainPlan:
         """Training steps of a cycle; rows beyond the last whole batch are dropped."""
         return self.config.train.tokens // self.config.train.batch
 
+    def units(self, dataset: ActivationDataset) -> list[Unit]:
+        """The row groups this chain trains on: all, or those of its part's shards. Parts are whole shards, so that no sequence is in two."""
+        parts = self.config.sweep.n_parts
+        if parts == 1:
+            return dataset.units()
+        size = len(dataset.manifest.shards) // parts
+        part = self.seed % parts
+        return dataset.units(range(part * size, (part + 1) * size))
+
+    @property
+    def stream_limits(self) -> StreamLimits:
+        cluster = self.config.cluster
+        return StreamLimits(cluster.object_store_mb, cluster.read_tasks, cluster.fetch_ahead)
+
     def order(self, dataset: ActivationDataset, cycle: int) -> Order:
         train = self.config.train
         return Order(
-            n_units=len(dataset.units()), unit_rows=dataset.manifest.rows_per_group, batch=train.batch, lanes=train.lanes,
+            n_units=len(self.units(dataset)), unit_rows=dataset.manifest.rows_per_group, batch=train.batch, lanes=train.lanes,
             data_seed=self.data_seed, cycle=cycle,
         )  # fmt: skip
 
@@ -95,7 +116,7 @@ class ChainPlan:
 def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> list[ChainPlan]:
     """The grid seeds x k."""
     return [
-        ChainPlan(config, seed, k, str(dataset.folder), dataset.manifest.key, lease)
+        ChainPlan(config, seed, k, dataset.store.url, dataset.manifest.key, lease)
         for k in config.sweep.k
         for seed in config.sweep.seeds
     ]

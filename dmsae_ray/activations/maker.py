@@ -1,0 +1,161 @@
+"""Computing shards: token sequences -> residual stream at one or several hooks -> rows -> shards.
+
+The bytes of a shard depend on its plan, the model and the configuration alone: every forward pass has one fixed padded shape
+and thread count, and nothing is drawn but from seeds. Letters: N sequences, T context, D model dimension, R rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dmsae_ray.activations.plan import ShardPlan
+from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardError, ShardWriter, first_not_finite, inspect_shard
+from dmsae_ray.activations.store import Store
+from dmsae_ray.config import Config
+from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.lm.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Target:
+    """One hook's dataset in the making."""
+
+    hook: str
+    store: Store
+    about: dict
+    """facts for the footers of its shards; `dataset` is the dataset's key"""
+
+    def finished(self, plan: ShardPlan) -> ShardEntry | None:
+        """The plan's shard, if it is there: written whole (a file gets its name last), by this configuration."""
+        try:
+            entry, about = inspect_shard(self.store, plan.file)
+        except ShardError:
+            return None
+        return entry if entry.rows == plan.rows and about["dataset"] == self.about["dataset"] else None
+
+
+class ShardMaker:
+    """A Ray Data actor: holds the language model, makes the shards of one row of plans after the other.
+
+    While one shard is encoded and written, the next is computed.
+    """
+
+    def __init__(self, config: Config, targets: list[Target], tokens: str):
+        torch.set_num_threads(config.harvest.threads)
+        self.config, self.targets = config, targets
+        self.lm = LanguageModel.of(config.model, "cuda" if config.harvest.gpus_per_actor else "cpu")
+        self.sequences = TokenSequences.load(tokens)
+        self._writers = {target.hook: ShardWriter() for target in targets}
+        self._pool = ThreadPoolExecutor(1)
+
+    def __call__(self, batch: dict) -> Iterator[dict]:
+        """One batch row holds a JSON list of plans; yields a row per plan: its name, and JSON of hook -> manifest entry."""
+        before: tuple[ShardPlan, Future] | None = None
+        for tree in (tree for text in batch["plans"] for tree in json.loads(text)):
+            plan = ShardPlan.from_dict(tree)
+            after = plan, self._start(plan)
+            if before is not None:
+                yield _row(*before)
+            before = after
+        if before is not None:
+            yield _row(*before)
+
+    def _start(self, plan: ShardPlan) -> Future:
+        """Compute what is missing of a shard and hand it to the writing thread."""
+        # A task that died and is tried again finds what it had finished.
+        known = {target.hook: entry for target in self.targets if (entry := target.finished(plan)) is not None}
+        missing = [target for target in self.targets if target.hook not in known]
+        rows, positions = self.rows(plan, [target.hook for target in missing]) if missing else ({}, {})
+
+        def write() -> dict[str, ShardEntry]:
+            harvest, made = self.config.harvest, {}
+            for target in missing:
+                kept_RD, dropped = keep(rows.pop(target.hook), plan, harvest.outlier_norm, harvest.outlier_reserve)
+                made[target.hook] = self._writers[target.hook].write(
+                    target.store, plan.file, kept_RD[torch.from_numpy(plan.permutation(harvest.seed))], harvest.rows_per_group,
+                    target.about, positions | dropped,
+                )  # fmt: skip
+            return known | made
+
+        return self._pool.submit(write)
+
+    def rows(self, plan: ShardPlan, hooks: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """All rows of the plan's sequences at each hook, [R, D] as stored, and the positions that are none (bos, padding).
+
+        Raises ValueError naming the token if a value does not fit the stored dtype.
+        """
+        dtype, per_forward = DTYPES[self.config.harvest.dtype], self.config.harvest.sequences_per_forward
+        found: dict[str, list[torch.Tensor]] = {hook: [] for hook in hooks}
+        real, positions, pending = 0, 0, None
+        for first in range(0, len(plan.sequences), per_forward):
+            picked = np.array(plan.sequences[first : first + per_forward])
+            # The last batch is padded with copies of its first sequence: the forward shape never changes.
+            shape = np.concatenate([picked, np.repeat(picked[:1], per_forward - len(picked))])
+            ids_NT = torch.from_numpy(self.sequences.ids[shape].astype(np.int64))
+            lengths_N = torch.from_numpy(self.sequences.lengths[shape].astype(np.int64))
+            lengths_N[len(picked) :] = 0
+            keep_NT = self.lm.rows(ids_NT, lengths_N)
+            index_R = keep_NT.flatten().nonzero().flatten()
+            real, positions = real + int(lengths_N.sum()), positions + ids_NT.shape[1] * len(picked)
+            resid = self.lm.sites(ids_NT, hooks)
+            stored = {hook: x_NTD.flatten(0, 1)[index_R.to(x_NTD.device)].to(dtype) for hook, x_NTD in resid.items()}
+            # The rows of the pass before are fetched only now: a GPU is already at work on this one.
+            self._collect(pending, found, plan)
+            pending = stored, ids_NT, index_R
+        self._collect(pending, found, plan)
+        rows = {hook: torch.cat(parts) for hook, parts in found.items()}
+        kept = len(rows[hooks[0]])
+        return rows, {"bos": real - kept, "padding": positions - real}
+
+    def _collect(self, pending: tuple | None, found: dict[str, list[torch.Tensor]], plan: ShardPlan) -> None:
+        if pending is None:
+            return
+        stored, ids_NT, index_R = pending
+        for hook, rows_RD in stored.items():
+            rows_RD = rows_RD.cpu()
+            bad = first_not_finite(rows_RD)
+            if bad is not None:
+                raise self._not_finite(plan, hook, ids_NT, int(index_R[bad]))
+            found[hook].append(rows_RD)
+
+    def _not_finite(self, plan: ShardPlan, hook: str, ids_NT: torch.Tensor, place: int) -> ValueError:
+        n, t = divmod(place, ids_NT.shape[1])
+        value_D = self.lm.sites(ids_NT, [hook])[hook][n, t]
+        piece = self.lm.tokenizer.decode(ids_NT[n, max(0, t - 8) : t + 1])
+        why = "the model gives NaN or infinity there" if not bool(torch.isfinite(value_D).all()) else (
+            f"its largest value {float(value_D.abs().max()):.3g} does not fit; use harvest.dtype bfloat16"
+        )
+        return ValueError(
+            f"shard {plan.name}, {hook}, harvest.dtype {self.config.harvest.dtype}: activation of the token at the end of {piece!r}: {why}"
+        )
+
+
+def keep(rows_RD: torch.Tensor, plan: ShardPlan, outlier_norm: float | None, reserve: float) -> tuple[torch.Tensor, dict[str, int]]:
+    """The shard's rows, [rows, D], in the order of its sequences, and how many were left out as outliers or are beyond its size.
+
+    An outlier's norm exceeds outlier_norm times the median norm of all rows given. Raises ValueError if too few are left.
+    """
+    outliers = 0
+    if outlier_norm is not None:
+        norms_R = torch.cat([part_RD.float().norm(dim=1) for part_RD in rows_RD.split(4096)])
+        good_R = norms_R <= outlier_norm * norms_R.median()
+        outliers = int((~good_R).sum())
+        if outliers:
+            rows_RD = rows_RD[good_R]
+    if len(rows_RD) < plan.rows:
+        raise ValueError(
+            f"shard {plan.name}: harvest.outlier_norm {outlier_norm:g} drops {outliers} rows and leaves {len(rows_RD)} of {plan.rows}; raise "
+            f"harvest.outlier_reserve (now {reserve:g}) or harvest.outlier_norm"
+        )
+    return rows_RD[: plan.rows], {"outlier": outliers, "unused": len(rows_RD) - plan.rows}
+
+
+def _row(plan: ShardPlan, writing: Future) -> dict:
+    entries = {hook: entry.to_dict() for hook, entry in writing.result().items()}
+    return {"plan": np.array([plan.name]), "entries": np.array([json.dumps(entries)])}

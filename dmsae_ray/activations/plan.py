@@ -1,0 +1,64 @@
+"""Which sequences go into which shard: decided before anyone computes. Letters: N sequences."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+# Purposes of random draws, apart from those of order.py.
+SHARD_SEQUENCES, SHARD_ROWS = 201, 202
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to be made: these sequences' rows, permuted, cut to `rows`."""
+
+    name: str
+    number: int
+    sequences: tuple[int, ...]
+    rows: int
+
+    @property
+    def file(self) -> str:
+        return f"shards/{self.name}.parquet"
+
+    def permutation(self, seed: int) -> np.ndarray:
+        """Order of the rows in the file, [rows]."""
+        return np.random.default_rng([seed, SHARD_ROWS, self.number]).permutation(self.rows)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(tree: dict) -> ShardPlan:
+        return ShardPlan(str(tree["name"]), int(tree["number"]), tuple(int(s) for s in tree["sequences"]), int(tree["rows"]))
+
+
+def plan_shards(
+    rows_N: np.ndarray, tokens: int, calibration: int, per_shard: int, per_group: int, seed: int, reserve: float = 0.0
+) -> list[ShardPlan]:
+    """Deal a seeded permutation of all sequences to the calibration shard and to the training shards.
+
+    rows_N: rows that each sequence gives. reserve: share of rows planned beyond those a shard keeps, for those it drops.
+    No sequence is in two shards, so the calibration rows are held back from training.
+    Raises ValueError if the corpus is too small.
+    """
+    order = np.random.default_rng([seed, SHARD_SEQUENCES]).permutation(len(rows_N))
+    ends = np.cumsum(rows_N[order], dtype=np.int64)
+    whole = tokens - tokens % per_group
+    sizes = [calibration] + [min(per_shard, whole - done) for done in range(0, whole, per_shard)]
+    plans, first = [], 0
+    for number, rows in enumerate(sizes):
+        before = ends[first - 1] if first else 0
+        last = int(np.searchsorted(ends, before + int(np.ceil(rows * (1 + reserve)))))
+        if last >= len(order):
+            raise ValueError(
+                f"harvest.tokens {tokens} + harvest.calibration_tokens {calibration}: the corpus's training split gives only "
+                f"{int(ends[-1]) if len(ends) else 0} rows" + (f" and a share {reserve:g} is kept in reserve" if reserve else "")
+                + "; ask for fewer, or give corpus.source more text"
+            )
+        name = "calibration" if number == 0 else f"train-{number - 1:05d}"
+        plans.append(ShardPlan(name, number, tuple(int(i) for i in order[first : last + 1]), int(rows)))
+        first = last + 1
+    return plans

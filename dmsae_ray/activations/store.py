@@ -1,0 +1,199 @@
+"""Where a dataset's files lie: a folder, or any URL that pyarrow's file systems know (`s3://`, `gs://`, `hdfs://`).
+
+A URL may carry its options, such as `s3://bucket/prefix?endpoint_override=http://host:9000&region=us-east-1`; credentials come
+from the environment, as the vendors' own tools take them. Imports pyarrow alone: every Ray Data process that reads would pay
+seconds for torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import mmap
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from dmsae_ray.files import replacing
+
+ATTEMPTS, FIRST_WAIT_S = 7, 0.25
+"""A server's refusal is asked again so often, after 0.25, 0.5, ... 8 seconds: over 15 s, on top of the client library's own tries."""
+POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
+T = TypeVar("T")
+
+
+class StoreError(ValueError):
+    """A file that cannot be read or written. The message names it and the remedy."""
+
+
+class Missing(StoreError):
+    """A file that is not there."""
+
+
+class Store:
+    """A folder of files. Names are relative, with `/`; a write is whole or not at all."""
+
+    def __init__(self, url: str | Path):
+        """Raises StoreError if the URL is none that pyarrow can open. Touches no file."""
+        self.url = str(url)
+        if "://" in self.url and not self.url.startswith("file://"):
+            self.local = None
+            self._base, self._query = self.url.partition("?")[0].rstrip("/"), self.url.partition("?")[2]
+        else:
+            self.local = Path(self.url.removeprefix("file://")).expanduser().absolute()
+            self.url = str(self.local)
+        if self.local is None:
+            self._remote()
+
+    def __reduce__(self):
+        return Store, (self.url,)
+
+    def __str__(self) -> str:
+        return str(self.local) if self.local else self._base
+
+    def child(self, name: str) -> Store:
+        """The folder of this name below this one."""
+        if self.local:
+            return Store(self.local / name)
+        return Store(f"{self._base}/{name}" + (f"?{self._query}" if self._query else ""))
+
+    def where(self, name: str) -> str:
+        """A file's full name, for messages; options and so secrets of the URL are left out."""
+        return f"{self}/{name}"
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if there is none. Raises StoreError if the server cannot be asked."""
+        if self.local:
+            path = self.local / name
+            return path.stat().st_size if path.is_file() else None
+        system, prefix = self._remote()
+        info = self._again(name, lambda: system.get_file_info(f"{prefix}/{name}"))
+        return info.size if info.type == fs.FileType.File else None
+
+    def names(self, folder: str) -> list[str]:
+        """Files directly in a folder, sorted; empty if there is no such folder."""
+        if self.local:
+            return sorted(f"{folder}/{path.name}" for path in (self.local / folder).glob("*") if path.is_file())
+        system, prefix = self._remote()
+        infos = self._again(folder, lambda: system.get_file_info(fs.FileSelector(f"{prefix}/{folder}", allow_not_found=True)))
+        return sorted(f"{folder}/{info.base_name}" for info in infos if info.type == fs.FileType.File)
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises Missing or StoreError."""
+        if self.local:
+            try:
+                return (self.local / name).read_bytes()
+            except OSError as error:
+                raise self._refused(name, error) from error
+        return self._again(name, lambda: self._read_remote(name, None))
+
+    def read_range(self, name: str, offset: int, length: int) -> pa.Buffer:
+        """These bytes of a file; fewer if the file ends before. A local file is mapped, not copied.
+
+        Raises Missing or StoreError.
+        """
+        if self.local is None:
+            return pa.py_buffer(self._again(name, lambda: self._read_remote(name, (offset, length))))
+        try:
+            with open(self.local / name, "rb") as file:
+                # Touching a map beyond the file's end would kill the process.
+                length = max(0, min(length, os.fstat(file.fileno()).st_size - offset))
+                if not length:
+                    return pa.py_buffer(b"")
+                first = offset - offset % mmap.ALLOCATIONGRANULARITY
+                # Populated at once: a fault for every few pages costs as much as hashing them.
+                mapped = mmap.mmap(file.fileno(), offset + length - first, mmap.MAP_SHARED | POPULATE, mmap.PROT_READ, offset=first)
+        except OSError as error:
+            raise self._refused(name, error) from error
+        return pa.py_buffer(memoryview(mapped)[offset - first :])
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file to read from at any place. Raises Missing or StoreError."""
+        try:
+            if self.local:
+                return pa.memory_map(str(self.local / name))
+        except OSError as error:
+            raise self._refused(name, error) from error
+        system, prefix = self._remote()
+        return self._again(name, lambda: system.open_input_file(f"{prefix}/{name}"))
+
+    def write(self, name: str, content: bytes | memoryview | pa.Buffer) -> None:
+        """Raises StoreError, in words of its own if the disk is full."""
+        if self.local:
+            path = self.local / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+            except OSError as error:
+                raise self._refused(name, error) from error
+            return
+        system, prefix = self._remote()
+
+        def send() -> None:
+            # An object appears when its upload ends: a writer that dies leaves none.
+            with system.open_output_stream(f"{prefix}/{name}") as stream:
+                stream.write(content)
+
+        self._again(name, send)
+        if self.size(name) != len(memoryview(content)):
+            raise StoreError(f"{self.where(name)}: the server took the file but has not all of it; run the same command again")
+
+    def delete(self, name: str) -> None:
+        if self.local:
+            (self.local / name).unlink(missing_ok=True)
+        elif self.size(name) is not None:
+            system, prefix = self._remote()
+            self._again(name, lambda: system.delete_file(f"{prefix}/{name}"))
+
+    # -- remote --------------------------------------------------------------------------------------------------------
+
+    def _remote(self) -> tuple[fs.FileSystem, str]:
+        try:
+            return _file_system(self.url)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            raise StoreError(f"{self}: not a place that pyarrow can open ({error}); give a folder or an s3:// or gs:// URL") from error
+
+    def _read_remote(self, name: str, part: tuple[int, int] | None) -> bytes:
+        system, prefix = self._remote()
+        with system.open_input_file(f"{prefix}/{name}") as file:
+            return file.read() if part is None else file.read_at(part[1], part[0])
+
+    def _again(self, name: str, act: Callable[[], T]) -> T:
+        """Call until it succeeds. A file that is not there is an answer; a server that cannot be reached or says 503 is asked again."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return act()
+            except FileNotFoundError as error:
+                raise self._refused(name, error) from error
+            except OSError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise StoreError(
+                        f"{self.where(name)}: {ATTEMPTS} attempts failed, the last with: {_first_line(error)}. Check the address, the network and "
+                        "the credentials, and run the same command again: what is finished is kept"
+                    ) from error
+                time.sleep(FIRST_WAIT_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _refused(self, name: str, error: OSError) -> StoreError:
+        if isinstance(error, FileNotFoundError):
+            return Missing(f"{self.where(name)}: no such file")
+        remedy = "check the path and its permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free space there, or give --output or --harvest.store a larger disk; the same command continues, what is finished is kept"
+        return StoreError(f"{self.where(name)}: {error.strerror or error}; {remedy}")
+
+
+@functools.lru_cache(maxsize=8)
+def _file_system(url: str) -> tuple[fs.FileSystem, str]:
+    """One connection per process and URL: making one costs as much as many reads."""
+    return fs.FileSystem.from_uri(url)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
