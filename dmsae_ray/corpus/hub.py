@@ -1,0 +1,44 @@
+"""A data set on the Hugging Face hub: `owner/name` or `owner/name:configuration`, of which the `train` split is streamed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def hub_commit(source: str, revision: str | None) -> str:
+    """The commit a hub data set's revision stands for. Raises ValueError if the hub does not say."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(source.partition(":")[0], revision=revision).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(_message(source, revision, error)) from error
+
+
+def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row) of a data set's `train` split, read as they are asked for. Raises ValueError if it cannot be read."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository, _, configuration = source.partition(":")
+    try:
+        rows = load_dataset(repository, configuration or None, split="train", streaming=True, revision=revision)
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(_message(source, revision, error)) from error
+    for number, row in enumerate(rows):
+        yield f"{source} row {number}", row
+
+
+def _message(source: str, revision: str | None, error: Exception) -> str:
+    return (
+        f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
+        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); check the name, the network "
+        "and the hub token, or give the full commit as corpus.revision"
+    )
