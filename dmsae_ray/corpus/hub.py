@@ -13,11 +13,11 @@ def hub_commit(source: str, revision: str | None) -> str:
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError  # its HTTP library's base class: no connection is not an OSError there
 
     try:
         return HfApi().dataset_info(source.partition(":")[0], revision=revision).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise ValueError(_message(source, revision, error)) from error
 
 
@@ -25,20 +25,24 @@ def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
     """Yield (place, row) of a data set's `train` split, read as they are asked for. Raises ValueError if it cannot be read."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     repository, _, configuration = source.partition(":")
+    number = 0
     try:
-        rows = load_dataset(repository, configuration or None, split="train", streaming=True, revision=revision)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(_message(source, revision, error)) from error
-    for number, row in enumerate(rows):
-        yield f"{source} row {number}", row
+        for row in load_dataset(repository, configuration or None, split="train", streaming=True, revision=revision):
+            yield f"{source} row {number}", row
+            number += 1
+    # ValueError: what the builders raise for a file that is not what its name says (pyarrow's errors are ValueErrors).
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        raise ValueError(_message(source, revision, error, after=number)) from error
 
 
-def _message(source: str, revision: str | None, error: Exception) -> str:
+def _message(source: str, revision: str | None, error: Exception, after: int = 0) -> str:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    if after:
+        return f"corpus.source {source}: the hub data set broke off after {after} rows ({reason}); try again, or use fewer corpus.documents"
     return (
         f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); check the name, the network "
-        "and the hub token, or give the full commit as corpus.revision"
+        f"({reason}); check the name, the network and the hub token, or give the full commit as corpus.revision"
     )

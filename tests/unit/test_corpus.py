@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from dmsae_ray.corpus.documents import EMBEDDED, Document, check_source, corpus_fingerprint, is_hub, load_documents
+from dmsae_ray.corpus.hub import hub_rows
 from dmsae_ray.corpus.split import SPLITS, split_of
 from dmsae_ray.corpus.tokens import MIN_PIECE, TokenSequences, pad_id_of, read_metadata, tokenise
 from dmsae_ray.lm.source import load_tokenizer
@@ -140,6 +144,32 @@ def test_hub_ids_are_told_from_paths(tmp_path):
     assert is_hub("owner/name") and is_hub("name") and is_hub("owner/name:config")
     assert not is_hub(str(tmp_path)) and not is_hub("data/x.jsonl") and not is_hub("./data") and not is_hub("a/b/c")
     check_source("owner/name", "text")  # the id only, no network
+
+
+def test_hub_rows_are_streamed_and_only_as_far_as_asked(tmp_path):
+    """`datasets` takes a local folder where it takes a hub id: the same road as for the hub, without the network."""
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "third"\n')
+    rows = hub_rows(str(tmp_path), None)
+    assert [next(rows)[1]["text"] for _ in range(2)] == ["first", "second"]
+    with pytest.raises(ValueError, match=r"broke off after 2 rows \(ArrowInvalid: JSON parse error.*corpus\.documents"):
+        next(rows)
+    with pytest.raises(ValueError, match=r"neither a local path nor a hub data set.*BuilderConfig 'other' not found"):
+        next(hub_rows(f"{tmp_path}:other", None))
+
+
+@pytest.mark.parametrize("call, environment", [
+    ("list(load_documents('owner/name'))", {"HF_HUB_OFFLINE": "1"}),
+    ("corpus_fingerprint('owner/name')", {"HF_HUB_OFFLINE": "1"}),
+    ("corpus_fingerprint('owner/name')", {"HF_ENDPOINT": "http://127.0.0.1:9"}),  # nobody listens there
+])  # fmt: skip
+def test_an_unreachable_hub_is_one_clear_message(call, environment, tmp_path):
+    code = f"from dmsae_ray.corpus.documents import *\ntry: {call}\nexcept ValueError as error: print(error)"
+    # A process of its own: the hub's library reads these variables when it is imported.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=60)
+    assert "corpus.source owner/name: neither a local path nor a hub data set" in done.stdout, done.stderr
+    assert "corpus.revision" in done.stdout
 
 
 def test_fingerprint_follows_content_and_field(tmp_path):
