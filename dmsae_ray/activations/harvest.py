@@ -18,14 +18,14 @@ import torch
 from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, scale_of
 from dmsae_ray.activations.shard import DTYPES, ShardError, file_sha256, open_shard, read_rows, write_shard
 from dmsae_ray.config import Config, fields_key
-from dmsae_ray.corpus.documents import corpus_fingerprint, load_documents
-from dmsae_ray.corpus.split import split_of
-from dmsae_ray.corpus.tokens import TokenSequences, tokenise
+from dmsae_ray.corpus.mixture import mixture_fingerprint
+from dmsae_ray.corpus.prepare import SEQUENCES, check_held_out, prepare_tokens
+from dmsae_ray.corpus.split import SPLITS
+from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.model import LanguageModel, load_tokenizer, model_info
 
-SPLITS = ("train", "attribution", "evaluation")
-# Purposes of random draws, apart from those of order.py.
-SEQUENCES, SHARD_ROWS = 201, 202
+# A purpose of random draws, apart from SEQUENCES and from those of order.py.
+SHARD_ROWS = 202
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class ShardPlan:
     rows: int
 
 
-def plan_shards(lengths_N: np.ndarray, tokens: int, calibration: int, per_shard: int, per_group: int, seed: int) -> list[ShardPlan]:
+def plan_shards(rows_N: np.ndarray, tokens: int, calibration: int, per_shard: int, per_group: int, seed: int) -> list[ShardPlan]:
     """Deal a seeded permutation of all sequences to the calibration shard and to the training shards.
 
     No sequence is in two shards, so the calibration rows are held back from training.
     Raises ValueError if the corpus is too small.
     """
-    order = np.random.default_rng([seed, SEQUENCES]).permutation(len(lengths_N))
-    ends = np.cumsum(lengths_N[order] - 1)  # BOS is never a row
+    order = np.random.default_rng([seed, SEQUENCES]).permutation(len(rows_N))
+    ends = np.cumsum(rows_N[order], dtype=np.int64)
     whole = tokens - tokens % per_group
     sizes = [calibration] + [min(per_shard, whole - done) for done in range(0, whole, per_shard)]
     plans, first = [], 0
@@ -61,42 +61,6 @@ def plan_shards(lengths_N: np.ndarray, tokens: int, calibration: int, per_shard:
         plans.append(ShardPlan(name, number, tuple(int(i) for i in order[first : last + 1]), int(rows)))
         first = last + 1
     return plans
-
-
-def prepare_tokens(config: Config, tokenizer, folder: Path) -> dict[str, TokenSequences]:
-    """The three splits as token sequences, read from disk or made and kept there.
-
-    Attribution and evaluation sequences are stored in a seeded order, so that any first part of them is a sample.
-    """
-    paths = {split: folder / f"{split}.safetensors" for split in SPLITS}
-    if all(path.exists() for path in paths.values()):
-        return {split: TokenSequences.load(path) for split, path in paths.items()}
-    corpus = config.corpus
-    texts: dict[str, list] = {split: [] for split in SPLITS}
-    for number, document in enumerate(load_documents(corpus.source, corpus.text_field, corpus.revision)):
-        if number == corpus.documents:
-            break
-        texts[split_of(document.text, corpus.attribution_share, corpus.evaluation_share)].append(document)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {}
-    for split in SPLITS:
-        sequences = tokenise(texts[split], tokenizer, config.model.context)
-        if split != "train":
-            sequences = sequences.take(np.random.default_rng([config.harvest.seed, SEQUENCES]).permutation(len(sequences)))
-        made[split] = sequences
-    for split in SPLITS:
-        made[split].save(paths[split], {"corpus": corpus.source, "split": split})
-    return made
-
-
-def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None:
-    """Raises ValueError if attribution or evaluation asks for more tokens than its split has."""
-    for split, field, wanted in (
-        ("attribution", "attribution.tokens", config.attribution.tokens),
-        ("evaluation", "evaluate.tokens", config.evaluate.tokens),
-    ):
-        if (have := sequences[split].tokens) < wanted:
-            raise ValueError(f"{field} {wanted}: the corpus's {split} split has only {have}; ask for fewer or raise corpus.{split}_share")
 
 
 class ShardMaker:
@@ -132,7 +96,7 @@ def make_shard(lm, sequences: TokenSequences, plan: ShardPlan, config: Config, f
         shape = np.concatenate([picked, np.repeat(picked[:1], per_forward - len(picked))])
         resid_NTD = lm.residual(torch.from_numpy(sequences.ids[shape].astype(np.int64)))[: len(picked)].float().cpu()
         keep_NT = torch.arange(context)[None, :] < torch.from_numpy(sequences.lengths[picked].astype(np.int64))[:, None]
-        keep_NT[:, 0] = False
+        keep_NT &= torch.from_numpy(sequences.ids[picked] != lm.bos_id)
         kept = resid_NTD[keep_NT]
         stored = kept.to(dtype)
         if not bool(torch.isfinite(stored).all()):
@@ -158,7 +122,7 @@ def shard_entry(folder: Path, path: Path, rows: int) -> dict:
 def dataset_identity(config: Config) -> tuple[str, dict, str, str]:
     """(key, fields, model fingerprint, corpus fingerprint) of the dataset this configuration asks for; loads no weights."""
     model = model_info(config.model.name, config.model.revision)
-    corpus = corpus_fingerprint(config.corpus.source, config.corpus.text_field, config.corpus.revision)
+    corpus = mixture_fingerprint(config.corpus)
     fields = config.dataset_fields(model.fingerprint, corpus)
     return fields_key(fields), fields, model.fingerprint, corpus
 
@@ -190,9 +154,9 @@ class Harvest:
         self.folder = config.home / "data" / self.key
         h = config.harvest
         tokenizer = load_tokenizer(config.model.name, config.model.revision)
-        sequences = prepare_tokens(config, tokenizer, self.folder / "tokens")
+        sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, h.seed, self.folder / "tokens")
         check_held_out(config, sequences)
-        self.plans = plan_shards(sequences["train"].lengths, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed)
+        self.plans = plan_shards(sequences["train"].rows, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed)
         (self.folder / "shards").mkdir(exist_ok=True)
         self.entries = {}
         for plan in self.plans:
