@@ -56,7 +56,7 @@ class CorpusConfig(Section):
     revision: str | None = None
     """revision of a hub data set"""
     mixture: tuple[CorpusPart, ...] = ()
-    """instead of a source: parts, each {source, weight, text_field, revision}, interleaved until one of them is used up"""
+    """instead of a source: parts, each {source, weight, text_field, revision}, interleaved until the one that is next is used up"""
     documents: int | None = Field(None, ge=1)
     """use the first so many documents, of all parts together; empty: all"""
     attribution_share: Share = 0.05

@@ -31,6 +31,7 @@ def prepare_tokens(
 ) -> dict[str, TokenSequences]:
     """The three splits as token sequences, mapped from disk; made there if any of them is missing or damaged.
 
+    folder: named by its caller after all that decides the tokens; whatever sound files lie there are taken for them.
     tokenizer: a transformers tokenizer with a BOS token. Training sequences are in the corpus's order. Attribution and
     evaluation sequences are in a seeded order, so that any first part of them is a sample. A file's metadata say how many
     documents and tokens each part of the corpus gave to that split. `say` gets a line of progress every SAY_SECONDS.

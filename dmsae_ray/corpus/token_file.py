@@ -68,7 +68,8 @@ class TokenFileWriter:
 
     def _header(self, count: int, metadata: Mapping[str, str]) -> bytes:
         shapes = dict(zip(NAMES, ([count, self.context], [count], [count])))
-        header: dict = {"__metadata__": {"format_version": FORMAT_VERSION, **metadata}}
+        # Sorted, since safetensors gives metadata back in no fixed order: the same sequences are the same bytes.
+        header: dict = {"__metadata__": dict(sorted({"format_version": FORMAT_VERSION, **metadata}.items()))}
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + 4 * int(np.prod(shape, dtype=object))
