@@ -23,7 +23,7 @@ READ_ROWS = 256  # Parquet rows in memory at a time
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text. Sequences never cross from one document to the next."""
+    """One piece of text."""
 
     name: str
     """where it came from, for messages"""

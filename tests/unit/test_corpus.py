@@ -147,6 +147,20 @@ def test_hub_rows_are_streamed_and_only_as_far_as_asked(tmp_path):
         next(hub_rows(f"{tmp_path}:other", None))
 
 
+def test_a_parquet_data_set_left_early_does_not_abort_the_process(tmp_path):
+    for number in range(3):
+        pq.write_table(pa.table({"text": ["some text " * 50] * 50_000}), tmp_path / f"{number}.parquet", row_group_size=5000)
+    code = """
+import sys
+from itertools import islice
+from dmsae_ray.corpus.hub import hub_rows
+print(len(list(islice(hub_rows(sys.argv[1], None), 300))))
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout.strip()) == (0, "300"), done.stderr
+
+
 @pytest.mark.parametrize("call, environment", [
     ("list(load_documents('owner/name'))", {"HF_HUB_OFFLINE": "1"}),
     ("corpus_fingerprint('owner/name')", {"HF_HUB_OFFLINE": "1"}),
