@@ -139,6 +139,25 @@ def test_a_mixture_holds_its_shares_to_a_document_and_says_what_each_part_gave(m
     assert (bounded["train"].ids[:50] == made["train"].ids[:50]).all()
 
 
+def test_shares_are_of_tokens_that_get_into_sequences(tokenizer, tmp_path):
+    def text_of(tokens: int, start: int) -> str:
+        """A text of so many tokens."""
+        text = f"{start}"
+        while (have := len(tokenizer(text, add_special_tokens=False)["input_ids"])) < tokens:
+            text += " x"
+        assert have == tokens
+        return text
+
+    for name, tokens in (("whole", 2 * (T - 1)), ("cut", T - 1 + 10)):  # of the second's, 10 are dropped
+        lines = [json.dumps({"text": text_of(tokens, number)}) for number in range(100, 300)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    parts = tuple(CorpusPart(source=str(tmp_path / f"{name}.jsonl"), weight=1) for name in ("whole", "cut"))
+    prepare_tokens(CorpusConfig(mixture=parts), tokenizer, T, 0, tmp_path)
+    given = [[(part["documents"], part["tokens"]) for part in parts_of(tmp_path, split)] for split in SPLITS]
+    # At 6200 tokens each it is the turn of the first listed; then the second is next, and has no document left.
+    assert np.sum(given, axis=0).tolist() == [[101, 6200 + 62], [200, 6200]]
+
+
 def test_joined_documents_come_in_the_order_of_the_mixture(mixture, tokenizer, tmp_path):
     corpus = mixture.model_copy(update={"packing": "concatenate"})
     streams = [encode(documents, tokenizer) for documents in load_parts(corpus)]
