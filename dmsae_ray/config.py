@@ -34,8 +34,21 @@ class Section(BaseModel):
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+class CorpusPart(Section):
+    """One source of a mixture."""
+
+    source: str
+    """as corpus.source"""
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """share of the mixture's tokens, relative to the other parts' weights"""
+    text_field: str = "text"
+    """as corpus.text_field"""
+    revision: str | None = None
+    """as corpus.revision"""
+
+
 class CorpusConfig(Section):
-    """Where the text comes from and how it is split."""
+    """Where the text comes from, how it is split and how it is cut into sequences."""
 
     source: str = "embedded"
     """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
@@ -43,12 +56,33 @@ class CorpusConfig(Section):
     """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
     revision: str | None = None
     """revision of a hub data set"""
+    mixture: tuple[CorpusPart, ...] = ()
+    """instead of a source: parts, each {source, weight, text_field, revision}, interleaved until the one that is next is used up"""
     documents: int | None = Field(None, ge=1)
-    """use the first so many documents; empty: all"""
+    """use the first so many documents, of all parts together; empty: all"""
     attribution_share: Share = 0.05
     """share of documents kept for attribution (by hash of the text; never trained on)"""
     evaluation_share: Share = 0.05
     """share of documents kept for evaluation (by hash of the text; never trained on)"""
+    packing: Literal["separate", "concatenate"] = "separate"
+    """a sequence holds tokens of one document, or documents are joined, BOS before each, so that nothing is padding [D]"""
+
+    @property
+    def parts(self) -> tuple[CorpusPart, ...]:
+        """The mixture; a single source is a mixture of one."""
+        return self.mixture or (CorpusPart(source=self.source, weight=1, text_field=self.text_field, revision=self.revision),)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CorpusConfig:
+        # What a mixture would ignore is refused: a text_field beside it was meant for something.
+        fields = ("source", "text_field", "revision")
+        both = [f"corpus.{name}" for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if self.mixture and both:
+            raise ValueError(
+                f"corpus.mixture and {', '.join(both)} are both given: name every source, its text_field and its revision in "
+                "corpus.mixture, or leave the mixture empty"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -381,7 +415,7 @@ class Config(BaseSettings):
     def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None) -> dict[str, Any]:
         """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder."""
         harvest = self.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"})
-        corpus = self.corpus.model_dump(mode="json", include={"documents", "attribution_share", "evaluation_share"})
+        corpus = self.corpus.model_dump(mode="json", include={"documents", "attribution_share", "evaluation_share", "packing"})
         model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
         return {
             "format": 2, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,

@@ -6,7 +6,7 @@ import os
 import shutil
 
 from dmsae_ray.config import Config
-from dmsae_ray.corpus.documents import check_source
+from dmsae_ray.corpus.mixture import check_mixture
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
 from dmsae_ray.sae import native
 
@@ -16,7 +16,7 @@ MARGIN = 1.2
 
 def preflight(config: Config) -> ModelInfo:
     """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
-    check_source(config.corpus.source, config.corpus.text_field)
+    check_mixture(config.corpus)
     info = model_info(config.model.name, config.model.revision)
     layer_of(config.model.hook, info.name, info.n_layers)
     if config.model.context > info.max_context:

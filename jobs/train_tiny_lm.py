@@ -8,7 +8,7 @@ by time sees a number of tokens that depends on the machine; without --minutes i
 
 Only documents of the training split of the embedded corpus are seen, by the tokenizer as well as by the model; the
 loss on the model card is that of the saved bf16 weights on the evaluation split. A sequence is BOS and up to 127
-tokens of one document, which is how the model is used afterwards (corpus/tokens.py).
+tokens of one document, which is how the model is used afterwards (corpus/packing.py).
 
 The weights so far are kept in `checkpoint` under --out; --start-from takes that folder, or a finished model, and trains on
 from its weights with a new schedule (the optimiser's state is rebuilt during the warm-up).
@@ -29,8 +29,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dmsae_ray.corpus.documents import load_documents
+from dmsae_ray.corpus.packing import MIN_PIECE
 from dmsae_ray.corpus.split import split_of
-from dmsae_ray.corpus.tokens import MIN_PIECE
 
 ATTRIBUTION = EVALUATION = 0.05  # the default shares of held-out documents
 CONTEXT = 128  # tokens of a sequence, BOS included
@@ -100,7 +100,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndar
 def sequences(documents: list[np.ndarray], offsets: list[int]) -> np.ndarray:
     """Rows of BOS + up to CONTEXT-1 tokens of one document, padded right: int64 [N, CONTEXT].
 
-    offsets: where each document's second piece starts; 0 cuts it as corpus/tokens.py does.
+    offsets: where each document's second piece starts; 0 cuts it as corpus/packing.py does.
     """
     rows = []
     for ids, offset in zip(documents, offsets, strict=True):

@@ -16,8 +16,9 @@ from dmsae_ray.activations.plan import ShardPlan, plan_shards
 from dmsae_ray.activations.shard import ShardEntry, ShardError, read_rows
 from dmsae_ray.activations.store import Store, StoreError
 from dmsae_ray.config import Config, fields_key
-from dmsae_ray.corpus.documents import corpus_fingerprint
-from dmsae_ray.corpus.prepare import HELD_OUT, check_held_out, prepare_tokens
+from dmsae_ray.corpus.mixture import mixture_fingerprint
+from dmsae_ray.corpus.prepare import check_held_out, prepare_tokens
+from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.files import remove_leftovers
 from dmsae_ray.lm.model import load_tokenizer, model_info
 
@@ -30,7 +31,7 @@ class Identity:
 
     def __init__(self, config: Config):
         self.config, self.info = config, model_info(config.model.name, config.model.revision)
-        self.corpus = corpus_fingerprint(config.corpus)
+        self.corpus = mixture_fingerprint(config.corpus)
 
     def fields(self, hook: str) -> dict:
         return self.config.dataset_fields(self.info.fingerprint, self.corpus, hook)

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-# Purposes of random draws, apart from those of order.py.
-SHARD_SEQUENCES, SHARD_ROWS = 201, 202
+from dmsae_ray.corpus.prepare import SEQUENCES
+
+SHARD_ROWS = 202
+"""Purpose of a random draw, apart from SEQUENCES and from those of order.py."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def plan_shards(
     No sequence is in two shards, so the calibration rows are held back from training.
     Raises ValueError if the corpus is too small.
     """
-    order = np.random.default_rng([seed, SHARD_SEQUENCES]).permutation(len(rows_N))
+    order = np.random.default_rng([seed, SEQUENCES]).permutation(len(rows_N))
     ends = np.cumsum(rows_N[order], dtype=np.int64)
     whole = tokens - tokens % per_group
     sizes = [calibration] + [min(per_shard, whole - done) for done in range(0, whole, per_shard)]

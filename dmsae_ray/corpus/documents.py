@@ -13,16 +13,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmsae_ray.corpus.hub import hub_commit, hub_rows
+
 EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 READ_ROWS = 256  # Parquet rows in memory at a time
 
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text. Sequences never cross from one document to the next."""
+    """One piece of text."""
 
     name: str
     """where it came from, for messages"""
@@ -42,7 +43,10 @@ def load_documents(source: str, text_field: str = "text", revision: str | None =
         for row in pq.read_table(EMBEDDED).to_pylist():
             yield Document(row["name"], row["text"])
         return
-    rows = _hub_rows(source, text_field, revision) if is_hub(source) else _local_rows(source, text_field)
+    if is_hub(source):
+        rows = ((where, _text_of(where, row, text_field)) for where, row in hub_rows(source, revision))
+    else:
+        rows = _local_rows(source, text_field)
     count = 0
     for name, text in rows:
         if text is None or not text.strip():
@@ -78,7 +82,7 @@ def corpus_fingerprint(source: str, text_field: str = "text", revision: str | No
     if source != "embedded":
         digest.update(f"field {text_field}\n".encode())
     if source != "embedded" and is_hub(source):
-        digest.update(f"hub {source} {_hub_commit(source, revision)}".encode())
+        digest.update(f"hub {source} {hub_commit(source, revision)}".encode())
         return digest.hexdigest()
     for path in [EMBEDDED] if source == "embedded" else local_files(source):
         with path.open("rb") as file:
@@ -178,39 +182,3 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[tuple[str, str | None
         for text in batch.column(0).to_pylist():
             yield f"{path} row {number}", text
             number += 1
-
-
-def _hub_commit(source: str, revision: str | None) -> str:
-    """The commit a hub data set's revision stands for."""
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    try:
-        return HfApi().dataset_info(source.partition(":")[0], revision=revision).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(_hub_message(source, revision, error)) from error
-
-
-def _hub_rows(source: str, text_field: str, revision: str | None) -> Iterator[tuple[str, str | None]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    repository, _, configuration = source.partition(":")
-    try:
-        rows = load_dataset(repository, configuration or None, split="train", streaming=True, revision=revision)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(_hub_message(source, revision, error)) from error
-    for number, row in enumerate(rows):
-        where = f"{source} row {number}"
-        yield where, _text_of(where, row, text_field)
-
-
-def _hub_message(source: str, revision: str | None, error: Exception) -> str:
-    return (
-        f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); check the name, the network "
-        "and the hub token, or give the full commit as corpus.revision"
-    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 
 SPLITS = ("train", "attribution", "evaluation")
+HELD_OUT = SPLITS[1:]
+"""What a finished dataset carries as token sequences."""
 
 
 def split_of(document_text: str, attribution: float, evaluation: float) -> str:

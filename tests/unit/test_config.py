@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.config import Config, HarvestCommand, SweepCommand, fields_key, load
+from dmsae_ray.config import Config, CorpusPart, HarvestCommand, SweepCommand, fields_key, load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,6 +44,32 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (config.train.lr, config.train.batch, config.sweep.k, config.sweep.seeds) == (0.002, 512, (8,), (3, 4))
 
 
+def test_a_mixture_is_read_from_the_file_and_from_the_command_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("corpus:\n  mixture:\n  - {source: a.txt, weight: 2}\n  - {source: owner/name, weight: 0.5, text_field: body, revision: v1}\n")
+    parts = (CorpusPart(source="a.txt", weight=2), CorpusPart(source="owner/name", weight=0.5, text_field="body", revision="v1"))
+    assert load(SweepCommand, ["--config", str(path)]).corpus.parts == parts
+    in_json = '[{"source": "a.txt", "weight": 2}, {"source": "owner/name", "weight": 0.5, "text_field": "body", "revision": "v1"}]'
+    assert load(SweepCommand, ["--corpus.mixture", in_json]).corpus.parts == parts
+    one = CorpusPart(source="b", weight=1)
+    assert load(SweepCommand, ["--config", str(path), "--corpus.mixture", '[{"source": "b", "weight": 1}]']).corpus.parts == (one,)
+    single = load(SweepCommand, ["--corpus.source", "b", "--corpus.text_field", "body"]).corpus
+    assert single.mixture == () and single.parts == (CorpusPart(source="b", weight=1, text_field="body"),)
+
+
+def test_a_dataset_s_key_depends_on_what_decides_its_text():
+    def key(*argv, corpus="fingerprint"):
+        return fields_key(load(SweepCommand, list(argv)).dataset_fields("model", corpus))
+
+    same = key()
+    for argv in (["--corpus.documents", "9"], ["--corpus.attribution_share", "0.1"], ["--corpus.evaluation_share", "0.1"],
+                 ["--corpus.packing", "concatenate"]):  # fmt: skip
+        assert key(*argv) != same, argv
+    assert key(corpus="other") != same
+    # Sources are in the fingerprint: a file that has moved is the same text.
+    assert key("--corpus.source", "a") == key("--corpus.mixture", '[{"source": "b", "weight": 1}]') == same
+
+
 def test_unknown_key_in_the_file_is_named(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train:\n  learning_rate: 0.001\n")
@@ -74,6 +100,11 @@ def test_unknown_flag_ends_the_command(capsys):
         (["--train.tokens", "100"], ["train.tokens 100", "less than one batch"]),
         (["--sweep.seeds", "1,1"], ["sweep.seeds", "twice"]),
         (["--sae.prefix_fractions", "0.5,0.6"], ["sae.prefix_fractions", "together below 1"]),
+        (["--corpus.mixture", '[{"source": "a", "weight": 0}]'], ["corpus.mixture.0.weight", "greater than 0"]),
+        (["--corpus.mixture", '[{"source": "a"}]'], ["corpus.mixture.0.weight", "required"]),
+        (["--corpus.mixture", '[{"source": "a", "weight": 1, "field": "x"}]'], ["corpus.mixture.0.field", "no such field"]),
+        (["--corpus.source", "a", "--corpus.mixture", '[{"source": "b", "weight": 1}]'], ["corpus.mixture and corpus.source are both"]),
+        (["--corpus.text_field", "a", "--corpus.mixture", '[{"source": "b", "weight": 1}]'], ["corpus.mixture and corpus.text_field"]),
     ],
 )
 def test_a_mistake_is_named_with_its_field(argv, words):
@@ -126,7 +157,7 @@ def test_output_folder_is_absolute_and_lasting(monkeypatch, tmp_path):
 def test_resolved_configuration_reads_back_as_itself(tmp_path):
     import yaml
 
-    config = load(SweepCommand, ["--train.lr", "0.002", "--sweep.seeds", "7,8"])
+    config = load(SweepCommand, ["--train.lr", "0.002", "--sweep.seeds", "7,8", "--corpus.mixture", '[{"source": "a", "weight": 2}]'])
     path = tmp_path / "resolved.yaml"
     path.write_text(yaml.safe_dump(config.section_dict()))
     assert load(SweepCommand, ["--config", str(path)]).section_dict() == config.section_dict()

@@ -1,32 +1,25 @@
-"""Documents, splits and token sequences."""
+"""Documents, where they come from and which split they belong to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from dmsae_ray.corpus.documents import EMBEDDED, Document, check_source, corpus_fingerprint, is_hub, load_documents
+from dmsae_ray.corpus.documents import EMBEDDED, check_source, corpus_fingerprint, is_hub, load_documents
+from dmsae_ray.corpus.hub import hub_rows
 from dmsae_ray.corpus.split import SPLITS, split_of
-from dmsae_ray.corpus.tokens import MIN_PIECE, TokenSequences, pad_id_of, read_metadata, tokenise
-from dmsae_ray.lm.source import load_tokenizer
-
-T = 32
 
 
 @pytest.fixture(scope="module")
 def documents():
     return list(load_documents("embedded"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("tiny")
 
 
 def texts(source, **kwargs):
@@ -142,6 +135,46 @@ def test_hub_ids_are_told_from_paths(tmp_path):
     check_source("owner/name", "text")  # the id only, no network
 
 
+def test_hub_rows_are_streamed_and_only_as_far_as_asked(tmp_path):
+    """`datasets` takes a local folder where it takes a hub id: the same road as for the hub, without the network."""
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "third"\n')
+    rows = hub_rows(str(tmp_path), None)
+    assert [next(rows)[1]["text"] for _ in range(2)] == ["first", "second"]
+    with pytest.raises(ValueError, match=r"broke off after 2 rows \(ArrowInvalid: JSON parse error.*corpus\.documents"):
+        next(rows)
+    with pytest.raises(ValueError, match=r"neither a local path nor a hub data set.*BuilderConfig 'other' not found"):
+        next(hub_rows(f"{tmp_path}:other", None))
+
+
+def test_a_parquet_data_set_left_early_does_not_abort_the_process(tmp_path):
+    for number in range(3):
+        pq.write_table(pa.table({"text": ["some text " * 50] * 50_000}), tmp_path / f"{number}.parquet", row_group_size=5000)
+    code = """
+import sys
+from itertools import islice
+from dmsae_ray.corpus.hub import hub_rows
+print(len(list(islice(hub_rows(sys.argv[1], None), 300))))
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout.strip()) == (0, "300"), done.stderr
+
+
+@pytest.mark.parametrize("call, environment", [
+    ("list(load_documents('owner/name'))", {"HF_HUB_OFFLINE": "1"}),
+    ("corpus_fingerprint('owner/name')", {"HF_HUB_OFFLINE": "1"}),
+    ("corpus_fingerprint('owner/name')", {"HF_ENDPOINT": "http://127.0.0.1:9"}),  # nobody listens there
+])  # fmt: skip
+def test_an_unreachable_hub_is_one_clear_message(call, environment, tmp_path):
+    code = f"from dmsae_ray.corpus.documents import *\ntry: {call}\nexcept ValueError as error: print(error)"
+    # A process of its own: the hub's library reads these variables when it is imported.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=60)
+    assert "corpus.source owner/name: neither a local path nor a hub data set" in done.stdout, done.stderr
+    assert "corpus.revision" in done.stdout
+
+
 def test_fingerprint_follows_content_and_field(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "body": "y"}))
     first = corpus_fingerprint(str(tmp_path))
@@ -152,80 +185,3 @@ def test_fingerprint_follows_content_and_field(tmp_path):
     assert corpus_fingerprint("embedded") == corpus_fingerprint("embedded", "any field")
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert corpus_fingerprint("owner/name", revision=commit) != corpus_fingerprint("owner/other", revision=commit)
-
-
-# -- token sequences -----------------------------------------------------------------------------------------------------
-
-
-def test_sequences_start_with_bos_and_give_back_the_documents(documents, tokenizer):
-    chosen = [d for d in documents if len(d.text) < 4000][:150]  # more than one batch of the tokenizer
-    sequences = tokenise(chosen, tokenizer, T)
-    assert sequences.ids.shape == (len(sequences), T) and (sequences.ids[:, 0] == tokenizer.bos_token_id).all()
-    assert (sequences.ids[:, 1:] != tokenizer.bos_token_id).all()
-    assert sequences.lengths.min() >= 1 + MIN_PIECE and sequences.lengths.max() == T
-    padding = np.arange(T)[None] >= sequences.lengths[:, None]
-    assert (sequences.ids[padding] == pad_id_of(tokenizer)).all() and (sequences.ids[~padding] != pad_id_of(tokenizer)).all()
-    # Going through the documents in order uses up the rows in order: no row holds tokens of two documents.
-    row = 0
-    for document in chosen:
-        expected = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        if len(expected) % (T - 1) < MIN_PIECE:
-            expected = expected[: len(expected) // (T - 1) * (T - 1)]
-        joined = []
-        while len(joined) < len(expected):
-            joined += sequences.ids[row, 1 : sequences.lengths[row]].tolist()
-            row += 1
-        assert joined == expected
-    assert row == len(sequences)
-    assert sequences.tokens == int((sequences.lengths - 1).sum())
-
-
-def test_a_special_token_in_a_text_is_text(tokenizer):
-    sequences = tokenise([Document("x", "a <bos> b <pad> c <eos> " * 10)], tokenizer, T)
-    assert (sequences.ids[:, 1:][np.arange(1, T)[None] < sequences.lengths[:, None]] > 2).all()
-
-
-def test_tokenise_refuses_what_gives_no_sequence(tokenizer):
-    with pytest.raises(ValueError, match="no document has 16 tokens"):
-        tokenise([Document("x", "short")], tokenizer, T)
-    assert len(tokenise([Document("x", "a b c d e f g h i")], tokenizer, 8)) == 1  # a context below MIN_PIECE
-
-
-def some_sequences(n=7):
-    rng = np.random.default_rng(0)
-    return TokenSequences(rng.integers(3, 99, (n, T)).astype(np.int32), rng.integers(17, T + 1, n).astype(np.int32))
-
-
-def test_save_and_load(tmp_path):
-    sequences, path = some_sequences(), tmp_path / "tokens" / "train.safetensors"
-    sequences.save(path, {"split": "train", "context": T})
-    again = TokenSequences.load(path)
-    assert (again.ids == sequences.ids).all() and (again.lengths == sequences.lengths).all() and again.ids.dtype == np.int32
-    assert read_metadata(path)["split"] == "train" and read_metadata(path)["context"] == str(T)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing temporary is left
-
-
-def test_damaged_and_foreign_files_are_named(tmp_path):
-    path = tmp_path / "train.safetensors"
-    with pytest.raises(ValueError, match="no such file of token sequences"):
-        TokenSequences.load(path)
-    some_sequences().save(path, {"format_version": "0"})
-    with pytest.raises(ValueError, match=r"train\.safetensors: token sequences of format 0"):
-        TokenSequences.load(path)
-    some_sequences().save(path)
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"train\.safetensors: damaged"):
-        TokenSequences.load(path)
-
-
-def test_take_first_tokens_and_batches():
-    sequences = some_sequences(7)
-    order = np.array([3, 1, 5])
-    assert (sequences.take(order).ids == sequences.ids[order]).all()
-    two = int((sequences.lengths[:2] - 1).sum())
-    assert len(sequences.first_tokens(two)) == 2 and len(sequences.first_tokens(two + 1)) == 3
-    assert len(sequences.first_tokens(10**9)) == 7 and len(sequences.first_tokens(1)) == 1
-    batches = list(sequences.batches(3))
-    assert all(ids.shape == (3, T) and lengths.shape == (3,) and ids.dtype == lengths.dtype == torch.int64 for ids, lengths in batches)
-    assert batches[-1][1].tolist() == [int(sequences.lengths[-1]), 1, 1]  # filled with rows that count nothing
-    assert sum(int((lengths - 1).sum()) for _, lengths in batches) == sequences.tokens
