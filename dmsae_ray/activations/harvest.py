@@ -106,10 +106,7 @@ class ShardMaker:
         torch.set_num_threads(config.harvest.threads)
         self.config, self.folder, self.key = config, Path(folder), key
         device = "cuda" if config.harvest.gpus_per_actor else "cpu"
-        model = config.model
-        self.lm = LanguageModel.load(
-            model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map
-        )
+        self.lm = LanguageModel.of(config.model, device)
         self.sequences = TokenSequences.load(self.folder / "tokens" / "train.safetensors")
 
     def __call__(self, batch: dict) -> dict:
@@ -123,16 +120,16 @@ def make_shard(lm, sequences: TokenSequences, plan: ShardPlan, config: Config, f
 
     Raises ValueError naming the document's token if a value does not fit the stored dtype.
     """
-    harvest, context = config.harvest, config.model.context
+    harvest = config.harvest
     dtype = DTYPES[harvest.dtype]
     rows, per_forward = [], harvest.sequences_per_forward
     for first in range(0, len(plan.sequences), per_forward):
         picked = np.array(plan.sequences[first : first + per_forward])
         # The last batch is padded with copies of its first sequence: the forward shape never changes.
         shape = np.concatenate([picked, np.repeat(picked[:1], per_forward - len(picked))])
-        resid_NTD = lm.residual(torch.from_numpy(sequences.ids[shape].astype(np.int64)))[: len(picked)].float().cpu()
-        keep_NT = torch.arange(context)[None, :] < torch.from_numpy(sequences.lengths[picked].astype(np.int64))[:, None]
-        keep_NT[:, 0] = False
+        ids_NT = torch.from_numpy(sequences.ids[shape].astype(np.int64))
+        resid_NTD = lm.sites(ids_NT, [lm.hook])[lm.hook][: len(picked)]
+        keep_NT = lm.rows(ids_NT[: len(picked)], torch.from_numpy(sequences.lengths[picked].astype(np.int64)))
         kept = resid_NTD[keep_NT]
         stored = kept.to(dtype)
         if not bool(torch.isfinite(stored).all()):

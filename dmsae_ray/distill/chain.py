@@ -78,8 +78,7 @@ class ChainWorker:
         self.dataset = ActivationDataset(plan.dataset)
         self.scale = self.dataset.manifest.scale
         self.settings = plan.sae_settings(self.dataset.manifest.d)
-        model = plan.config.model
-        self.lm = LanguageModel.load(model.name, model.hook, dtype=model.dtype, device=str(self.device), revision=model.revision)
+        self.lm = LanguageModel.of(plan.config.model, str(self.device))
 
     def run(self) -> None:
         for cycle in range(len(self.plan.folder.records()), self.plan.cycles):

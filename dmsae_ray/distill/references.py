@@ -25,8 +25,7 @@ def _measure(config: Config, tokens: str, mean_D: list[float]) -> dict[str, floa
 
     torch.set_num_threads(config.harvest.threads)
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
-    model = config.model
-    lm = LanguageModel.load(model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map)
+    lm = LanguageModel.of(config.model, device)
     sequences = TokenSequences.load(Path(tokens)).first_tokens(config.evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(config.evaluate.sequences_per_batch))
     return reference_losses(lm, batches, torch.tensor(mean_D))
