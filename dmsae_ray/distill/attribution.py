@@ -1,12 +1,12 @@
 """Gradient x activation of latents, on held-out text (method: "Attribute").
 
-The residual stream at the hook is replaced, at every position but BOS, by the reconstruction from core and first group;
-for each of those latents j and each position n
+What stands at the hook, x, is replaced at every row (a token other than BOS) by the reconstruction from core and first
+group; for each of those latents j and each row n
 
-    a_j(n) = z_j(n) * s * < dLoss / d resid(n), d_j >
+    a_j(n) = z_j(n) * s * < dLoss / d x(n), d_j >
 
 with d_j the unit decoder row, s the dataset's scale and Loss the summed next-token cross-entropy of the sequence.
-Letters: N sequences, T context, D model dimension, P candidates (core + first group).
+Letters: N sequences, T context, R rows, D model dimension, P candidates (core + first group).
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ class AttributionSettings:
 def attribute(
     sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, settings: AttributionSettings
 ) -> tuple[torch.Tensor, int]:
-    """Sum over tokens of the candidates' attribution, [P] fp64 on CPU, and the number of tokens.
+    """Sum over rows of the candidates' attribution, [P] fp64 on CPU, and the number of rows (`LanguageModel.rows`).
 
-    BOS and padding positions count neither as tokens nor in the sum.
+    ids_NT is on the SAE's device. BOS and padding positions count neither as rows nor in the sum.
     """
-    rows_NT = torch.arange(ids_NT.shape[1], device=ids_NT.device)[None, :] < lengths_N[:, None]
-    rows_NT[:, 0] = False
+    rows_NT = lm.rows(ids_NT, lengths_N)
     candidates = sae.group_ends[0]
-    resid_NTD = lm.residual(ids_NT)  # the lower blocks once, without gradient
+    cut = lm.cut(ids_NT)  # the lower blocks once, without gradient
     with torch.no_grad():
-        x_RD = resid_NTD[rows_NT] / scale
+        x_RD = cut.value_BTD[rows_NT] / scale
         z_RP = sae.encode(x_RD, upto=candidates)
         spliced_RD = sae.decode(z_RP) * scale
         if settings.splice == "keep_error":
-            # The error of the whole SAE stays in the stream: only what core and first group say is under test.
+            # The error of the whole SAE stays in place: only what core and first group say is under test.
             z_RF = sae.encode(x_RD)
             spliced_RD = spliced_RD + (x_RD - sae.decode(z_RF)) * scale
-        spliced_NTD = resid_NTD.clone()
+        spliced_NTD = cut.value_BTD.clone()
         spliced_NTD[rows_NT] = spliced_RD
     spliced_NTD.requires_grad_(True)
-    loss = lm.loss_from_residual(spliced_NTD, ids_NT, lengths_N)
+    loss = lm.loss(cut, spliced_NTD, ids_NT, lengths_N)
     (grad_NTD,) = torch.autograd.grad(loss, spliced_NTD)
     with torch.no_grad():
         a_RP = z_RP * (grad_NTD[rows_NT] @ sae.W_dec[:candidates].T) * scale

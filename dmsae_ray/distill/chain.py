@@ -96,8 +96,7 @@ class ChainWorker:
         units = plan.units(self.dataset)
         self.stream = Stream(self.dataset, units, self.rank, self.world, plan.stream_limits, self.device)
         self._opened: Batches | None = None
-        model = plan.config.model
-        self.lm = LanguageModel.load(model.name, model.hook, dtype=model.dtype, device=str(self.device), revision=model.revision)
+        self.lm = LanguageModel.of(plan.config.model, str(self.device))
 
     def run(self) -> None:
         try:

@@ -33,30 +33,29 @@ class Tally:
 
 @torch.no_grad()
 def tally_batch(tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float) -> None:
-    """Add one batch of sequences: the whole SAE (all prefixes) in place of the stream at every position but BOS."""
-    rows_NT = torch.arange(ids_NT.shape[1], device=ids_NT.device)[None, :] < lengths_N[:, None]
-    rows_NT[:, 0] = False
-    resid_NTD = lm.residual(ids_NT)
-    x_RD = resid_NTD[rows_NT] / scale
+    """Add one batch of sequences, on the SAE's device: the whole SAE (all prefixes) in place of what stands at the hook."""
+    rows_NT = lm.rows(ids_NT, lengths_N)
+    cut = lm.cut(ids_NT)
+    x_RD = cut.value_BTD[rows_NT] / scale
     z_RF = sae.encode(x_RD)
     x_hat_RD = sae.decode(z_RF)
-    spliced_NTD = resid_NTD.clone()
+    spliced_NTD = cut.value_BTD.clone()
     spliced_NTD[rows_NT] = x_hat_RD * scale
     active_RF = z_RF > 0
     tally.add(
-        rows=len(x_RD), targets=int((lengths_N - 1).sum()), error=(x_RD - x_hat_RD).double().square().sum(),
+        rows=len(x_RD), error=(x_RD - x_hat_RD).double().square().sum(),
         x=x_RD.double().sum(dim=0), x2=x_RD.double().square().sum(), active=active_RF.sum(dim=0),
-        loss=lm.loss_from_residual(spliced_NTD, ids_NT, lengths_N),
+        loss=lm.loss(cut, spliced_NTD, ids_NT, lengths_N),
     )  # fmt: skip
 
 
 def scores_of(tally: Tally, core_size: int, references: dict[str, float]) -> tuple[dict[str, float], torch.Tensor]:
     """Metrics of the method's "Evaluation terms", and each latent's density [F]."""
     sums = tally.sums
-    rows, targets = float(sums["rows"]), float(sums["targets"])
+    rows = float(sums["rows"])  # which are the loss's targets, too
     variance = float(sums["x2"] - sums["x"].square().sum() / rows)
     density_F = sums["active"] / rows
-    spliced, clean = float(sums["loss"]) / targets, references["clean"]
+    spliced, clean = float(sums["loss"]) / rows, references["clean"]
     metrics = {
         "l0": float(density_F.sum()),
         "core_l0": float(density_F[:core_size].sum()),
@@ -76,17 +75,17 @@ def scores_of(tally: Tally, core_size: int, references: dict[str, float]) -> tup
 
 @torch.no_grad()
 def reference_losses(lm, batches, mean_D: torch.Tensor) -> dict[str, float]:
-    """Loss per token that needs no SAE: clean, and with the stream set to zero or to its mean (BOS kept)."""
-    sums, targets = {"clean": 0.0, "zero": 0.0, "mean": 0.0}, 0
+    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept)."""
+    sums, tokens = {"clean": 0.0, "zero": 0.0, "mean": 0.0}, 0
     for ids_NT, lengths_N in batches:
-        resid_NTD = lm.residual(ids_NT)
-        targets += int((lengths_N - 1).sum())
-        sums["clean"] += float(lm.loss_from_residual(resid_NTD, ids_NT, lengths_N))
+        rows_NT = lm.rows(ids_NT, lengths_N)
+        cut = lm.cut(ids_NT)
+        tokens += int(rows_NT.sum())
+        sums["clean"] += float(lm.loss(cut, cut.value_BTD, ids_NT, lengths_N))
         for kind, value_D in (("zero", torch.zeros_like(mean_D)), ("mean", mean_D)):
-            ablated_NTD = value_D.to(resid_NTD).expand_as(resid_NTD).clone()
-            ablated_NTD[:, 0] = resid_NTD[:, 0]
-            sums[kind] += float(lm.loss_from_residual(ablated_NTD, ids_NT, lengths_N))
-    return {kind: value / targets for kind, value in sums.items()} | {"tokens": targets}
+            ablated_NTD = torch.where(rows_NT[:, :, None], value_D.to(cut.value_BTD), cut.value_BTD)
+            sums[kind] += float(lm.loss(cut, ablated_NTD, ids_NT, lengths_N))
+    return {kind: value / tokens for kind, value in sums.items()} | {"tokens": tokens}
 
 
 def references_path(dataset_folder: Path, evaluate) -> Path:

@@ -8,9 +8,9 @@ import ray
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.files import write_json
 from dmsae_ray.config import Config
 from dmsae_ray.distill.evaluate import reference_losses, references_path
+from dmsae_ray.files import write_json
 
 
 def measure_references(config: Config, dataset: ActivationDataset, folder: Path) -> None:
@@ -26,8 +26,7 @@ def _measure(config: Config, dataset: str, mean_D: list[float]) -> dict[str, flo
 
     torch.set_num_threads(config.harvest.threads)
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
-    model = config.model
-    lm = LanguageModel.load(model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map)
+    lm = LanguageModel.of(config.model, device)
     sequences = ActivationDataset(dataset).held_out("evaluation").first_tokens(config.evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(config.evaluate.sequences_per_batch))
     return reference_losses(lm, batches, torch.tensor(mean_D))

@@ -11,20 +11,28 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 SCALE = 20.0
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return LanguageModel.load("tiny", "blocks.2.hook_resid_post")
+@pytest.fixture(scope="module", params=["hook_resid_post", "hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out"])
+def lm(request):
+    return LanguageModel.load("tiny", f"blocks.2.{request.param}")
 
 
 @pytest.fixture(scope="module")
 def batch(lm):
-    texts = ["def read(self, path):\n    with open(path) as file:\n        return file.read()", "The list is sorted in place."]
-    rows = [[lm.bos_id] + lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    """Two sequences; the first holds two documents, each with its BOS."""
+    texts = [["def read(self, path):\n    with open(path) as file:", "        return file.read()"], ["The list is sorted in place."]]
+    rows = [
+        [token for text in row for token in (lm.bos_id, *lm.tokenizer(text, add_special_tokens=False)["input_ids"])] for row in texts
+    ]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((2, int(lengths.max())), lm.pad_id)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     return ids, lengths
+
+
+def tokens_of(lm, ids, lengths) -> int:
+    """Tokens that are neither BOS nor padding, counted one by one."""
+    return sum(int(token) != lm.bos_id for row, length in zip(ids, lengths.tolist(), strict=True) for token in row[:length])
 
 
 def identity_sae(d: int) -> MatryoshkaSAE:
@@ -43,7 +51,7 @@ def test_an_exact_reconstruction_explains_all_and_recovers_all_loss(lm, batch):
     tally_batch(tally, identity_sae(lm.d), lm, ids, lengths, SCALE)
     references = reference_losses(lm, [batch], torch.zeros(lm.d))
     metrics, density = scores_of(tally, 0, references)
-    assert metrics["fvu"] < 1e-10 and metrics["evaluation_tokens"] == int((lengths - 1).sum())
+    assert metrics["fvu"] < 1e-10 and metrics["evaluation_tokens"] == references["tokens"] == tokens_of(lm, ids, lengths)
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_clean"], rel=1e-5)
     assert metrics["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
     assert metrics["l0"] == pytest.approx(lm.d, rel=1e-3)  # of +e_i and -e_i exactly one is active
@@ -72,18 +80,17 @@ def test_attribution_is_the_derivative_of_the_loss_by_the_latent_s_size(lm, batc
         sae.b_enc.fill_(0.05)
     settings = AttributionSettings(splice=splice, aggregator="mean_signed")
     sums, tokens = attribute(sae, lm, ids, lengths, SCALE, settings)
-    assert tokens == int((lengths - 1).sum()) and sums.dtype == torch.float64
-    rows = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
-    rows[:, 0] = False
-    resid = lm.residual(ids)
-    x = resid[rows] / SCALE
+    assert tokens == tokens_of(lm, ids, lengths) == int((lengths - 1).sum()) - 1 and sums.dtype == torch.float64
+    rows = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]) & (ids != lm.bos_id)
+    cut = lm.cut(ids)
+    x = cut.value_BTD[rows] / SCALE
 
     def loss(j: int, alpha: float) -> float:
         z = sae.encode(x, upto=candidates)
         base = sae.decode(z) if splice == "replace" else sae.decode(z) + x - sae.decode(sae.encode(x))
-        spliced = resid.clone()
+        spliced = cut.value_BTD.clone()
         spliced[rows] = (base + alpha * z[:, j : j + 1] * sae.W_dec[j]) * SCALE
-        return float(lm.loss_from_residual(spliced, ids, lengths))
+        return float(lm.loss(cut, spliced, ids, lengths))
 
     with torch.no_grad():
         for j in sums.abs().topk(3).indices.tolist():
