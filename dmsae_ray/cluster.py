@@ -103,12 +103,16 @@ def capacity(config: Config, resources: dict[str, float], chains: int, local: bo
     need_cpus, need_gpus = chain_cpus(config), cluster.workers * cluster.gpus_per_worker
     fits = int((cpus - DATA_CPUS) // need_cpus)
     missing = []
+    store_mb, need_mb = resources.get("object_store_memory", 0.0) / 2**20, cluster.workers * cluster.object_store_mb
     if fits < 1:
         missing.append(f"{need_cpus + DATA_CPUS} CPUs ({need_cpus} for a chain's workers, {DATA_CPUS} for Ray Data), it has {cpus:g}")
     if need_gpus:
         fits = min(fits, int(gpus / need_gpus + 1e-9))
         if gpus < need_gpus:
             missing.append(f"{need_gpus:g} GPUs (cluster.workers x cluster.gpus_per_worker), it has {gpus:g}")
+    fits = min(fits, int(store_mb // need_mb))
+    if store_mb < need_mb:
+        missing.append(f"{need_mb} MB of object store (cluster.workers x cluster.object_store_mb), it has {store_mb:,.0f}")
     if config.harvest.gpus_per_actor > gpus:
         missing.append(f"{config.harvest.gpus_per_actor:g} GPUs for a harvest actor, it has {gpus:g}")
     if missing:

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.files import write_json
-from dmsae_ray.activations.shard import file_sha256
 from dmsae_ray.compare.pair import ChainResult, CompareSettings, compare_all
 from dmsae_ray.compare.summary import summarise
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import load_scores, rank
+from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 FORMAT_VERSION = 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 
+from dmsae_ray.activations.store import Store
+from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
@@ -18,11 +20,24 @@ def preflight(config: Config) -> ModelInfo:
     """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
     check_mixture(config.corpus)
     info = model_info(config.model.name, config.model.revision)
-    layer_of(config.model.hook, info.name, info.n_layers)
+    for hook in config.hooks:
+        layer_of(hook, info.name, info.n_layers)
     if config.model.context > info.max_context:
         raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
+    check_stream(config, info.d)
     check_disk(config, info)
     return info
+
+
+def check_stream(config: Config, d: int) -> None:
+    """A worker's share of the object store holds the blocks its stream needs at the same time. Raises ValueError."""
+    unit = config.harvest.rows_per_group * 2 * d
+    need = -(-unit * BLOCKS_IN_FLIGHT // 2**20)
+    if config.cluster.object_store_mb < need:
+        raise ValueError(
+            f"cluster.object_store_mb {config.cluster.object_store_mb}: {BLOCKS_IN_FLIGHT} row groups of harvest.rows_per_group "
+            f"{config.harvest.rows_per_group} rows at d = {d} need {need}; raise it or lower harvest.rows_per_group"
+        )
 
 
 def without_kernels(config: Config) -> str | None:
@@ -42,8 +57,9 @@ def without_kernels(config: Config) -> str | None:
 
 
 def disk_bytes(config: Config, d: int) -> int:
-    """Upper estimate of what a whole sweep writes."""
-    rows = 0 if config.harvest.dataset else config.harvest.tokens + config.harvest.calibration_tokens
+    """Upper estimate of what a whole sweep writes to the output folder."""
+    elsewhere = config.harvest.dataset or config.harvest.store
+    rows = 0 if elsewhere else (config.harvest.tokens + config.harvest.calibration_tokens) * len(config.hooks)
     sae = 2 * config.sae.width * d * 4
     chains = len(config.sweep.seeds) * len(config.sweep.k)
     at_once = config.cluster.concurrent or chains
@@ -59,6 +75,8 @@ def check_disk(config: Config, info: ModelInfo) -> None:
         raise ValueError(f"output folder {home}: cannot be made ({error.strerror}); give --output a folder you may write to") from error
     if not os.access(home, os.W_OK | os.X_OK):
         raise ValueError(f"output folder {home}: no permission to write; give --output a folder you may write to")
+    if config.harvest.store:
+        Store(config.harvest.store)  # a URL that pyarrow cannot open ends here
     used = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     need, free = disk_bytes(config, info.d) - used, shutil.disk_usage(home).free
     if need > free:

@@ -136,7 +136,9 @@ class Harvest:
         import ray.data
 
         harvest = self.config.harvest
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.target_max_block_size = 1  # every shard is told of when it is finished, not with all others of its task
         per_task = max(1, min(PLANS_PER_TASK, len(missing) // actors))
         tasks = [json.dumps([plan.to_dict() for plan in missing[i : i + per_task]]) for i in range(0, len(missing), per_task)]
         shards = ray.data.from_items([{"plans": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(

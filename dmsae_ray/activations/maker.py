@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class ShardMaker:
         torch.set_num_threads(config.harvest.threads)
         self.config, self.targets = config, targets
         self.lm = LanguageModel.of(config.model, "cuda" if config.harvest.gpus_per_actor else "cpu")
-        self.sequences = TokenSequences.load(tokens)
+        self.sequences = TokenSequences.load(Path(tokens))
         self._writers = {target.hook: ShardWriter() for target in targets}
         self._pool = ThreadPoolExecutor(1)
 
