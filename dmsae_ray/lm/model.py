@@ -268,7 +268,7 @@ class LanguageModel:
             moved_BTD = self._read(start_BTD, [after])[after]
         grown_BTD = (moved_BTD.float() - clean[after].float()).to(cut.value_BTD.device)
         if not float((grown_BTD - cut.value_BTD).abs().max()) <= 0.1 * float(cut.value_BTD.abs().max()):
-            raise ValueError(f"model.hook {self.hook}: not the residual stream in this kind of model; use hook_resid_pre or hook_resid_post")
+            raise ValueError(f"model.hook {self.hook}: not the residual stream in this model; use hook_resid_pre or hook_resid_post")
 
 
 def _input_device(hf_model) -> torch.device:
