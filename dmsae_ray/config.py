@@ -93,13 +93,13 @@ class ModelConfig(Section):
     revision: str | None = None
     """revision of a hub model"""
     hook: str = "blocks.2.hook_resid_post"
-    """residual stream to study, by its TransformerLens name"""
+    """place to study, by its TransformerLens name, L counted from 0: blocks.L.hook_resid_pre, .hook_resid_mid or .hook_resid_post (the residual stream before, within and after a block), .hook_attn_out or .hook_mlp_out (what the block adds to it)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision the language model runs in"""
     context: int = Field(128, ge=8)
     """tokens per sequence, BOS included"""
     device_map: str | None = None
-    """`auto`: let accelerate spread a model over the GPUs a harvest actor sees; empty: one device"""
+    """`auto`: let accelerate spread the model over the GPUs that a process (harvest actor or training worker) sees; empty: one device"""
 
 
 class HarvestConfig(Section):

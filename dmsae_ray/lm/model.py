@@ -163,7 +163,7 @@ class LanguageModel:
     def _read(self, start: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
         """Copies of what stands at the hooks in a run from `start` (ids, or what `_going_on` yields), ended at the last.
 
-        Copies, because some models go on in place (Falcon adds attention's output to the MLP's own tensor).
+        Copies, because a model may go on in place (transformers' Falcon adds attention's output to the tensor its MLP gave).
         """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
@@ -216,7 +216,7 @@ class LanguageModel:
             block.__dict__["forward"] = enter
         try:
             with self.bridge.hooks(fwd_hooks=replaced):
-                yield entry_BTD.detach()
+                yield torch.zeros_like(entry_BTD)  # nothing but its shape is looked at
         finally:
             for block in skipped:
                 del block.__dict__["forward"]
@@ -251,7 +251,7 @@ class LanguageModel:
         difference = float((whole_BTV.float() - cut_BTV.float()).abs().max())
         if not difference <= SPLIT_TOLERANCE[self.dtype]:
             raise ValueError(
-                f"model.name {self.name}: what follows {self.hook} does not give the model's logits from the residual stream alone "
+                f"model.name {self.name}: what follows {self.hook} does not give the model's logits from what stands there "
                 f"(they differ by {difference:.3g}); this kind of model cannot be attributed through"
             )
         if self._mid:
@@ -268,7 +268,7 @@ class LanguageModel:
             moved_BTD = self._read(start_BTD, [after])[after]
         grown_BTD = (moved_BTD.float() - clean[after].float()).to(cut.value_BTD.device)
         if not float((grown_BTD - cut.value_BTD).abs().max()) <= 0.1 * float(cut.value_BTD.abs().max()):
-            raise ValueError(f"model.hook {self.hook}: not the residual stream in this kind of model; use hook_resid_pre or hook_resid_post")
+            raise ValueError(f"model.hook {self.hook}: not the residual stream in this model; use hook_resid_pre or hook_resid_post")
 
 
 def _input_device(hf_model) -> torch.device:

@@ -59,6 +59,21 @@ def test_an_exact_reconstruction_explains_all_and_recovers_all_loss(lm, batch):
     assert density.shape == (2 * lm.d,)
 
 
+def test_ablation_keeps_what_stands_at_every_bos(lm, batch):
+    ids, lengths = batch
+    mean, cut = torch.linspace(-3, 3, lm.d), lm.cut(ids)
+    references, losses = reference_losses(lm, [batch], mean), {}
+    for kind, value in (("zero", torch.zeros(lm.d)), ("mean", mean)):
+        ablated = cut.value_BTD.clone()
+        for n, length in enumerate(lengths.tolist()):
+            for t in range(length):
+                if ids[n, t] != lm.bos_id:
+                    ablated[n, t] = value
+        losses[kind] = float(lm.loss(cut, ablated, ids, lengths)) / tokens_of(lm, ids, lengths)
+    assert references["zero"] == pytest.approx(losses["zero"], rel=1e-6) and references["mean"] == pytest.approx(losses["mean"], rel=1e-6)
+    assert references["zero"] != pytest.approx(references["mean"], rel=1e-3)
+
+
 def test_an_sae_of_nothing_recovers_nothing(lm, batch):
     tally = Tally()
     tally_batch(tally, MatryoshkaSAE(lm.d, [64], 0, "batchtopk"), lm, *batch, SCALE)

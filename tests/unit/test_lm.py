@@ -1,4 +1,4 @@
-"""Where a language model comes from and where its weights lie; what it computes is in test_lm_cut.py."""
+"""Where a language model comes from and where its weights lie; what it computes is in test_lm_sites.py and test_lm_cut.py."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_attributes(lm):
     assert info.fingerprint == lm.fingerprint and len(info.fingerprint) == 64
 
 
-LOWER = ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1")
+LOWER = [f"model.{name}" for name in ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1")]
 
 
 @pytest.mark.parametrize("device_map", [
-    {"": "cpu"}, "auto", {"lm_head": "cpu", "model.layers.2": "disk", "model.layers.3": "disk"} | {f"model.{name}": "cpu" for name in LOWER},
+    {"": "cpu"}, "auto", {"model.layers.2": "disk", "model.layers.3": "disk"} | dict.fromkeys(["lm_head", *LOWER], "cpu"),
     {"model": "disk", "lm_head": "disk"},
 ], ids=["cpu", "auto", "upper blocks on disk", "all on disk"])  # fmt: skip
 @pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_resid_mid"])
