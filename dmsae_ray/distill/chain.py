@@ -41,6 +41,8 @@ from dmsae_ray.sae.step import Diverged, Trainer
 from dmsae_ray.sae.threshold import calibrate
 
 
+OPEN_AT = 0.5
+"""Share of the attribution after which reading for the next cycle starts: late, since a stream that waits costs some CPU."""
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries."""
 
@@ -96,6 +98,7 @@ class ChainWorker:
         units = plan.units(self.dataset)
         self.stream = Stream(self.dataset, units, self.rank, self.world, plan.stream_limits, self.device)
         self._opened: Batches | None = None
+        self._open(self.cycle)  # reading starts beside loading the model
         self.lm = LanguageModel.of(plan.config.model, str(self.device))
 
     def run(self) -> None:
@@ -141,16 +144,17 @@ class ChainWorker:
         sae = MatryoshkaSAE.init(self.settings, None if core is None else core.W_enc_CD, plan.init_seed(self.cycle)).to(self.device)
         trainer = Trainer(sae, self.settings, self.comm, self._parallel(sae))
         order = plan.order(self.dataset, self.cycle)
-        first, so_far = 0, Progress()
+        so_far = Progress()
         if folder.checkpoint.exists():
             state = self._load_checkpoint(folder)
             trainer.load_state_dict(state["trainer"])
             so_far = Progress(**json.loads(state["progress"]))
-            first = order.step_at(*so_far.position)
+        first = order.step_at(*so_far.position)
+        if first:
             so_far.resumes.append({"step": first, "generation": plan.lease.generation, "workers": self.world})
         if self.rank == 0:
             folder.curve.write_text("".join(json.dumps(point) + "\n" for point in so_far.curve))
-        batches = self._batches(self.cycle, order, first)
+        batches = self._batches(order, first)
         token_index_B = torch.from_numpy(order.token_index(self.rank, self.world)).to(self.device)
         began, waited, wait_from, first_batch_s = time.monotonic(), 0.0, time.monotonic(), None
         for step, x_BD in enumerate(batches, first):
@@ -230,26 +234,25 @@ class ChainWorker:
 
     def _load_checkpoint(self, folder: CycleFolder) -> dict:
         try:
-            return torch.load(folder.checkpoint, map_location=self.device, weights_only=True)
+            return torch.load(folder.checkpoint, map_location=self.device, weights_only=True, mmap=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
 
-    def _batches(self, cycle: int, order: Order, first: int) -> Batches:
-        """The cycle's batches from this step on: those opened ahead, or new ones."""
-        opened, self._opened = self._opened, None
-        if opened is not None and (opened.order, opened.start) == (order, first):
-            batches = opened
-        else:
-            if opened is not None:
-                opened.close()
-            batches = self.stream.open(order, first, self.plan.steps)
-        self._opened = batches
-        return batches
+    def _open(self, cycle: int) -> None:
+        """Start reading for a cycle, where its training stands: its first batch is then there when it begins."""
+        if cycle < self.plan.cycles:
+            order, folder = self.plan.order(self.dataset, cycle), self.plan.folder.cycle(cycle)
+            position = json.loads(self._load_checkpoint(folder)["progress"])["position"] if folder.checkpoint.exists() else (0, 0)
+            self._opened = self.stream.open(order, order.step_at(*position), self.plan.steps)
 
     def _open_next(self) -> None:
-        """Start reading for the next cycle: its first batch is then there when it starts."""
-        if self.cycle + 1 < self.plan.cycles:
-            self._opened = self.stream.open(self.plan.order(self.dataset, self.cycle + 1), 0, self.plan.steps)
+        if self._opened is None or self._opened.order.cycle == self.cycle:
+            self._open(self.cycle + 1)
+
+    def _batches(self, order: Order, first: int) -> Batches:
+        """The cycle's batches from this step on: those opened ahead."""
+        assert self._opened is not None and (self._opened.order, self._opened.start) == (order, first), "opened for another place"
+        return self._opened
 
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
@@ -294,10 +297,12 @@ class ChainWorker:
         def on_shard(done: int) -> None:
             within = 0.9 + 0.1 * done * self.world / len(batches)
             self.say(phase="attribute", within=within, tokens_per_s=done * self.world * tokens / (time.monotonic() - began))
+            if done * self.world >= OPEN_AT * len(batches):
+                self._open_next()
 
         settings = self.plan.attribution_settings
         score_shards(sae, self.lm, batches, self.scale, settings, self.aggregator, ledger, self.rank, on_shard)
-        self._open_next()
+        self._open_next()  # where other ranks were faster, this one may have had no shard that late
         return ray.get(self.aggregator.select.remote(ledger))
 
     def commit(self, folder, core, sae, density_F, selected, metrics, trained, seconds) -> None:
