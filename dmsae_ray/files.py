@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +13,33 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what was written there becomes `path` when the block ends, and goes if it raises.
-
-    The name holds the process id, so that a leftover can be told from a file at work: see `leftovers`.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Yields a temporary name beside `path`; what was written there becomes `path` when the block ends, and goes if it raises."""
+    temporary = temporary_name(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, so that content and name outlast a power cut."""
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer uses, on this machine or another, and that `remove_leftovers` knows."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.files import write_json
 from dmsae_ray.activations.harvest import Harvest, find_dataset
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
@@ -23,6 +22,7 @@ from dmsae_ray.config import Config, SweepCommand, fields_key, load
 from dmsae_ray.distill.evaluate import references_path
 from dmsae_ray.distill.folder import Lease
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
+from dmsae_ray.files import write_json
 from dmsae_ray.housekeeping import clean, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight, without_kernels

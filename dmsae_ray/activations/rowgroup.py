@@ -51,40 +51,30 @@ def read_unit(store: Store, unit: Unit, length: int) -> pa.Buffer:
     return rows
 
 
-def read_units(units: pa.Table, store: Store, length: int, row_bytes: int, blocks: list[int], ahead: int) -> Iterator[pa.Table]:
-    """A Ray Data task: the rows of these units (a row each: file, offset, digest), in their order, as blocks of so many units.
+def read_units(units: pa.Table, store: Store, length: int, row_bytes: int, per_block: int, fetch_ahead: int) -> Iterator[pa.Table]:
+    """A Ray Data task: the rows of these units (a row each: file, offset, digest), in their order, as blocks of `per_block` units.
 
-    blocks: units of each block, in turn; the last entry holds for all that follow. Every unit is one chunk of its block.
-    ahead: units fetched at the same time from a remote store; a local one is mapped.
+    Every unit is one chunk of its block. fetch_ahead: units fetched at the same time from a remote store. A local one is mapped, and
+    the next block's rows are hashed while Ray copies this one's into shared memory.
     """
     wanted = [Unit(*row.values()) for row in units.select(["file", "offset", "digest"]).to_pylist()]
-    sizes, block = iter(blocks), []
-    size = next(sizes)
-    for rows in _buffers(wanted, store, length, ahead):
-        block.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), length // row_bytes, [None, rows]))
-        if len(block) == size:
-            yield _block(block)
-            block, size = [], next(sizes, size)
-    if block:
-        yield _block(block)
+    threads, ahead = (1, per_block) if store.local else (fetch_ahead, fetch_ahead)
+    with ThreadPoolExecutor(threads) as pool:
+        started: deque = deque()
 
+        def start_up_to(place: int) -> None:
+            first = place + len(started)
+            started.extend(pool.submit(read_unit, store, unit, length) for unit in wanted[first : place + ahead])
 
-def _block(units: list[pa.Array]) -> pa.Table:
-    return pa.table({COLUMN: pa.chunked_array(units)})
-
-
-def _buffers(wanted: list[Unit], store: Store, length: int, ahead: int) -> Iterator[pa.Buffer]:
-    if store.local is not None or ahead == 1:
-        yield from (read_unit(store, unit, length) for unit in wanted)
-        return
-    with ThreadPoolExecutor(ahead) as pool:
-        waiting: deque = deque()
-        for unit in wanted:
-            waiting.append(pool.submit(read_unit, store, unit, length))
-            if len(waiting) == ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        block: list[pa.Array] = []
+        for place in range(len(wanted)):
+            start_up_to(place)
+            rows = started.popleft().result()
+            block.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), length // row_bytes, [None, rows]))
+            if len(block) == per_block or place == len(wanted) - 1:
+                start_up_to(place + 1)  # before the block is given away and this thread waits
+                yield pa.table({COLUMN: pa.chunked_array(block)})
+                block = []
 
 
 def damaged(where: str, what: str) -> ShardError:

@@ -26,8 +26,9 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import COLUMN, Unit, read_units
 from dmsae_ray.activations.shard import DTYPES, as_tensor
 
-BLOCKS_IN_FLIGHT = 8
-"""Blocks of one stream that exist at the same time, at most: in the store behind its read tasks, on the way, and in use."""
+BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 8, 4
+"""Blocks of one stream that exist at the same time, at most, and those of them that Ray Data is told of. It does not count all that
+its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer that lags sees 7 in the store."""
 LARGEST_BLOCK = 160 << 20
 """Each block costs some 14 ms of Ray's bookkeeping: at 151 MB (a round of 8 lanes at d = 2304) that is a third of its reading time."""
 TASK_BYTES = 8 << 30
@@ -218,18 +219,21 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
     context.execution_options.preserve_order = True
     if _rest() not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(_rest())
-    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=budget)
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=BLOCKS_IN_PIPELINE * largest * unit_bytes
+    )
     # A block is given on as soon as it exceeds the target and cut at one and a half of it: ours pass whole, each for itself.
     context.target_max_block_size = int(0.9 * largest * unit_bytes)
+    context._max_num_blocks_in_streaming_gen_buffer = 1
     pipeline = ray.data.from_arrow([table.slice(i, per_task) for i in range(0, len(wanted), per_task)]).map_batches(
         read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
         compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
         fn_kwargs={
-            "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "blocks": [largest],
-            "ahead": limits.fetch_ahead,
+            "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "per_block": largest,
+            "fetch_ahead": limits.fetch_ahead,
         },
     )  # fmt: skip
-    yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 @functools.cache

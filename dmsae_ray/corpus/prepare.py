@@ -16,8 +16,9 @@ from dmsae_ray.corpus.encode import encode
 from dmsae_ray.corpus.mixture import interleave, load_parts, whole_weights
 from dmsae_ray.corpus.packing import PACKINGS
 from dmsae_ray.corpus.split import HELD_OUT, SPLITS, split_of
-from dmsae_ray.corpus.token_file import MANY, TokenFileWriter, read_metadata, remove_leftovers
+from dmsae_ray.corpus.token_file import MANY, TokenFileWriter, read_metadata
 from dmsae_ray.corpus.tokens import TokenSequences, pad_id_of
+from dmsae_ray.files import remove_leftovers, temporary_name
 
 SEQUENCES = 201
 """Purpose of a random draw: the order of sequences."""
@@ -45,7 +46,7 @@ def prepare_tokens(
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         # Named like leftovers, which they are as soon as the shuffled files exist.
-        in_order = {split: path if split == "train" else path.with_suffix(".in-order.tmp") for split, path in paths.items()}
+        in_order = {split: path if split == "train" else temporary_name(path) for split, path in paths.items()}
         _write(corpus, tokenizer, context, in_order, say)
         for split in HELD_OUT:
             _shuffle(in_order[split], paths[split], seed)

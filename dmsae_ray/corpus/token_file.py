@@ -6,13 +6,14 @@ Letters: N sequences, T context. See tokens.py for what the three arrays hold.
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from dmsae_ray.files import replace, temporary_name
 
 FORMAT_VERSION = "2"
 NAMES = ("ids", "lengths", "rows")
@@ -31,7 +32,7 @@ class TokenFileWriter:
     def __init__(self, path: Path, context: int, largest_metadata: Mapping[str, str]):
         """largest_metadata: as long as that given to `finish`, or longer."""
         self.path, self.context, self.count = path, context, 0
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_name(path)
         self._lengths, self._rows = array("i"), array("i")
         self._room = len(self._header(MANY, largest_metadata))
         self._file = self._temporary.open("wb")
@@ -54,10 +55,8 @@ class TokenFileWriter:
         assert len(header) <= self._room, (len(header), self._room)
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-        self._temporary.replace(self.path)
+        replace(self._temporary, self.path)
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -76,12 +75,6 @@ class TokenFileWriter:
             header[name] = {"dtype": "I32", "shape": shape, "data_offsets": [start, end]}
         raw = json.dumps(header).encode()
         return raw.ljust(-(-len(raw) // 8) * 8)  # so that the data after it are aligned
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left in a folder. Nobody else may be writing there."""
-    for path in folder.glob("*.tmp"):
-        path.unlink()
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -40,7 +40,6 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.step import Diverged, Trainer
 from dmsae_ray.sae.threshold import calibrate
 
-
 OPEN_AT = 0.5
 """Share of the attribution after which reading for the next cycle starts: late, since a stream that waits costs some CPU."""
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)

@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
+
+from dmsae_ray.files import replacing
 
 FORMAT_VERSION = 1
 
@@ -138,15 +138,16 @@ class Core:
         counts = torch.bincount(self.entered_C, minlength=self.cycle + 1).tolist()
         return dict(enumerate(counts))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write to `path` in one step: a reader finds the old file, the new one or none, never a part."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         fields = json.dumps({name: getattr(self, name) for name in _FIELDS}, sort_keys=True)
         metadata = {"format_version": str(FORMAT_VERSION), "core": fields, "sha256": _digest(tensors, fields)}
-        replace_file(Path(path), safetensors_bytes(tensors, metadata))
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(safetensors_bytes(tensors, metadata))
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> Core:
+    def load(path: str | Path) -> Core:
         """Read a saved core.
 
         Raises ValueError that names the file if it is missing, truncated, altered, of another format version, or
@@ -176,24 +177,6 @@ class Core:
             return Core(**_checked_types(tensors, json.loads(metadata["core"])))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, on disk, in one step."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself must outlast a power cut
-    finally:
-        os.close(folder)
 
 
 def _checked_types(tensors: dict[str, torch.Tensor], fields: Any) -> dict[str, Any]:

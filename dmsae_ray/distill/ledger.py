@@ -6,12 +6,13 @@ worker's shards are dealt again, and a ledger that died goes on from its folder.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from dmsae_ray.files import replacing
 
 ALL_DONE, WAIT = -1, -2
 
@@ -50,10 +51,8 @@ class Ledger:
         if shard in self.done:
             self.resent += 1
             return
-        path = self._path(shard)
-        temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
-        save_file({"sums": sums_P.contiguous(), "tokens": torch.tensor(tokens), "worker": torch.tensor(worker)}, temporary)
-        os.replace(temporary, path)
+        with replacing(self._path(shard)) as temporary:
+            save_file({"sums": sums_P.contiguous(), "tokens": torch.tensor(tokens), "worker": torch.tensor(worker)}, temporary)
         self.done.add(shard)
 
     def partials(self) -> list[tuple[torch.Tensor, int]]:

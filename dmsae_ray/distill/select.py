@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from dmsae_ray.distill.core import Core, replace_file
+from dmsae_ray.distill.core import Core
+from dmsae_ray.files import replacing
 
 if TYPE_CHECKING:
     from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -84,7 +85,8 @@ def save_scores(path: str | os.PathLike[str], scores_N: torch.Tensor) -> torch.T
     scores_N = torch.as_tensor(scores_N).detach().cpu().double().contiguous()
     curve_N = rank(scores_N).share_N
     tensors = {"ids": torch.arange(scores_N.shape[0]), "scores": scores_N, "curve": curve_N}
-    replace_file(Path(path), safetensors_bytes(tensors, {"format_version": str(SCORES_VERSION)}))
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(safetensors_bytes(tensors, {"format_version": str(SCORES_VERSION)}))
     return curve_N
 
 

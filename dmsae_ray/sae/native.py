@@ -13,11 +13,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dmsae_ray.files import replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
@@ -65,14 +66,11 @@ def _processor() -> str:
 
 def _build(compiler: str, path: Path) -> None:
     """Compile to a temporary name and rename: several processes may do this at once."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = file.name
-    done = subprocess.run([compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"], capture_output=True, text=True)
-    if done.returncode:
-        os.unlink(temporary)
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [f"exit {done.returncode}"]
-        raise NotBuilt(f"{compiler} failed: {errors[0]}")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        done = subprocess.run([compiler, *FLAGS, "-o", str(temporary), str(SOURCE), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [f"exit {done.returncode}"]
+            raise NotBuilt(f"{compiler} failed: {errors[0]}")
 
 
 def call(name: str, dtype: torch.dtype | None, *arguments, returns=None):

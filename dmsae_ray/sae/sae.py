@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dmsae_ray.files import replacing
 from dmsae_ray.sae.settings import SAESettings, group_sizes
 
 FORMAT_VERSION = 1
@@ -170,13 +171,9 @@ class MatryoshkaSAE(nn.Module):
             "core_gate": self.core_gate,
             "metadata": json.dumps({name: v for name, v in metadata.items() if not isinstance(v, Tensor)}),
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, header))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        content = safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, header)
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(content)
 
     @staticmethod
     def load(path: str | os.PathLike) -> tuple[MatryoshkaSAE, dict[str, Any]]:

@@ -32,6 +32,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
+from dmsae_ray.files import replacing  # noqa: E402
+
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
@@ -73,9 +75,8 @@ def home_id(output: Path) -> str:
     """A name for this output folder that moves with it, so that two folders may share a server without sharing runs."""
     path = output / "mlflow_home"
     if not path.exists():
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(uuid.uuid4().hex[:12])
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:12])
     return path.read_text().strip()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmsae_ray.files import replacing
 from dmsae_ray.track.tables import ChainRow, null_of, null_value
 
 WIDTH = 120
@@ -125,9 +125,8 @@ def plain_text(renderable: RenderableType, width: int = WIDTH) -> str:
 
 def write_report(path: Path, *renderables: RenderableType) -> None:
     """Write report.txt; a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(plain_text(Group(*renderables)), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(plain_text(Group(*renderables)), encoding="utf-8")
 
 
 def terminal_console(stream: TextIO | None = None) -> Console:
