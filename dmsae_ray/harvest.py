@@ -7,7 +7,7 @@ import sys
 import time
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvest import Harvest, Identity, find_dataset
+from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.cluster import connect, disconnect
 from dmsae_ray.config import Config, HarvestCommand, load
@@ -41,7 +41,7 @@ def run(config: Config, command: HarvestCommand) -> int:
                 bad = verify(config, say, repair=command.repair)
                 if command.verify or not bad:
                     return 1 if bad else 0
-            datasets = {hook: find_dataset(config, hook) for hook in config.hooks}
+            datasets = find_datasets(config, config.hooks)
             if None in datasets.values():
                 work = Harvest(config, say)
                 capacity = connect(config, chains=1, verbose=command.verbose)

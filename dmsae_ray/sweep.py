@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvest import Harvest, find_dataset
+from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
 from dmsae_ray.config import Config, SweepCommand, fields_key, load
@@ -133,10 +133,11 @@ class Sweep:
 
     def dataset(self) -> ActivationDataset:
         """The activations and their reference losses; Ray is started only if something is missing."""
-        dataset = find_dataset(self.config)
+        hook = self.config.model.hook
+        dataset = find_datasets(self.config, (hook,))[hook]
         if dataset is None:
             work = Harvest(self.config, self.say)
-            dataset = work.run(self.connect().harvest_actors)[self.config.model.hook]
+            dataset = work.run(self.connect().harvest_actors)[hook]
         else:
             self.say(f"harvest: {dataset} is complete and checked")
         folder = self.config.home / "data" / dataset.manifest.key

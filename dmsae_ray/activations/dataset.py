@@ -21,7 +21,7 @@ from dmsae_ray.corpus.tokens import TokenSequences
 
 FORMAT_VERSION = 2
 FULL_CHECK_BYTES = 4 << 30
-"""Up to this size every checksum is verified when a sweep starts (a second); those of larger datasets as they are read."""
+"""Up to this size every footer and checksum is verified when a sweep starts (a second); those of larger datasets as they are read."""
 PART = 16_384
 """Rows turned into fp64 at a time: all calibration rows of a large model would take several times the memory they need."""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
@@ -147,10 +147,7 @@ class ActivationDataset:
         Raises ShardError that names the file and the remedy.
         """
         where = self.store.where(entry.file)
-        size = self.store.size(entry.file)
-        if size != entry.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise damaged(where, f"{found}, the manifest says {entry.bytes}")
+        self.check_size(entry, self.store.size(entry.file))
         found, about = inspect_shard(self.store, entry.file)
         if about["dataset"] != self.manifest.key:
             raise damaged(where, f"is a shard of another dataset, {about['dataset']}; this one is {self.manifest.key}")
@@ -159,6 +156,12 @@ class ActivationDataset:
         if read:
             for unit, length in zip(entry.units(), group_bytes(entry, self.manifest.rows_per_group, self.manifest.row_bytes)):
                 read_unit(self.store, unit, length)
+
+    def check_size(self, entry: ShardEntry, size: int | None) -> None:
+        """Raises ShardError if a file of so many bytes (None: no file) cannot be this shard."""
+        if size != entry.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise damaged(self.store.where(entry.file), f"{found}, the manifest says {entry.bytes}")
 
     def entries(self) -> list[ShardEntry]:
         return [self.manifest.calibration, *self.manifest.shards]
@@ -182,14 +185,16 @@ class ActivationDataset:
             )
 
     def verify(self) -> None:
-        """Sizes and footers of all shards, checksums of all rows where the dataset is small, and the scale.
+        """Sizes of all shards, footers and checksums of all rows where the dataset is small, and the scale.
 
         Raises DatasetError or ShardError that names the file and the remedy.
         """
-        full = sum(entry.bytes for entry in self.entries()) <= FULL_CHECK_BYTES
-        for _, error in self.problems(read=full):
-            if error is not None:
-                raise error
+        sizes = self.store.sizes("shards")
+        for entry in self.entries():
+            self.check_size(entry, sizes.get(entry.file))
+        if sum(sizes.values()) <= FULL_CHECK_BYTES:
+            for entry in self.entries():
+                self.check_shard(entry, read=True)
         self.check_scale()
 
 

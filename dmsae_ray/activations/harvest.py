@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, statistics_of
 from dmsae_ray.activations.maker import ShardMaker, Target
@@ -55,28 +56,27 @@ class Identity:
         return Store(config.harvest.store or config.home / "data").child(self.key(hook))
 
 
-def find_dataset(config: Config, hook: str | None = None, verify: bool = True) -> ActivationDataset | None:
-    """The finished dataset of a hook (`model.hook` by default), checked; None if something of it has yet to be harvested.
+def find_datasets(config: Config, hooks: tuple[str, ...]) -> dict[str, ActivationDataset | None]:
+    """The finished datasets of these hooks, checked; None where something has yet to be harvested.
 
     Raises DatasetError, ShardError or StoreError if what is there is damaged or, for `harvest.dataset`, not what is asked for.
     """
-    hook, identity = hook or config.model.hook, Identity(config)
+    identity = Identity(config)
+    return {hook: _find(config, identity, hook) for hook in hooks}
+
+
+def _find(config: Config, identity: Identity, hook: str) -> ActivationDataset | None:
     store, given = identity.store(hook), config.harvest.dataset is not None
     if not given and store.size("manifest.json") is None:
         return None
     dataset = ActivationDataset(store)
     dataset.expect(identity.fields(hook))
-    if not given and any(store.size(name) is None for name in needed(dataset)):
+    needed = {entry.file for entry in dataset.entries()} | {f"tokens/{split}.safetensors" for split in HELD_OUT}
+    if not given and not needed <= store.sizes("shards").keys() | store.sizes("tokens").keys():
         return None
-    if verify:
-        dataset.verify()
+    dataset.verify()
     check_held_out(config, {split: dataset.held_out(split) for split in HELD_OUT})
     return dataset
-
-
-def needed(dataset: ActivationDataset) -> list[str]:
-    """Every file of a dataset, but the manifest."""
-    return [entry.file for entry in dataset.entries()] + [f"tokens/{split}.safetensors" for split in HELD_OUT]
 
 
 class Harvest:
@@ -94,9 +94,15 @@ class Harvest:
         reserve = h.outlier_reserve if h.outlier_norm else 0.0
         self.plans = plan_shards(sequences["train"].rows, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed, reserve)
         self.targets = [Target(hook, self.identity.store(hook), self._about(hook)) for hook in config.hooks]
-        self.entries: dict[str, dict[str, ShardEntry]] = {
-            target.hook: {plan.name: entry for plan in self.plans if (entry := target.finished(plan))} for target in self.targets
-        }
+        self.entries = {target.hook: self._finished(target) for target in self.targets}
+
+    def _finished(self, target: Target) -> dict[str, ShardEntry]:
+        """Shards that are there from before, by their plan's name."""
+        there = target.store.sizes("shards")
+        plans = [plan for plan in self.plans if plan.file in there]
+        with ThreadPoolExecutor(16) as pool:  # a remote store answers many at once
+            found = zip(plans, pool.map(target.finished, plans))
+            return {plan.name: entry for plan, entry in found if entry is not None}
 
     def _about(self, hook: str) -> dict:
         harvest, model = self.config.harvest, self.config.model

@@ -75,13 +75,13 @@ class Store:
         info = self._again(name, lambda: system.get_file_info(f"{prefix}/{name}"))
         return info.size if info.type == fs.FileType.File else None
 
-    def names(self, folder: str) -> list[str]:
-        """Files directly in a folder, sorted; empty if there is no such folder."""
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the files directly in a folder, by name; empty if there is no such folder. One request, however many files."""
         if self.local:
-            return sorted(f"{folder}/{path.name}" for path in (self.local / folder).glob("*") if path.is_file())
+            return {f"{folder}/{path.name}": path.stat().st_size for path in sorted((self.local / folder).glob("*")) if path.is_file()}
         system, prefix = self._remote()
         infos = self._again(folder, lambda: system.get_file_info(fs.FileSelector(f"{prefix}/{folder}", allow_not_found=True)))
-        return sorted(f"{folder}/{info.base_name}" for info in infos if info.type == fs.FileType.File)
+        return {f"{folder}/{info.base_name}": info.size for info in infos if info.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises Missing or StoreError."""
