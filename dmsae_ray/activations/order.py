@@ -8,12 +8,21 @@ The position is two integers: the round, and the row inside each lane's unit.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 # Purposes of random draws. Each draw's generator is seeded by (seed, cycle, purpose, ...): none shares a stream with another.
 UNITS, ROWS = 101, 102
+
+
+@functools.lru_cache(maxsize=4)
+def _deal(data_seed: int, cycle: int, pass_: int, n_units: int) -> np.ndarray:
+    """Order of the units in a pass, [n_units]; kept, since every round of a pass asks for it."""
+    deal = np.random.default_rng([data_seed, cycle, UNITS, pass_]).permutation(n_units)
+    deal.flags.writeable = False
+    return deal
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Order:
     def units(self, round_: int) -> np.ndarray:
         """Unit served by each lane in this round, [lanes]."""
         pass_, within = divmod(round_, self.rounds_per_pass)
-        deal = np.random.default_rng([self.data_seed, self.cycle, UNITS, pass_]).permutation(self.n_units)
+        deal = _deal(self.data_seed, self.cycle, pass_, self.n_units)
         return deal[within * self.lanes : (within + 1) * self.lanes]
 
     def rows(self, round_: int, unit: int) -> np.ndarray:
