@@ -34,6 +34,8 @@ LARGEST_BLOCK = 160 << 20
 TASK_BYTES = 8 << 30
 """Rows of one read task. Long, so that the gap between two tasks does not show; Ray reads a lost one again from its start."""
 CACHE_BYTES = 1 << 20
+TASKS_PER_PIPELINE = 16
+"""Each task is 10 to 25 ms of preparation before the first of them runs: a pass over terabytes is several pipelines, one after the other."""
 READ_CPUS = 0.01
 """A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine leave none."""
 PAUSE_S = 0.01
@@ -225,15 +227,18 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
     # A block is given on as soon as it exceeds the target and cut at one and a half of it: ours pass whole, each for itself.
     context.target_max_block_size = int(0.9 * largest * unit_bytes)
     context._max_num_blocks_in_streaming_gen_buffer = 1
-    pipeline = ray.data.from_arrow([table.slice(i, per_task) for i in range(0, len(wanted), per_task)]).map_batches(
-        read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
-        fn_kwargs={
-            "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "per_block": largest,
-            "fetch_ahead": limits.fetch_ahead,
-        },
-    )  # fmt: skip
-    yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    per_pipeline = TASKS_PER_PIPELINE * per_task
+    for first in range(0, len(wanted), per_pipeline):
+        part = table.slice(first, per_pipeline)
+        pipeline = ray.data.from_arrow([part.slice(i, per_task) for i in range(0, len(part), per_task)]).map_batches(
+            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
+            compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
+            fn_kwargs={
+                "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "per_block": largest,
+                "fetch_ahead": limits.fetch_ahead,
+            },
+        )  # fmt: skip
+        yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 @functools.cache
