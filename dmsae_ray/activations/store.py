@@ -147,8 +147,12 @@ class Store:
             raise StoreError(f"{self.where(name)}: the server took the file but has not all of it; run the same command again")
 
     def delete(self, name: str) -> None:
+        """Deleting what is not there is nothing. Raises StoreError."""
         if self.local:
-            (self.local / name).unlink(missing_ok=True)
+            try:
+                (self.local / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._refused(name, error) from error
         elif self.size(name) is not None:
             system, prefix = self._remote()
             self._again(name, lambda: system.delete_file(f"{prefix}/{name}"))
