@@ -114,8 +114,11 @@ def test_a_mistake_is_named_with_its_field(argv, words):
 
 
 def test_several_mistakes_are_all_named():
-    message = refused("--train.lanes", "3", "--sweep.k", "4096")
-    assert "train.lanes" in message and "sweep.k" in message
+    message = refused("--train.lanes", "3", "--sweep.k", "4096", "--sweep.data", "disjoint", "--sweep.seeds", "0,2")
+    first, *lines = message.splitlines()
+    assert first.endswith("(with the command line's overrides):") and all(line.startswith("  configuration: ") for line in lines)
+    named = [line.removeprefix("  configuration: ").split()[0] for line in lines]
+    assert named == ["sweep.k", "train.batch", "sweep.seeds"], "a line each, remedy included"
 
 
 def test_help_shows_every_field_with_its_default(capsys):
