@@ -89,10 +89,12 @@ def test_what_is_no_generator_is_taken_as_well():
 @pytest.mark.parametrize("taken", [0, 1, 4])
 def test_close_ends_the_thread_and_the_source(taken):
     source = Source(10**9)
-    ahead = Ahead(source, depth=2)
+    generator = source()  # named here too: it is closed, and not only forgotten
+    ahead = Ahead(lambda: generator, depth=2)
     items = iter(ahead)
     for _ in range(taken):
         next(items)
+    assert settle(lambda: source.made > taken)
     ahead.close()
     assert source.closed.is_set() and not source.thread.is_alive() and source.made <= taken + 4
     ahead.close()
@@ -120,6 +122,29 @@ def test_an_item_is_let_go_when_the_next_is_taken():
         assert alive() == list(range(number, min(20, number + 4))), "the one in use, two that wait, one in hand"
         del item
     assert settle(lambda: alive() == [])
+
+
+def test_an_item_is_let_go_while_the_next_one_is_being_made():
+    seen, go_on = [], threading.Event()
+
+    def make():
+        item = Item(0)
+        seen.append(weakref.ref(item))
+        yield item
+        del item
+        go_on.wait()
+        yield Item(1)
+
+    ahead = Ahead(make, depth=1)
+    taken = iter(ahead)
+    assert next(taken) is seen[0]()
+    taken.close()
+    gc.collect()
+    try:
+        assert settle(lambda: seen[0]() is None), "the making side names it no more"
+    finally:
+        go_on.set()
+        ahead.close()
 
 
 def test_close_lets_go_of_what_was_made_ahead():
