@@ -390,7 +390,7 @@ class Config(BaseSettings):
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
             problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     @property
@@ -536,7 +536,7 @@ def explain(error: ValidationError, path: Path) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: no such field (see --help for all fields)")
         elif problem["type"] == "value_error":
-            lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).split("; ")]
+            lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).splitlines()]
         else:
             lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
     return f"{path} (with the command line's overrides):\n  " + "\n  ".join(lines)

@@ -94,6 +94,8 @@ class ActivationDataset:
             if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                 raise DatasetError(f"{path}: damaged ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
             raise
+        if not isinstance(tree, dict):
+            raise DatasetError(f"{path}: not a manifest; delete it and run `python -m dmsae_ray.harvest`: shards are kept")
         if tree.get("format_version") != FORMAT_VERSION:
             raise DatasetError(
                 f"{path}: format version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
@@ -149,8 +151,8 @@ class ActivationDataset:
         where = self.store.where(entry.file)
         self.check_size(entry, self.store.size(entry.file))
         found, about = inspect_shard(self.store, entry.file)
-        if about["dataset"] != self.manifest.key:
-            raise damaged(where, f"is a shard of another dataset, {about['dataset']}; this one is {self.manifest.key}")
+        if about.get("dataset") != self.manifest.key:
+            raise damaged(where, f"is a shard of another dataset, {about.get('dataset')}; this one is {self.manifest.key}")
         if found != entry:
             raise damaged(where, "its footer and the manifest disagree about its rows or their checksums")
         if read:

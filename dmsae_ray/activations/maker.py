@@ -38,7 +38,7 @@ class Target:
             entry, about = inspect_shard(self.store, plan.file)
         except ShardError:
             return None
-        return entry if entry.rows == plan.rows and about["dataset"] == self.about["dataset"] else None
+        return entry if entry.rows == plan.rows and about.get("dataset") == self.about["dataset"] else None
 
 
 class ShardMaker:

@@ -100,15 +100,17 @@ def first_not_finite(rows_ND: torch.Tensor) -> int | None:
 def inspect_shard(store: Store, name: str) -> tuple[ShardEntry, dict]:
     """What a shard says of itself: its entry, and the footer's facts. Reads the footer only.
 
-    Raises ShardError if it is missing, no Parquet file (a truncated one is not), or none of ours.
+    Raises ShardError if it is missing, no Parquet file (a truncated one is not), or none of ours; StoreError if it cannot be reached.
     """
+    size = store.size(name)
+    if size is None:
+        raise damaged(store.where(name), "is missing")
     try:
-        size = store.size(name)
-        if size is None:
-            raise damaged(store.where(name), "is missing")
         with store.open(name) as file:
             return _entry(file, name, size), _meta(pq.read_schema(file))
-    except (Missing, pa.ArrowInvalid, KeyError, OSError) as error:
+    except (ValueError, TypeError, LookupError, OSError) as error:  # whatever someone else's or a flipped footer may lead to
+        if isinstance(error, StoreError) and not isinstance(error, Missing):
+            raise
         raise damaged(store.where(name), f"cannot be read as a shard ({error})") from error
 
 

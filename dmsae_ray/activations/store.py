@@ -11,6 +11,7 @@ import errno
 import functools
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from dmsae_ray.files import replacing
 ATTEMPTS, FIRST_WAIT_S = 7, 0.25
 """A server's refusal is asked again so often, after 0.25, 0.5, ... 8 seconds: over 15 s, on top of the client library's own tries."""
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
+NAME_AND_PASSWORD = re.compile(r"(?<=:)//[^/@]*@")
 T = TypeVar("T")
 
 
@@ -54,7 +56,7 @@ class Store:
         return Store, (self.url,)
 
     def __str__(self) -> str:
-        return str(self.local) if self.local else self._base
+        return str(self.local) if self.local else NAME_AND_PASSWORD.sub("//", self._base)
 
     def child(self, name: str) -> Store:
         """The folder of this name below this one."""
@@ -63,7 +65,7 @@ class Store:
         return Store(f"{self._base}/{name}" + (f"?{self._query}" if self._query else ""))
 
     def where(self, name: str) -> str:
-        """A file's full name, for messages; options and so secrets of the URL are left out."""
+        """A file's full name, for messages; options, name and password, and so secrets of the URL, are left out."""
         return f"{self}/{name}"
 
     def size(self, name: str) -> int | None:
@@ -145,8 +147,12 @@ class Store:
             raise StoreError(f"{self.where(name)}: the server took the file but has not all of it; run the same command again")
 
     def delete(self, name: str) -> None:
+        """Deleting what is not there is nothing. Raises StoreError."""
         if self.local:
-            (self.local / name).unlink(missing_ok=True)
+            try:
+                (self.local / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._refused(name, error) from error
         elif self.size(name) is not None:
             system, prefix = self._remote()
             self._again(name, lambda: system.delete_file(f"{prefix}/{name}"))
@@ -157,7 +163,9 @@ class Store:
         try:
             return _file_system(self.url)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise StoreError(f"{self}: not a place that pyarrow can open ({error}); give a folder or an s3:// or gs:// URL") from error
+            # pyarrow repeats the URL, and with it its secrets: so its error is not shown either.
+            why = _first_line(error).replace(self.url, str(self))
+            raise StoreError(f"{self}: not a place that pyarrow can open ({why}); give a folder or an s3:// or gs:// URL") from None
 
     def _read_remote(self, name: str, part: tuple[int, int] | None) -> bytes:
         system, prefix = self._remote()

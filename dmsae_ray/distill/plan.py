@@ -71,11 +71,14 @@ class ChainPlan:
         return self.config.train.tokens // self.config.train.batch
 
     def units(self, dataset: ActivationDataset) -> list[Unit]:
-        """The row groups this chain trains on: all, or those of its part's shards. Parts are whole shards, so that no sequence is in two."""
+        """The row groups this chain trains on: all, or those of its part's shards.
+
+        Parts are whole shards, so that no sequence is in two, and full ones, so that all parts are of one size.
+        """
         parts = self.config.sweep.n_parts
         if parts == 1:
             return dataset.units()
-        size = len(dataset.manifest.shards) // parts
+        size = dataset.manifest.rows // self.config.harvest.rows_per_shard // parts
         part = self.seed % parts
         return dataset.units(range(part * size, (part + 1) * size))
 

@@ -114,8 +114,11 @@ def test_a_mistake_is_named_with_its_field(argv, words):
 
 
 def test_several_mistakes_are_all_named():
-    message = refused("--train.lanes", "3", "--sweep.k", "4096")
-    assert "train.lanes" in message and "sweep.k" in message
+    message = refused("--train.lanes", "3", "--sweep.k", "4096", "--sweep.data", "disjoint", "--sweep.seeds", "0,2")
+    first, *lines = message.splitlines()
+    assert first.endswith("(with the command line's overrides):") and all(line.startswith("  configuration: ") for line in lines)
+    named = [line.removeprefix("  configuration: ").split()[0] for line in lines]
+    assert named == ["sweep.k", "train.batch", "sweep.seeds"], "a line each, remedy included"
 
 
 def test_help_shows_every_field_with_its_default(capsys):
@@ -139,10 +142,11 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
     same = key()
     assert same == fields_key(base.chain_fields(0, 16, "data"))
     for argv in (["--sweep.seeds", "0,1,2"], ["--sweep.k", "8,16"], ["--train.log_steps", "7"], ["--sweep.cycles", "6"],
-                 ["--output", "/elsewhere"], ["--name", "other"], ["--cluster.concurrent", "1"], ["--compare.draws", "50"]):  # fmt: skip
+                 ["--output", "/elsewhere"], ["--name", "other"], ["--cluster.concurrent", "1"], ["--compare.draws", "50"],
+                 ["--cluster.workers", "2"], ["--cluster.object_store_mb", "64"], ["--train.screen", "fp32"], ["--train.checkpoint_steps", "7"]):  # fmt: skip
         assert key(*argv) == same, argv
     for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
-                 ["--cluster.workers", "2"], ["--sweep.data_seed", "5"]):  # fmt: skip
+                 ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"]):  # fmt: skip
         assert key(*argv) != same, argv
 
 

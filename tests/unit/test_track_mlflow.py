@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
 
@@ -24,7 +25,7 @@ CONFIG = {
 def write_chain(folder, key, seed):
     folder.mkdir(parents=True)
     fields = {"seed": seed, "data_seed": seed, "k": 16, "sae": {"width": 2048}}
-    chain = {"format_version": 1, "key": key, "seed": seed, "data_seed": seed, "k": 16, "label": f"seed{seed}-k16", "fields": fields}
+    chain = {"format_version": RECORD_VERSION, "key": key, "seed": seed, "data_seed": seed, "k": 16, "label": f"seed{seed}-k16", "fields": fields}
     (folder / "chain.json").write_text(json.dumps(chain))
     return folder
 
@@ -50,7 +51,7 @@ def write_cycle(folder, cycle, core_in, core_out, curve=True):
     save_file({"ids": ids_P, "scores": scores_P, "curve": np.cumsum(np.sort(scores_P)[::-1]) / scores_P.sum()}, path / "scores.safetensors")
     save_file({"W_enc": np.zeros((core_out, 4), dtype=np.float32)}, path / "core.safetensors")
     record = {
-        "format_version": 1, "chain": "c", "cycle": cycle, "generation": 1, "seed": 0, "k": 16, "core_in": core_in, "core_out": core_out,
+        "format_version": RECORD_VERSION, "chain": "c", "cycle": cycle, "generation": 1, "seed": 0, "k": 16, "core_in": core_in, "core_out": core_out,
         "kept": core_in, "entered": core_out - core_in, "left": 0, "jaccard": None if cycle == 0 else core_in / core_out,
         "tokens": 40960, "steps": STEPS, "rows_dropped": 0, "theta": 0.5, "l0": 16.1, "core_l0": 8.0, "free_l0": 8.1, "fvu": 0.16,
         "loss_clean": 3.1, "loss_spliced": 3.4, "loss_zero": 8.3, "loss_mean": 7.0, "loss_recovered_zero": 0.94,

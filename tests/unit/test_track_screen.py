@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.track import figures, tables, terminal
 from dmsae_ray.track.progress import LiveLines, ProgressBoard, duration, format_status
 
@@ -88,7 +89,7 @@ def test_chain_row_reads_the_folder(tmp_path):
     assert tables.chain_row("x", tmp_path / "missing", 2) == replace(EMPTY, label="x")
     for cycle in range(2):
         (tmp_path / f"cycle_{cycle:02d}").mkdir()
-        record = {"format_version": 1, "cycle": cycle, "core_out": 5 + cycle, "origins": {"0": 5}, "l0": 16.0}
+        record = {"format_version": RECORD_VERSION, "cycle": cycle, "core_out": 5 + cycle, "origins": {"0": 5}, "l0": 16.0}
         record["jaccard"] = 0.8 if cycle else None
         (tmp_path / f"cycle_{cycle:02d}" / "record.json").write_text(json.dumps(record))
     row = tables.chain_row("x", tmp_path, 4)

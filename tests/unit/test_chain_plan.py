@@ -1,0 +1,157 @@
+"""One chain, planned: its part of the data, and what names its folder and its dataset's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shards import PER_GROUP, make_dataset
+
+from dmsae_ray.config import HarvestCommand, SweepCommand, fields_key, load
+from dmsae_ray.distill.folder import Lease
+from dmsae_ray.distill.plan import plan_chains
+
+SMALL = (
+    "--harvest.rows_per_group", str(PER_GROUP), "--harvest.rows_per_shard", "32", "--train.lanes", "4", "--train.batch", "32",
+    "--train.tokens", "640",
+)  # fmt: skip
+
+
+def configured(*argv, tokens):
+    return load(SweepCommand, [*SMALL, "--harvest.tokens", str(tokens), *(() if "--sweep.k" in argv else ("--sweep.k", "4")), *argv])
+
+
+def plans_of(dataset, *argv):
+    config = configured(*argv, tokens=dataset.manifest.rows)
+    return plan_chains(config, dataset, Lease(dataset.store.local / "generation", 1))
+
+
+def files_of(plan, dataset) -> list[str]:
+    return sorted({unit.file for unit in plan.units(dataset)})
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards, last", [(4, 32), (5, 32), (6, 32), (6, 16), (7, 8)])
+@pytest.mark.parametrize("seeds, parts", [("0,1", None), ("0,1,2", None), ("5,1", 3), ("0,1", 4)])
+def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, shards, last, seeds, parts):
+    """Also where the last shard is not full: a chain that had fewer rows than the others would be another experiment."""
+    n = parts or seeds.count(",") + 1
+    if (shards - (last < 32)) // n == 0:
+        with pytest.raises(ValueError, match="less than one row group for each of 4 lanes"):
+            configured("--sweep.data", "disjoint", "--sweep.seeds", seeds, *(["--sweep.parts", str(parts)] if parts else []),
+                       tokens=32 * (shards - 1) + last)  # fmt: skip
+        return
+    dataset = make_dataset(tmp_path / "d", shards=shards, last=last)
+    plans = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.seeds", seeds, *(["--sweep.parts", str(parts)] if parts else []))
+    units = [plan.units(dataset) for plan in plans]
+    taken = [unit for some in units for unit in some]
+    assert len(taken) == len(set(taken)) and {len(some) for some in units} == {len(units[0])}
+    files = [files_of(plan, dataset) for plan in plans]
+    assert len({file for some in files for file in some}) == sum(len(some) for some in files), "no shard, so no sequence, in two parts"
+    all_units, size = dataset.units(), len(units[0])
+    for plan, some in zip(plans, units):
+        part = plan.seed % n
+        assert some == all_units[part * size : (part + 1) * size], "seed modulo parts"
+        assert plan.order(dataset, cycle=0).n_units == size
+
+
+def test_sparsities_of_a_seed_share_its_part_and_shared_data_is_all(tmp_path):
+    dataset = make_dataset(tmp_path / "d", shards=4)
+    some = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.k", "4,8")
+    assert [(plan.seed, plan.k) for plan in some] == [(0, 4), (1, 4), (0, 8), (1, 8)]
+    assert some[0].units(dataset) == some[2].units(dataset) != some[1].units(dataset)
+    assert all(plan.units(dataset) == dataset.units() for plan in plans_of(dataset))
+
+
+def test_a_seed_added_later_takes_a_part_of_its_own_where_parts_leave_room(tmp_path):
+    dataset = make_dataset(tmp_path / "d", shards=4)
+    before = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.parts", "4")
+    after = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.parts", "4", "--sweep.seeds", "0,1,2")
+    assert [plan.key for plan in after[:2]] == [plan.key for plan in before]
+    assert not set(files_of(after[2], dataset)) & {file for plan in before for file in files_of(plan, dataset)}
+
+
+def refused(*argv, tokens=4 * 32) -> str:
+    with pytest.raises(ValueError) as error:
+        configured(*argv, tokens=tokens)
+    return str(error.value)
+
+
+def test_two_seeds_of_one_part_are_refused_with_a_number_that_helps():
+    message = refused("--sweep.data", "disjoint", "--sweep.seeds", "0,2")
+    assert "sweep.seeds [0, 2]" in message and "the same of 2 parts" in message and "set sweep.parts to 3" in message
+    configured("--sweep.data", "disjoint", "--sweep.seeds", "0,2", "--sweep.parts", "3", tokens=4 * 32)
+    message = refused("--sweep.data", "disjoint", "--sweep.seeds", "0,4,6", "--sweep.parts", "4", tokens=40 * 32)
+    assert "the same of 4 parts" in message and "set sweep.parts to 5" in message
+    configured("--sweep.data", "disjoint", "--sweep.seeds", "0,4,6", "--sweep.parts", "5", tokens=40 * 32)
+
+
+def test_too_few_shards_for_the_parts_are_refused():
+    assert "3 full shards (harvest.tokens / harvest.rows_per_shard) dealt to 4 parts" in refused(
+        "--sweep.data", "disjoint", "--sweep.parts", "4", tokens=4 * 32 - 1
+    )
+    # Two groups of 16 rows in a shard are no group for each of four lanes.
+    assert "less than one row group for each of 4 lanes" in refused(
+        "--sweep.data", "disjoint", "--harvest.rows_per_group", "16", "--train.batch", "64", tokens=3 * 32
+    )
+    configured("--sweep.data", "disjoint", "--harvest.rows_per_group", "16", "--train.batch", "64", tokens=4 * 32)
+
+
+def test_parts_of_shared_data_are_refused():
+    assert "sweep.parts has a meaning only with sweep.data disjoint" in refused("--sweep.parts", "2")
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------------
+
+
+def chain_key(*argv, seed=0, k=4):
+    return fields_key(configured(*argv, tokens=8 * 32).chain_fields(seed, k, "data"))
+
+
+def test_a_chain_s_key_changes_with_its_part_and_not_with_who_works_on_it():
+    same, disjoint = chain_key(), ("--sweep.data", "disjoint")
+    for argv in (["--cluster.workers", "2"], ["--cluster.workers", "4", "--cluster.cpus_per_worker", "1"], ["--cluster.read_tasks", "1"],
+                 ["--cluster.fetch_ahead", "1"], ["--cluster.object_store_mb", "64"]):  # fmt: skip
+        assert chain_key(*argv) == same, argv
+    # One data seed and all else equal: only the part differs.
+    fixed = ("--sweep.data_seed", "5")
+    parts = [chain_key(*fixed), chain_key(*disjoint, *fixed), chain_key(*disjoint, *fixed, "--sweep.parts", "3"),
+             chain_key(*disjoint, *fixed, "--sweep.seeds", "0,1,2,3")]  # fmt: skip
+    assert len(set(parts)) == 4
+    assert chain_key(*disjoint, "--sweep.seeds", "0,1,2", seed=1) == chain_key(*disjoint, "--sweep.parts", "3", seed=1)
+    assert chain_key(*disjoint, "--cluster.workers", "2") == chain_key(*disjoint)
+
+
+def dataset_key(*argv, hook=None):
+    return fields_key(load(HarvestCommand, list(argv)).dataset_fields("model", "corpus", hook))
+
+
+def test_a_dataset_s_key_is_the_same_wherever_and_with_whatever_it_is_made():
+    same = dataset_key()
+    for argv in (
+        ["--harvest.hooks", "blocks.1.hook_resid_post,blocks.0.hook_mlp_out"], ["--harvest.store", "s3://bucket/p"],
+        ["--harvest.actors", "7"], ["--harvest.gpus_per_actor", "0.5"], ["--harvest.dataset", "/elsewhere"],
+        ["--model.device_map", "auto"], ["--cluster.workers", "2"], ["--sweep.seeds", "5,6"],
+    ):  # fmt: skip
+        assert dataset_key(*argv) == same, argv
+    for argv in (
+        ["--harvest.seed", "1"], ["--harvest.dtype", "bfloat16"], ["--harvest.sequences_per_forward", "16"], ["--harvest.threads", "2"],
+        ["--harvest.outlier_norm", "6"], ["--harvest.tokens", "400000"], ["--model.context", "64"], ["--model.dtype", "bfloat16"],
+        ["--model.hook", "blocks.1.hook_resid_post"],
+    ):  # fmt: skip
+        assert dataset_key(*argv) != same, argv
+
+
+def test_a_further_hook_has_the_key_it_has_alone():
+    alone = dataset_key("--model.hook", "blocks.1.hook_resid_post")
+    beside = dataset_key("--harvest.hooks", "blocks.1.hook_resid_post", hook="blocks.1.hook_resid_post")
+    assert beside == alone != dataset_key()
+
+
+def test_every_cycle_and_seed_starts_from_numbers_of_its_own(tmp_path):
+    plans = plans_of(make_dataset(tmp_path / "d", shards=4), "--sweep.k", "4,8")
+    seeds = {(plan.seed, cycle): plan.init_seed(cycle) for plan in plans for cycle in range(8)}
+    assert len(set(seeds.values())) == 16, "chains of different sparsity start alike, all else differs"
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+    torch.Generator().manual_seed(max(seeds.values()))  # what it is for takes it

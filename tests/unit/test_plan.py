@@ -1,0 +1,70 @@
+"""Which sequences go into which shard."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmsae_ray.activations.plan import ShardPlan, plan_shards
+
+ROWS_N = np.random.default_rng(0).integers(4, 29, size=400).astype(np.int32)
+
+
+def plans_of(rows_N=ROWS_N, tokens=2048, calibration=256, per_shard=512, per_group=64, seed=1, reserve=0.0):
+    return plan_shards(rows_N, tokens, calibration, per_shard, per_group, seed, reserve)
+
+
+@settings(deadline=None)
+@given(st.integers(64, 2100), st.sampled_from([128, 256, 512]), st.integers(0, 5), st.sampled_from([0.0, 0.05, 0.5]))
+def test_no_sequence_is_in_two_shards_and_each_has_just_enough(tokens, per_shard, seed, reserve):
+    plans = plans_of(tokens=tokens, per_shard=per_shard, seed=seed, reserve=reserve)
+    taken = [sequence for plan in plans for sequence in plan.sequences]
+    assert len(taken) == len(set(taken)) and set(taken) <= set(range(len(ROWS_N)))
+    for plan in plans:
+        rows, wanted = ROWS_N[list(plan.sequences)], int(np.ceil(plan.rows * (1 + reserve)))
+        assert rows.sum() >= wanted > rows[:-1].sum(), "enough, and not without the last sequence"
+    whole = tokens - tokens % 64
+    assert [plan.rows for plan in plans] == [256, *[per_shard] * (whole // per_shard), *[whole % per_shard] * (whole % per_shard > 0)]
+    assert [plan.name for plan in plans] == ["calibration", *(f"train-{i:05d}" for i in range(len(plans) - 1))]
+    assert [plan.number for plan in plans] == list(range(len(plans))) and plans[1].file == "shards/train-00000.parquet"
+
+
+def test_a_plan_is_its_seed_s():
+    assert plans_of() == plans_of() and plans_of(seed=2)[1].sequences != plans_of()[1].sequences
+    first, second = plans_of()[1:3]
+    assert sorted(first.permutation(7)) == list(range(first.rows))
+    assert (first.permutation(7) == first.permutation(7)).all()
+    assert (first.permutation(7) != first.permutation(8)).any() and (first.permutation(7) != second.permutation(7)).any()
+
+
+def test_more_shards_leave_those_that_were_there_as_they_are():
+    assert plans_of(tokens=2048)[:3] == plans_of(tokens=1024)
+
+
+def test_a_plan_travels_as_json():
+    for plan in plans_of():
+        assert ShardPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_the_last_sequences_are_used_to_the_last_row():
+    rows_N = np.full(100, 8)
+    assert sum(len(plan.sequences) for plan in plans_of(rows_N, tokens=544, calibration=256, per_group=32)) == 100
+    with pytest.raises(ValueError, match="gives only 800 rows"):
+        plans_of(rows_N, tokens=576, calibration=256, per_group=32)
+    with pytest.raises(ValueError, match="gives only 800 rows"):
+        plans_of(rows_N, tokens=544, calibration=257, per_group=32)
+
+
+def test_a_corpus_that_is_too_small_says_how_much_it_has():
+    with pytest.raises(ValueError, match=r"harvest\.tokens 2048 \+ harvest\.calibration_tokens 256.*gives only 900 rows; ask for fewer"):
+        plans_of(np.full(100, 9))
+    with pytest.raises(ValueError, match="gives only 0 rows"):
+        plans_of(np.zeros(0, dtype=np.int32))
+    enough = np.full(100, 24)
+    plans_of(enough)
+    with pytest.raises(ValueError, match=r"gives only 2400 rows and a share 0\.05 is kept in reserve"):
+        plans_of(enough, reserve=0.05)
