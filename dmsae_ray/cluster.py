@@ -116,12 +116,14 @@ def capacity(config: Config, resources: dict[str, float], chains: int, local: bo
     if config.harvest.gpus_per_actor > gpus:
         missing.append(f"{config.harvest.gpus_per_actor:g} GPUs for a harvest actor, it has {gpus:g}")
     if missing:
-        largest = max(0, int((cpus - DATA_CPUS) // math.ceil(cluster.cpus_per_worker)))
-        advice = f"lower cluster.workers (now {cluster.workers}; {largest} would fit)" if largest else "add nodes"
-        raise ValueError(
-            "the Ray cluster is too small for one chain. It needs " + " and ".join(missing)
-            + f". Start Ray with more (ray start --head --num-cpus={need_cpus + DATA_CPUS}) or {advice}"
-        )
+        workers = max(0, int(min((cpus - DATA_CPUS) // math.ceil(cluster.cpus_per_worker), store_mb // cluster.object_store_mb)))
+        less = f"lower cluster.workers (now {cluster.workers}; {workers} would fit)" if workers else "add nodes"
+        if store_mb < need_mb:
+            less = f"lower cluster.object_store_mb, {less}" if workers else f"lower cluster.object_store_mb or {less}"
+        more = [f"--num-cpus={need_cpus + DATA_CPUS}"] if cpus < need_cpus + DATA_CPUS else []
+        more += [f"--object-store-memory={need_mb << 20}"] if store_mb < need_mb else []
+        start = f"start Ray with more (ray start --head {' '.join(more)}) or " if more else ""
+        raise ValueError(f"the Ray cluster is too small for one chain. It needs {' and '.join(missing)}. To mend it, {start}{less}")
     harvest = int(cpus - DATA_CPUS)
     if config.harvest.gpus_per_actor:
         harvest = min(harvest, int(gpus / config.harvest.gpus_per_actor + 1e-9))

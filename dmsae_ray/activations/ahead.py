@@ -29,8 +29,10 @@ class Ahead(Generic[T]):
             if isinstance(item, _Raised):
                 raise item.error
             if item is END:
+                self._queue.put(END)  # for whoever asks again
                 return
             yield item
+            del item  # or it would live until the next one is there
 
     def close(self) -> None:
         """Let go of everything made ahead, and of the source."""
@@ -40,6 +42,9 @@ class Ahead(Generic[T]):
                 self._queue.get(timeout=0.05)
             except queue.Empty:
                 pass
+        while not self._queue.empty():
+            self._queue.get()
+        self._queue.put(END)
 
     def _run(self, make: Callable[[], Iterable[T]]) -> None:
         try:

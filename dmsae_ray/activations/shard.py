@@ -20,6 +20,7 @@ from dmsae_ray.activations.rowgroup import COLUMN, ShardError, Unit, damaged, di
 from dmsae_ray.activations.store import Missing, Store, StoreError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+FOOTER_BYTES = 1 << 16
 META = b"dmsae_ray"
 """Key of the footer's metadata: a JSON object with `dataset`, `digests`, `positions` and what the manifest says of the dataset."""
 
@@ -63,7 +64,7 @@ class ShardWriter:
         raw = rows_ND.contiguous().view(torch.int16).numpy()
         digests = [digest_of(raw[first : first + rows_per_group]) for first in range(0, len(raw), rows_per_group)]
         content = self._encode(raw, rows_per_group, about | {"digests": digests, "positions": positions})
-        entry = _entry(pa.BufferReader(content), name, len(content))
+        entry = _entry(pq.read_metadata(pa.BufferReader(content)), name, len(content))
         # What will stand on disk is checked before it gets its name: offsets and checksums belong together.
         for unit, length in zip(entry.units(), group_bytes(entry, rows_per_group, raw.shape[1] * 2)):
             assert digest_of(content[unit.offset : unit.offset + length]) == unit.digest, f"{name}: encoded otherwise than expected"
@@ -106,20 +107,28 @@ def inspect_shard(store: Store, name: str) -> tuple[ShardEntry, dict]:
     if size is None:
         raise damaged(store.where(name), "is missing")
     try:
-        with store.open(name) as file:
-            return _entry(file, name, size), _meta(pq.read_schema(file))
+        footer = _footer(store, name, size)
+        return _entry(footer, name, size), _meta(footer.schema.to_arrow_schema())
     except (ValueError, TypeError, LookupError, OSError) as error:  # whatever someone else's or a flipped footer may lead to
         if isinstance(error, StoreError) and not isinstance(error, Missing):
             raise
         raise damaged(store.where(name), f"cannot be read as a shard ({error})") from error
 
 
+def _footer(store: Store, name: str, size: int) -> pq.FileMetaData:
+    """A Parquet file says in its last eight bytes how long its footer is; one read of the end is enough for most."""
+    tail = store.read_range(name, max(0, size - FOOTER_BYTES), FOOTER_BYTES)
+    needed = int.from_bytes(tail[-8:-4].to_pybytes(), "little") + 8
+    if len(tail) < needed <= size:
+        tail = store.read_range(name, size - needed, needed)
+    return pq.read_metadata(pa.BufferReader(tail))
+
+
 def _meta(schema: pa.Schema) -> dict:
     return json.loads(schema.metadata[META])
 
 
-def _entry(file: pa.NativeFile, name: str, size: int) -> ShardEntry:
-    footer = pq.read_metadata(file)
+def _entry(footer: pq.FileMetaData, name: str, size: int) -> ShardEntry:
     meta = _meta(footer.schema.to_arrow_schema())
     width = footer.schema.to_arrow_schema().field(COLUMN).type.byte_width
     offsets = []

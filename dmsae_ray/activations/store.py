@@ -71,8 +71,13 @@ class Store:
     def size(self, name: str) -> int | None:
         """Bytes of a file, None if there is none. Raises StoreError if the server cannot be asked."""
         if self.local:
-            path = self.local / name
-            return path.stat().st_size if path.is_file() else None
+            try:
+                path = self.local / name
+                return path.stat().st_size if path.is_file() else None
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise self._refused(name, error) from error
         system, prefix = self._remote()
         info = self._again(name, lambda: system.get_file_info(f"{prefix}/{name}"))
         return info.size if info.type == fs.FileType.File else None
@@ -80,7 +85,13 @@ class Store:
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of the files directly in a folder, by name; empty if there is no such folder. One request, however many files."""
         if self.local:
-            return {f"{folder}/{path.name}": path.stat().st_size for path in sorted((self.local / folder).glob("*")) if path.is_file()}
+            try:
+                with os.scandir(self.local / folder) as found:
+                    return {f"{folder}/{file.name}": file.stat().st_size for file in found if file.is_file()}
+            except FileNotFoundError:
+                return {}
+            except OSError as error:
+                raise self._refused(folder, error) from error
         system, prefix = self._remote()
         infos = self._again(folder, lambda: system.get_file_info(fs.FileSelector(f"{prefix}/{folder}", allow_not_found=True)))
         return {f"{folder}/{info.base_name}": info.size for info in infos if info.type == fs.FileType.File}
@@ -113,16 +124,6 @@ class Store:
         except OSError as error:
             raise self._refused(name, error) from error
         return pa.py_buffer(memoryview(mapped)[offset - first :])
-
-    def open(self, name: str) -> pa.NativeFile:
-        """A file to read from at any place. Raises Missing or StoreError."""
-        try:
-            if self.local:
-                return pa.memory_map(str(self.local / name))
-        except OSError as error:
-            raise self._refused(name, error) from error
-        system, prefix = self._remote()
-        return self._again(name, lambda: system.open_input_file(f"{prefix}/{name}"))
 
     def write(self, name: str, content: bytes | memoryview | pa.Buffer) -> None:
         """Raises StoreError, in words of its own if the disk is full."""

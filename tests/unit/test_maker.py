@@ -73,7 +73,7 @@ def plans(tokens):
 
 
 def files_of(target):
-    return {name: (target.store.read(name), (target.store.local / name).stat().st_mtime_ns) for name in target.store.names("shards")}
+    return {name: (target.store.read(name), (target.store.local / name).stat().st_mtime_ns) for name in target.store.sizes("shards")}
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def test_a_value_that_does_not_fit_names_the_token_and_nothing_is_written(tmp_pa
     message, piece = str(error.value), maker.lm.tokenizer.decode(ids[1:10])
     assert repr(piece) in message and f"shard train-00000, {PRE}, harvest.dtype float16" in message and why in message
     assert ("use harvest.dtype bfloat16" in message) == (value == 1e4)
-    assert target.store.names("shards") == []
+    assert target.store.sizes("shards") == {}
 
 
 def test_bfloat16_holds_what_float16_cannot(tmp_path, one_sequence):

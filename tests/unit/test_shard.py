@@ -151,12 +151,12 @@ def test_a_view_of_a_block_is_the_block_s_rows():
 # -- reading many row groups ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks, sizes", [([1], [1] * 7), ([3], [3, 3, 1]), ([2, 4], [2, 4, 1]), ([9], [7])])
-def test_a_read_task_gives_its_units_in_order_as_blocks_of_the_sizes_asked_for(store, blocks, sizes):
+@pytest.mark.parametrize("per_block, sizes", [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (9, [7])])
+def test_a_read_task_gives_its_units_in_order_as_blocks_of_the_size_asked_for(store, per_block, sizes):
     entries = [write(store, name, some_rows(32, seed)) for seed, name in enumerate(("a", "b"))]
     units = [entries[shard].units()[group] for shard, group in ((1, 3), (0, 0), (1, 0), (0, 3), (0, 1), (1, 3), (1, 2))]
     table = pa.table({name: [getattr(unit, name) for unit in units] for name in ("digest", "file", "offset")})
-    made = list(read_units(table, store, PER_GROUP * 2 * D, 2 * D, blocks, ahead=2))
+    made = list(read_units(table, store, PER_GROUP * 2 * D, 2 * D, per_block, fetch_ahead=2))
     assert [block[COLUMN].num_chunks for block in made] == sizes
     raw = b"".join(chunk.buffers()[1].to_pybytes() for block in made for chunk in block[COLUMN].chunks)
     assert raw == b"".join((store.local / u.file).read_bytes()[u.offset : u.offset + PER_GROUP * 2 * D] for u in units)
