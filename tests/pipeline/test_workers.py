@@ -19,6 +19,7 @@ from dmsae_ray.distill.aggregator import Aggregator
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.chain import score_shards
 from dmsae_ray.distill.plan import plan_chains
+from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.trials import run_chains
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -62,7 +63,7 @@ def attribute_in_group(loop: dict) -> None:
             again = attribution.attribute(sae, lm, ids, lengths, loop["scale"], settings)
             while 0 not in ray.get(aggregator.finished.remote(ledger)):
                 pass
-            ray.get(aggregator.give.remote(ledger, rank, 0, *again))
+            ray.get(aggregator.give.remote(ledger, rank, 0, again))
             ray.kill(aggregator, no_restart=False)
 
     ours = score_shards(sae, lm, batches, loop["scale"], settings, aggregator, ledger, rank, on_shard)
@@ -74,7 +75,7 @@ def attribute_with(sweep, out: Path, workers: int, trouble: bool) -> tuple[dict,
     out.mkdir()
     sae = sweep.chains()["seed0-k8"] / "cycle_01" / "sae.safetensors"
     batches = list(TokenSequences.load(dataset.tokens_path("attribution")).first_tokens(4096).batches(4))
-    aggregator = Aggregator.remote(AttributionSettings())
+    aggregator = Aggregator.remote(ScoreSettings())
     ledger = [str(out / "ledger"), len(batches), "test"]
     ray.train.torch.TorchTrainer(
         attribute_in_group,
