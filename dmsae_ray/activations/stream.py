@@ -26,9 +26,9 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import COLUMN, Unit, read_units
 from dmsae_ray.activations.shard import DTYPES, as_tensor
 
-BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 8, 4
-"""Blocks of one stream that exist at the same time, at most, and those of them that Ray Data is told of. It does not count all that
-its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer that lags sees 7 in the store."""
+BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 9, 4
+"""Blocks of one stream that its share of the object store has room for, and those of them that Ray Data is told of. It does not count
+all that its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer that lags sees 7 or 8."""
 LARGEST_BLOCK = 160 << 20
 """Each block costs some 14 ms of Ray's bookkeeping: at 151 MB (a round of 8 lanes at d = 2304) that is a third of its reading time."""
 TASK_BYTES = 8 << 30
