@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -65,8 +66,6 @@ class Sweep:
 
     def chains(self) -> dict[str, Path]:
         """label -> folder of every chain."""
-        import json
-
         return {json.loads((f / "chain.json").read_text())["label"]: f for f in sorted((self.output / "chains").glob("*"))}
 
 
@@ -88,3 +87,9 @@ def core_bytes(output: Path) -> dict[str, bytes]:
         core = Core.load(path)
         cores[str(path.relative_to(output))] = core.W_enc_CD.numpy().tobytes() + core.scores_C.numpy().tobytes()
     return cores
+
+
+def data_digests(output: Path) -> dict[str, str]:
+    """Which rows each cycle of each chain was trained on, by its place."""
+    records = sorted((output / "chains").glob("*/cycle_*/record.json"))
+    return {str(path.relative_to(output)): json.loads(path.read_text())["data_digest"] for path in records}
