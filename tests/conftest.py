@@ -78,6 +78,19 @@ def small_sweep(tmp_path_factory) -> Sweep:
     return Sweep(output, run)
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 server, see s3_server.py; its keys are in the environment, as users have theirs."""
+    from s3_server import KEYS, S3
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        server = S3()
+        yield server
+        server.stop()
+
+
 def core_bytes(output: Path) -> dict[str, bytes]:
     """Every core of every chain, by its place."""
     from dmsae_ray.distill.core import Core
@@ -87,6 +100,24 @@ def core_bytes(output: Path) -> dict[str, bytes]:
         core = Core.load(path)
         cores[str(path.relative_to(output))] = core.W_enc_CD.numpy().tobytes() + core.scores_C.numpy().tobytes()
     return cores
+
+
+def sae_tensors(output: Path) -> dict[str, bytes]:
+    """Every tensor of every SAE of every chain, by its place."""
+    from safetensors.numpy import load_file
+
+    found = {}
+    for path in sorted((output / "chains").glob("*/cycle_*/sae.safetensors")):
+        found |= {f"{path.relative_to(output)} {name}": tensor.tobytes() for name, tensor in load_file(path).items()}
+    return found
+
+
+def same_results(output: Path, undisturbed: Path, cycles: int) -> None:
+    """Chains of so many cycles, seen on the same rows, came to the same weights and cores, bit for bit."""
+    for what in (core_bytes, sae_tensors, data_digests):
+        found = what(output)
+        assert len({place.split()[0] for place in found}) == cycles, sorted(found)
+        assert found.items() <= what(undisturbed).items(), what.__name__
 
 
 def data_digests(output: Path) -> dict[str, str]:
