@@ -188,3 +188,12 @@ def test_a_full_disk_ends_the_harvest_in_words_and_the_same_command_goes_on(smal
     assert again.code == 0 and f"{len(kept)} kept from before" in again.out, again.out
     assert {path.name: path.read_bytes() for path in small_disk.glob("*/shards/*")} == expected
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_disk_too_small_for_the_tokens_ends_in_words_too(small_disk, tmp_path, capfd):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "tokens").symlink_to(small_disk)
+    code, said = here(capfd, harvest.main, output)
+    assert code == 2 and "error: " in said
+    assert re.search(rf"error: {output}/tokens/\w+: No space left on device; free space there", said), said
