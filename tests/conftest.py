@@ -57,6 +57,22 @@ def run_command(output: Path, *args: str, module: str = "sweep", timeout: float 
     return Run(done.returncode, done.stdout, time.monotonic() - start)
 
 
+def wait_for(condition, process: subprocess.Popen, seconds: float = 150) -> None:
+    """Until the condition holds; the process must be alive all the while."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the victim ended before it could be struck"
+        assert time.monotonic() < end, "the phase to strike in never came"
+        time.sleep(0.05)
+
+
+def start(output: Path, *args: str) -> tuple[subprocess.Popen, Path]:
+    """A sweep that runs beside the test, and the file with all it says."""
+    log = open(output.parent / "driver.log", "w")
+    process = subprocess.Popen(command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return process, output.parent / "driver.log"
+
+
 @dataclass
 class Sweep:
     """A finished small sweep."""

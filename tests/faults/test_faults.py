@@ -5,27 +5,10 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import time
 
 import pytest
 import torch
-from conftest import command, core_bytes, data_digests, environment, run_command
-
-
-def wait_for(condition, process, seconds=150):
-    """Until the condition holds; the process must be alive all the while."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the victim ended before it could be struck"
-        assert time.monotonic() < end, "the phase to strike in never came"
-        time.sleep(0.05)
-
-
-def start(output, *args):
-    log = open(output.parent / "driver.log", "w")
-    process = subprocess.Popen(command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    return process, output.parent / "driver.log"
+from conftest import command, core_bytes, data_digests, run_command, start, wait_for
 
 
 def share_data(source, output):
