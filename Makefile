@@ -46,10 +46,10 @@ test-parallel: $(READY)
 	timeout 120 $(TEST) tests/parallel
 
 test-pipeline: $(READY)
-	timeout 600 $(TEST) tests/pipeline
+	timeout 900 $(TEST) tests/pipeline
 
 test-faults: $(READY)
-	timeout 600 $(TEST) tests/faults
+	timeout 1500 $(TEST) tests/faults
 
 # Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment

@@ -16,6 +16,7 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
+from dmsae_ray.activations.store import NAME_AND_PASSWORD
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
 from dmsae_ray.config import Config, SweepCommand, fields_key, load
@@ -84,7 +85,7 @@ class Sweep:
             plans = plan_chains(self.config, dataset, self.lease)
             folder = self.config.home / "sweeps" / f"{self.config.name}-{self.key(plans)}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config.section_dict(), sort_keys=False))
+            (folder / "config.yaml").write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
             for plan in plans:
                 plan.folder.describe(plan.key, plan.label, plan.fields)
                 failure = plan.folder.failure()
@@ -172,7 +173,7 @@ class Sweep:
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, self.key(plans), self.config.name,
-            self.config.section_dict(), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
+            shown(self.config), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
         )  # fmt: skip
 
     @staticmethod
@@ -182,6 +183,15 @@ class Sweep:
         write_report(folder / "report.txt", tables)
         save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
         return tables
+
+
+def shown(config: Config) -> dict:
+    """The configuration as it is kept and logged: without names and passwords that a URL may carry."""
+    tree = config.section_dict()
+    for field in ("store", "dataset"):
+        if tree["harvest"][field]:
+            tree["harvest"][field] = NAME_AND_PASSWORD.sub("//", tree["harvest"][field])
+    return tree
 
 
 class Every:
