@@ -1,6 +1,7 @@
 """One chain that is struck: its training goes on from the last checkpoint, with exactly the next row."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,25 @@ def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small
     assert temporaries(output) == []
 
 
+@pytest.mark.slow
+def test_a_superseded_driver_and_its_worker_write_nothing_more(small_sweep, tmp_path):
+    """A driver that was cut off while another took the folder over: here the generation alone is raised while it works."""
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    victim, taken_over = Victim(output, *SEED0, "--sweep.cycles", "1", "--train.log_steps", "1", "--cluster.retries", "0"), None
+    while taken_over is None:
+        victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint)
+        (worker,) = trainers(victim)
+        with frozen(worker):
+            now = Standing.of(cycles(output)[0])
+            assert victim.alive and now.logged < 32 and not now.saved
+            if not temporaries(output):  # else it has asked for its right to write already
+                (output / "generation").write_text("2")
+                taken_over = {path: path.read_bytes() for path in output.glob("chains/**/*") if path.is_file()}
+    assert victim.process.wait(timeout=300) == 1, victim.said
+    assert {path: path.read_bytes() for path in output.glob("chains/**/*") if path.is_file()} == taken_over
+
+
 @pytest.fixture(scope="module")
 def undisturbed(small_sweep, tmp_path_factory) -> Path:
     """The output folder of the longer chain, never struck."""
@@ -90,6 +110,11 @@ def undisturbed(small_sweep, tmp_path_factory) -> Path:
     copy_parts(small_sweep.output, output, "tokens")
     Victim(output, *LONGER).finish()
     return output
+
+
+def left_behind(output: Path) -> list[str]:
+    """Every file of the chain, and whatever Ray's own bookkeeping left."""
+    return sorted(str(path.relative_to(output)) for part in ("chains", "ray") for path in (output / part).rglob("*") if path.is_file())
 
 
 def digest_of_rows(output: Path, cycle: int) -> str:
@@ -126,7 +151,7 @@ def moments(seed: int, n: int) -> list[tuple[int, str, float, str]]:
 
 @pytest.mark.slow
 def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed, tmp_path):
-    output, strikes = tmp_path / "out", moments(seed=3, n=10)
+    output, strikes = tmp_path / "out", moments(seed=2, n=10)
     assert {phase for _, phase, _, _ in strikes} == {"train", "evaluate", "attribute"}
     assert {victim for _, _, _, victim in strikes} == {"driver", "worker"}
     copy_parts(undisturbed, output, "data", "tokens")
@@ -136,7 +161,7 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         def there(now: Standing) -> bool:
             if phase == "train":
                 return now.logged > place * (STEPS - 2)
-            return now.checkpoint == STEPS and (phase == "evaluate" or now.saved and now.scored > before.scored)
+            return now.checkpoint == STEPS and (phase == "evaluate" or now.saved and now.scored > before.scored + 3 * place)
 
         def at_work() -> bool:
             found = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
@@ -145,12 +170,14 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         folder = cycles(output)[number] if len(cycles(output)) > number else None
         before = Standing.of(folder or output)
         victim.wait_for(at_work)
+        time.sleep(0.2 * place if phase == "evaluate" else 0)
         folder = cycles(output)[number]
         (worker,) = trainers(victim)
         with frozen(worker):
             struck = Standing.of(folder)
             assert victim.alive and there(struck) and not struck.done, f"{phase} of cycle {number} was over: {struck}"
             assert {"train": struck.logged < STEPS, "evaluate": not struck.saved, "attribute": struck.saved}[phase], struck
+            print(f"the {whom} in {phase} of cycle {number}: {struck}")
             if whom == "worker":
                 worker.kill()
             else:
@@ -168,8 +195,8 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         assert results(cycle) == results(there)
         assert curve(cycle) == curve(there)
         assert record(cycle)["data_digest"] == digest_of_rows(output, number)
-    assert sum(resume["step"] > 0 for resumes in expected.values() for resume in resumes) >= 2
-    assert temporaries(output) == []
+    assert sum(map(len, expected.values())) >= 2
+    assert left_behind(output) == left_behind(undisturbed)
 
 
 @pytest.mark.slow
