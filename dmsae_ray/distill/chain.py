@@ -102,6 +102,9 @@ class ChainWorker:
 
     def run(self) -> None:
         try:
+            if self.rank == 0:
+                self.plan.lease.check()
+                self.plan.folder.tidy()
             for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
                 self.cycle = cycle
                 self.run_cycle(self.plan.folder.cycle(cycle))
@@ -331,10 +334,7 @@ class ChainWorker:
         }  # fmt: skip
         plan.lease.check()
         write_json(folder.record, record)
-        folder.checkpoint.unlink(missing_ok=True)
-        for partial in folder.attribution.glob("*"):
-            partial.unlink()
-        folder.attribution.rmdir()
+        folder.release()
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
