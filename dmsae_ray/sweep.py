@@ -7,6 +7,7 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import sys
 import threading
@@ -88,6 +89,7 @@ class Sweep:
             (folder / "config.yaml").write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
             for plan in plans:
                 plan.folder.describe(plan.key, plan.label, plan.fields)
+                plan.folder.tidy()
                 failure = plan.folder.failure()
                 if failure and failure["kind"] != "diverged":
                     plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
@@ -165,6 +167,7 @@ class Sweep:
         for plan in todo:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
         scratch = self.config.home / "ray" / str(self.lease.generation)
+        shutil.rmtree(scratch.parent, ignore_errors=True)  # of drivers that were killed; nothing is ever read from there
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             run_chains(todo, capacity.concurrent, board, scratch)
 

@@ -102,6 +102,9 @@ class ChainWorker:
 
     def run(self) -> None:
         try:
+            if self.rank == 0:
+                self.plan.lease.check()
+                self.plan.folder.tidy()
             for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
                 self.cycle = cycle
                 self.run_cycle(self.plan.folder.cycle(cycle))
@@ -152,6 +155,7 @@ class ChainWorker:
         if first:
             so_far.resumes.append({"step": first, "generation": plan.lease.generation, "workers": self.world})
         if self.rank == 0:
+            plan.lease.check()
             folder.curve.write_text("".join(json.dumps(point) + "\n" for point in so_far.curve))
         batches = self._batches(order, first)
         token_index_B = torch.from_numpy(order.token_index(self.rank, self.world)).to(self.device)
@@ -168,6 +172,7 @@ class ChainWorker:
                 rate = (step + 1 - first) * train.batch / (time.monotonic() - began)
                 point = asdict(report) | {"tokens_per_s": round(rate, 1)}
                 so_far.curve.append(point)
+                plan.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
                 with open(folder.curve, "a") as file:
                     file.write(json.dumps(point) + "\n")
                 self.say(phase="train", step=step + 1, steps=plan.steps, tokens_per_s=rate, within=0.85 * (step + 1) / plan.steps)
@@ -331,10 +336,7 @@ class ChainWorker:
         }  # fmt: skip
         plan.lease.check()
         write_json(folder.record, record)
-        folder.checkpoint.unlink(missing_ok=True)
-        for partial in folder.attribution.glob("*"):
-            partial.unlink()
-        folder.attribution.rmdir()
+        folder.release()
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
@@ -359,7 +361,6 @@ class ChainWorker:
         """Mark the chain failed. Divergence is final for this chain's fields; anything else is tried again by the next sweep."""
         if self.rank and isinstance(error, Diverged):
             return  # all ranks diverge together, rank 0 writes
-        self.plan.lease.check()
         kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError | StoreError) else "error"
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
         write_failure(self.plan, kind, reason, self.cycle)
@@ -367,7 +368,8 @@ class ChainWorker:
 
 
 def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None) -> None:
-    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep)."""
+    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep). Raises Superseded."""
+    plan.lease.check()
     write_json(
         plan.folder.failed,
         {"kind": kind, "reason": reason, "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": traceback.format_exc()},
