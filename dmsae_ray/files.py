@@ -53,8 +53,8 @@ def file_sha256(path: Path) -> str:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files under a temporary name, anywhere below a folder: ours, and the hidden ones of `sae/` and `distill/core.py`."""
-    return sorted([*folder.rglob("*.tmp-*"), *folder.rglob(".*.tmp")])
+    """Files under a temporary name, anywhere below a folder."""
+    return sorted(folder.rglob("*.tmp-*"))
 
 
 def remove_leftovers(folder: Path) -> None:
