@@ -218,8 +218,8 @@ class ChainWorker:
         shards = sorted({shard for some in everyone for shard in some})
         if shards:
             return ShardError(
-                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}). Delete it and run "
-                "`python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
+                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}), under a valid checksum. "
+                "Delete it and run `python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
             )
         return Diverged(f"cycle {self.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
 
