@@ -148,6 +148,8 @@ class SAEConfig(Section):
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
     core_budget: Literal["counted", "exempt"] = "counted"
     """with core_gate relu: whether active core pairs count against k [D]"""
+    core_transfer: Literal["frozen", "init"] = "frozen"
+    """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
     auxk_alpha: float = Field(1 / 32, ge=0)

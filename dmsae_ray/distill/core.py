@@ -44,7 +44,8 @@ class Core:
     """
 
     W_enc_CD: torch.Tensor
-    """encoder rows (fp32), frozen from the cycle in which a member entered, in the scale `scale`"""
+    """encoder rows (fp32), in the scale `scale`: those of the cycle in which a member entered, or, where the core only
+    starts its latents (core_transfer `init`), of the SAE in which the core was selected"""
     W_dec_CD: torch.Tensor
     """unit decoder rows (fp32) of the SAE in which the core was selected; for comparison only"""
     b_enc_C: torch.Tensor

@@ -119,12 +119,13 @@ def next_core(
     model, hook or scale.
     """
     old_size = 0 if previous is None else previous.size
-    W_enc_FD = torch.cat([sae.W_enc_core.detach().cpu(), sae.W_enc.detach().cpu()])
+    W_enc_FD = sae.encoder_rows().cpu()
     if previous is not None:
         _check_same_source(previous, scale=scale, hook=hook, model=model)
         assert previous.cycle < cycle, "a core cannot come from a later cycle"
-        assert torch.equal(W_enc_FD[:old_size].float(), previous.W_enc_CD), "frozen encoder rows moved"
-    assert sae.W_enc_core.shape[0] == old_size, "the SAE holds another core than the one given"
+        frozen = slice(sae.n_frozen)
+        assert torch.equal(W_enc_FD[frozen].float(), previous.W_enc_CD[frozen]), "frozen encoder rows moved"
+    assert sae.core_size == old_size, "the SAE holds another core than the one given"
     ids_C = torch.as_tensor(ids_C, dtype=torch.int64).cpu()
     scores_N = torch.as_tensor(scores_N).cpu()
     assert ids_C.numel() == 0 or int(ids_C.max()) < scores_N.shape[0] <= W_enc_FD.shape[0], "selected without a score"

@@ -1,12 +1,12 @@
 """Selection by hand-worked cases, and provenance over three cycles."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from dmsae_ray.distill.select import jaccard, load_scores, next_core, rank, save_scores, select
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,15 @@ def test_jaccard():
     assert jaccard(0, 0, 0) is None
 
 
-def make_sae(core_W_enc_CD, width=8, d=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    W_dec_FD = torch.randn(width, d, generator=generator)
-    return SimpleNamespace(
-        W_enc_core=core_W_enc_CD, W_enc=torch.randn(width - len(core_W_enc_CD), d, generator=generator),
-        W_dec=W_dec_FD / W_dec_FD.norm(dim=1, keepdim=True), b_enc=torch.randn(width, generator=generator),
-        b_dec=torch.randn(d, generator=generator), theta=torch.tensor(0.2, dtype=torch.float64),
-    )  # fmt: skip
+def make_sae(core_W_enc_CD, width=8, d=4, seed=0, core_transfer="frozen"):
+    """An SAE as if trained: nothing but frozen rows is as it started."""
+    settings = SAESettings(d=d, width=width, k=2, batch=4, prefix_fractions=(0.5,), core_transfer=core_transfer)
+    sae, generator = MatryoshkaSAE.init(settings, core_W_enc_CD, seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        sae.theta.fill_(0.2)
+    return sae
 
 
 SOURCE = {"seed": 1, "k": 16, "scale": 2.0, "hook": "hook", "model": "model"}
@@ -124,6 +125,14 @@ def test_provenance_over_three_cycles():
     assert core2.repeated_C(2).tolist() == [True, True, False, False]
     assert core2.survivors_C().tolist() == [True, False, False, False]
     assert torch.equal(core2.W_enc_CD[0], sae0.W_enc[4])
+
+
+def test_a_core_that_only_starts_latents_carries_their_trained_rows():
+    core0 = next_core(None, make_sae(torch.zeros(0, 4)), torch.tensor([1, 3]), SCORES_N, DENSITY_F, cycle=0, **SOURCE)
+    sae1 = make_sae(core0.W_enc_CD, seed=1, core_transfer="init")
+    core1 = next_core(core0, sae1, torch.tensor([1, 5]), SCORES_N, DENSITY_F, cycle=1, **SOURCE)
+    assert core1.selected == ((0, 1), (1,))
+    assert torch.equal(core1.W_enc_CD, sae1.W_enc[[1, 5]]) and not torch.equal(core1.W_enc_CD[0], core0.W_enc_CD[1])
 
 
 @pytest.mark.parametrize("change", [{"scale": 2.1}, {"hook": "other"}, {"model": "other"}])
