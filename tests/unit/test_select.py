@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from dmsae_ray.distill.select import jaccard, load_scores, next_core, rank, save_scores, select
+from dmsae_ray.distill.select import carried, count_of, jaccard, load_scores, next_core, rank, save_scores, select, top
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 
@@ -62,11 +64,57 @@ def test_what_cannot_be_selected_from(scores, tau, message):
         select(torch.tensor(scores, dtype=torch.float64), tau)
 
 
+@pytest.mark.parametrize(
+    ("values", "count", "ids"),
+    [
+        ([1, 5, 4], 0, []),
+        ([1, 5, 4], 1, [1]),
+        ([1, 5, 4], 2, [1, 2]),
+        ([1, 5, 4], 3, [0, 1, 2]),
+        ([2, 2, 2, 2], 2, [0, 1]),  # ties by id
+        ([-3, 0, -1, 0], 3, [1, 2, 3]),  # of either sign
+        ([], 0, []),
+    ],
+)
+def test_the_largest_values_ties_by_id(values, count, ids):
+    chosen = top(torch.tensor(values, dtype=torch.float64), count)
+    assert chosen.tolist() == ids and chosen.dtype == torch.int64
+
+
+def test_what_has_no_largest_values():
+    with pytest.raises(ValueError, match="not finite"):
+        top(torch.tensor([1.0, float("nan")]), 1)
+    for count in (-1, 3):
+        with pytest.raises(ValueError, match=f"a core of {count} latents cannot be selected from 2"):
+            top(torch.tensor([1.0, 2.0]), count)
+
+
+@pytest.mark.parametrize(
+    ("share", "candidates", "count"), [(0.5, 4, 2), (0.5, 5, 3), (0.1, 30, 3), (0.7, 10, 7), (1, 9, 9), (1e-6, 9, 1), (0.3, 1, 1)]
+)
+def test_fewest_candidates_that_are_a_share_of_all(share, candidates, count):
+    assert count_of(share, candidates) == count
+
+
+def test_share_of_the_attribution_that_any_candidates_carry():
+    scores_N = torch.tensor([1, 5, 4, 0], dtype=torch.float64)
+    assert [carried(scores_N, torch.tensor(ids)) for ids in ([1], [0, 2], [0, 1, 2, 3], [3], [])] == [0.5, 0.5, 1, 0, 0]
+    many_N = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    curve_N = rank(many_N).share_N
+    for count in (1, 17, 250, 500):
+        assert carried(many_N, top(many_N, count)) == curve_N[count - 1], "to the last bit a point of the curve"
+
+
 def test_scores_file(tmp_path):
     path = tmp_path / "scores.safetensors"
     scores_N = torch.tensor([1, 5, 4], dtype=torch.float64)
-    assert save_scores(path, scores_N).tolist() == [0.5, 0.9, 1.0]
+    save_scores(path, scores_N)
     assert torch.equal(load_scores(path), scores_N)
+    assert load_file(path).keys() == {"ids", "scores", "curve"} and load_file(path)["curve"].tolist() == [0.5, 0.9, 1.0]
+    save_scores(path, scores_N, "norm", torch.tensor([3.0, 2.0, 2.5]))
+    assert torch.equal(load_scores(path), scores_N) and load_file(path)["values"].tolist() == [3, 2, 2.5]
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["by"] == "norm"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=f"{path}: truncated"):
         load_scores(path)
@@ -106,7 +154,7 @@ def test_provenance_over_three_cycles():
     assert torch.equal(core0.W_enc_CD, sae0.W_enc[[1, 3, 4]]) and torch.equal(core0.W_dec_CD, sae0.W_dec[[1, 3, 4]])
     assert torch.equal(core0.b_enc_C, sae0.b_enc[[1, 3, 4]])
     assert core0.density_C.tolist() == DENSITY_F[[1, 3, 4]].double().tolist()
-    assert core0.survivors_C().all()
+    assert core0.survivors_C().all() and core0.selected_by == "attribution"
 
     # Cycle 1: members 0 and 2 (once latents 1 and 4) stay, free latent 5 enters.
     sae1 = make_sae(core0.W_enc_CD, seed=1)
@@ -116,6 +164,11 @@ def test_provenance_over_three_cycles():
     assert core1.latent_ids_C.tolist() == [0, 2, 5]
     assert torch.equal(core1.W_enc_CD[:2], core0.W_enc_CD[[0, 2]]) and torch.equal(core1.W_enc_CD[2], sae1.W_enc[2])
     assert core1.theta == 0.2
+
+    # The same core by another criterion differs in nothing but what it says of itself: scores stay attribution.
+    placebo = next_core(core0, sae1, torch.tensor([0, 2, 5]), SCORES_N, DENSITY_F, cycle=1, by="random", **SOURCE)
+    assert placebo.selected_by == "random" and torch.equal(placebo.scores_C, core1.scores_C)
+    assert placebo.selected == core1.selected and torch.equal(placebo.W_enc_CD, core1.W_enc_CD)
 
     # Cycle 2: the newcomer and one old member stay, two enter.
     sae2 = make_sae(core1.W_enc_CD, seed=2)
