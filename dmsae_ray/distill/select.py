@@ -151,8 +151,8 @@ def next_core(
     """The core that this cycle hands on.
 
     previous: the core inside `sae` (its member i is latent i there), None if there is none. ids_C: the selected latent
-    ids, ascending; scores_N: fp64 attribution of all candidates; by: what the ids were selected by. Raises ValueError if the previous core belongs to another
-    model, hook or scale.
+    ids, ascending; scores_N: fp64 attribution of all candidates; by: what the ids were selected by. Raises ValueError if
+    the previous core belongs to another model, hook or scale.
     """
     old_size = 0 if previous is None else previous.size
     W_enc_FD = sae.encoder_rows().cpu()

@@ -111,16 +111,15 @@ class MatryoshkaSAE(nn.Module):
         settings: SAESettings, core_W_enc_CD: Tensor | None, seed: int, dtype: torch.dtype = torch.float32
     ) -> MatryoshkaSAE:
         """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows copied.
-        What the core's rows then are, frozen or trained, changes none of these numbers.
 
-        Drawn from a generator of its own, so that nothing but `seed` decides it. b_dec becomes the geometric median of the
+        Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer. b_dec becomes the geometric median of the
         first batch in the first training step. Raises ValueError if the core does not fit.
         """
         core_size = 0 if core_W_enc_CD is None else len(core_W_enc_CD)
         if core_size >= settings.width:
             raise ValueError(
                 f"a core of {core_size} latents leaves no free latent in a width of {settings.width}: "
-                "raise sae.width or lower attribution.tau"
+                "raise sae.width, or lower attribution.tau or selection.size"
             )
         if core_W_enc_CD is not None and core_W_enc_CD.shape != (core_size, settings.d):
             raise ValueError(
