@@ -112,8 +112,8 @@ class MatryoshkaSAE(nn.Module):
     ) -> MatryoshkaSAE:
         """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows copied.
 
-        Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer. b_dec becomes the geometric median of the
-        first batch in the first training step. Raises ValueError if the core does not fit.
+        Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer. b_dec becomes
+        the geometric median of the first batch in the first training step. Raises ValueError if the core does not fit.
         """
         core_size = 0 if core_W_enc_CD is None else len(core_W_enc_CD)
         if core_size >= settings.width:
