@@ -148,6 +148,8 @@ class SAEConfig(Section):
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
     core_budget: Literal["counted", "exempt"] = "counted"
     """with core_gate relu: whether active core pairs count against k [D]"""
+    core_transfer: Literal["frozen", "init"] = "frozen"
+    """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
     auxk_alpha: float = Field(1 / 32, ge=0)
@@ -217,6 +219,30 @@ class AttributionConfig(Section):
     """over tokens: mean of the absolute attribution, or absolute value of the mean [D]"""
     tau: float = Field(0.9, gt=0, le=1)
     """share of the total attribution that the core must carry"""
+
+
+class SelectionConfig(Section):
+    """Which candidates (core + first group) are the next core. Anything but attribution makes a control: a placebo chain through
+    the same slot, whose candidates' attribution is measured and stored all the same."""
+
+    by: Literal["attribution", "frequency", "reconstruction", "norm", "random"] = "attribution"
+    """candidates are ranked by `attribution`; by `frequency`, their density on the evaluation tokens; by `reconstruction`, how much the squared error of the smallest prefix grows on those tokens when one is left out; by the `norm` of the encoder row; or in `random` order, from seed and cycle"""
+    size: Literal["tau", "match"] | Annotated[float, Field(gt=0, le=1)] = "tau"
+    """how many are selected: `tau`, the fewest that carry attribution.tau of the attribution (by attribution only); a share of the candidates, such as 0.5; or `match`, in every cycle as many as the finished chain in the same output folder that selects by attribution and tau and has all other fields, seed and k in common (not by attribution)"""
+
+    @model_validator(mode="after")
+    def _size_fits(self) -> SelectionConfig:
+        if self.by != "attribution" and self.size == "tau":
+            raise ValueError(
+                f"selection.by {self.by} has no share of the attribution to reach: set selection.size to a share of the candidates, "
+                "such as 0.5, or to match for the sizes of the chain that selects by attribution"
+            )
+        if self.by == "attribution" and self.size == "match":
+            raise ValueError(
+                "selection.size match takes the sizes of the chain that selects by attribution, and would be that chain once more: "
+                "set selection.by, or leave selection.size at tau"
+            )
+        return self
 
 
 class EvaluateConfig(Section):
@@ -321,6 +347,7 @@ class Config(BaseSettings):
     sae: SAEConfig = SAEConfig()
     train: TrainConfig = TrainConfig()
     attribution: AttributionConfig = AttributionConfig()
+    selection: SelectionConfig = SelectionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig = SweepConfig()
     compare: CompareConfig = CompareConfig()
@@ -434,8 +461,19 @@ class Config(BaseSettings):
             "sae": self.sae.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
+            "selection": self.selection.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),
         }  # fmt: skip
+
+    def chain_label(self, seed: int, k: int) -> str:
+        """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains of an
+        output folder, what makes it a control."""
+        controls = [self.selection.by] * (self.selection.by != "attribution") + ["init"] * (self.sae.core_transfer == "init")
+        return "-".join([f"seed{seed}-k{k}", *controls])
+
+    def by_attribution(self) -> Config:
+        """The same experiment with cores selected by attribution and tau: its chains are those that placebos are matched to."""
+        return self.model_copy(update={"selection": SelectionConfig()})
 
 
 def fields_key(fields: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def chain_keys(config: Config) -> dict[str, str]:
     """label -> key of every chain the configuration asks for."""
     dataset_key = Identity(config).key(config.model.hook)
     return {
-        f"seed{seed}-k{k}": fields_key(config.chain_fields(seed, k, dataset_key))
+        config.chain_label(seed, k): fields_key(config.chain_fields(seed, k, dataset_key))
         for k in config.sweep.k
         for seed in config.sweep.seeds
     }

@@ -27,7 +27,7 @@ from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import write_json
 from dmsae_ray.housekeeping import clean, status
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight, without_kernels
+from dmsae_ray.preflight import check_matched, preflight, without_kernels
 from dmsae_ray.screen import Screen
 from dmsae_ray.track.figures import consistency_matrix, matrices, save
 from dmsae_ray.track.mlflow_sync import MlflowTracker
@@ -61,6 +61,7 @@ def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.section_dict()), command.verbose
     preflight(config)
+    check_matched(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
     try:

@@ -6,7 +6,7 @@
               curve.jsonl          one line per logged step
               sae.safetensors      the trained SAE with its threshold and densities
               attribution/         one partial sum per shard; gone when the cycle is done
-              scores.safetensors   attribution of every candidate
+              scores.safetensors   attribution of every candidate; what it was selected by, where that is something else
               core.safetensors     the core this cycle chose
               record.json          completion record, written last: the cycle is done if and only if it exists
 

@@ -146,7 +146,8 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
                  ["--cluster.workers", "2"], ["--cluster.object_store_mb", "64"], ["--train.screen", "fp32"], ["--train.checkpoint_steps", "7"]):  # fmt: skip
         assert key(*argv) == same, argv
     for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
-                 ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"]):  # fmt: skip
+                 ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"], ["--selection.size", "0.5"], ["--sae.core_transfer", "init"],
+                 ["--selection.by", "norm", "--selection.size", "match"]):  # fmt: skip
         assert key(*argv) != same, argv
 
 
