@@ -312,7 +312,7 @@ class ClusterConfig(Section):
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     object_store_mb: int = Field(512, ge=64)
-    """shared memory that the data stream of one training worker may fill, MB; nine row groups must fit"""
+    """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""
     read_tasks: int = Field(2, ge=1)
     """tasks that read shards for one worker at the same time; each is a process"""
     fetch_ahead: int = Field(8, ge=1)
