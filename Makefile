@@ -7,13 +7,13 @@ ARGS   ?=
 # Every test process computes with one thread: two run side by side on two cores.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup sweep test test-all test-unit test-parallel test-pipeline test-faults test-peers bench ui clean
+.PHONY: help setup sweep test test-all test-unit test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
 	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
 	@echo "make ui                open MLflow on the quickstart's results"
-	@echo "make test-unit | test-parallel | test-pipeline | test-faults | test-peers"
+	@echo "make test-unit | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
 	@echo "make bench             time the training step against other systems' (jobs/bench_step.md)"
 
 setup: $(READY)
@@ -46,10 +46,14 @@ test-parallel: $(READY)
 	timeout 120 $(TEST) tests/parallel
 
 test-pipeline: $(READY)
-	timeout 600 $(TEST) tests/pipeline
+	timeout 900 $(TEST) tests/pipeline
 
 test-faults: $(READY)
-	timeout 600 $(TEST) tests/faults
+	timeout 1500 $(TEST) tests/faults
+
+# The long ones of test-faults: harvests and chains killed again and again, and chains that go on with other workers.
+test-kills: $(READY)
+	timeout 1800 $(TEST) -m slow --durations=12 tests/faults/test_kills.py tests/faults/test_harvest_kills.py
 
 # Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment

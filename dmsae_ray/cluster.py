@@ -145,4 +145,6 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
     session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
     ray.shutdown()
     if session is not None and session.exists():
-        shutil.copytree(session, logs, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"), symlinks=True)
+        # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
+        ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")
+        shutil.copytree(session, logs, dirs_exist_ok=True, ignore=ignored, symlinks=True)

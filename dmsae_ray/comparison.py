@@ -38,7 +38,8 @@ def compare_chains(config: Config, dataset: ActivationDataset, plans: list[Chain
     say(f"compare: {len(finished) * (len(finished) - 1) // 2} pairs of cores, {config.compare.draws} draws of each null")
     c = config.compare
     settings = CompareSettings(draws=c.draws, cosine=c.cosine, max_latents=c.max_latents, seed=c.seed)
-    pairs = compare_all([chain_result(plan, last) for plan in finished], covariance(dataset), settings)
+    # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
+    pairs = compare_all([chain_result(plan, last) for plan in finished], covariance(dataset), settings) if len(finished) > 1 else []
     comparison = {
         "format_version": FORMAT_VERSION,
         "key": key,

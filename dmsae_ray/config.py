@@ -148,6 +148,8 @@ class SAEConfig(Section):
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
     core_budget: Literal["counted", "exempt"] = "counted"
     """with core_gate relu: whether active core pairs count against k [D]"""
+    core_transfer: Literal["frozen", "init"] = "frozen"
+    """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
     auxk_alpha: float = Field(1 / 32, ge=0)
@@ -212,7 +214,7 @@ class AttributionConfig(Section):
     sequences_per_shard: int = Field(32, ge=1)
     """sequences in one unit of attribution work; fixed, so that scores do not depend on who computed them"""
     until_jaccard: float | None = Field(None, gt=0, le=1)
-    """score 2, 4, 8, ... shards until the cores that even and odd ones select have this Jaccard index; empty: score all tokens"""
+    """score 2, 4, 8, ... shards until the sets that carry tau of the even and of the odd ones' attribution have this Jaccard index; empty: score all tokens"""
     candidates: Literal["first_group", "all"] = "first_group"
     """latents that may enter the core, and that the spliced reconstruction is made of: core + first group, nothing deeper; or every latent, and the whole reconstruction"""
     splice: Literal["replace", "keep_error"] = "replace"
@@ -230,6 +232,30 @@ class AttributionConfig(Section):
     def _quantile_is_used(self) -> AttributionConfig:
         if self.aggregator != "quantile" and self.quantile != type(self).model_fields["quantile"].default:
             raise ValueError("attribution.quantile has a meaning only with attribution.aggregator quantile")
+        return self
+
+
+class SelectionConfig(Section):
+    """Which candidates (attribution.candidates) are the next core. Anything but attribution makes a control: a placebo chain through
+    the same slot, whose candidates' attribution is measured and stored all the same."""
+
+    by: Literal["attribution", "frequency", "reconstruction", "norm", "random"] = "attribution"
+    """candidates are ranked by `attribution`; by `frequency`, their density on the evaluation tokens; by `reconstruction`, how much the squared error of the smallest prefix grows on those tokens when one is left out; by the `norm` of the encoder row; or in `random` order, from seed and cycle"""
+    size: Literal["tau", "match"] | Annotated[float, Field(gt=0, le=1)] = "tau"
+    """how many are selected: `tau`, the fewest that carry attribution.tau of the attribution (by attribution only); a share of the candidates, such as 0.5; or `match`, in every cycle as many as the finished chain in the same output folder that selects by attribution and tau and has all other fields, seed and k in common (not by attribution)"""
+
+    @model_validator(mode="after")
+    def _size_fits(self) -> SelectionConfig:
+        if self.by != "attribution" and self.size == "tau":
+            raise ValueError(
+                f"selection.by {self.by} has no share of the attribution to reach: set selection.size to a share of the candidates, "
+                "such as 0.5, or to match for the sizes of the chain that selects by attribution"
+            )
+        if self.by == "attribution" and self.size == "match":
+            raise ValueError(
+                "selection.size match takes the sizes of the chain that selects by attribution, and would be that chain once more: "
+                "set selection.by, or leave selection.size at tau"
+            )
         return self
 
 
@@ -300,7 +326,7 @@ class ClusterConfig(Section):
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     object_store_mb: int = Field(512, ge=64)
-    """shared memory that the data stream of one training worker may fill, MB; eight row groups must fit"""
+    """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""
     read_tasks: int = Field(2, ge=1)
     """tasks that read shards for one worker at the same time; each is a process"""
     fetch_ahead: int = Field(8, ge=1)
@@ -335,6 +361,7 @@ class Config(BaseSettings):
     sae: SAEConfig = SAEConfig()
     train: TrainConfig = TrainConfig()
     attribution: AttributionConfig = AttributionConfig()
+    selection: SelectionConfig = SelectionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig = SweepConfig()
     compare: CompareConfig = CompareConfig()
@@ -401,6 +428,11 @@ class Config(BaseSettings):
             problems.append("sweep.parts has a meaning only with sweep.data disjoint")
         if harvest.dataset is not None and (harvest.hooks or harvest.store):
             problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
+        if self.selection.by == "reconstruction" and self.attribution.candidates == "all":
+            problems.append(
+                "selection.by reconstruction ranks core + first group by the error of that prefix, attribution.candidates all asks for every "
+                "latent: set attribution.candidates first_group, or another selection.by"
+            )
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
             problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
         if problems:
@@ -448,8 +480,19 @@ class Config(BaseSettings):
             "sae": self.sae.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
+            "selection": self.selection.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),
         }  # fmt: skip
+
+    def chain_label(self, seed: int, k: int) -> str:
+        """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains of an
+        output folder, what makes it a control."""
+        controls = [self.selection.by] * (self.selection.by != "attribution") + ["init"] * (self.sae.core_transfer == "init")
+        return "-".join([f"seed{seed}-k{k}", *controls])
+
+    def by_attribution(self) -> Config:
+        """The same experiment with cores selected by attribution and tau: its chains are those that placebos are matched to."""
+        return self.model_copy(update={"selection": SelectionConfig()})
 
 
 def fields_key(fields: dict[str, Any]) -> str:

@@ -52,7 +52,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Files under a temporary name, anywhere below a folder."""
+    return sorted(folder.rglob("*.tmp-*"))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left under temporary names; only for a folder that nobody else writes to now."""
-    for path in folder.rglob("*.tmp-*"):
+    for path in leftovers(folder):
         path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import time
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
 from dmsae_ray.activations.rowgroup import REPAIR
+from dmsae_ray.activations.store import Missing, StoreError
 from dmsae_ray.cluster import connect, disconnect
 from dmsae_ray.config import Config, HarvestCommand, load
 from dmsae_ray.corpus.split import HELD_OUT
@@ -37,12 +38,14 @@ def run(config: Config, command: HarvestCommand) -> int:
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "harvest", command.verbose) as say:
+            bad = 0
             if command.verify or command.repair:
                 bad = verify(config, say, repair=command.repair)
                 if command.verify or not bad:
                     return 1 if bad else 0
-            datasets = find_datasets(config, config.hooks)
-            if None in datasets.values():
+            # A dataset given by harvest.dataset lacks what was just deleted, which otherwise is an error there.
+            datasets = {} if bad else find_datasets(config, config.hooks)
+            if bad or None in datasets.values():
                 work = Harvest(config, say)
                 capacity = connect(config, chains=1, verbose=command.verbose)
                 try:
@@ -66,11 +69,15 @@ def summary(dataset: ActivationDataset) -> str:
 
 
 def verify(config: Config, say: Screen, repair: bool) -> int:
-    """Read everything again and say what is bad; with repair, delete the bad files too. Returns how many are bad."""
-    bad = 0
+    """Read everything again and say what is bad; with repair, delete the bad files too. Returns how many are bad.
+
+    Raises DatasetError if a dataset is not what the configuration makes: nothing else may be deleted.
+    """
+    bad, identity = 0, Identity(config)
     for hook in config.hooks:
-        store = Identity(config).store(hook)
+        store = identity.store(hook)
         dataset, start, size = ActivationDataset(store), time.monotonic(), 0
+        dataset.expect(identity.fields(hook))
         for entry, error in dataset.problems(read=True):
             size += entry.bytes
             if error is not None:
@@ -82,6 +89,8 @@ def verify(config: Config, say: Screen, repair: bool) -> int:
             try:
                 dataset.held_out(split)
             except ValueError as error:
+                if isinstance(error, StoreError) and not isinstance(error, Missing):
+                    raise  # a server that cannot be asked says nothing about its files
                 bad += 1
                 say(f"bad: {error}")
                 if repair:

@@ -13,6 +13,7 @@ from rich.table import Table
 from dmsae_ray.activations.harvest import Identity
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.files import leftovers
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.track.terminal import terminal_console
 
@@ -21,7 +22,7 @@ def chain_keys(config: Config) -> dict[str, str]:
     """label -> key of every chain the configuration asks for."""
     dataset_key = Identity(config).key(config.model.hook)
     return {
-        f"seed{seed}-k{k}": fields_key(config.chain_fields(seed, k, dataset_key))
+        config.chain_label(seed, k): fields_key(config.chain_fields(seed, k, dataset_key))
         for k in config.sweep.k
         for seed in config.sweep.seeds
     }
@@ -72,7 +73,7 @@ def status(config: Config) -> int:
 def superfluous(config: Config) -> list[Path]:
     """What no finished result and no chain of this configuration needs."""
     home, wanted = config.home, set(chain_keys(config).values())
-    found = [path for path in home.rglob("*.tmp-*")] + [path for path in [home / "ray"] if path.exists()]
+    found = leftovers(home) + [path for path in [home / "ray"] if path.exists()]
     identity = Identity(config)
     datasets = {identity.key(hook) for hook in config.hooks}
     for folder in sorted((home / "chains").glob("*")):

@@ -9,6 +9,9 @@ from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture
+from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.plan import check_twins
+from dmsae_ray.housekeeping import chain_keys
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
 from dmsae_ray.sae import native
 
@@ -54,6 +57,14 @@ def without_kernels(config: Config) -> str | None:
             raise ValueError(f"train.kernels compiled: {error}; install gcc, or set train.kernels to auto") from error
         return str(error)
     return None
+
+
+def check_matched(config: Config) -> None:
+    """With `selection.size: match`, the chains that the sizes are taken from are finished. Raises ValueError."""
+    if config.selection.size != "match":
+        return
+    keys = zip(chain_keys(config), chain_keys(config.by_attribution()).values(), strict=True)
+    check_twins({label: ChainFolder(config.home / "chains" / key) for label, key in keys}, config.sweep.cycles)
 
 
 def disk_bytes(config: Config, d: int) -> int:

@@ -7,6 +7,7 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
+from dmsae_ray.activations.store import NAME_AND_PASSWORD
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
 from dmsae_ray.config import Config, SweepCommand, fields_key, load
@@ -25,7 +27,7 @@ from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import write_json
 from dmsae_ray.housekeeping import clean, status
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight, without_kernels
+from dmsae_ray.preflight import check_matched, preflight, without_kernels
 from dmsae_ray.screen import Screen
 from dmsae_ray.track.figures import consistency_matrix, matrices, save
 from dmsae_ray.track.mlflow_sync import MlflowTracker
@@ -59,6 +61,7 @@ def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.section_dict()), command.verbose
     preflight(config)
+    check_matched(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
     try:
@@ -84,9 +87,10 @@ class Sweep:
             plans = plan_chains(self.config, dataset, self.lease)
             folder = self.config.home / "sweeps" / f"{self.config.name}-{self.key(plans)}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config.section_dict(), sort_keys=False))
+            (folder / "config.yaml").write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
             for plan in plans:
                 plan.folder.describe(plan.key, plan.label, plan.fields)
+                plan.folder.tidy()
                 failure = plan.folder.failure()
                 if failure and failure["kind"] != "diverged":
                     plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
@@ -164,6 +168,7 @@ class Sweep:
         for plan in todo:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
         scratch = self.config.home / "ray" / str(self.lease.generation)
+        shutil.rmtree(scratch.parent, ignore_errors=True)  # of drivers that were killed; nothing is ever read from there
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             run_chains(todo, capacity.concurrent, board, scratch)
 
@@ -172,7 +177,7 @@ class Sweep:
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, self.key(plans), self.config.name,
-            self.config.section_dict(), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
+            shown(self.config), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
         )  # fmt: skip
 
     @staticmethod
@@ -182,6 +187,15 @@ class Sweep:
         write_report(folder / "report.txt", tables)
         save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
         return tables
+
+
+def shown(config: Config) -> dict:
+    """The configuration as it is kept and logged: without names and passwords that a URL may carry."""
+    tree = config.section_dict()
+    for field in ("store", "dataset"):
+        if tree["harvest"][field]:
+            tree["harvest"][field] = NAME_AND_PASSWORD.sub("//", tree["harvest"][field])
+    return tree
 
 
 class Every:

@@ -320,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--gigabytes", type=float, default=5.0, help="size of the stream's pass")
-    parser.add_argument("--object-store-mb", type=int, default=1280, help="what the stream may fill")
+    parser.add_argument("--object-store-mb", type=int, default=1536, help="what the stream may fill")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scratch", type=Path, help="folder for what is written and deleted again")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")

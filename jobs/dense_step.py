@@ -70,7 +70,7 @@ class DenseTrainer:
             grad_W_dec_FD += z_aux_BF.t() @ error_BD
 
         sae.W_dec.grad = grad_W_dec_FD
-        sae.W_enc.grad = grad_p_BF[:, sae.core_size :].t() @ centred_BD
+        sae.W_enc.grad = grad_p_BF[:, sae.n_frozen :].t() @ centred_BD
         sae.b_enc.grad = grad_p_BF.sum(dim=0)
         sae.b_dec.grad = error_GBD[0].sum(dim=0) - sae.b_enc.grad @ encoder_FD
         row_FD = sae.W_dec / (torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True) + 1e-6)

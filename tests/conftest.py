@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,22 @@ def run_command(output: Path, *args: str, module: str = "sweep", timeout: float 
     return Run(done.returncode, done.stdout, time.monotonic() - start)
 
 
+def wait_for(condition, process: subprocess.Popen, seconds: float = 150) -> None:
+    """Until the condition holds; the process must be alive all the while."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the victim ended before it could be struck"
+        assert time.monotonic() < end, "the phase to strike in never came"
+        time.sleep(0.05)
+
+
+def start(output: Path, *args: str) -> tuple[subprocess.Popen, Path]:
+    """A sweep that runs beside the test, and the file with all it says."""
+    log = open(output.parent / "driver.log", "w")
+    process = subprocess.Popen(command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return process, output.parent / "driver.log"
+
+
 @dataclass
 class Sweep:
     """A finished small sweep."""
@@ -65,8 +82,6 @@ class Sweep:
 
     def chains(self) -> dict[str, Path]:
         """label -> folder of every chain."""
-        import json
-
         return {json.loads((f / "chain.json").read_text())["label"]: f for f in sorted((self.output / "chains").glob("*"))}
 
 
@@ -79,6 +94,19 @@ def small_sweep(tmp_path_factory) -> Sweep:
     return Sweep(output, run)
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 server, see s3_server.py; its keys are in the environment, as users have theirs."""
+    from s3_server import KEYS, S3
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        server = S3()
+        yield server
+        server.stop()
+
+
 def core_bytes(output: Path) -> dict[str, bytes]:
     """Every core of every chain, by its place."""
     from dmsae_ray.distill.core import Core
@@ -88,3 +116,27 @@ def core_bytes(output: Path) -> dict[str, bytes]:
         core = Core.load(path)
         cores[str(path.relative_to(output))] = core.W_enc_CD.numpy().tobytes() + core.scores_C.numpy().tobytes()
     return cores
+
+
+def sae_tensors(output: Path) -> dict[str, bytes]:
+    """Every tensor of every SAE of every chain, by its place."""
+    from safetensors.numpy import load_file
+
+    found = {}
+    for path in sorted((output / "chains").glob("*/cycle_*/sae.safetensors")):
+        found |= {f"{path.relative_to(output)} {name}": tensor.tobytes() for name, tensor in load_file(path).items()}
+    return found
+
+
+def same_results(output: Path, undisturbed: Path, cycles: int) -> None:
+    """Chains of so many cycles, seen on the same rows, came to the same weights and cores, bit for bit."""
+    for what in (core_bytes, sae_tensors, data_digests):
+        found = what(output)
+        assert len({place.split()[0] for place in found}) == cycles, sorted(found)
+        assert found.items() <= what(undisturbed).items(), what.__name__
+
+
+def data_digests(output: Path) -> dict[str, str]:
+    """Which rows each cycle of each chain was trained on, by its place."""
+    records = sorted((output / "chains").glob("*/cycle_*/record.json"))
+    return {str(path.relative_to(output)): json.loads(path.read_text())["data_digest"] for path in records}

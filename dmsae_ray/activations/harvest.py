@@ -122,6 +122,8 @@ class Harvest:
             f"harvest: {sum(p.rows for p in self.plans):,} tokens of {self.config.model.name} at {', '.join(self.config.hooks)} into "
             f"{len(self.plans)} shards" + (f", {kept} kept from before" if kept else "")
         )
+        if missing and actors < (self.config.harvest.actors or 0):
+            self.say(f"harvest: {actors} actors, since no more of harvest.actors {self.config.harvest.actors} fit on this cluster")
         start, first, done, size = time.monotonic(), None, 0, 0
         for name, entries in self._make(missing, actors) if missing else ():
             for hook, entry in entries.items():
@@ -131,7 +133,7 @@ class Harvest:
             now = time.monotonic()
             if first is None:
                 first = now, done  # actors start and load the model before this: no rate can be told yet
-            rate = (done - first[1]) / (now - first[0]) if done > first[1] else None
+            rate = (done - first[1]) / (now - first[0]) if now - first[0] > 1 else None
             pace = f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left" if rate else ""
             self.say(f"harvest: {done:,} of {total:,} tokens, {size / 1e6:,.1f} MB{pace}")
         self.say(f"harvest: done in {time.monotonic() - start:.0f} s")

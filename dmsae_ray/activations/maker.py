@@ -38,7 +38,8 @@ class Target:
             entry, about = inspect_shard(self.store, plan.file)
         except ShardError:
             return None
-        return entry if entry.rows == plan.rows and about.get("dataset") == self.about["dataset"] else None
+        same = (entry.rows, about.get("dataset"), about.get("shard")) == (plan.rows, self.about["dataset"], plan.name)
+        return entry if same else None
 
 
 class ShardMaker:
@@ -80,7 +81,7 @@ class ShardMaker:
                 kept_RD, dropped = keep(rows.pop(target.hook), plan, harvest.outlier_norm, harvest.outlier_reserve)
                 made[target.hook] = self._writers[target.hook].write(
                     target.store, plan.file, kept_RD[torch.from_numpy(plan.permutation(harvest.seed))], harvest.rows_per_group,
-                    target.about, positions | dropped,
+                    target.about | {"shard": plan.name}, positions | dropped,
                 )  # fmt: skip
             return known | made
 

@@ -205,4 +205,4 @@ def _file_system(url: str) -> tuple[fs.FileSystem, str]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -26,9 +26,9 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import COLUMN, Unit, read_units
 from dmsae_ray.activations.shard import DTYPES, as_tensor
 
-BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 8, 4
-"""Blocks of one stream that exist at the same time, at most, and those of them that Ray Data is told of. It does not count all that
-its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer that lags sees 7 in the store."""
+BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 10, 4
+"""Blocks of one stream that its share of the object store has room for, and those of them that Ray Data is told of. It does not count
+all that its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer that lags sees 8 or 9."""
 LARGEST_BLOCK = 160 << 20
 """Each block costs some 14 ms of Ray's bookkeeping: at 151 MB (a round of 8 lanes at d = 2304) that is a third of its reading time."""
 TASK_BYTES = 8 << 30
@@ -226,7 +226,7 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
     )
     # A block is given on as soon as it exceeds the target and cut at one and a half of it: ours pass whole, each for itself.
     context.target_max_block_size = int(0.9 * largest * unit_bytes)
-    context._max_num_blocks_in_streaming_gen_buffer = 1
+    context._max_num_blocks_in_streaming_gen_buffer = 2  # one may be on its way while the next is made
     per_pipeline = TASKS_PER_PIPELINE * per_task
     for first in range(0, len(wanted), per_pipeline):
         part = table.slice(first, per_pipeline)

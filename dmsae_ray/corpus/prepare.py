@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def prepare_tokens(
     evaluation sequences are in a seeded order, so that any first part of them is a sample. A file's metadata say how many
     documents and tokens each part of the corpus gave to that split. `say` gets a line of progress every SAY_SECONDS.
 
-    Raises ValueError if the corpus cannot be read, a split is empty or the tokenizer has no BOS.
+    Raises ValueError if the corpus cannot be read, a split is empty, the tokenizer has no BOS or the disk is full.
     """
     paths = {split: folder / f"{split}.safetensors" for split in SPLITS}
     if not _sound(paths, say):
@@ -47,9 +48,14 @@ def prepare_tokens(
         remove_leftovers(folder)
         # Named like leftovers, which they are as soon as the shuffled files exist.
         in_order = {split: path if split == "train" else temporary_name(path) for split, path in paths.items()}
-        _write(corpus, tokenizer, context, in_order, say)
-        for split in HELD_OUT:
-            _shuffle(in_order[split], paths[split], seed)
+        try:
+            _write(corpus, tokenizer, context, in_order, say)
+            for split in HELD_OUT:
+                _shuffle(in_order[split], paths[split], seed)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"{folder}: {error.strerror}; free space there, or give --output a larger disk, and run the same command again") from error
     return {split: TokenSequences.load(path) for split, path in paths.items()}
 
 

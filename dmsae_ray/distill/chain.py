@@ -28,11 +28,12 @@ from dmsae_ray.activations.stream import MASK, Batches, Stream
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill import attribution as attribution_
 from dmsae_ray.distill.core import Core
+from dmsae_ray.distill.criterion import choose
 from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
 from dmsae_ray.distill.ledger import ALL_DONE, WAIT
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.select import jaccard, next_core, save_scores
+from dmsae_ray.distill.select import carried, jaccard, next_core, save_scores
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.sae.collective import Alone, TorchCollective
 from dmsae_ray.sae.loss import LossModule
@@ -102,6 +103,9 @@ class ChainWorker:
 
     def run(self) -> None:
         try:
+            if self.rank == 0:
+                self.plan.lease.check()
+                self.plan.folder.tidy()
             for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
                 self.cycle = cycle
                 self.run_cycle(self.plan.folder.cycle(cycle))
@@ -119,7 +123,7 @@ class ChainWorker:
             raise ValueError(f"{folder.path}: the core was made at scale {core.scale!r}, the activations have {self.scale!r}")
         sae, trained = self.train(folder, core)
         after_training = time.monotonic()
-        metrics, density_F = self.evaluate(folder, sae)
+        metrics, density_F, removal_P = self.evaluate(folder, sae)
         after_evaluation = time.monotonic()
         selected = self.attribute(folder, sae)
         now = time.monotonic()
@@ -128,7 +132,7 @@ class ChainWorker:
             "attribute": now - after_evaluation, "total": now - began,
         }  # fmt: skip
         if self.rank == 0:
-            self.commit(folder, core, sae, density_F, selected, metrics, trained, seconds)
+            self.commit(folder, core, sae, density_F, removal_P, selected, metrics, trained, seconds)
         self._barrier()
 
     def _barrier(self) -> None:
@@ -152,6 +156,7 @@ class ChainWorker:
         if first:
             so_far.resumes.append({"step": first, "generation": plan.lease.generation, "workers": self.world})
         if self.rank == 0:
+            plan.lease.check()
             folder.curve.write_text("".join(json.dumps(point) + "\n" for point in so_far.curve))
         batches = self._batches(order, first)
         token_index_B = torch.from_numpy(order.token_index(self.rank, self.world)).to(self.device)
@@ -168,6 +173,7 @@ class ChainWorker:
                 rate = (step + 1 - first) * train.batch / (time.monotonic() - began)
                 point = asdict(report) | {"tokens_per_s": round(rate, 1)}
                 so_far.curve.append(point)
+                plan.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
                 with open(folder.curve, "a") as file:
                     file.write(json.dumps(point) + "\n")
                 self.say(phase="train", step=step + 1, steps=plan.steps, tokens_per_s=rate, within=0.85 * (step + 1) / plan.steps)
@@ -213,8 +219,8 @@ class ChainWorker:
         shards = sorted({shard for some in everyone for shard in some})
         if shards:
             return ShardError(
-                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}). Delete it and run "
-                "`python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
+                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}), under a valid checksum. "
+                "Delete it and run `python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
             )
         return Diverged(f"cycle {self.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
 
@@ -255,15 +261,19 @@ class ChainWorker:
 
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, folder: CycleFolder, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor]:
-        """Held-out metrics and each latent's density [F]; saves the SAE with them."""
+    def evaluate(self, folder: CycleFolder, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
+        """Held-out metrics, each latent's density [F] and, if cores are selected by it, what each candidate's removal costs.
+
+        Saves the SAE with its densities.
+        """
         self.say(phase="evaluate", within=0.87)
         plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
+        removal = plan.config.selection.by == "reconstruction"
         batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
         # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         for ids_NT, lengths_N in mine:
-            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale)
+            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal)
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae.core_size, read_references(plan.references, evaluate))
         if self.rank == 0:
@@ -274,7 +284,7 @@ class ChainWorker:
                 {"density": density_F.float(), "scale": self.scale, "hook": manifest.hook, "model": manifest.model_fingerprint,
                  "cycle": self.cycle, "seed": self.plan.seed, "k": self.plan.k, "chain": self.plan.key},
             )  # fmt: skip
-        return metrics, density_F
+        return metrics, density_F, tally.sums.get("removal")
 
     def _sequences(self, split: str, tokens: int) -> TokenSequences:
         return self.dataset.held_out(split).first_tokens(tokens)
@@ -304,16 +314,17 @@ class ChainWorker:
         self._open_next()  # where other ranks were faster, this one may have had no shard that late
         return ray.get(self.aggregator.select.remote(ledger))
 
-    def commit(self, folder, core, sae, density_F, selected, metrics, trained, seconds) -> None:
+    def commit(self, folder, core, sae, density_F, removal_P, selected, metrics, trained, seconds) -> None:
         """Save the core and, last, the completion record; then drop what only an unfinished cycle needs."""
-        plan, manifest = self.plan, self.dataset.manifest
+        plan, manifest, selection = self.plan, self.dataset.manifest, self.plan.config.selection
+        ids_C, values_P = choose(plan, self.cycle, sae, selected, density_F, removal_P)
         new = next_core(
-            core, sae, selected["ids"], selected["scores"], density_F, cycle=self.cycle, seed=plan.seed, k=plan.k,
-            scale=self.scale, hook=manifest.hook, model=manifest.model_fingerprint,
+            core, sae, ids_C, selected["scores"], density_F, cycle=self.cycle, seed=plan.seed, k=plan.k,
+            scale=self.scale, hook=manifest.hook, model=manifest.model_fingerprint, by=selection.by,
         )  # fmt: skip
         plan.lease.check()
         new.save(folder.core)
-        curve = save_scores(folder.scores, selected["scores"])
+        save_scores(folder.scores, selected["scores"], selection.by, values_P)
         core_in = sae.core_size
         kept = int((new.latent_ids_C < core_in).sum())
         origins = {str(cycle): int((new.entered_C == cycle).sum()) for cycle in sorted(set(new.entered_C.tolist()))}
@@ -324,17 +335,15 @@ class ChainWorker:
             "core_in": core_in, "core_out": new.size, "kept": kept, "entered": new.size - kept, "left": core_in - kept,
             "jaccard": jaccard(kept, core_in, new.size) if self.cycle else None, "origins": origins,
             **trained, "theta": float(sae.theta), **metrics,
-            "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": float(curve[new.size - 1]),
+            "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": carried(selected["scores"], ids_C),
+            "selection": selection.model_dump() | {"candidates": len(selected["scores"])},
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "attribution": {name: value for name, value in selected.items() if name not in ("ids", "scores")},
             "finished_at": time.time(),
         }  # fmt: skip
         plan.lease.check()
         write_json(folder.record, record)
-        folder.checkpoint.unlink(missing_ok=True)
-        for partial in folder.attribution.glob("*"):
-            partial.unlink()
-        folder.attribution.rmdir()
+        folder.release()
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
@@ -359,7 +368,6 @@ class ChainWorker:
         """Mark the chain failed. Divergence is final for this chain's fields; anything else is tried again by the next sweep."""
         if self.rank and isinstance(error, Diverged):
             return  # all ranks diverge together, rank 0 writes
-        self.plan.lease.check()
         kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError | StoreError) else "error"
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
         write_failure(self.plan, kind, reason, self.cycle)
@@ -367,7 +375,8 @@ class ChainWorker:
 
 
 def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None) -> None:
-    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep)."""
+    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep). Raises Superseded."""
+    plan.lease.check()
     write_json(
         plan.folder.failed,
         {"kind": kind, "reason": reason, "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": traceback.format_exc()},

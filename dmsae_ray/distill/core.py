@@ -34,6 +34,8 @@ _TENSORS: dict[str, tuple[torch.dtype, str]] = {
 _FIELDS: dict[str, type] = {
     "theta": float, "scale": float, "hook": str, "model": str, "cycle": int, "seed": int, "k": int, "selected": list,
 }  # fmt: skip
+_OPTIONAL: dict[str, Any] = {"selected_by": "attribution"}
+"""Fields that a file holds only where they differ from this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,8 @@ class Core:
     """
 
     W_enc_CD: torch.Tensor
-    """encoder rows (fp32), frozen from the cycle in which a member entered, in the scale `scale`"""
+    """encoder rows (fp32), in the scale `scale`: those of the cycle in which a member entered, or, where the core only
+    starts its latents (core_transfer `init`), of the SAE in which the core was selected"""
     W_dec_CD: torch.Tensor
     """unit decoder rows (fp32) of the SAE in which the core was selected; for comparison only"""
     b_enc_C: torch.Tensor
@@ -52,7 +55,7 @@ class Core:
     b_dec_D: torch.Tensor
     """decoder bias (fp32) of that SAE; for comparison only"""
     scores_C: torch.Tensor
-    """attribution (fp64) by which each member was selected"""
+    """attribution (fp64) of each member, by which it was selected unless `selected_by` says otherwise"""
     density_C: torch.Tensor
     """share of evaluation tokens (fp64) on which each member was active in that SAE"""
     latent_ids_C: torch.Tensor
@@ -75,6 +78,8 @@ class Core:
     """cycle (int64) in which each member was first selected"""
     selected: tuple[tuple[int, ...], ...]
     """for each member all cycles in which it was selected, ascending"""
+    selected_by: str = "attribution"
+    """what the members were ranked by when they were selected; anything but attribution makes the core a placebo"""
 
     def __post_init__(self) -> None:
         for name, (dtype, _) in _TENSORS.items():
@@ -141,7 +146,9 @@ class Core:
     def save(self, path: str | Path) -> None:
         """Write to `path` in one step: a reader finds the old file, the new one or none, never a part."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        fields = json.dumps({name: getattr(self, name) for name in _FIELDS}, sort_keys=True)
+        named = {name: getattr(self, name) for name in _FIELDS}
+        named |= {name: getattr(self, name) for name, usual in _OPTIONAL.items() if getattr(self, name) != usual}
+        fields = json.dumps(named, sort_keys=True)
         metadata = {"format_version": str(FORMAT_VERSION), "core": fields, "sha256": _digest(tensors, fields)}
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(safetensors_bytes(tensors, metadata))
@@ -181,14 +188,15 @@ class Core:
 
 def _checked_types(tensors: dict[str, torch.Tensor], fields: Any) -> dict[str, Any]:
     """The constructor's arguments, after a check of names and types."""
+    fields = _OPTIONAL | fields
     missing = sorted((_TENSORS.keys() - tensors.keys()) | (_FIELDS.keys() - fields.keys()))
-    unknown = sorted((tensors.keys() - _TENSORS.keys()) | (fields.keys() - _FIELDS.keys()))
+    unknown = sorted((tensors.keys() - _TENSORS.keys()) | (fields.keys() - _FIELDS.keys() - _OPTIONAL.keys()))
     if missing or unknown:
         raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
     for name, (dtype, _) in _TENSORS.items():
         if tensors[name].dtype != dtype:
             raise ValueError(f"{name} is {tensors[name].dtype}, needs {dtype}")
-    for name, kind in _FIELDS.items():
+    for name, kind in (_FIELDS | {name: type(usual) for name, usual in _OPTIONAL.items()}).items():
         if type(fields[name]) is not kind:
             raise ValueError(f"{name} is {fields[name]!r}, needs a {kind.__name__}")
     return {**tensors, **fields}
@@ -204,4 +212,4 @@ def _digest(tensors: dict[str, torch.Tensor], fields: str) -> str:
     return digest.hexdigest()
 
 
-assert {field.name for field in dataclasses.fields(Core)} == _TENSORS.keys() | _FIELDS.keys()
+assert {field.name for field in dataclasses.fields(Core)} == _TENSORS.keys() | _FIELDS.keys() | _OPTIONAL.keys()

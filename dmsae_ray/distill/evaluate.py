@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dmsae_ray.distill.criterion import removal_cost
 from dmsae_ray.sae.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
@@ -32,8 +33,13 @@ class Tally:
 
 
 @torch.no_grad()
-def tally_batch(tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float) -> None:
-    """Add one batch of sequences, on the SAE's device: the whole SAE (all prefixes) in place of what stands at the hook."""
+def tally_batch(
+    tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, removal: bool = False
+) -> None:
+    """Add one batch of sequences, on the SAE's device: the whole SAE (all prefixes) in place of what stands at the hook.
+
+    removal: also add what the removal of each candidate costs (`criterion.removal_cost`).
+    """
     rows_NT = lm.rows(ids_NT, lengths_N)
     cut = lm.cut(ids_NT)
     x_RD = cut.value_BTD[rows_NT] / scale
@@ -47,6 +53,8 @@ def tally_batch(tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, leng
         x=x_RD.double().sum(dim=0), x2=x_RD.double().square().sum(), active=active_RF.sum(dim=0),
         loss=lm.loss(cut, spliced_NTD, ids_NT, lengths_N),
     )  # fmt: skip
+    if removal:
+        tally.add(removal=removal_cost(sae, x_RD, z_RF))
 
 
 def scores_of(tally: Tally, core_size: int, references: dict[str, float]) -> tuple[dict[str, float], torch.Tensor]:

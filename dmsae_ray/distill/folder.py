@@ -6,7 +6,7 @@
               curve.jsonl          one line per logged step
               sae.safetensors      the trained SAE with its threshold and densities
               attribution/         one partial sum per shard; gone when the cycle is done
-              scores.safetensors   attribution of every candidate
+              scores.safetensors   attribution of every candidate; what it was selected by, where that is something else
               core.safetensors     the core this cycle chose
               record.json          completion record, written last: the cycle is done if and only if it exists
 
@@ -17,10 +17,11 @@ generation, so a worker that outlived its driver cannot write over its successor
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmsae_ray.files import write_json
+from dmsae_ray.files import remove_leftovers, write_json
 
 RECORD_VERSION = 2
 
@@ -80,6 +81,11 @@ class CycleFolder:
     def record(self) -> Path:
         return self.path / "record.json"
 
+    def release(self) -> None:
+        """Drop what only an unfinished cycle needs."""
+        self.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.attribution, ignore_errors=True)
+
 
 @dataclass(frozen=True)
 class ChainFolder:
@@ -109,6 +115,12 @@ class ChainFolder:
                 raise ValueError(f"{path}: format version {record.get('format_version')!r}, this program reads {RECORD_VERSION}")
             records.append(record)
         return records
+
+    def tidy(self) -> None:
+        """Drop what killed writers left: a checkpoint is as large as four SAEs. For those only who hold the lease."""
+        for cycle in range(len(self.records())):
+            self.cycle(cycle).release()  # a record may have been its writer's last act
+        remove_leftovers(self.path)
 
     def failure(self) -> dict | None:
         return json.loads(self.failed.read_text()) if self.failed.exists() else None

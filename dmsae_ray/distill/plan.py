@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,11 @@ from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.distill.scores import ScoreSettings
+from dmsae_ray.distill.select import count_of
 from dmsae_ray.sae.settings import SAESettings, schedule
 
-INIT = 301
-"""Purpose of a random draw, apart from those of activations/order.py and activations/harvest.py."""
+INIT, SELECTION = 301, 302
+"""Purposes of random draws, apart from those of activations/order.py and activations/harvest.py."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ChainPlan:
 
     @property
     def label(self) -> str:
-        return f"seed{self.seed}-k{self.k}"
+        return self.config.chain_label(self.seed, self.k)
 
     @property
     def fields(self) -> dict:
@@ -64,7 +65,26 @@ class ChainPlan:
 
     def init_seed(self, cycle: int) -> int:
         """Seed of a cycle's initialisation: every draw comes from (seed, cycle, purpose)."""
-        return int(np.random.SeedSequence([self.seed, cycle, INIT]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return self._draw(cycle, INIT)
+
+    def selection_seed(self, cycle: int) -> int:
+        """Seed of the order in which `selection.by: random` takes the candidates."""
+        return self._draw(cycle, SELECTION)
+
+    def _draw(self, cycle: int, purpose: int) -> int:
+        return int(np.random.SeedSequence([self.seed, cycle, purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def core_size(self, cycle: int, candidates: int) -> int:
+        """Members of the core that this cycle selects, where `selection.size` is not tau.
+
+        Raises ValueError if the chain that the sizes are taken from has not done this cycle.
+        """
+        size = self.config.selection.size
+        if size != "match":
+            return count_of(size, candidates)
+        twin = replace(self, config=self.config.by_attribution())
+        check_twins({self.label: twin.folder}, cycle + 1)
+        return twin.folder.records()[cycle]["core_out"]
 
     @property
     def steps(self) -> int:
@@ -103,9 +123,9 @@ class ChainPlan:
         )  # fmt: skip
         return SAESettings(
             d=d, width=sae.width, k=self.k, batch=train.batch, prefix_fractions=sae.prefix_fractions, core_gate=sae.core_gate,
-            core_budget=sae.core_budget, core_decoder_init=sae.core_decoder_init, auxk_alpha=sae.auxk_alpha, auxk_k=sae.auxk_k,
-            lr=train.lr, beta1=train.betas[0], beta2=train.betas[1], eps=train.eps, clip=train.clip,
-            threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels, **lengths,
+            core_budget=sae.core_budget, core_transfer=sae.core_transfer, core_decoder_init=sae.core_decoder_init,
+            auxk_alpha=sae.auxk_alpha, auxk_k=sae.auxk_k, lr=train.lr, beta1=train.betas[0], beta2=train.betas[1],
+            eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels, **lengths,
         )  # fmt: skip
 
     def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
@@ -124,6 +144,20 @@ class ChainPlan:
 
     def finished(self) -> bool:
         return len(self.folder.records()) >= self.cycles
+
+
+def check_twins(twins: dict[str, ChainFolder], cycles: int) -> None:
+    """The chains that `selection.size: match` takes core sizes from have done so many cycles. twins: by the label of their placebo.
+
+    Raises ValueError with the command that makes them.
+    """
+    done = {label: len(twin.records()) for label, twin in twins.items()}
+    short = [f"{label} from {twins[label].path} ({n} of {cycles} cycles done)" for label, n in done.items() if n < cycles]
+    if short:
+        raise ValueError(
+            "selection.size match: core sizes are taken from the chain that selects by attribution and has all else in common, "
+            f"{', '.join(short)}. Finish it first: the same command with --selection.by attribution --selection.size tau"
+        )
 
 
 def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> list[ChainPlan]:

@@ -1,4 +1,4 @@
-"""Selection: from the candidates' attribution to the next core.
+"""Selection: from the candidates' attribution, or another value of theirs, to the next core.
 
 Candidates are latents 0..N-1 of an SAE (its core and first free group), so a candidate's index is its latent id.
 Shape letters: N candidates, F width, C core size, D model dimension.
@@ -52,7 +52,7 @@ def rank(scores_N: torch.Tensor) -> Ranking:
         raise ValueError(f"scores have shape {values_N.shape}, need one score for each of at least one candidate")
     if not np.isfinite(values_N).all() or values_N.min() < 0:
         raise ValueError("scores must be finite and not negative; the attribution of this cycle is broken")
-    order_N = np.lexsort((np.arange(values_N.size), -values_N))
+    order_N = _falling(values_N)
     sorted_N = values_N[order_N]
     running_N = np.cumsum(sorted_N)
     if running_N[-1] == 0:
@@ -77,17 +77,53 @@ def select(scores_N: torch.Tensor, tau: float) -> torch.Tensor:
     return ranking.ids_N[:count].sort().values
 
 
-def save_scores(path: str | os.PathLike[str], scores_N: torch.Tensor) -> torch.Tensor:
-    """Write `ids` and `scores` of the candidates by id, and `curve`, the cumulative share by rank, in one step.
+def top(values_N: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids, int64 ascending, of the `count` candidates with the largest values, ties by id.
 
-    Returns the curve, fp64 [N]. Raises ValueError as `rank` does.
+    values_N: [N] by latent id, of either sign. Raises ValueError if a value is not finite or there are fewer candidates.
     """
+    values_N = torch.as_tensor(values_N).detach().cpu().double().numpy()
+    if not np.isfinite(values_N).all():
+        raise ValueError("a candidate is ranked by a value that is not finite")
+    if not 0 <= count <= values_N.size:
+        raise ValueError(f"a core of {count} latents cannot be selected from {values_N.size} candidates")
+    return torch.from_numpy(_falling(values_N)[:count]).sort().values
+
+
+def _falling(values_N: np.ndarray) -> np.ndarray:
+    """Ids by value descending, ties by id ascending, int64 [N]."""
+    return np.lexsort((np.arange(values_N.size), -values_N))
+
+
+def count_of(share: float, candidates: int) -> int:
+    """The fewest candidates that are at least this share of all."""
+    return math.ceil(share * candidates * (1 - ROUNDING))
+
+
+def carried(scores_N: torch.Tensor, ids_C: torch.Tensor) -> float:
+    """Share of the candidates' total score that these carry, added in the order of `rank`. Raises ValueError as `rank` does."""
+    ranking = rank(scores_N)
+    chosen_N = torch.isin(ranking.ids_N, torch.as_tensor(ids_C, dtype=torch.int64))
+    # numpy adds a running sum one by one, as in `rank`: the top candidates carry exactly their point of the curve.
+    running_N = np.cumsum(torch.where(chosen_N, ranking.scores_N, 0.0).numpy())
+    return float(running_N[-1] / np.cumsum(ranking.scores_N.numpy())[-1])
+
+
+def save_scores(
+    path: str | os.PathLike[str], scores_N: torch.Tensor, by: str = "attribution", values_N: torch.Tensor | None = None
+) -> None:
+    """Write `ids` and `scores` (attribution) of the candidates by id, and `curve`, the cumulative share by rank, in one step.
+
+    values_N: what they were selected by, if by is not attribution; stored as `values`. Raises ValueError as `rank` does.
+    """
+    assert (values_N is None) == (by == "attribution"), "attribution is in the scores, anything else in the values"
     scores_N = torch.as_tensor(scores_N).detach().cpu().double().contiguous()
-    curve_N = rank(scores_N).share_N
-    tensors = {"ids": torch.arange(scores_N.shape[0]), "scores": scores_N, "curve": curve_N}
+    tensors = {"ids": torch.arange(scores_N.shape[0]), "scores": scores_N, "curve": rank(scores_N).share_N}
+    header = {"format_version": str(SCORES_VERSION)}
+    if values_N is not None:
+        tensors, header = tensors | {"values": values_N.double().contiguous()}, header | {"by": by}
     with replacing(Path(path)) as temporary:
-        temporary.write_bytes(safetensors_bytes(tensors, {"format_version": str(SCORES_VERSION)}))
-    return curve_N
+        temporary.write_bytes(safetensors_bytes(tensors, header))
 
 
 def load_scores(path: str | os.PathLike[str]) -> torch.Tensor:
@@ -110,21 +146,22 @@ def load_scores(path: str | os.PathLike[str]) -> torch.Tensor:
 
 def next_core(
     previous: Core | None, sae: MatryoshkaSAE, ids_C: torch.Tensor, scores_N: torch.Tensor, density_F: torch.Tensor, *,
-    cycle: int, seed: int, k: int, scale: float, hook: str, model: str,
+    cycle: int, seed: int, k: int, scale: float, hook: str, model: str, by: str = "attribution",
 ) -> Core:  # fmt: skip
     """The core that this cycle hands on.
 
     previous: the core inside `sae` (its member i is latent i there), None if there is none. ids_C: the selected latent
-    ids, ascending; scores_N: fp64 scores of all candidates. Raises ValueError if the previous core belongs to another
-    model, hook or scale.
+    ids, ascending; scores_N: fp64 attribution of all candidates; by: what the ids were selected by. Raises ValueError if
+    the previous core belongs to another model, hook or scale.
     """
     old_size = 0 if previous is None else previous.size
-    W_enc_FD = torch.cat([sae.W_enc_core.detach().cpu(), sae.W_enc.detach().cpu()])
+    W_enc_FD = sae.encoder_rows().cpu()
     if previous is not None:
         _check_same_source(previous, scale=scale, hook=hook, model=model)
         assert previous.cycle < cycle, "a core cannot come from a later cycle"
-        assert torch.equal(W_enc_FD[:old_size].float(), previous.W_enc_CD), "frozen encoder rows moved"
-    assert sae.W_enc_core.shape[0] == old_size, "the SAE holds another core than the one given"
+        frozen = slice(sae.n_frozen)
+        assert torch.equal(W_enc_FD[frozen].float(), previous.W_enc_CD[frozen]), "frozen encoder rows moved"
+    assert sae.core_size == old_size, "the SAE holds another core than the one given"
     ids_C = torch.as_tensor(ids_C, dtype=torch.int64).cpu()
     scores_N = torch.as_tensor(scores_N).cpu()
     assert ids_C.numel() == 0 or int(ids_C.max()) < scores_N.shape[0] <= W_enc_FD.shape[0], "selected without a score"
@@ -144,6 +181,7 @@ def next_core(
         scale=float(scale), hook=hook, model=model, cycle=cycle, seed=seed, k=k,
         entered_C=torch.tensor([cycles[0] for cycles in selected], dtype=torch.int64),
         selected=selected,
+        selected_by=by,
     )  # fmt: skip
 
 

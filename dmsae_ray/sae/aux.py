@@ -21,12 +21,12 @@ CHUNK = 1 << 22
 
 
 def add_aux(
-    centred_BD: Tensor, residual_BD: Tensor, dead_K: Tensor, encoder_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, core_size: int,
+    centred_BD: Tensor, residual_BD: Tensor, dead_K: Tensor, encoder_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, n_frozen: int,
     most: int, alpha: float, ops: TorchPairs, comm: Collective, grad_W_enc: Tensor, grad_b_enc: Tensor, grad_W_dec: Tensor,
 ) -> Tensor:  # fmt: skip
     """This rank's AuxK loss (before alpha), 0-dim; alpha times its gradients are added to those of the dead latents.
 
-    residual_BD: x_hat - x with all latents. most: dead latents used per token.
+    residual_BD: x_hat - x with all latents. n_frozen: latents before the first row of grad_W_enc. most: dead latents used per token.
     """
     n_rows = len(residual_BD)
     n_global = n_rows * comm.world
@@ -51,7 +51,7 @@ def add_aux(
         sum_W_enc_KD.addmm_(grad_RK.t(), centred_RD)
         sum_b_enc_K += grad_RK.sum(dim=0)
     # Dead latents have no kept pair in this batch, but a rank may hold none of the others' rows either: add, do not set.
-    grad_W_enc.index_add_(0, dead_K - core_size, sum_W_enc_KD)
+    grad_W_enc.index_add_(0, dead_K - n_frozen, sum_W_enc_KD)
     grad_b_enc.index_add_(0, dead_K, sum_b_enc_K)
     grad_W_dec.index_add_(0, dead_K, sum_W_dec_KD)
     return loss / n_rows * inverse

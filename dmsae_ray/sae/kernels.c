@@ -1,8 +1,8 @@
 /* The sparse half of a training step, for CPUs. `native.py` compiles and calls this; `pairs.py` says what each function
  * computes and does the same in plain torch.
  *
- * The file includes itself, once for float and once for double. Shapes: B rows of a batch, F latents (the first `core` are
- * frozen), D = d, G prefix groups, N pairs. All matrices are contiguous and row-major.
+ * The file includes itself, once for float and once for double. Shapes: B rows of a batch, F latents (the encoder rows
+ * of the first `frozen` get no gradient), D = d, G prefix groups, N pairs. All matrices are contiguous and row-major.
  *
  * Every sum has a fixed order: no result depends on the number of threads.
  */
@@ -481,7 +481,7 @@ static inline void NAME(put)(REAL *restrict to, const REAL *restrict from, int64
 
 /* Gradients of the weights, every row written: scale * sum over a latent's pairs. Frozen encoder rows get none. */
 void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *start, const int32_t *order, const int32_t *row,
-                            const REAL *value, const REAL *gradient, const int64_t *group_end, int64_t n_latents, int64_t core,
+                            const REAL *value, const REAL *gradient, const int64_t *group_end, int64_t n_latents, int64_t frozen,
                             int64_t d, int64_t groups, double scale_, REAL *W_enc, REAL *b_enc, REAL *W_dec, REAL *scratch,
                             int threads) {
     const REAL scale = (REAL)scale_;
@@ -510,16 +510,16 @@ void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *s
                 }
                 if (count == 4) {
                     NAME(add_four)(decoder, by_value, errors, d);
-                    if (j >= core) NAME(add_four)(encoder, by_gradient, inputs, d);
+                    if (j >= frozen) NAME(add_four)(encoder, by_gradient, inputs, d);
                 } else {
                     NAME(add_scaled)(decoder, by_value[0], errors[0], d);
-                    if (j >= core) NAME(add_scaled)(encoder, by_gradient[0], inputs[0], d);
+                    if (j >= frozen) NAME(add_scaled)(encoder, by_gradient[0], inputs[0], d);
                 }
                 i += count;
             }
             b_enc[j] = scale * bias;
             NAME(put)(W_dec + j * d, decoder, d, far);
-            if (j >= core) NAME(put)(W_enc + (j - core) * d, encoder, d, far);
+            if (j >= frozen) NAME(put)(W_enc + (j - frozen) * d, encoder, d, far);
         }
 #ifdef __AVX512F__
         _mm_sfence();

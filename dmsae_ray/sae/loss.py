@@ -119,7 +119,7 @@ class LossModule(nn.Module):
         residual_BD = S_BGD[:, -1]
         scale = 2 / (n_groups**2 * n_rows)
         ops.weight_gradients(
-            S_BGD, centred_BD, pairs, gradient_N, start_F1, order_N, sae.group_ends, sae.core_size, scale,
+            S_BGD, centred_BD, pairs, gradient_N, start_F1, order_N, sae.group_ends, sae.n_frozen, scale,
             grad_W_enc, grad_b_enc, grad_W_dec,
         )  # fmt: skip
 
@@ -127,7 +127,7 @@ class LossModule(nn.Module):
         dead_K = dead_F.nonzero().squeeze(1)
         if dead_K.numel() and settings.auxk_alpha:
             loss_aux = add_aux(
-                centred_BD, residual_BD, dead_K, encoder_FD, b_enc_F, W_dec_FD, sae.core_size, settings.aux_latents,
+                centred_BD, residual_BD, dead_K, encoder_FD, b_enc_F, W_dec_FD, sae.n_frozen, settings.aux_latents,
                 settings.auxk_alpha, ops, comm, grad_W_enc, grad_b_enc, grad_W_dec,
             )  # fmt: skip
         # The first prefix sees every later one's error, and b_dec is in all of them; the encoder subtracts it.

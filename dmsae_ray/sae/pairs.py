@@ -174,18 +174,18 @@ class TorchPairs:
 
     def weight_gradients(
         self, S_BGD: Tensor, centred_BD: Tensor, pairs: Pairs, gradient_N: Tensor, start_F1: Tensor, order_N: Tensor,
-        group_ends: list[int], core_size: int, scale: float, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+        group_ends: list[int], n_frozen: int, scale: float, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
     ) -> None:  # fmt: skip
-        """Fill the gradients of all free encoder rows, all biases and all decoder rows with scale * sums over the pairs."""
+        """Fill the gradients of all encoder rows after the frozen ones, all biases and all decoder rows with scale * sums over the pairs."""
         order_N = order_N.long()
         row_N, latent_N = pairs.row_N[order_N].long(), pairs.latent_N[order_N]
         bag_N = row_N * S_BGD.shape[1] + self._group(latent_N, group_ends)
         value_N, by_gradient_N = pairs.value_N[order_N] * scale, gradient_N[order_N] * scale
         first_F = start_F1[:-1]
         W_dec.copy_(F.embedding_bag(bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N))
-        free = int(start_F1[core_size])
+        first = int(start_F1[n_frozen])
         W_enc.copy_(F.embedding_bag(
-            row_N[free:], centred_BD, first_F[core_size:] - free, mode="sum", per_sample_weights=by_gradient_N[free:]
+            row_N[first:], centred_BD, first_F[n_frozen:] - first, mode="sum", per_sample_weights=by_gradient_N[first:]
         ))  # fmt: skip
         b_enc.zero_().index_add_(0, latent_N.long(), by_gradient_N)
 
@@ -354,12 +354,12 @@ class NativePairs(TorchPairs):
         return gradient_N, loss_B
 
     def weight_gradients(
-        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, core_size, scale, W_enc, b_enc, W_dec
+        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec
     ) -> None:
         workers = native.threads()
         native.call(
             "weight_gradients", S_BGD.dtype, S_BGD, centred_BD, start_F1, order_N, pairs.row_N, pairs.value_N, gradient_N,
-            torch.tensor(group_ends), len(b_enc), core_size, centred_BD.shape[1], len(group_ends), scale, W_enc, b_enc, W_dec,
+            torch.tensor(group_ends), len(b_enc), n_frozen, centred_BD.shape[1], len(group_ends), scale, W_enc, b_enc, W_dec,
             W_dec.new_empty(workers, 2, W_dec.shape[1]), workers,
         )  # fmt: skip
 

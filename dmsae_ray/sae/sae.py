@@ -1,4 +1,4 @@
-"""The parameters of a Matryoshka SAE with a frozen core, its inference rule, and its file.
+"""The parameters of a Matryoshka SAE with a core, its inference rule, and its file.
 
 Shapes: B tokens, D = d, F = width, C core latents, P latents of a prefix. Latents 0..C-1 are the core.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dmsae_ray.files import replacing
 from dmsae_ray.sae.settings import SAESettings, group_sizes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when an older reader would misread the file."""
 
 TRAINED = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -31,13 +31,15 @@ _TENSORS = (*TRAINED, "W_enc_core", "theta")
 class MatryoshkaSAE(nn.Module):
     """p = (x - b_dec) @ W_enc^T + b_enc;  z = p where p > theta, 0 elsewhere;  x_hat = z @ W_dec + b_dec.
 
-    x is a residual-stream vector divided by the dataset's scale. The core's encoder rows are a buffer: frozen, outside
-    optimiser and clip. Everything else is trained.
+    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` the core's encoder rows are a
+    buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc begins with the core's.
+    Everything but the buffer is trained.
     """
 
     def __init__(
-        self, d: int, group_ends: list[int], core_size: int, core_gate: str, dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, d: int, group_ends: list[int], core_size: int, core_gate: str, dtype: torch.dtype = torch.float32,
+        core_transfer: str = "frozen",
+    ) -> None:  # fmt: skip
         """Zero parameters; see `init` for those that training starts from.
 
         group_ends: cumulative ends of the prefixes in latents, [core + group 0, ..., width].
@@ -48,16 +50,17 @@ class MatryoshkaSAE(nn.Module):
         self.width = self.group_ends[-1]
         self.core_size = core_size
         self.core_gate = core_gate
-        self.W_enc = nn.Parameter(torch.zeros(self.width - core_size, d, dtype=dtype))
+        self.core_transfer = core_transfer
+        self.W_enc = nn.Parameter(torch.zeros(self.width - self.n_frozen, d, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(self.width, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(self.width, d, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
-        self.register_buffer("W_enc_core", torch.zeros(core_size, d, dtype=dtype))
+        self.register_buffer("W_enc_core", torch.zeros(self.n_frozen, d, dtype=dtype))
         self.register_buffer("theta", torch.zeros((), dtype=torch.float64))
         self._pack()
 
     def _pack(self) -> None:
-        """Move all weights into one piece of memory: the core's encoder rows, then all that is trained, in a fixed order."""
+        """Move all weights into one piece of memory: the frozen encoder rows, then all that is trained, in a fixed order."""
         with torch.no_grad():
             whole = torch.cat([tensor.detach().flatten() for tensor in (self.W_enc_core, *self._trained())])
             at = self.W_enc_core.numel()
@@ -77,10 +80,17 @@ class MatryoshkaSAE(nn.Module):
         return self
 
     def __deepcopy__(self, memo) -> MatryoshkaSAE:
-        copy = MatryoshkaSAE(self.d, self.group_ends, self.core_size, self.core_gate, self.W_dec.dtype).to(self.W_dec.device)
+        copy = MatryoshkaSAE(
+            self.d, self.group_ends, self.core_size, self.core_gate, self.W_dec.dtype, self.core_transfer
+        ).to(self.W_dec.device)  # fmt: skip
         copy.load_state_dict(self.state_dict())
         memo[id(self)] = copy
         return copy
+
+    @property
+    def n_frozen(self) -> int:
+        """Latents, the first ones, whose encoder rows are not trained: the core, or none."""
+        return self.core_size if self.core_transfer == "frozen" else 0
 
     @property
     def flat(self) -> Tensor:
@@ -102,14 +112,14 @@ class MatryoshkaSAE(nn.Module):
     ) -> MatryoshkaSAE:
         """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows copied.
 
-        Drawn from a generator of its own, so that nothing but `seed` decides it. b_dec becomes the geometric median of the
-        first batch in the first training step. Raises ValueError if the core does not fit.
+        Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer. b_dec becomes
+        the geometric median of the first batch in the first training step. Raises ValueError if the core does not fit.
         """
         core_size = 0 if core_W_enc_CD is None else len(core_W_enc_CD)
         if core_size >= settings.width:
             raise ValueError(
                 f"a core of {core_size} latents leaves no free latent in a width of {settings.width}: "
-                "raise sae.width or lower attribution.tau"
+                "raise sae.width, or lower attribution.tau or selection.size"
             )
         if core_W_enc_CD is not None and core_W_enc_CD.shape != (core_size, settings.d):
             raise ValueError(
@@ -117,27 +127,29 @@ class MatryoshkaSAE(nn.Module):
             )
         sizes = group_sizes(settings.width - core_size, settings.prefix_fractions)
         ends = [core_size + end for end in accumulate(sizes)]
-        sae = MatryoshkaSAE(settings.d, ends, core_size, settings.core_gate, dtype)
+        sae = MatryoshkaSAE(settings.d, ends, core_size, settings.core_gate, dtype, settings.core_transfer)
         generator = torch.Generator().manual_seed(seed)
         W_dec_FD = unit_rows(torch.randn(settings.width, settings.d, generator=generator, dtype=dtype))
         with torch.no_grad():
             sae.W_dec.copy_(W_dec_FD)
-            sae.W_enc.copy_(W_dec_FD[core_size:])
+            W_enc_FD = sae.encoder_rows()
+            W_enc_FD[core_size:] = W_dec_FD[core_size:]
             if core_W_enc_CD is not None:
-                sae.W_enc_core.copy_(core_W_enc_CD)
-                if not (torch.isfinite(sae.W_enc_core).all() and (sae.W_enc_core != 0).any(dim=1).all()):
+                W_enc_FD[:core_size] = core_W_enc_CD
+                core_CD = W_enc_FD[:core_size]
+                if not (torch.isfinite(core_CD).all() and (core_CD != 0).any(dim=1).all()):
                     raise ValueError("the core has an encoder row that is zero or not finite")
                 if settings.core_decoder_init == "encoder":
-                    sae.W_dec[:core_size] = unit_rows(sae.W_enc_core)
+                    sae.W_dec[:core_size] = unit_rows(core_CD)
         return sae
 
     def encoder(self, upto: int | None = None) -> Tensor:
         """Encoder rows of the first `upto` latents (all by default), core first: [P, D]."""
         upto = self.width if upto is None else upto
-        if upto <= self.core_size:
+        if upto <= self.n_frozen:
             return self.W_enc_core[:upto]
-        free = self.W_enc[: upto - self.core_size]
-        return torch.cat([self.W_enc_core, free]) if self.core_size else free
+        trained = self.W_enc[: upto - self.n_frozen]
+        return torch.cat([self.W_enc_core, trained]) if self.n_frozen else trained
 
     def pre(self, x_BD: Tensor, upto: int | None = None) -> Tensor:
         """Pre-activations p [..., P] of the first `upto` latents (all by default); x may have any leading dimensions."""
@@ -168,7 +180,9 @@ class MatryoshkaSAE(nn.Module):
             "format": "dmsae_ray.sae",
             "format_version": str(FORMAT_VERSION),
             "group_ends": json.dumps(self.group_ends),
+            "core_size": str(self.core_size),
             "core_gate": self.core_gate,
+            "core_transfer": self.core_transfer,
             "metadata": json.dumps({name: v for name, v in metadata.items() if not isinstance(v, Tensor)}),
         }
         content = safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, header)
@@ -194,10 +208,10 @@ class MatryoshkaSAE(nn.Module):
         missing = [name for name in _TENSORS if name not in tensors]
         if missing:
             raise ValueError(f"{path}: lacks the tensors {', '.join(missing)}")
-        core_size, d = tensors["W_enc_core"].shape
         sae = MatryoshkaSAE(
-            d, json.loads(header["group_ends"]), core_size, header["core_gate"], tensors["W_dec"].dtype
-        )
+            tensors["W_dec"].shape[1], json.loads(header["group_ends"]), int(header["core_size"]), header["core_gate"],
+            tensors["W_dec"].dtype, header["core_transfer"],
+        )  # fmt: skip
         for name, expected in sae.state_dict().items():
             if tensors[name].shape != expected.shape:
                 raise ValueError(

@@ -59,14 +59,14 @@ class Screen:
             self._seen = self._versions()
         return self._latents
 
-    def free_latents(self) -> Rounded:
-        """The part of `latents` that belongs to the free encoder rows: whoever updates them updates this, then calls `updated`."""
-        core, latents = self.sae.core_size, self.latents()
+    def trained_latents(self) -> Rounded:
+        """The part of `latents` that belongs to W_enc: whoever updates that updates this, then calls `updated`."""
+        frozen, latents = self.sae.n_frozen, self.latents()
         low_FD = latents.low_ND
-        return Rounded(None if low_FD is None else low_FD[core:], latents.norm_N[core:], latents.error_N[core:])
+        return Rounded(None if low_FD is None else low_FD[frozen:], latents.norm_N[frozen:], latents.error_N[frozen:])
 
     def updated(self) -> None:
-        """The encoder rows have changed, and `free_latents` with them."""
+        """The encoder rows have changed, and `trained_latents` with them."""
         self._seen = self._versions()
 
     def _versions(self) -> tuple:

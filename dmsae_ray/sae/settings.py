@@ -29,6 +29,8 @@ class SAESettings:
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate"""
     core_budget: str = "counted"
     """with core_gate relu: whether active core pairs count against k (`counted`) or not (`exempt`)"""
+    core_transfer: str = "frozen"
+    """the core's encoder rows are not trained (`frozen`), or only start the core latents (`init`)"""
     core_decoder_init: str = "encoder"
     """a core latent's decoder row starts as its encoder row's direction (`encoder`) or at random (`random`)"""
     auxk_alpha: float = 1 / 32
@@ -79,6 +81,7 @@ class SAESettings:
         for name, choices in (
             ("core_gate", ("batchtopk", "relu")),
             ("core_budget", ("counted", "exempt")),
+            ("core_transfer", ("frozen", "init")),
             ("core_decoder_init", ("encoder", "random")),
             ("screen", ("auto", "bf16", "fp32")),
             ("kernels", ("auto", "compiled", "torch")),

@@ -46,7 +46,7 @@ class Adam:
             settings.beta1, settings.beta2, settings.eps, lr / (1 - settings.beta1**self.steps),
             1 / math.sqrt(1 - settings.beta2**self.steps),
         )  # fmt: skip
-        rounded = self.screen.free_latents()
+        rounded = self.screen.trained_latents()
         for name, W, g, m, v in zip(
             TRAINED, sae.views(sae.flat), (W_enc, b_enc, W_dec, b_dec), sae.views(self.mean),
             sae.views(self.square), strict=True,

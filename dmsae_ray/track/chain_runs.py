@@ -145,9 +145,12 @@ class ChainRuns:
 
     def _log_coverage(self, run_id: str, records: Sequence[dict[str, Any]]) -> None:
         paths = [self._folder.cycle(number).scores for number in range(len(records))]
-        curves = [(n, coverage(path), records[n]["core_out"]) for n, path in enumerate(paths) if path.exists()]
+        curves = [
+            (n, coverage(path), records[n]["core_out"], records[n]["coverage"]) for n, path in enumerate(paths) if path.exists()
+        ]
         if curves:
-            tau = self._sweep.config.get("attribution", {}).get("tau")
+            config = self._sweep.config
+            tau = config.get("attribution", {}).get("tau") if config.get("selection", {}).get("size") == "tau" else None
             figure = figures.coverage_curves(f"{self._chain.label}: attribution carried by the best candidates", curves, tau)
             self._store.client.log_figure(run_id, figure, "coverage.png")
 

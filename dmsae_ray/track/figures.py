@@ -121,19 +121,20 @@ def core_sizes(rows: Sequence[ChainRow]) -> Figure:
     return figure
 
 
-def coverage_curves(label: str, curves: Sequence[tuple[int, np.ndarray, int]], tau: float | None = None) -> Figure:
+def coverage_curves(label: str, curves: Sequence[tuple[int, np.ndarray, int, float]], tau: float | None = None) -> Figure:
     """Cumulative share of the attribution over candidates by rank, a line per cycle.
 
-    curves: (cycle, share [P] by falling attribution, core size chosen); tau: the share that a core has to carry.
+    curves: (cycle, share [P] by falling attribution, core size chosen, share that this core carries: below the line where it was
+    not chosen by attribution); tau: the share that a core has to carry.
     """
     figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
-    for position, (cycle, share_P, size) in enumerate(curves):
+    for position, (cycle, share_P, size, carried) in enumerate(curves):
         colour = OKABE_ITO[position % len(OKABE_ITO)]
         style = ("-", "--", ":")[position // len(OKABE_ITO) % 3]
         axes.plot(np.arange(1, len(share_P) + 1), share_P, style, color=colour, linewidth=1.5, label=f"cycle {cycle}: core of {size}")
         if size > 0:
-            axes.plot(size, share_P[size - 1], "o", color=colour, markersize=5)
+            axes.plot(size, carried, "o", color=colour, markersize=5)
     if tau is not None:
         axes.axhline(tau, color="#666666", linewidth=0.8, linestyle="--")
         axes.text(1.0, tau, f" tau = {tau:g}", va="bottom", fontsize=8, color="#444444")

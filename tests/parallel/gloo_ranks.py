@@ -19,11 +19,12 @@ from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step import Diverged, Trainer
 
 BATCH = 24
-STEPS = {"batchtopk": 50, "counted": 10, "exempt": 12}
+STEPS = {"batchtopk": 50, "counted": 10, "exempt": 12, "init": 10}
 CASES = {
     "batchtopk": {"dead_window_tokens": 72},
     "counted": {"core_gate": "relu", "k": 3, "kernels": "torch"},
     "exempt": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 24, "auxk_k": 1},
+    "init": {"core_transfer": "init", "dead_window_tokens": 24},
 }
 
 

@@ -1,7 +1,11 @@
 """What depends on Ray and must not depend on the number of workers."""
 
+import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +16,15 @@ import torch
 from conftest import core_bytes
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.stream import Stream
+from dmsae_ray.activations.order import Order
+from dmsae_ray.activations.rowgroup import read_unit
+from dmsae_ray.activations.shard import as_tensor
+from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
 from dmsae_ray.config import Config, SweepCommand, load
-from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill.aggregator import Aggregator
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.chain import score_shards
-from dmsae_ray.distill.plan import plan_chains
+from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.trials import run_chains
 from dmsae_ray.lock import OutputLock
@@ -30,8 +36,8 @@ from dmsae_ray.track.progress import ProgressBoard
 def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        # Workers import the loop below from this file.
-        here = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}}
+        # Workers import the loop below from this file, and the package from this checkout.
+        here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
         ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here)
         yield
         ray.shutdown()
@@ -50,7 +56,7 @@ def attribute_in_group(loop: dict) -> None:
     rank = ray.train.get_context().get_world_rank()
     sae = MatryoshkaSAE.load(Path(loop["sae"]))[0]
     lm = LanguageModel.load("tiny", "blocks.2.hook_resid_post")
-    batches = list(TokenSequences.load(Path(loop["tokens"])).first_tokens(4096).batches(4))
+    batches = list(ActivationDataset(loop["dataset"]).held_out("attribution").first_tokens(4096).batches(4))
     torch.distributed.barrier()
     settings, aggregator, ledger = AttributionSettings(), loop["aggregator"], tuple(loop["ledger"])
     trouble = loop["trouble"] and rank == 1
@@ -74,12 +80,12 @@ def attribute_with(sweep, out: Path, settings: ScoreSettings, workers: int, trou
     dataset = dataset_of(sweep)
     out.mkdir()
     sae = sweep.chains()["seed0-k8"] / "cycle_01" / "sae.safetensors"
-    batches = list(TokenSequences.load(dataset.tokens_path("attribution")).first_tokens(4096).batches(4))
+    batches = list(dataset.held_out("attribution").first_tokens(4096).batches(4))
     aggregator = Aggregator.remote(settings)
     ledger = [str(out / "ledger"), len(batches), "test"]
     ray.train.torch.TorchTrainer(
         attribute_in_group,
-        train_loop_config={"sae": str(sae), "tokens": str(dataset.tokens_path("attribution")), "scale": dataset.manifest.scale,
+        train_loop_config={"sae": str(sae), "dataset": dataset.store.url, "scale": dataset.manifest.scale,
                            "aggregator": aggregator, "ledger": ledger, "out": str(out), "trouble": trouble},
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(name="attribution", storage_path=str(out / "train")),
@@ -99,97 +105,155 @@ def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_a
         assert alone[name] == shared[name], name
 
 
-def test_training_rows_come_through_a_ray_dataset(cluster, small_sweep, tmp_path):
-    """One chain on the sweep's dataset. The cluster itself says which tasks read the rows."""
+def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1) -> ChainPlan:
+    """The sweep's first chain, again, on this dataset, into another output folder."""
+    tree = load(SweepCommand, ["--config", str(sweep.output.parent / "small.yaml")]).section_dict()
+    tree |= {"output": str(output), "sweep": {"seeds": [0], "k": [8], "cycles": cycles}}
+    config = Config(**(tree | {"cluster": tree["cluster"] | {"workers": workers}}))
+    lock = OutputLock(config.home)
+    (plan,) = plan_chains(config, dataset, lock.lease())
+    plan.folder.describe(plan.key, plan.label, plan.fields)
+    # The driver measures these before it starts chains; here they are the undisturbed sweep's.
+    plan.references.mkdir(parents=True)
+    for path in (sweep.output / "data" / plan.dataset_key).glob("references-*.json"):
+        shutil.copy(path, plan.references)
+    try:
+        run_chains([plan], 1, ray.remote(num_cpus=0)(ProgressBoard).remote(), output.parent / "scratch")
+    finally:
+        lock.release()
+    return plan
+
+
+def reading_tasks() -> list:
+    """What the cluster itself says of the tasks that read rows; of each its last attempt comes last."""
     from ray.util.state import list_tasks
 
-    source = load(SweepCommand, ["--config", str(small_sweep.output.parent / "small.yaml")])
-    config = Config(**(source.section_dict() | {"output": str(tmp_path / "out"), "sweep": {"seeds": [0], "k": [8], "cycles": 1}}))
-    dataset = dataset_of(small_sweep)
-    lock = OutputLock(config.home)
-    plans = plan_chains(config, dataset, lock.lease())
-    for plan in plans:
-        plan.folder.describe(plan.key, plan.label, plan.fields)
-    before = len(reads(list_tasks))
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    run_chains(plans, 1, board, tmp_path / "scratch")
-    lock.release()
-    assert all(plan.finished() for plan in plans)
-    # 32 units of 512 rows, 8 lanes, one task a round: 4 tasks a cycle.
-    done = reads(list_tasks)
-    assert len(done) - before == 4
+    # This cluster's address, since others may run on the machine.
+    address = ray.get_runtime_context().gcs_address
+    tasks = list_tasks(address, limit=10_000, raise_on_missing_output=False, detail=True)
+    return [task for task in tasks if "read_units" in task.name and task.type == "NORMAL_TASK"]
+
+
+def test_training_rows_come_through_a_ray_dataset(cluster, small_sweep, tmp_path):
+    before = len(reading_tasks())
+    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=1)
+    assert plan.finished(), plan.folder.failure()
+    done = reading_tasks()[before:]
+    assert len(done) >= 1 and {task.state for task in done} == {"FINISHED"}
     again = core_bytes(tmp_path / "out")
     assert again and all(core_bytes(small_sweep.output)[place] == core for place, core in again.items())
+    undisturbed = small_sweep.chains()["seed0-k8"] / "cycle_00" / "record.json"
+    assert plan.folder.records()[0]["data_digest"] == json.loads(undisturbed.read_text())["data_digest"]
 
 
 @pytest.mark.slow
 def test_a_byte_altered_after_the_start_fails_the_chain_by_name_and_saves_nothing(cluster, small_sweep, tmp_path):
     """Only the reading task can notice; what it found must reach the user."""
-    source = dataset_of(small_sweep).folder
-    shutil.copytree(source, tmp_path / "data")
+    shutil.copytree(dataset_of(small_sweep).store.local, tmp_path / "data")
     dataset = ActivationDataset(tmp_path / "data")
-    path = dataset.paths()[0]
+    path = dataset.store.local / dataset.manifest.shards[0].file
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 4
     path.write_bytes(raw)
-    small = load(SweepCommand, ["--config", str(small_sweep.output.parent / "small.yaml")])
-    config = Config(**(small.section_dict() | {"output": str(tmp_path / "out"), "sweep": {"seeds": [0], "k": [8], "cycles": 1}}))
-    lock = OutputLock(config.home)
-    (plan,) = plan_chains(config, dataset, lock.lease())
-    plan.folder.describe(plan.key, plan.label, plan.fields)
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    run_chains([plan], 1, board, tmp_path / "scratch")
-    lock.release()
+    plan = run_chain(small_sweep, dataset, tmp_path / "out", cycles=1)
     failure = plan.folder.failure()
-    assert failure["kind"] == "data" and str(path) in failure["reason"] and "dmsae_ray.harvest" in failure["reason"]
+    assert failure["kind"] == "data" and str(path) in failure["reason"] and "dmsae_ray.harvest --repair" in failure["reason"]
     assert not plan.folder.cycle(0).sae.exists() and not plan.folder.records()
 
 
-def reads(list_tasks) -> list:
-    tasks = list_tasks(limit=10_000, raise_on_missing_output=False)
-    return [task for task in tasks if "read_units" in task.name and task.state == "FINISHED" and task.type == "NORMAL_TASK"]
+def expected(dataset: ActivationDataset, order: Order, step: int) -> torch.Tensor:
+    """A global batch, taken from the shards by the order's own words. [B, D]"""
+    m, units = dataset.manifest, dataset.units()
+    round_, row = order.position(step)
+    lanes = []
+    for unit in order.units(round_):
+        rows_ND = as_tensor(read_unit(dataset.store, units[unit], m.rows_per_group * m.row_bytes), m.d, m.dtype)
+        lanes.append(rows_ND[torch.from_numpy(order.rows(round_, unit)[row : row + order.lane_rows])])
+    return torch.cat(lanes).float() / m.scale
 
 
-@pytest.mark.parametrize("start", [0, 7])
-def test_the_stream_gives_the_rows_of_the_order_from_any_step(cluster, small_sweep, start):
-    from dmsae_ray.activations.order import Order
-    from dmsae_ray.activations.shard import COLUMN, as_tensor, read_group
+def open_streams(dataset: ActivationDataset, order: Order, world: int, start: int, stop: int) -> list[Batches]:
+    limits = StreamLimits(object_store_mb=16)
+    return [Stream(dataset, dataset.units(), rank, world, limits).open(order, start, stop) for rank in range(world)]
 
+
+@pytest.mark.parametrize("start, stop", [(0, 40), (13, 40), (32, 35)])  # a pass has 32 steps, a round 8
+def test_one_two_and_four_ranks_see_the_same_global_batches_from_any_step(cluster, small_sweep, start, stop):
     dataset = dataset_of(small_sweep)
-    manifest, units = dataset.manifest, dataset.units()
-    order = Order(n_units=len(units), unit_rows=512, batch=512, lanes=8, data_seed=4, cycle=2)
-    steps = 40  # more than the 32 of one pass
-    whole = [x for x in Stream(dataset, order, 0, 1).batches(start, steps)]
-    halves = [Stream(dataset, order, rank, 2).batches(start, steps) for rank in range(2)]
-    assert len(whole) == steps - start
-    for step, x_BD, parts in zip(range(start, steps), whole, zip(*halves)):
-        round_, row = order.position(step)
-        expected = torch.cat(
-            [
-                as_tensor(read_group(*units[unit])[COLUMN], manifest.d, manifest.dtype)[torch.from_numpy(order.rows(round_, unit)[row : row + 64])]
-                for unit in order.units(round_)
-            ]
-        )
-        assert torch.equal(x_BD, expected.float() / manifest.scale)
-        joined = torch.empty_like(x_BD)
-        for rank, part in enumerate(parts):
-            joined[torch.from_numpy(order.token_index(rank, 2))] = part
-        assert torch.equal(joined, x_BD)
+    order = Order(n_units=len(dataset.units()), unit_rows=512, batch=512, lanes=8, data_seed=4, cycle=2)
+    digests = set()
+    for world in (1, 2, 4):
+        streams = open_streams(dataset, order, world, start, stop)
+        steps = 0
+        for step, parts in enumerate(zip(*streams, strict=True), start):
+            joined_BD = torch.empty(512, dataset.manifest.d)
+            for rank, part_BD in enumerate(parts):
+                joined_BD[torch.from_numpy(order.token_index(rank, world))] = part_BD
+            assert torch.equal(joined_BD, expected(dataset, order, step)), (world, step)
+            steps += 1
+        assert steps == stop - start
+        digests.add(sum(stream.digest for stream in streams) & MASK)
+    assert len(digests) == 1 and digests != {0}
+
+
+def test_digests_tell_batches_apart(cluster, small_sweep):
+    """Neither other steps nor the same rows in another cycle's order have the digest of these."""
+    dataset, digests = dataset_of(small_sweep), []
+    for cycle, start in ((0, 0), (0, 8), (1, 0)):
+        order = Order(n_units=len(dataset.units()), unit_rows=512, batch=512, lanes=8, data_seed=0, cycle=cycle)
+        (stream,) = open_streams(dataset, order, 1, start, start + 8)
+        assert sum(1 for _ in stream) == 8
+        digests.append(stream.digest)
+    assert len(set(digests)) == 3
+
+
+def test_a_read_task_that_is_killed_is_read_again_and_changes_no_batch(cluster, small_sweep):
+    dataset = dataset_of(small_sweep)
+    order = Order(n_units=len(dataset.units()), unit_rows=512, batch=512, lanes=8, data_seed=1, cycle=0)
+    # 200 MB in one task, through a share of 16 MB: the task is far from its end when it is struck.
+    steps = 200 * order.batches_per_round
+
+    def read(strike) -> tuple[str, int]:
+        """Hash of all batches in their order, and the stream's own digest."""
+        (stream,) = open_streams(dataset, order, 1, 0, steps)
+        content = hashlib.blake2b()
+        for step, x_BD in enumerate(stream):
+            content.update(x_BD.numpy())
+            if step == 10:
+                strike()
+        assert step + 1 == steps
+        return content.hexdigest(), stream.digest
+
+    undisturbed = read(lambda: None)
+    known, victims = {task.task_id for task in reading_tasks()}, []
+
+    def kill() -> None:
+        (victim,) = wait_for_tasks(lambda task: task.task_id not in known and task.state == "RUNNING")
+        assert "read_units" in Path(f"/proc/{victim.worker_pid}/cmdline").read_text()  # Ray names a process after its task
+        os.kill(victim.worker_pid, signal.SIGKILL)
+        victims.append(victim)
+
+    assert read(kill) == undisturbed
+    (victim,) = victims
+    (again,) = wait_for_tasks(lambda task: task.task_id == victim.task_id and task.state == "FINISHED")
+    assert again.attempt_number > victim.attempt_number and again.worker_pid != victim.worker_pid
+
+
+def wait_for_tasks(wanted) -> list:
+    """Reading tasks of this kind, as soon as the cluster, which learns of them with some delay, says there are any."""
+    end = time.monotonic() + 30
+    while not (found := [task for task in reading_tasks() if wanted(task)]):
+        assert time.monotonic() < end, [(task.task_id, task.state, task.attempt_number) for task in reading_tasks()]
+        time.sleep(0.1)
+    return found
 
 
 def test_two_ddp_workers_train_and_attribute_together(cluster, small_sweep, tmp_path):
-    source = load(SweepCommand, ["--config", str(small_sweep.output.parent / "small.yaml")])
-    tree = source.section_dict() | {"output": str(tmp_path / "out"), "sweep": {"seeds": [0], "k": [8], "cycles": 2}}
-    config = Config(**(tree | {"cluster": tree["cluster"] | {"workers": 2}}))
-    lock = OutputLock(config.home)
-    (plan,) = plan_chains(config, dataset_of(small_sweep), lock.lease())
-    plan.folder.describe(plan.key, plan.label, plan.fields)
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    run_chains([plan], 1, board, tmp_path / "scratch")
-    lock.release()
+    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=2, workers=2)
     records = plan.folder.records()
     assert len(records) == 2, plan.folder.failure()
     alone = json.loads((small_sweep.chains()["seed0-k8"] / "cycle_00" / "record.json").read_text())
     # The same global batches and the same global gate; only the order of sums differs.
+    assert records[0]["data_digest"] == alone["data_digest"]
     assert records[0]["fvu"] == pytest.approx(alone["fvu"], rel=0.02)
     assert records[0]["l0"] == pytest.approx(alone["l0"], rel=0.02)

@@ -59,10 +59,11 @@ class ReferenceTrainer:
     """Whole updates of the parameters {W_enc [F, D] with the core's rows first, b_enc, W_dec, b_dec}."""
 
     def __init__(self, parameters, group_ends, core_size, k, lr, core_gate="batchtopk", core_budget="counted",
-                 dead_window=10_000_000, warmup=0, decay=0, total=0, auxk_alpha=1 / 32, auxk_k=None, clip=1.0):  # fmt: skip
+                 dead_window=10_000_000, warmup=0, decay=0, total=0, auxk_alpha=1 / 32, auxk_k=None, clip=1.0, frozen=True):  # fmt: skip
         self.parameters = {name: tensor.clone() for name, tensor in parameters.items()}
         self.group_ends, self.core_size, self.k, self.lr, self.clip = group_ends, core_size, k, lr, clip
         self.core_gate, self.core_budget = core_gate, core_budget
+        self.n_frozen = core_size if frozen else 0
         self.dead_window, self.warmup, self.decay, self.total = dead_window, warmup, decay, total
         self.auxk_alpha, self.auxk_k = auxk_alpha, auxk_k or parameters["b_dec"].numel() // 2
         self.silent = torch.zeros(len(parameters["b_enc"]), dtype=torch.int64)
@@ -83,7 +84,7 @@ class ReferenceTrainer:
         )  # fmt: skip
         loss.backward()
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
-        gradients["W_enc"][: self.core_size] = 0  # frozen
+        gradients["W_enc"][: self.n_frozen] = 0
         return gradients, loss.item(), mask, smallest
 
     def update(self, x_BD):

@@ -128,7 +128,7 @@ def test_attribution_ranks_latents_as_ablating_them_does(real):
         return torch.nn.functional.cross_entropy(logits_RV, ids_NT[:, 1:].flatten(), reduction="none").double()
 
     base_R, changes = losses(z_RP), {"each": [], "sum": []}
-    active = (z_RP > 0).any(dim=0).nonzero().flatten().tolist()
+    active = (z_RP > 0).any(dim=0).nonzero().flatten().tolist()[::2]  # half of them, to be quick
     for j in active:
         without_RP = z_RP.clone()
         without_RP[:, j] = 0

@@ -43,6 +43,15 @@ def test_round_trip_is_exact(tmp_path, size):
     assert os.listdir(tmp_path) == ["core.safetensors"]
 
 
+def test_a_placebo_says_so_and_a_core_by_attribution_has_no_more_to_say(tmp_path):
+    placebo, plain = tmp_path / "placebo.safetensors", tmp_path / "plain.safetensors"
+    make_core(selected_by="random").save(placebo)
+    make_core().save(plain)
+    assert Core.load(placebo).selected_by == "random" and Core.load(plain).selected_by == "attribution"
+    with safe_open(plain, framework="pt") as file:
+        assert "selected_by" not in file.metadata()["core"], "the file is that of before there were placebos"
+
+
 def test_keeps_its_own_copy_of_what_it_was_made_from():
     W_enc_CD = torch.randn(3, 4, requires_grad=True)
     core = make_core(W_enc_CD=W_enc_CD)

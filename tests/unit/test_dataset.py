@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from shards import D, PER_GROUP, bits, make_dataset, some_rows, write
+from shards import PER_GROUP, D, bits, make_dataset, some_rows, write
 
 from dmsae_ray.activations.dataset import PART, QUANTILES, ActivationDataset, DatasetError, Manifest, scale_of, statistics_of
 from dmsae_ray.activations.rowgroup import ShardError

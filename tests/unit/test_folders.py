@@ -115,8 +115,8 @@ def test_capacity_gives_harvest_actors_what_chains_do_not_hold_at_that_time():
 
 
 def test_a_stream_s_blocks_fit_into_its_share_of_the_object_store():
-    # 8 row groups of 2048 rows, 2 bytes a number: 64 MiB at d = 2048, and no byte more.
-    config = Config(cluster={"object_store_mb": 64})
+    # 10 row groups of 2048 rows, 2 bytes a number: 80 MiB at d = 2048, and no byte more.
+    config = Config(cluster={"object_store_mb": 80})
     check_stream(config, 2048)
-    with pytest.raises(ValueError, match=r"cluster\.object_store_mb 64: 8 row groups of harvest\.rows_per_group 2048 .*d = 2049 need 65"):
+    with pytest.raises(ValueError, match=r"cluster\.object_store_mb 80: 10 row groups of harvest\.rows_per_group 2048 .*d = 2049 need 81"):
         check_stream(config, 2049)

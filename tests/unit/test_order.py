@@ -19,6 +19,7 @@ orders = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(orders, st.sampled_from([1, 2, 4]), st.integers(0, 40))
 def test_the_global_batch_is_the_same_for_any_number_of_workers(order, world, step):
     if order.lanes % world:
@@ -37,6 +38,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_workers(order, world, st
     assert (alone_B == shared_B).all()
 
 
+@settings(deadline=None)
 @given(orders, st.integers(0, 10_000))
 def test_a_position_is_one_step_s_and_a_step_s_is_one(order, step):
     round_, row = order.position(step)
@@ -44,6 +46,7 @@ def test_a_position_is_one_step_s_and_a_step_s_is_one(order, step):
     assert order.position(step + 1) == ((round_, row + order.lane_rows) if row + order.lane_rows < order.unit_rows else (round_ + 1, 0))
 
 
+@settings(deadline=None)
 @given(orders, st.integers(0, 50))
 def test_no_batch_starts_anywhere_else(order, round_):
     starts = [row for row in range(-order.unit_rows, 3 * order.unit_rows) if 0 <= row < order.unit_rows and row % order.lane_rows == 0]

@@ -17,7 +17,7 @@ from dmsae_ray.sae.settings import SAESettings
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-def random_case(seed):
+def random_case(seed, core_transfer="frozen"):
     """A random small SAE (float64) with a core, a batch, and settings; about half of them with dead latents."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,7 +30,7 @@ def random_case(seed):
         d=d, width=width, k=integer(1, 4), batch=batch,
         prefix_fractions=[(0.1, 0.2), (1 / 3,), (1 / 32, 1 / 4, 1 / 2)][seed % 3],
         core_gate=["batchtopk", "relu"][seed % 2], core_budget=["counted", "exempt"][seed // 2 % 2],
-        core_decoder_init=["encoder", "random"][seed // 3 % 2], dead_window_tokens=[10**7, 3 * batch][seed // 2 % 2],
+        core_transfer=core_transfer, core_decoder_init=["encoder", "random"][seed // 3 % 2], dead_window_tokens=[10**7, 3 * batch][seed // 2 % 2],
         auxk_k=[None, 1, 50][seed % 3], lr=1e-2, warmup_steps=2, decay_steps=3, total_steps=9,
     )  # fmt: skip
     core = torch.randn(core_size, d, dtype=torch.float64, generator=generator)
@@ -50,7 +50,7 @@ def reference_of(sae, settings):
     return ReferenceTrainer(
         parameters, sae.group_ends, sae.core_size, settings.k, settings.lr, settings.core_gate, settings.core_budget,
         settings.dead_window_tokens, settings.warmup_steps, settings.decay_steps, settings.total_steps,
-        settings.auxk_alpha, settings.aux_latents, settings.clip,
+        settings.auxk_alpha, settings.aux_latents, settings.clip, settings.core_transfer == "frozen",
     )  # fmt: skip
 
 
@@ -62,9 +62,10 @@ def gradients_of(sae, flat):
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize("core_transfer", ["frozen", "init"])
 @pytest.mark.parametrize("seed", range(36))
-def test_gradients_are_those_of_autograd(seed, kernels):
-    sae, settings, x_BD, silent_F, _ = random_case(seed)
+def test_gradients_are_those_of_autograd(seed, core_transfer, kernels):
+    sae, settings, x_BD, silent_F, _ = random_case(seed, core_transfer)
     settings = dataclasses.replace(settings, kernels=kernels)
     reference = reference_of(sae, settings)
     reference.silent = silent_F.clone()
@@ -94,6 +95,7 @@ def any_case(draw):
     settings = SAESettings(
         d=d, width=width, k=draw(st.integers(1, min(width, 12))), batch=batch, prefix_fractions=fractions,
         core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
+        core_transfer=draw(st.sampled_from(["frozen", "init"])),
         core_decoder_init=draw(st.sampled_from(["encoder", "random"])), dead_window_tokens=1000,
         auxk_k=draw(st.sampled_from([None, 1, 3, 100])), auxk_alpha=draw(st.sampled_from([0.0, 1 / 32, 1.0])),
         kernels=draw(st.sampled_from(["compiled", "torch"])), screen=draw(st.sampled_from(["bf16", "fp32"])),
@@ -137,7 +139,7 @@ def test_every_gradient_is_that_of_autograd_given_the_same_kept_pairs(case):
     expected.backward()
     tolerance = 1e-10 if x_BD.dtype == torch.float64 else 1e-5
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
-    leaves["W_enc"].grad[: sae.core_size] = 0
+    leaves["W_enc"].grad[: sae.n_frozen] = 0
     for name, gradient in gradients_of(sae, flat).items():
         size = max(1.0, float(leaves[name].grad.abs().max()))
         assert (gradient.double() - leaves[name].grad).abs().max() <= tolerance * size, name

@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import pytest
 import safetensors.torch
 import torch
@@ -48,15 +51,20 @@ def test_a_core_that_does_not_fit_is_refused():
         MatryoshkaSAE.init(SETTINGS, torch.zeros(4, 5), 0)
 
 
+@pytest.mark.parametrize("core_transfer", ["frozen", "init"])
 @pytest.mark.parametrize("core_gate", ["batchtopk", "relu"])
-def test_inference_rule_and_prefixes(core_gate):
-    sae = MatryoshkaSAE.init(SAESettings(d=5, width=40, k=3, batch=8, core_gate=core_gate), core(), 3)
+def test_inference_rule_and_prefixes(core_gate, core_transfer):
+    sae = MatryoshkaSAE.init(
+        SAESettings(d=5, width=40, k=3, batch=8, core_gate=core_gate, core_transfer=core_transfer), core(), 3
+    )
     with torch.no_grad():
         sae.b_enc.normal_()
         sae.b_dec.normal_()
         sae.theta.fill_(0.7)
     x = torch.randn(2, 9, 5)
     W_enc = torch.cat([sae.W_enc_core, sae.W_enc])
+    assert torch.equal(W_enc[:4], core()) and sae.W_enc.requires_grad and not sae.W_enc_core.requires_grad
+    assert len(sae.W_enc_core) == sae.n_frozen == (4 if core_transfer == "frozen" else 0)
     p = (x - sae.b_dec) @ W_enc.T + sae.b_enc
     threshold = torch.full((40,), 0.7)
     threshold[:4] = 0 if core_gate == "relu" else 0.7
@@ -69,9 +77,10 @@ def test_inference_rule_and_prefixes(core_gate):
         torch.testing.assert_close(sae.decode(z[..., :upto]), z[..., :upto] @ sae.W_dec[:upto] + sae.b_dec)
 
 
+@pytest.mark.parametrize("core_transfer", ["frozen", "init"])
 @pytest.mark.parametrize("core_size", [0, 4])
-def test_file_round_trip(tmp_path, core_size):
-    sae = MatryoshkaSAE.init(SETTINGS, core(core_size), 3)
+def test_file_round_trip(tmp_path, core_size, core_transfer):
+    sae = MatryoshkaSAE.init(dataclasses.replace(SETTINGS, core_transfer=core_transfer), core(core_size), 3)
     sae.theta.fill_(0.123456789123)
     density = torch.rand(40, dtype=torch.float64)
     path = tmp_path / "sae.safetensors"
@@ -79,7 +88,9 @@ def test_file_round_trip(tmp_path, core_size):
     loaded, metadata = MatryoshkaSAE.load(path)
     for name, tensor in sae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor) and loaded.state_dict()[name].dtype == tensor.dtype
-    assert (loaded.group_ends, loaded.core_gate, loaded.core_size) == (sae.group_ends, sae.core_gate, core_size)
+    for copied in (loaded, copy.deepcopy(sae)):
+        assert (copied.group_ends, copied.core_gate, copied.core_size) == (sae.group_ends, sae.core_gate, core_size)
+        assert copied.core_transfer == core_transfer and torch.equal(copied.encoder_rows(), sae.encoder_rows())
     assert torch.equal(metadata.pop("density"), density)
     assert metadata == {"k": 3, "hook": "blocks.2", "scale": 1.5}
     assert [entry.name for entry in tmp_path.iterdir()] == ["sae.safetensors"], "no temporary file stays"

@@ -19,6 +19,8 @@ SETTINGS = SAESettings(
     threshold_start_step=3, threshold_beta=0.9,
 )  # fmt: skip
 
+INIT = dataclasses.replace(SETTINGS, core_transfer="init")
+
 
 def batches(count, settings=SETTINGS, dtype=torch.float32):
     generator = torch.Generator().manual_seed(7)
@@ -46,9 +48,10 @@ def assert_same(a, b):
         assert a == b
 
 
+@pytest.mark.parametrize("core_transfer", ["frozen", "init"])
 @pytest.mark.parametrize("seed", range(12))
-def test_whole_updates_are_those_of_the_reference(seed):
-    sae, settings, _, _, generator = random_case(seed)
+def test_whole_updates_are_those_of_the_reference(seed, core_transfer):
+    sae, settings, _, _, generator = random_case(seed, core_transfer)
     settings = dataclasses.replace(settings, clip=[1.0, 0.05][seed % 2], threshold_start_step=1, threshold_beta=0.8)
     reference = reference_of(sae, settings)
     trainer = Trainer(sae, settings)
@@ -94,27 +97,49 @@ def test_geometric_median_minimises_summed_distance_and_survives_equal_rows():
     torch.testing.assert_close(geometric_median(torch.ones(5, 2)), torch.ones(2))
 
 
-def test_core_encoder_stays_and_everything_else_moves():
-    trainer = new_trainer()
-    before = copy.deepcopy(trainer.sae.state_dict())
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize("settings", [SETTINGS, INIT], ids=["frozen", "init"])
+def test_core_encoder_stays_where_it_is_frozen_and_everything_else_moves(settings, kernels):
+    trainer = new_trainer(settings=dataclasses.replace(settings, kernels=kernels))
+    before, rows_before = copy.deepcopy(trainer.sae.state_dict()), trainer.sae.encoder_rows().clone()
     for x_BD in batches(12):
         trainer.step(x_BD)
     after = trainer.sae.state_dict()
-    assert torch.equal(after["W_enc_core"], before["W_enc_core"])
+    assert torch.equal(after["W_enc_core"], before["W_enc_core"]) and len(after["W_enc_core"]) == (3 if settings is SETTINGS else 0)
+    stayed_F = (trainer.sae.encoder_rows() == rows_before).all(dim=1)
+    assert stayed_F.nonzero().flatten().tolist() == ([0, 1, 2] if settings is SETTINGS else []), "every other row is trained"
     for name in NAMES:
         assert not torch.equal(after[name], before[name])
     assert not torch.equal(after["W_dec"][:3], before["W_dec"][:3])
     torch.testing.assert_close(after["W_dec"].norm(dim=1), torch.ones(24))
 
 
+def test_a_core_that_is_trained_starts_as_a_frozen_one_and_is_a_core_all_the_same():
+    frozen, trained = new_trainer(), new_trainer(settings=INIT)
+    assert torch.equal(trained.sae.encoder_rows(), frozen.sae.encoder_rows()) and torch.equal(trained.sae.W_dec, frozen.sae.W_dec)
+    assert (trained.sae.core_size, trained.sae.group_ends) == (frozen.sae.core_size, frozen.sae.group_ends)
+    assert trained.sae.flat.numel() == frozen.sae.flat.numel() + 3 * 6
+    x_BD = batches(1)[0]
+    ours, theirs = trained.step(x_BD, log=True), frozen.step(x_BD, log=True)  # at learning rate 0
+    assert (ours.loss, ours.core_l0, ours.free_l0) == (theirs.loss, theirs.core_l0, theirs.free_l0) and ours.core_l0 > 0
+    assert ours.grad_norm > theirs.grad_norm, "the core's encoder gradient is in the norm that is clipped"
+    # Silent core latents are no dead latents, for AuxK revives free ones.
+    with torch.no_grad():
+        trained.sae.b_enc[:3] = -10.0
+    shares = [trained.step(x_BD, log=True) for x_BD in batches(5)]
+    assert (trained.silent_F[:3] >= INIT.dead_window_tokens).all() and all(report.core_l0 == 0 for report in shares)
+    assert shares[-1].dead_share == (trained.silent_F[3:] >= INIT.dead_window_tokens).double().mean().item()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, INIT], ids=["frozen", "init"])
 @pytest.mark.parametrize("through_file", [False, True])
-def test_a_resumed_run_is_bit_identical(through_file):
+def test_a_resumed_run_is_bit_identical(through_file, settings):
     x = batches(20)
-    straight = new_trainer()
+    straight = new_trainer(settings=settings)
     for x_BD in x:
         straight.step(x_BD)
 
-    first = new_trainer()
+    first = new_trainer(settings=settings)
     for x_BD in x[:10]:
         first.step(x_BD)
     state = first.state_dict()
@@ -123,7 +148,7 @@ def test_a_resumed_run_is_bit_identical(through_file):
         torch.save(state, file)
         file.seek(0)
         state = torch.load(file, weights_only=True)
-    second = new_trainer(seed=5)
+    second = new_trainer(seed=5, settings=settings)
     second.load_state_dict(state)
     for x_BD in x[10:]:
         second.step(x_BD)
@@ -144,10 +169,11 @@ def test_a_loaded_trainer_shares_no_memory_with_the_one_saved():
     assert_same(second.state_dict(), kept)
 
 
-def test_the_screen_changes_no_bit_of_the_state():
+@pytest.mark.parametrize("settings", [SETTINGS, INIT], ids=["frozen", "init"])
+def test_the_screen_changes_no_bit_of_the_state(settings):
     states = []
     for screen in ("bf16", "fp32"):
-        trainer = new_trainer(settings=dataclasses.replace(SETTINGS, screen=screen))
+        trainer = new_trainer(settings=dataclasses.replace(settings, screen=screen))
         assert trainer.loss.screen.low == (screen == "bf16")
         for x_BD in batches(12):
             trainer.step(x_BD)
@@ -261,5 +287,7 @@ def test_wrong_batches_settings_and_states_are_refused():
         Trainer(trainer.sae, dataclasses.replace(SETTINGS, width=32))
     with pytest.raises(ValueError, match="another configuration"):
         new_trainer(core_size=4).load_state_dict(trainer.state_dict())
+    with pytest.raises(ValueError, match="another configuration"):
+        new_trainer(settings=INIT).load_state_dict(trainer.state_dict())
     with pytest.raises(ValueError, match="version"):
         trainer.load_state_dict({**trainer.state_dict(), "version": 0})

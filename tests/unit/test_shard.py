@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import D, NOTHING, PER_GROUP, bits, some_rows, write
+from shards import NOTHING, PER_GROUP, D, bits, some_rows, write
 
 from dmsae_ray.activations.rowgroup import ShardError, read_unit, read_units
 from dmsae_ray.activations.shard import (

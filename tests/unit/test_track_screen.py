@@ -120,7 +120,10 @@ def test_core_sizes_draw(n, tmp_path):
 
 def test_coverage_curves_draw(tmp_path):
     curve_P = np.cumsum(np.full(50, 1 / 50))
-    figures.save(figures.coverage_curves("x", [(0, curve_P, 45), (1, curve_P, 0)], tau=0.9), tmp_path / "coverage.png")
+    figure = figures.coverage_curves("x", [(0, curve_P, 45, 0.3), (1, curve_P, 0, 0.0)], tau=0.9)
+    figures.save(figure, tmp_path / "coverage.png")
+    (core,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert (core.get_xdata()[0], core.get_ydata()[0]) == (45, 0.3), "a placebo's core lies below the line"
 
 
 def test_format_status():

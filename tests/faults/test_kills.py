@@ -1,0 +1,236 @@
+"""One chain that is struck: its training goes on from the last checkpoint, with exactly the next row."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import xxhash
+from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, results, temporaries
+
+TRAINER = "ray::RayTrainWorker"
+SEED0 = (*LOCAL, "--sweep.seeds", "0")
+# A dataset and a cycle long enough to be struck at a chosen place: 128 steps of 512 rows, half a pass, a checkpoint every 8.
+STEPS, BATCH, LANES, EVERY = 128, 512, 8, 8
+LONGER = (
+    *SEED0, "--harvest.tokens", "131072", "--harvest.rows_per_shard", "2048", "--train.tokens", str(STEPS * BATCH), "--train.log_steps", "1",
+    "--train.checkpoint_steps", str(EVERY), "--attribution.sequences_per_shard", "2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a cycle stands, as its folder says."""
+
+    logged: int
+    """steps on the training curve"""
+    checkpoint: int
+    """step of the checkpoint, 0 if there is none"""
+    resumes: list[dict]
+    """what the checkpoint knows of"""
+    saved: bool
+    """the SAE is there: training and evaluation are over"""
+    scored: int
+    """shards of the attribution that are back"""
+    done: bool
+
+    @staticmethod
+    def of(cycle: Path) -> "Standing":
+        step, resumes, path = 0, [], cycle / "checkpoint.pt"
+        if path.exists():
+            progress = json.loads(torch.load(path, weights_only=True)["progress"])
+            round_, row = progress["position"]
+            step, resumes = round_ * (512 // (BATCH // LANES)) + row // (BATCH // LANES), progress["resumes"]
+        file = cycle / "curve.jsonl"
+        return Standing(
+            file.read_bytes().count(b"\n") if file.exists() else 0, step, resumes, (cycle / "sae.safetensors").exists(),
+            len(list(cycle.glob("attribution/*.safetensors"))), (cycle / "record.json").exists(),
+        )  # fmt: skip
+
+
+def record(cycle: Path) -> dict:
+    return json.loads((cycle / "record.json").read_text())
+
+
+def trainers(victim: Victim) -> list[psutil.Process]:
+    """Train workers that have begun their cycle's training: they write its curve anew."""
+    begun = max((path.stat().st_mtime for path in victim.output.glob("chains/*/cycle_*/curve.jsonl")), default=0)
+    return [worker for worker in victim.find(TRAINER) if worker.create_time() < begun]
+
+
+def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small_sweep, tmp_path):
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    # A checkpoint and a point of the curve each step: more places to be struck at, and the same numbers.
+    every_step = ("--train.checkpoint_steps", "1", "--train.log_steps", "1")
+    victim = Victim(output, *SEED0, "--sweep.cycles", "1", *every_step)
+    victim.wait_for(lambda: trainers(victim) and cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists())
+    (worker,) = trainers(victim)
+    with frozen(worker):
+        struck = Standing.of(cycles(output)[0])
+        assert 0 < struck.checkpoint < 32 and not struck.saved and victim.alive
+        worker.kill()
+    victim.wait_for(lambda: [other for other in victim.find(TRAINER) if other.pid != worker.pid])
+    victim.finish()
+    (cycle,) = cycles(output)
+    assert record(cycle)["resumes"] == [{"step": struck.checkpoint, "generation": 1, "workers": 1}]
+    assert results(cycle) == results(small_sweep.output / cycle.relative_to(output))
+    assert [point["step"] for point in curve(cycle)] == list(range(32))
+    assert temporaries(output) == []
+
+
+@pytest.mark.slow
+def test_a_superseded_driver_and_its_worker_write_nothing_more(small_sweep, tmp_path):
+    """A driver that was cut off while another took the folder over: here the generation alone is raised while it works."""
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    victim, taken_over = Victim(output, *SEED0, "--sweep.cycles", "1", "--train.log_steps", "1", "--cluster.retries", "0"), None
+    while taken_over is None:
+        victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint)
+        (worker,) = trainers(victim)
+        with frozen(worker):
+            now = Standing.of(cycles(output)[0])
+            assert victim.alive and now.logged < 32 and not now.saved
+            if not temporaries(output):  # else it has asked for its right to write already
+                (output / "generation").write_text("2")
+                taken_over = {path: path.read_bytes() for path in output.glob("chains/**/*") if path.is_file()}
+    assert victim.process.wait(timeout=300) == 1, victim.said
+    assert {path: path.read_bytes() for path in output.glob("chains/**/*") if path.is_file()} == taken_over
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_sweep, tmp_path_factory) -> Path:
+    """The output folder of the longer chain, never struck."""
+    output = tmp_path_factory.mktemp("chain") / "out"
+    copy_parts(small_sweep.output, output, "tokens")
+    Victim(output, *LONGER).finish()
+    return output
+
+
+def left_behind(output: Path) -> list[str]:
+    """Every file of the chain, and whatever Ray's own bookkeeping left."""
+    return sorted(str(path.relative_to(output)) for part in ("chains", "ray") for path in (output / part).rglob("*") if path.is_file())
+
+
+def digest_of_rows(output: Path, cycle: int) -> str:
+    """What `data_digest` must be if exactly rows 0 .. STEPS * BATCH - 1 of the cycle's order were trained on, each once.
+
+    The shards are read here without the stream, one row group at a time.
+    """
+    from dmsae_ray.activations.order import Order
+
+    (folder,) = (output / "data").glob("*")
+    groups = [(path, group) for path in sorted(folder.glob("shards/train-*.parquet")) for group in range(4)]
+    order = Order(n_units=len(groups), unit_rows=512, batch=BATCH, lanes=LANES, data_seed=0, cycle=cycle)
+    n, total, taken = BATCH // LANES, 0, set()
+    for step in range(STEPS):
+        round_, row = divmod(step * n, 512)
+        for lane, unit in enumerate(order.units(round_)):
+            path, group = groups[unit]
+            rows = pq.ParquetFile(path).read_row_group(group).column(0).to_pylist()
+            wanted = order.rows(round_, unit)[row : row + n].tolist()
+            taken.update((unit, place) for place in wanted)
+            total += xxhash.xxh3_64_intdigest(b"".join(rows[place] for place in wanted), seed=step * LANES + lane)
+    assert len(taken) == STEPS * BATCH
+    return f"{total % 2**64:016x}"
+
+
+def moments(seed: int, n: int) -> list[tuple[int, str, float, str]]:
+    """(cycle, phase, place in it, victim), in the order in which a chain comes to them."""
+    draw = np.random.default_rng(seed)
+    drawn = [
+        (int(draw.integers(2)), int(draw.choice(3, p=[0.6, 0.2, 0.2])), float(draw.random()), ("driver", "worker")[draw.integers(2)]) for _ in range(n)
+    ]
+    return [(cycle, ("train", "evaluate", "attribute")[phase], place, victim) for cycle, phase, place, victim in sorted(drawn)]
+
+
+@pytest.mark.slow
+def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed, tmp_path):
+    output, strikes = tmp_path / "out", moments(seed=2, n=10)
+    assert {phase for _, phase, _, _ in strikes} == {"train", "evaluate", "attribute"}
+    assert {victim for _, _, _, victim in strikes} == {"driver", "worker"}
+    copy_parts(undisturbed, output, "data", "tokens")
+    args = (*LONGER, "--cluster.retries", "10")
+    victim, drivers, expected = Victim(output, *args), 1, {0: [], 1: []}
+    for number, phase, place, whom in strikes:
+        def there(now: Standing) -> bool:
+            if phase == "train":
+                return now.logged > place * (STEPS - 2)
+            return now.checkpoint == STEPS and (phase == "evaluate" or now.saved and now.scored > before.scored + 3 * place)
+
+        def at_work() -> bool:
+            found = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
+            return bool(found and trainers(victim) and there(Standing.of(found[0])))
+
+        folder = cycles(output)[number] if len(cycles(output)) > number else None
+        before = Standing.of(folder or output)
+        victim.wait_for(at_work)
+        time.sleep(0.2 * place if phase == "evaluate" else 0)
+        folder = cycles(output)[number]
+        (worker,) = trainers(victim)
+        with frozen(worker):
+            struck = Standing.of(folder)
+            assert victim.alive and there(struck) and not struck.done, f"{phase} of cycle {number} was over: {struck}"
+            assert {"train": struck.logged < STEPS, "evaluate": not struck.saved, "attribute": struck.saved}[phase], struck
+            print(f"the {whom} in {phase} of cycle {number}: {struck}")
+            if whom == "worker":
+                worker.kill()
+            else:
+                victim.kill(everything=True)
+        if whom == "driver":
+            victim, drivers = Victim(output, *args), drivers + 1
+        # What the next worker group starts from. It tells of its start only in a checkpoint of its own, or in the record.
+        again = [{"step": struck.checkpoint, "generation": drivers, "workers": 1}] if struck.checkpoint else []
+        expected[number] = struck.resumes + again
+    victim.finish()
+    assert len(cycles(output)) == 2
+    for number, cycle in enumerate(cycles(output)):
+        there = undisturbed / cycle.relative_to(output)
+        assert record(cycle)["resumes"] == expected[number] and record(there)["resumes"] == []
+        assert results(cycle) == results(there)
+        assert curve(cycle) == curve(there)
+        assert record(cycle)["data_digest"] == digest_of_rows(output, number)
+    assert sum(map(len, expected.values())) >= 2
+    assert left_behind(output) == left_behind(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp_path, before, after):
+    output = tmp_path / "out"
+    copy_parts(undisturbed, output, "data", "tokens")
+    one_cycle = (*LONGER, "--sweep.cycles", "1")
+    victim = Victim(output, *one_cycle, "--cluster.workers", str(before))
+    expected, told = [], 0
+    if before == 2:  # first one of the two workers alone: its group starts again with as many
+        victim.wait_for(lambda: len(trainers(victim)) == 2 and Standing.of(cycles(output)[0]).logged > 20)
+        first, second = trainers(victim)
+        with frozen(first), frozen(second):
+            struck = Standing.of(cycles(output)[0])
+            assert victim.alive and 0 < struck.checkpoint <= struck.logged < STEPS and not struck.saved
+            second.kill()
+        expected, told = [{"step": struck.checkpoint, "generation": 1, "workers": 2}], struck.checkpoint
+    victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint > max(told, 40))
+    workers = trainers(victim)
+    assert len(workers) == before
+    with frozen(workers[0]):
+        struck = Standing.of(cycles(output)[0])
+        assert victim.alive and struck.logged < STEPS and not struck.saved and struck.resumes == expected
+        victim.kill(everything=True)
+    again = Victim(output, *one_cycle, "--cluster.workers", str(after))
+    again.finish()
+    (cycle,) = cycles(output)
+    there, here = record(undisturbed / cycle.relative_to(output)), record(cycle)
+    assert here["resumes"] == [*expected, {"step": struck.checkpoint, "generation": 2, "workers": after}] and here["workers"] == after
+    # Exactly the next row, whoever takes it.
+    assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0)
+    # The same global batches and the same global gate; only the order of sums differs.
+    for name in ("fvu", "l0", "theta", "loss_recovered_zero"):
+        assert here[name] == pytest.approx(there[name], rel=0.02), name
+    assert [point["step"] for point in curve(cycle)] == list(range(STEPS))
+    assert temporaries(output) == []

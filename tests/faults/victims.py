@@ -1,0 +1,178 @@
+"""Commands that are struck while at work: their processes, how far they are, and what must survive."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from conftest import command, environment
+from safetensors.torch import load_file
+
+LOCAL = ("--cluster.address", "local")
+"""A private cluster, whatever else runs on this machine: what is struck must be ours."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's own helpers outlive their raylet by up to a minute and then end by themselves; they run nothing of ours."""
+
+
+class Victim:
+    """A running command of ours and the processes that its private cluster started for it."""
+
+    def __init__(self, output: Path, *args: str, module: str = "sweep", root: psutil.Process | None = None, **env: str):
+        """root: the process whose descendants do the work, where that is not the command itself."""
+        self.output, self.log = output, output.parent / "driver.log"
+        self._known: dict[int, psutil.Process] = {}
+        with open(self.log, "a") as log:
+            start = log.tell()
+            self.process = subprocess.Popen(
+                command(output, *args, module=module), env=environment(**env), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._start, self._root = start, root or psutil.Process(self.process.pid)
+
+    @property
+    def said(self) -> str:
+        """What this command, not an earlier one with the same output, printed."""
+        return self.log.read_bytes()[self._start :].decode()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def family(self) -> dict[int, str]:
+        """pid -> title of every descendant."""
+        titles = {}
+        for child in self._root.children(recursive=True):
+            try:
+                titles[child.pid] = " ".join(child.cmdline())
+            except psutil.Error:
+                continue
+            self._known[child.pid] = child
+        return titles
+
+    def find(self, title: str) -> list[psutil.Process]:
+        """Descendants whose title starts so."""
+        return [self._known[pid] for pid, found in self.family().items() if found.startswith(title)]
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 200) -> None:
+        """Until the condition holds; the command must be alive all the while."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.alive, f"the command ended before it could be struck:\n{self.said}"
+            assert time.monotonic() < end, f"the phase to strike in never came:\n{self.said}"
+            time.sleep(0.002)
+
+    def kill(self, everything: bool = False) -> None:
+        """kill -9 of the driver, or of all its processes at the same moment as a power cut would; returns when all have ended."""
+        assert self.alive
+        self.family()
+        victims = list(self._known.values())
+        os.kill(self.process.pid, signal.SIGKILL)
+        for victim in victims if everything else ():
+            try:
+                victim.kill()
+            except psutil.NoSuchProcess:
+                pass
+        assert self.process.wait() == -signal.SIGKILL
+        if self._root.pid == self.process.pid:
+            survivors = psutil.wait_procs(victims, timeout=30)[1]
+            titles = [" ".join(survivor.cmdline()) for survivor in survivors if survivor.is_running()]
+            assert all(title.startswith(AGENTS) for title in titles), titles
+
+    def finish(self, seconds: float = 300) -> None:
+        assert self.process.wait(timeout=seconds) == 0, self.said
+
+
+@contextmanager
+def frozen(process: psutil.Process) -> Iterator[None]:
+    """Stopped between two instructions, so that the phase that is looked at is the one that is struck."""
+    process.suspend()
+    while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
+        try:
+            process.resume()
+        except psutil.NoSuchProcess:
+            pass
+
+
+@contextmanager
+def ray_head(cpus: int) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
+    """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's environment.
+
+    It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is ended by
+    process id: `ray stop` ends every Ray process of the machine.
+    """
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets in it have names of at most 107 bytes
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
+             "--include-dashboard=false", f"--temp-dir={folder}"]  # fmt: skip
+    log = Path(folder) / "head.log"
+    with open(log, "w") as file:
+        head = psutil.Popen(start, env=environment(**env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert head.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}", psutil.Process(head.pid), env
+    finally:
+        processes = [*head.children(recursive=True), head]
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(processes, timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporaries(output: Path) -> list[str]:
+    """Files under a name that only a writer at work should have."""
+    return [str(path.relative_to(output)) for part in ("data", "tokens", "chains") for path in (output / part).rglob("*tmp*")]
+
+
+def copy_parts(source: Path, output: Path, *parts: str) -> None:
+    """Give a new output folder what another one has finished, to spend the test's time on what comes after."""
+    for part in parts:
+        shutil.copytree(source / part, output / part)
+
+
+def cycles(output: Path) -> list[Path]:
+    """Cycle folders of the only chain."""
+    return sorted(output.glob("chains/*/cycle_*"))
+
+
+def results(cycle: Path) -> dict[str, bytes]:
+    """Every number a finished cycle leaves: weights, core, scores (as raw bytes), theta and the metrics."""
+    found = {
+        f"{file}.{name}": tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for file in ("sae", "core", "scores")
+        for name, tensor in load_file(cycle / f"{file}.safetensors").items()
+    }
+    record = json.loads((cycle / "record.json").read_text())
+    told = ("data_digest", "theta", "theta_training", "fvu", "l0", "core_out", "core_share", "coverage", "steps", "tokens")
+    return found | {name: json.dumps(record[name]).encode() for name in told}
+
+
+def curve(cycle: Path) -> list[dict]:
+    """Points of the training curve without what depends on the clock, or on guesses that decide speed only."""
+    left_out = ("tokens_per_s", "candidates", "retries")
+    points = [json.loads(line) for line in (cycle / "curve.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in point.items() if name not in left_out} for point in points]
