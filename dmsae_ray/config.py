@@ -210,15 +210,29 @@ class AttributionConfig(Section):
     """How latents are scored, and how many stay."""
 
     tokens: int = Field(65_536, ge=1)
-    """tokens of held-out sequences that latents are scored on"""
+    """tokens of held-out sequences that latents are scored on; with until_jaccard, at most"""
     sequences_per_shard: int = Field(32, ge=1)
     """sequences in one unit of attribution work; fixed, so that scores do not depend on who computed them"""
+    until_jaccard: float | None = Field(None, gt=0, le=1)
+    """score 2, 4, 8, ... shards until the cores that even and odd ones select have this Jaccard index; empty: score all tokens"""
+    candidates: Literal["first_group", "all"] = "first_group"
+    """latents that may enter the core, and that the spliced reconstruction is made of: core + first group, nothing deeper; or every latent, and the whole reconstruction"""
     splice: Literal["replace", "keep_error"] = "replace"
-    """the hook carries the reconstruction from core + first group, or that plus the SAE's error [D]"""
-    aggregator: Literal["mean_abs", "mean_signed"] = "mean_abs"
-    """over tokens: mean of the absolute attribution, or absolute value of the mean [D]"""
+    """the hook carries the reconstruction from the candidates, or that plus the SAE's error [D]"""
+    outlier_norm: float | None = Field(None, gt=1)
+    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do not count; empty: all count [D]"""
+    aggregator: Literal["mean_abs", "quantile", "mean_signed"] = "mean_abs"
+    """over tokens: mean of the absolute attribution; a quantile of it where the latent is active, times its density; or absolute value of the mean [D]"""
+    quantile: float = Field(0.9, gt=0, le=1)
+    """which one, with aggregator quantile; to 3 % [D]"""
     tau: float = Field(0.9, gt=0, le=1)
     """share of the total attribution that the core must carry"""
+
+    @model_validator(mode="after")
+    def _quantile_is_used(self) -> AttributionConfig:
+        if self.aggregator != "quantile" and self.quantile != type(self).model_fields["quantile"].default:
+            raise ValueError("attribution.quantile has a meaning only with attribution.aggregator quantile")
+        return self
 
 
 class SelectionConfig(Section):
@@ -412,6 +426,10 @@ class Config(BaseSettings):
                 )
         elif self.sweep.parts is not None:
             problems.append("sweep.parts has a meaning only with sweep.data disjoint")
+        if self.selection.by == "reconstruction" and self.attribution.candidates == "all":
+            problems.append(
+                "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates to first_group"
+            )
         if harvest.dataset is not None and (harvest.hooks or harvest.store):
             problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:

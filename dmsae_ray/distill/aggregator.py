@@ -5,13 +5,14 @@ One per chain, owned by its driver; Ray restarts it where it dies, and it goes o
 
 from __future__ import annotations
 
+from functools import partial as bound
 from pathlib import Path
 
 import ray
-import torch
 
-from dmsae_ray.distill.attribution import AttributionSettings, total
 from dmsae_ray.distill.ledger import Ledger
+from dmsae_ray.distill.partial import Partial
+from dmsae_ray.distill.scores import ScoreSettings, enough, scores, split_half
 from dmsae_ray.distill.select import select
 
 
@@ -19,14 +20,15 @@ from dmsae_ray.distill.select import select
 class Aggregator:
     """Every call names the folder, shard count and stamp of its ledger: a restarted actor needs no memory of its own."""
 
-    def __init__(self, settings: AttributionSettings, patience_s: float = 60.0):
+    def __init__(self, settings: ScoreSettings, patience_s: float = 60.0):
         self.settings, self.patience_s = settings, patience_s
         self._ledger: Ledger | None = None
 
     def _open(self, ledger: tuple[str, int, str]) -> Ledger:
         folder, shards, stamp = ledger
         if self._ledger is None or (self._ledger.folder, self._ledger.stamp) != (Path(folder), stamp):
-            self._ledger = Ledger(Path(folder), shards, stamp, self.patience_s)
+            stop = None if self.settings.until_jaccard is None else bound(enough, settings=self.settings)
+            self._ledger = Ledger(Path(folder), shards, stamp, self.patience_s, stop)
         return self._ledger
 
     def begin(self, ledger: tuple[str, int, str]) -> None:
@@ -36,23 +38,25 @@ class Aggregator:
     def take(self, ledger: tuple[str, int, str], worker: int) -> int:
         return self._open(ledger).take(worker)
 
-    def give(self, ledger: tuple[str, int, str], worker: int, shard: int, sums_P: torch.Tensor, tokens: int) -> None:
-        self._open(ledger).give(worker, shard, sums_P, tokens)
+    def give(self, ledger: tuple[str, int, str], worker: int, shard: int, partial: Partial) -> None:
+        self._open(ledger).give(worker, shard, partial)
 
     def finished(self, ledger: tuple[str, int, str]) -> set[int]:
         """Shards that are back."""
         return self._open(ledger).done
 
     def select(self, ledger: tuple[str, int, str]) -> dict:
-        """The core: latent ids chosen, scores of all candidates [P] fp64, and how the work went."""
+        """The core: latent ids chosen, scores of all candidates [P] fp64, how sure they are, and how the work went."""
         book = self._open(ledger)
         partials = book.partials()
-        scores_P = total(partials, self.settings)
+        scores_P, halves = scores(partials, self.settings), split_half(partials, self.settings)
         return {
             "ids": select(scores_P, self.settings.tau),
             "scores": scores_P,
-            "tokens": sum(tokens for _, tokens in partials),
-            "shards": book.shards,
+            "tokens": sum(partial.tokens for partial in partials),
+            "shards": len(partials),
             "workers": len(book.workers()),
             "resent": book.resent,
+            "split_half_spearman": halves.spearman,
+            "split_half_jaccard": halves.jaccard,
         }

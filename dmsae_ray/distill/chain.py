@@ -292,7 +292,7 @@ class ChainWorker:
     # -- attribute and select ------------------------------------------------------------------------------------------
 
     def attribute(self, folder: CycleFolder, sae: MatryoshkaSAE) -> dict:
-        """Score shards until the aggregator has them all, then ask it for the core."""
+        """Score shards until the aggregator has all it asks for, then ask it for the core."""
         config = self.plan.config.attribution
         batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
         # Partial sums belong to these weights: every rank holds the same.
@@ -309,7 +309,7 @@ class ChainWorker:
             if done * self.world >= OPEN_AT * len(batches):
                 self._open_next()
 
-        settings = self.plan.attribution_settings
+        settings = self.plan.attribution_settings(self.dataset.manifest)
         score_shards(sae, self.lm, batches, self.scale, settings, self.aggregator, ledger, self.rank, on_shard)
         self._open_next()  # where other ranks were faster, this one may have had no shard that late
         return ray.get(self.aggregator.select.remote(ledger))
@@ -338,7 +338,7 @@ class ChainWorker:
             "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": carried(selected["scores"], ids_C),
             "selection": selection.model_dump() | {"candidates": len(selected["scores"])},
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "attribution": {name: selected[name] for name in ("tokens", "shards", "workers", "resent")},
+            "attribution": {name: value for name, value in selected.items() if name not in ("ids", "scores")},
             "finished_at": time.time(),
         }  # fmt: skip
         plan.lease.check()
@@ -391,8 +391,8 @@ def score_shards(sae, lm, batches, scale, settings, aggregator, ledger, rank: in
             time.sleep(0.05)
             continue
         ids_NT, lengths_N = batches[shard]
-        sums_P, tokens = attribution_.attribute(sae, lm, ids_NT.to(device), lengths_N.to(device), scale, settings)
-        ray.get(aggregator.give.remote(ledger, rank, shard, sums_P, tokens))
+        partial = attribution_.attribute(sae, lm, ids_NT.to(device), lengths_N.to(device), scale, settings)
+        ray.get(aggregator.give.remote(ledger, rank, shard, partial))
         ours += 1
         on_shard(ours)
     return ours

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.dataset import ActivationDataset, Manifest
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import Unit
 from dmsae_ray.activations.stream import StreamLimits
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.folder import ChainFolder, Lease
+from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.select import count_of
 from dmsae_ray.sae.settings import SAESettings, schedule
 
@@ -127,10 +128,19 @@ class ChainPlan:
             eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels, **lengths,
         )  # fmt: skip
 
-    @property
-    def attribution_settings(self) -> AttributionSettings:
+    def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
+        """How rows of this dataset are attributed: the outlier bound is a multiple of its median norm."""
         attribution = self.config.attribution
-        return AttributionSettings(splice=attribution.splice, aggregator=attribution.aggregator, tau=attribution.tau)
+        multiple = attribution.outlier_norm
+        return AttributionSettings(
+            splice=attribution.splice, candidates=attribution.candidates,
+            max_norm=None if multiple is None else multiple * manifest.norm_quantiles["0.5"],
+        )  # fmt: skip
+
+    @property
+    def score_settings(self) -> ScoreSettings:
+        attribution = self.config.attribution
+        return ScoreSettings(attribution.aggregator, attribution.quantile, attribution.tau, attribution.until_jaccard)
 
     def finished(self) -> bool:
         return len(self.folder.records()) >= self.cycles

@@ -48,7 +48,7 @@ def drive(plan: ChainPlan, board, scratch: str) -> None:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     trainer = ray.train.torch.TorchTrainer(
         train_chain,
-        train_loop_config={"plan": plan, "aggregator": Aggregator.remote(plan.attribution_settings), "board": board},
+        train_loop_config={"plan": plan, "aggregator": Aggregator.remote(plan.score_settings), "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),

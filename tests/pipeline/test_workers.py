@@ -25,6 +25,7 @@ from dmsae_ray.distill.aggregator import Aggregator
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.chain import score_shards
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
+from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.trials import run_chains
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -68,19 +69,19 @@ def attribute_in_group(loop: dict) -> None:
             again = attribution.attribute(sae, lm, ids, lengths, loop["scale"], settings)
             while 0 not in ray.get(aggregator.finished.remote(ledger)):
                 pass
-            ray.get(aggregator.give.remote(ledger, rank, 0, *again))
+            ray.get(aggregator.give.remote(ledger, rank, 0, again))
             ray.kill(aggregator, no_restart=False)
 
     ours = score_shards(sae, lm, batches, loop["scale"], settings, aggregator, ledger, rank, on_shard)
     (Path(loop["out"]) / f"worker-{rank}").write_text(str(ours))
 
 
-def attribute_with(sweep, out: Path, workers: int, trouble: bool) -> tuple[dict, list[int]]:
+def attribute_with(sweep, out: Path, settings: ScoreSettings, workers: int, trouble: bool) -> tuple[dict, list[int]]:
     dataset = dataset_of(sweep)
     out.mkdir()
     sae = sweep.chains()["seed0-k8"] / "cycle_01" / "sae.safetensors"
     batches = list(dataset.held_out("attribution").first_tokens(4096).batches(4))
-    aggregator = Aggregator.remote(AttributionSettings())
+    aggregator = Aggregator.remote(settings)
     ledger = [str(out / "ledger"), len(batches), "test"]
     ray.train.torch.TorchTrainer(
         attribute_in_group,
@@ -93,12 +94,15 @@ def attribute_with(sweep, out: Path, workers: int, trouble: bool) -> tuple[dict,
     return ray.get(aggregator.select.remote(tuple(ledger))), counts
 
 
-def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_and_a_dead_actor(cluster, small_sweep, tmp_path):
-    alone, _ = attribute_with(small_sweep, tmp_path / "one", 1, trouble=False)
-    shared, counts = attribute_with(small_sweep, tmp_path / "three", 3, trouble=True)
+@pytest.mark.parametrize("settings", [ScoreSettings(), ScoreSettings("quantile", until_jaccard=0.95)], ids=["mean_abs", "quantile-in-stages"])
+def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_and_a_dead_actor(cluster, small_sweep, tmp_path, settings):
+    alone, _ = attribute_with(small_sweep, tmp_path / "one", settings, 1, trouble=False)
+    shared, counts = attribute_with(small_sweep, tmp_path / "three", settings, 3, trouble=True)
     assert sum(count > 0 for count in counts) >= 2, counts
     assert torch.equal(alone["scores"], shared["scores"])
     assert torch.equal(alone["ids"], shared["ids"])
+    for name in ("tokens", "shards", "split_half_spearman", "split_half_jaccard"):
+        assert alone[name] == shared[name], name
 
 
 def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1) -> ChainPlan:

@@ -1,10 +1,13 @@
 """Attribution and evaluation against cases with a known answer, on the real small model."""
 
+import numpy as np
 import pytest
 import torch
 
-from dmsae_ray.distill.attribution import AttributionSettings, attribute
+from dmsae_ray.distill.attribution import AttributionSettings, attribute, gradients
 from dmsae_ray.distill.evaluate import Tally, reference_losses, scores_of, tally_batch
+from dmsae_ray.distill.histogram import RELATIVE_ERROR
+from dmsae_ray.distill.scores import ScoreSettings, scores
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
@@ -82,43 +85,107 @@ def test_an_sae_of_nothing_recovers_nothing(lm, batch):
     assert metrics["l0"] == 0 and metrics["dead_share"] == 1 and metrics["fvu"] > 1
 
 
-@pytest.mark.parametrize("splice", ["replace", "keep_error"])
-def test_attribution_is_the_derivative_of_the_loss_by_the_latent_s_size(lm, batch, splice):
-    """sum_n a_j(n) = d Loss / d alpha where latent j is scaled by 1 + alpha everywhere: central differences agree."""
-    ids, lengths = batch
+def random_sae(d: int, candidates: int = 12) -> MatryoshkaSAE:
     torch.manual_seed(0)
-    candidates = 12
-    sae = MatryoshkaSAE(lm.d, [candidates, 64], 0, "batchtopk")
+    sae = MatryoshkaSAE(d, [candidates, 64], 0, "batchtopk")
     with torch.no_grad():
-        sae.W_enc.copy_(torch.randn(64, lm.d) / lm.d**0.5)
-        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(64, lm.d), dim=1))
+        sae.W_enc.copy_(torch.randn(64, d) / d**0.5)
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(64, d), dim=1))
         sae.b_enc.fill_(0.05)
-    settings = AttributionSettings(splice=splice, aggregator="mean_signed")
-    sums, tokens = attribute(sae, lm, ids, lengths, SCALE, settings)
-    assert tokens == tokens_of(lm, ids, lengths) == int((lengths - 1).sum()) - 1 and sums.dtype == torch.float64
-    rows = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]) & (ids != lm.bos_id)
-    cut = lm.cut(ids)
-    x = cut.value_BTD[rows] / SCALE
+    return sae
 
-    def loss(j: int, alpha: float) -> float:
-        z = sae.encode(x, upto=candidates)
-        base = sae.decode(z) if splice == "replace" else sae.decode(z) + x - sae.decode(sae.encode(x))
-        spliced = cut.value_BTD.clone()
-        spliced[rows] = (base + alpha * z[:, j : j + 1] * sae.W_dec[j]) * SCALE
-        return float(lm.loss(cut, spliced, ids, lengths))
 
-    with torch.no_grad():
-        for j in sums.abs().topk(3).indices.tolist():
-            numeric = (loss(j, 0.02) - loss(j, -0.02)) / 0.04
-            assert float(sums[j]) == pytest.approx(numeric, rel=0.01)
+class Spliced:
+    """The spliced model as a function of how the candidates' activations z [R, P] are scaled, written down once more."""
+
+    def __init__(self, lm, sae, ids, lengths, splice="replace", candidates=12, rows=None):
+        self.lm, self.sae, self.ids, self.lengths = lm, sae, ids, lengths
+        self.rows = lm.rows(ids, lengths) if rows is None else rows
+        self.cut = lm.cut(ids)
+        x = self.cut.value_BTD[self.rows] / SCALE
+        with torch.no_grad():
+            self.z = sae.encode(x, upto=candidates)
+            self.rest = x - sae.decode(sae.encode(x)) if splice == "keep_error" else torch.zeros_like(x)
+
+    @torch.no_grad()
+    def loss(self, z) -> float:
+        """Sum over targets, in nats."""
+        value = self.cut.value_BTD.clone()
+        value[self.rows] = (self.sae.decode(z) + self.rest) * SCALE
+        return float(self.lm.loss(self.cut, value, self.ids, self.lengths))
+
+    def slope(self, place, size=0.02) -> float:
+        """d Loss / d alpha where z[place] is scaled by 1 + alpha: central difference."""
+        up, down = self.z.clone(), self.z.clone()
+        up[place] *= 1 + size
+        down[place] *= 1 - size
+        return (self.loss(up) - self.loss(down)) / (2 * size)
+
+
+CASES = [("replace", "first_group"), ("keep_error", "first_group"), ("replace", "all")]
+
+
+@pytest.mark.parametrize(("splice", "candidates"), CASES)
+def test_attribution_is_the_derivative_of_the_loss_by_the_latent_s_size(lm, batch, splice, candidates):
+    """sum_n a_j(n) = d Loss / d alpha where latent j is scaled by 1 + alpha everywhere."""
+    ids, lengths = batch
+    sae = random_sae(lm.d)
+    partial = attribute(sae, lm, ids, lengths, SCALE, AttributionSettings(splice, candidates))
+    assert partial.tokens == tokens_of(lm, ids, lengths) == int((lengths - 1).sum()) - 1
+    assert partial.signed_P.dtype == torch.float64 and len(partial.signed_P) == (64 if candidates == "all" else 12)
+    spliced = Spliced(lm, sae, ids, lengths, splice, len(partial.signed_P))
+    for j in partial.signed_P.abs().topk(3).indices.tolist():
+        assert float(partial.signed_P[j]) == pytest.approx(spliced.slope((slice(None), j)), rel=0.01)
+
+
+@pytest.mark.parametrize(("splice", "candidates"), CASES)
+def test_every_aggregator_is_made_of_the_derivatives_at_single_tokens(lm, batch, splice, candidates):
+    """a_j(n) = d Loss / d alpha where latent j is scaled at row n alone; sums and counts are those of the a_j(n)."""
+    ids, lengths = batch
+    sae = random_sae(lm.d)
+    settings = AttributionSettings(splice, candidates)
+    z, grad = gradients(sae, lm, ids, lengths, SCALE, settings)
+    a = (z * (grad @ sae.W_dec[: z.shape[1]].T) * SCALE).detach()
+    spliced = Spliced(lm, sae, ids, lengths, splice, z.shape[1])
+    assert torch.allclose(z, spliced.z, rtol=1e-4, atol=1e-5)
+    for flat in a.abs().flatten().topk(4).indices.tolist():
+        place = divmod(flat, a.shape[1])
+        assert float(a[place]) == pytest.approx(spliced.slope(place, size=0.05), rel=0.01)
+    partial = attribute(sae, lm, ids, lengths, SCALE, settings)
+    a, active = a.double().numpy(), (z > 0).numpy()
+    assert np.allclose(scores([partial], ScoreSettings("mean_abs")), np.abs(a).mean(axis=0), rtol=1e-5)
+    assert np.allclose(scores([partial], ScoreSettings("mean_signed")), np.abs(a.mean(axis=0)), rtol=1e-5, atol=1e-8)
+    found = scores([partial], ScoreSettings("quantile")).numpy()
+    for j in range(a.shape[1]):
+        values = np.abs(a[active[:, j], j])
+        exact = np.quantile(values, 0.9, method="inverted_cdf") * active[:, j].mean() if len(values) else 0.0
+        assert found[j] == pytest.approx(exact, rel=RELATIVE_ERROR)
 
 
 def test_mean_abs_is_at_least_mean_signed_and_padding_adds_nothing(lm, batch):
     ids, lengths = batch
     sae = identity_sae(lm.d)
-    absolute, _ = attribute(sae, lm, ids, lengths, SCALE, AttributionSettings())
-    signed, _ = attribute(sae, lm, ids, lengths, SCALE, AttributionSettings(aggregator="mean_signed"))
-    assert bool((absolute >= signed.abs() - 1e-9).all()) and float(absolute.sum()) > float(signed.abs().sum())
+    partial = attribute(sae, lm, ids, lengths, SCALE, AttributionSettings())
+    assert bool((partial.absolute_P >= partial.signed_P.abs() - 1e-9).all())
+    assert float(partial.absolute_P.sum()) > float(partial.signed_P.abs().sum())
     wider = torch.cat([ids, torch.full((2, 5), lm.pad_id)], dim=1)
-    padded, _ = attribute(sae, lm, wider, lengths, SCALE, AttributionSettings())
-    assert torch.allclose(padded, absolute, rtol=1e-4, atol=1e-6)
+    padded = attribute(sae, lm, wider, lengths, SCALE, AttributionSettings())
+    assert padded.tokens == partial.tokens
+    assert torch.allclose(padded.absolute_P, partial.absolute_P, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(padded.signed_P, partial.signed_P, rtol=1e-4, atol=1e-5)
+
+
+def test_outliers_neither_count_nor_are_spliced(lm, batch):
+    """With the bound between the norms of two rows, the three above it keep what stands there."""
+    ids, lengths = batch
+    sae = random_sae(lm.d)
+    cut, rows = lm.cut(ids), lm.rows(ids, lengths)
+    norms = cut.value_BTD.norm(dim=2)
+    bound = float(norms[rows].sort().values[-4:-2].mean())
+    partial = attribute(sae, lm, ids, lengths, SCALE, AttributionSettings(max_norm=bound))
+    assert partial.tokens == int(rows.sum()) - 3
+    spliced = Spliced(lm, sae, ids, lengths, rows=rows & (norms <= bound))
+    whole = attribute(sae, lm, ids, lengths, SCALE, AttributionSettings())
+    j = int(partial.signed_P.abs().argmax())
+    assert float(partial.signed_P[j]) == pytest.approx(spliced.slope((slice(None), j)), rel=0.01)
+    assert float(partial.signed_P[j]) != pytest.approx(float(whole.signed_P[j]), rel=0.02)

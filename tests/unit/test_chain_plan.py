@@ -155,3 +155,11 @@ def test_every_cycle_and_seed_starts_from_numbers_of_its_own(tmp_path):
     assert len(set(seeds.values())) == 16, "chains of different sparsity start alike, all else differs"
     assert all(0 <= seed < 2**63 for seed in seeds.values())
     torch.Generator().manual_seed(max(seeds.values()))  # what it is for takes it
+
+
+def test_outliers_are_measured_by_the_median_norm_of_the_rows_held_back(tmp_path):
+    dataset = make_dataset(tmp_path / "d", shards=4)
+    (bounded, *_), (free, *_) = plans_of(dataset, "--attribution.outlier_norm", "3"), plans_of(dataset)
+    median = float(dataset.calibration_rows().double().norm(dim=1).quantile(0.5))
+    assert bounded.attribution_settings(dataset.manifest).max_norm == pytest.approx(3 * median)
+    assert free.attribution_settings(dataset.manifest).max_norm is None

@@ -93,6 +93,8 @@ def test_unknown_flag_ends_the_command(capsys):
         (["--sae.width", "16"], ["sae.width 16", "first group", "widen"]),
         (["--attribution.tau", "1.5"], ["attribution.tau", "less than or equal to 1"]),
         (["--attribution.tau", "0"], ["attribution.tau", "greater than 0"]),
+        (["--attribution.quantile", "0.8"], ["attribution.quantile", "only with attribution.aggregator quantile"]),
+        (["--attribution.until_jaccard", "1.5"], ["attribution.until_jaccard", "less than or equal to 1"]),
         (["--train.lanes", "3"], ["train.lanes 3", "train.batch 1024"]),
         (["--cluster.workers", "3"], ["cluster.workers 3", "train.lanes 8"]),
         (["--harvest.rows_per_group", "1000"], ["harvest.rows_per_group 1000", "train.batch / train.lanes"]),
@@ -147,7 +149,8 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
         assert key(*argv) == same, argv
     for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
                  ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"], ["--selection.size", "0.5"], ["--sae.core_transfer", "init"],
-                 ["--selection.by", "norm", "--selection.size", "match"]):  # fmt: skip
+                 ["--selection.by", "norm", "--selection.size", "match"], ["--attribution.aggregator", "quantile"],
+                 ["--attribution.until_jaccard", "0.9"], ["--attribution.candidates", "all"], ["--attribution.outlier_norm", "5"]):  # fmt: skip
         assert key(*argv) != same, argv
 
 

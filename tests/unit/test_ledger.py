@@ -2,36 +2,48 @@
 
 import itertools
 import random
+from functools import partial as bound
 
+import pytest
 import torch
 
-from dmsae_ray.distill.attribution import AttributionSettings, total
+from dmsae_ray.distill.histogram import Histogram
 from dmsae_ray.distill.ledger import ALL_DONE, WAIT, Ledger
+from dmsae_ray.distill.partial import Partial
+from dmsae_ray.distill.scores import ScoreSettings, enough, scores
 
-SHARDS = 6
+SHARDS, CANDIDATES = 6, 10
+AGGREGATORS = ["mean_abs", "mean_signed", "quantile"]
 
 
 def partial(shard):
-    return torch.rand(10, generator=torch.Generator().manual_seed(shard), dtype=torch.float64), 100 + shard
+    generator = torch.Generator().manual_seed(shard)
+    a_RP = (torch.randn(100 + shard, CANDIDATES, generator=generator).exp() - 1) * torch.arange(1, CANDIDATES + 1)
+    a_RP[torch.rand(a_RP.shape, generator=generator) < 0.7] = 0
+    row, latent = a_RP.nonzero(as_tuple=True)
+    a_RP = a_RP.double()
+    return Partial(len(a_RP), a_RP.sum(0), a_RP.abs().sum(0), Histogram.of(latent, a_RP[row, latent].abs().float()))
 
 
 def drain(ledger, worker=0):
     while (shard := ledger.take(worker)) != ALL_DONE:
         assert shard != WAIT
-        ledger.give(worker, shard, *partial(shard))
+        ledger.give(worker, shard, partial(shard))
 
 
-def test_scores_do_not_depend_on_order_or_repetition(tmp_path):
-    scores = []
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_scores_do_not_depend_on_order_or_repetition(tmp_path, aggregator):
+    found = []
     for attempt in range(4):
         ledger = Ledger(tmp_path / str(attempt), SHARDS, "s")
         order = list(range(SHARDS))
         random.Random(attempt).shuffle(order)
         for shard in order + order[:attempt]:
-            ledger.give(attempt, shard, *partial(shard))
+            ledger.give(attempt, shard, partial(shard))
         assert ledger.resent == attempt
-        scores.append(total(ledger.partials(), AttributionSettings()))
-    for a, b in itertools.combinations(scores, 2):
+        found.append(scores(ledger.partials(), ScoreSettings(aggregator)))
+    assert bool((found[0] > 0).all())
+    for a, b in itertools.combinations(found, 2):
         assert torch.equal(a, b)
 
 
@@ -40,7 +52,7 @@ def test_every_shard_is_dealt_once_then_waited_for(tmp_path):
     assert sorted(ledger.take(i % 2) for i in range(SHARDS)) == list(range(SHARDS))
     assert ledger.take(0) == WAIT
     for shard in range(SHARDS):
-        ledger.give(0, shard, *partial(shard))
+        ledger.give(0, shard, partial(shard))
     assert ledger.take(1) == ALL_DONE
 
 
@@ -51,23 +63,23 @@ def test_a_late_shard_is_dealt_again(tmp_path):
 
 def test_a_lost_group_s_shards_are_dealt_anew_and_finished_ones_kept(tmp_path):
     ledger = Ledger(tmp_path, SHARDS, "s")
-    ledger.give(0, ledger.take(0), *partial(0))
+    ledger.give(0, ledger.take(0), partial(0))
     ledger.take(0)
     ledger.redeal()
     assert ledger.take(0) == 1
 
 
-def test_a_dead_ledger_goes_on_from_its_files(tmp_path):
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_a_dead_ledger_goes_on_from_its_files(tmp_path, aggregator):
     first = Ledger(tmp_path / "a", SHARDS, "s")
     for _ in range(3):
         shard = first.take(0)
-        first.give(0, shard, *partial(shard))
+        first.give(0, shard, partial(shard))
     second = Ledger(tmp_path / "a", SHARDS, "s")
     assert second.done == first.done
     drain(second)
-    whole = Ledger(tmp_path / "b", SHARDS, "s")
-    drain(whole)
-    assert torch.equal(total(second.partials(), AttributionSettings()), total(whole.partials(), AttributionSettings()))
+    settings = ScoreSettings(aggregator)
+    assert torch.equal(scores(second.partials(), settings), scores([partial(shard) for shard in range(SHARDS)], settings))
 
 
 def test_sums_of_another_sae_are_not_reused(tmp_path):
@@ -75,7 +87,43 @@ def test_sums_of_another_sae_are_not_reused(tmp_path):
     assert Ledger(tmp_path, SHARDS, "two").done == set()
 
 
-def test_mean_signed_takes_the_absolute_value_last():
-    partials = [(torch.tensor([1.0, -3.0], dtype=torch.float64), 2), (torch.tensor([-1.0, -1.0], dtype=torch.float64), 2)]
-    assert total(partials, AttributionSettings(aggregator="mean_signed")).tolist() == [0.0, 1.0]
-    assert total(partials, AttributionSettings()).tolist() == [0.0, -1.0]
+def test_stages_double_until_what_is_there_suffices(tmp_path):
+    asked = []
+
+    def suffices(partials):
+        asked.append(len(partials))
+        return len(partials) >= 8
+
+    ledger = Ledger(tmp_path, 11, "s", enough=suffices)
+    assert [ledger.take(0), ledger.take(1)] == [0, 1] and ledger.take(0) == WAIT, "the third shard waits for the stage's end"
+    for shard in (1, 0):
+        ledger.give(0, shard, partial(shard))
+    drain(ledger)
+    assert asked == [2, 4, 8] and len(ledger.partials()) == 8 and ledger.done == set(range(8))
+
+
+def test_stages_end_with_the_budget(tmp_path):
+    ledger = Ledger(tmp_path, 5, "s", enough=lambda partials: False)
+    drain(ledger)
+    assert len(ledger.partials()) == 5
+
+
+@pytest.mark.parametrize(("target", "shards"), [(0.4, 2), (0.6, 4), (0.9, 16)])
+def test_how_many_shards_count_does_not_depend_on_workers_or_a_death(tmp_path, target, shards):
+    """The core's agreement decides: workers that answer out of order, and a ledger that dies after each shard, find the same."""
+    stop = bound(enough, settings=ScoreSettings(tau=0.7, until_jaccard=target))
+    alone = Ledger(tmp_path / "alone", 32, "s", enough=stop)
+    drain(alone)
+    assert len(alone.partials()) == shards
+    several, held = Ledger(tmp_path / "several", 32, "s", enough=stop), []
+    while (shard := several.take(len(held))) != ALL_DONE:
+        if shard != WAIT:
+            held.append(shard)
+        if shard == WAIT or len(held) == 3:
+            late = held.pop()
+            several.give(len(held), late, partial(late))
+            several = Ledger(tmp_path / "several", 32, "s", enough=stop)
+            held = []
+    restarted = Ledger(tmp_path / "several", 32, "s", enough=stop)
+    assert len(restarted.partials()) == shards
+    assert torch.equal(scores(restarted.partials(), ScoreSettings()), scores(alone.partials(), ScoreSettings()))
