@@ -426,13 +426,12 @@ class Config(BaseSettings):
                 )
         elif self.sweep.parts is not None:
             problems.append("sweep.parts has a meaning only with sweep.data disjoint")
-        if harvest.dataset is not None and (harvest.hooks or harvest.store):
-            problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
         if self.selection.by == "reconstruction" and self.attribution.candidates == "all":
             problems.append(
-                "selection.by reconstruction ranks core + first group by the error of that prefix, attribution.candidates all asks for every "
-                "latent: set attribution.candidates first_group, or another selection.by"
+                "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates to first_group"
             )
+        if harvest.dataset is not None and (harvest.hooks or harvest.store):
+            problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
             problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
         if problems:

@@ -94,7 +94,7 @@ def test_unknown_flag_ends_the_command(capsys):
         (["--attribution.tau", "1.5"], ["attribution.tau", "less than or equal to 1"]),
         (["--attribution.tau", "0"], ["attribution.tau", "greater than 0"]),
         (["--attribution.quantile", "0.8"], ["attribution.quantile", "only with attribution.aggregator quantile"]),
-        (["--attribution.candidates", "all", "--selection.by", "reconstruction", "--selection.size", "0.5"], ["selection.by reconstruction", "attribution.candidates first_group"]),
+        (["--attribution.candidates", "all", "--selection.by", "reconstruction", "--selection.size", "0.5"], ["selection.by reconstruction", "attribution.candidates to first_group"]),
         (["--attribution.until_jaccard", "1.5"], ["attribution.until_jaccard", "less than or equal to 1"]),
         (["--train.lanes", "3"], ["train.lanes 3", "train.batch 1024"]),
         (["--cluster.workers", "3"], ["cluster.workers 3", "train.lanes 8"]),
@@ -149,10 +149,9 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
                  ["--cluster.workers", "2"], ["--cluster.object_store_mb", "64"], ["--train.screen", "fp32"], ["--train.checkpoint_steps", "7"]):  # fmt: skip
         assert key(*argv) == same, argv
     for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
-                 ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"], ["--attribution.aggregator", "quantile"],
-                 ["--attribution.until_jaccard", "0.9"], ["--attribution.candidates", "all"], ["--attribution.outlier_norm", "5"],
-                 ["--selection.size", "0.5"], ["--sae.core_transfer", "init"],
-                 ["--selection.by", "norm", "--selection.size", "match"]):  # fmt: skip
+                 ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"], ["--selection.size", "0.5"], ["--sae.core_transfer", "init"],
+                 ["--selection.by", "norm", "--selection.size", "match"], ["--attribution.aggregator", "quantile"],
+                 ["--attribution.until_jaccard", "0.9"], ["--attribution.candidates", "all"], ["--attribution.outlier_norm", "5"]):  # fmt: skip
         assert key(*argv) != same, argv
 
 
