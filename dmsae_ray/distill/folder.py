@@ -84,7 +84,8 @@ class CycleFolder:
     def release(self) -> None:
         """Drop what only an unfinished cycle needs."""
         self.checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.attribution, ignore_errors=True)
+        if self.attribution.exists():
+            shutil.rmtree(self.attribution)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ChainFolder:
         return records
 
     def tidy(self) -> None:
-        """Drop what killed writers left: a checkpoint is as large as four SAEs. For those only who hold the lease."""
+        """Drop what killed writers left: a checkpoint is as large as several SAEs. Only for who holds the lease."""
         for cycle in range(len(self.records())):
             self.cycle(cycle).release()  # a record may have been its writer's last act
         remove_leftovers(self.path)

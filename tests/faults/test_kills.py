@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
-from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, results, temporaries
+from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
 
 TRAINER = "ray::RayTrainWorker"
 SEED0 = (*LOCAL, "--sweep.seeds", "0")

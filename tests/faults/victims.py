@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from conftest import command, environment
 from safetensors.torch import load_file
@@ -25,6 +26,18 @@ LOCAL = ("--cluster.address", "local")
 """A private cluster, whatever else runs on this machine: what is struck must be ours."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own helpers outlive their raylet by up to a minute and then end by themselves; they run nothing of ours."""
+
+STARTED: list[Victim] = []
+
+
+@pytest.fixture(autouse=True)
+def none_left_running():
+    """A test that fails leaves no command at work."""
+    yield
+    while STARTED:
+        if (victim := STARTED.pop()).alive:
+            victim.process.kill()
+            victim.process.wait()
 
 
 class Victim:
@@ -40,6 +53,7 @@ class Victim:
                 command(output, *args, module=module), env=environment(**env), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._start, self._root = start, root or psutil.Process(self.process.pid)
+        STARTED.append(self)
 
     @property
     def said(self) -> str:
@@ -74,7 +88,10 @@ class Victim:
             time.sleep(0.002)
 
     def kill(self, everything: bool = False) -> None:
-        """kill -9 of the driver, or of all its processes at the same moment as a power cut would; returns when all have ended."""
+        """kill -9 of the driver, or of all its processes at the same moment as a power cut would.
+
+        Returns when all have ended; those of a lasting cluster are the caller's to watch.
+        """
         assert self.alive
         self.family()
         victims = list(self._known.values())
