@@ -22,7 +22,7 @@ from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.comparison import compare_chains
 from dmsae_ray.config import Config, SweepCommand, fields_key, load
 from dmsae_ray.distill.evaluate import references_path
-from dmsae_ray.distill.folder import Lease
+from dmsae_ray.distill.folder import Lease, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import write_json
 from dmsae_ray.housekeeping import clean, status
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.clean:
             return clean(config, dry_run=config.dry_run)
         return run(config)
-    except (ValueError, OutputBusy) as error:
+    except (ValueError, OutputBusy, Superseded) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -99,9 +99,12 @@ class Sweep:
             try:
                 tracker.sync()
                 self.chains(plans, tracker)
+                self.lease.check()
                 comparison = compare_chains(self.config, dataset, plans, folder, self.say)
                 tables = self.report(folder, plans, comparison)
                 tracker.log_comparison(comparison, [folder / name for name in ("config.yaml", "report.txt", "consistency.png")])
+            except Superseded:
+                raise  # the runs are another driver's now
             except BaseException:
                 # Whatever ended the sweep matters more than a store that cannot be reached on top of it.
                 with contextlib.suppress(TrackingError):

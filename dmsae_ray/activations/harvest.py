@@ -23,6 +23,8 @@ from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.files import remove_leftovers
 from dmsae_ray.lm.model import load_tokenizer, model_info
 
+SAY_SECONDS = 3.0
+"""Shortest time between two lines of progress: thousands of shards would fill the screen."""
 PLANS_PER_TASK = 8
 """Shards an actor is given at a time: within these, one is written while the next is computed."""
 
@@ -124,7 +126,7 @@ class Harvest:
         )
         if missing and actors < (self.config.harvest.actors or 0):
             self.say(f"harvest: {actors} actors, since no more of harvest.actors {self.config.harvest.actors} fit on this cluster")
-        start, first, done, size = time.monotonic(), None, 0, 0
+        start, first, done, size, said = time.monotonic(), None, 0, 0, 0.0
         for name, entries in self._make(missing, actors) if missing else ():
             for hook, entry in entries.items():
                 self.entries[hook][name] = entry
@@ -135,7 +137,9 @@ class Harvest:
                 first = now, done  # actors start and load the model before this: no rate can be told yet
             rate = (done - first[1]) / (now - first[0]) if now - first[0] > 1 else None
             pace = f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left" if rate else ""
-            self.say(f"harvest: {done:,} of {total:,} tokens, {size / 1e6:,.1f} MB{pace}")
+            if now - said >= SAY_SECONDS or done == total:
+                said = now
+                self.say(f"harvest: {done:,} of {total:,} tokens, {size / 1e6:,.1f} MB{pace}")
         self.say(f"harvest: done in {time.monotonic() - start:.0f} s")
         return {target.hook: self._finish(target) for target in self.targets}
 

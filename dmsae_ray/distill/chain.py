@@ -30,7 +30,7 @@ from dmsae_ray.distill import attribution as attribution_
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.criterion import choose
 from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
-from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
+from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder, Superseded
 from dmsae_ray.distill.ledger import ALL_DONE, WAIT
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import carried, jaccard, next_core, save_scores
@@ -56,6 +56,8 @@ def train_chain(loop: dict) -> None:
     worker = ChainWorker(plan, loop["aggregator"], loop["board"])
     try:
         worker.run()
+    except Superseded:
+        return  # another driver has the folder: trying again cannot help, and nothing may be written
     except Exception as error:
         known = _cause(error, FINAL)
         if known is None:
@@ -75,7 +77,7 @@ class Progress:
     """of all rows trained on, see stream.Batches"""
     curve: list[dict] = field(default_factory=list)
     resumes: list[dict] = field(default_factory=list)
-    """each time training went on from a checkpoint: step, generation of the driver, number of workers"""
+    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers"""
 
 
 class ChainWorker:
