@@ -227,37 +227,44 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
         plans = plan_shards(sequences.rows, harvest.tokens, harvest.calibration_tokens, harvest.rows_per_shard, harvest.rows_per_group, 0)[1:]
         target = Target(config.model.hook, Store(home / "data"), {"dataset": "bench"})
         maker = ShardMaker(config, [target], str(home / "tokens" / "train.safetensors"))
-        forward = bare_forward(maker, sequences, device)
+        bare = bare_forward(maker, sequences, device)
 
-        def rate(make: Callable[[ShardPlan], None], plan: ShardPlan) -> float:
+        def halves(plan: ShardPlan) -> list[ShardPlan]:
+            """Two shards a turn, so that one can be written while the next is computed, as an actor does."""
+            rows = plan.rows // 2 - 2 * config.model.context
+            return [ShardPlan(f"{plan.name}-{i}", plan.number, plan.sequences[i::2], rows) for i in range(2)]
+
+        def rate(make: Callable[[list[ShardPlan]], None], plan: ShardPlan) -> float:
+            """Rows per second that the halves' sequences give, whatever becomes of them."""
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            make(plan)
+            make(halves(plan))
             if device == "cuda":
                 torch.cuda.synchronize()
-            return plan.rows / (time.perf_counter() - start)
+            return int(sequences.rows[list(plan.sequences)].sum()) / (time.perf_counter() - start)
 
-        def shards(plan: ShardPlan) -> None:
-            """As an actor makes them: the writing of each beside the computation of the next, two shards a turn."""
-            halves = [ShardPlan(f"{plan.name}-{i}", plan.number, plan.sequences[i::2], plan.rows // 2 - 2 * config.model.context) for i in range(2)]
-            list(maker({"plans": [json.dumps([half.to_dict() for half in halves])]}))
-            for half in halves:
-                target.store.delete(half.file)
+        def shards(parts: list[ShardPlan]) -> None:
+            list(maker({"plans": [json.dumps([part.to_dict() for part in parts])]}))
+            for part in parts:
+                target.store.delete(part.file)
 
-        shards(plans[0])
-        forward(plans[0])
+        def forward(parts: list[ShardPlan]) -> None:
+            for part in parts:
+                bare(part)
+
+        shards(halves(plans[0]))
+        forward(halves(plans[0]))
         found = []
         for turn in range(repeats):
             plan = plans[turn % len(plans)]
             found.append((rate(forward, plan), rate(shards, plan)))
-        entry = target.finished(plans[0])
         list(maker({"plans": [json.dumps([plans[0].to_dict()])]}))
         entry = target.finished(plans[0])
         per_row = entry.bytes / entry.rows
     ratio = statistics.median(made / bare for bare, made in found)
-    bare, made = (statistics.median(rates) for rates in zip(*found))
-    return [name, f"{bare:,.0f}", f"{made:,.0f}", f"{ratio:.2f}", f"{per_row:.1f}"]
+    alone, with_shards = (statistics.median(rates) for rates in zip(*found))
+    return [name, f"{alone:,.0f}", f"{with_shards:,.0f}", f"{ratio:.2f}", f"{per_row:.1f}"]
 
 
 def bare_forward(maker: ShardMaker, sequences, device: str) -> Callable[[ShardPlan], None]:
