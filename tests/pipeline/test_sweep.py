@@ -29,7 +29,8 @@ def test_one_completion_record_per_chain_and_cycle_with_sound_numbers(small_swee
         records = [json.loads(path.read_text()) for path in sorted(folder.glob("cycle_*/record.json"))]
         assert [r["cycle"] for r in records] == [0, 1]
         for r in records:
-            assert r["label"] == label and r["tokens"] == 16_384 and r["data"]["rows"] == 16_384
+            assert r["label"] == label and r["tokens"] == r["steps"] * 512 == 16_384 and r["rows_dropped"] == 0
+            assert r["workers"] == 1 and r["resumes"] == [] and int(r["data_digest"], 16) > 0
             assert 0 < r["fvu"] < 1 and r["core_l0"] + r["free_l0"] == pytest.approx(r["l0"])
             assert r["loss_clean"] < r["loss_spliced"] < r["loss_zero"]
             assert r["coverage"] >= 0.9 and sum(r["origins"].values()) == r["core_out"] > 0
