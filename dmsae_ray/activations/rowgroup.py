@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import xxhash
 
-from dmsae_ray.activations.store import Missing, Store, StoreError
+from dmsae_ray.activations.store import Missing, Store
 
 COLUMN = "activation"
 REPAIR = "python -m dmsae_ray.harvest --repair"
@@ -84,4 +84,4 @@ def damaged(where: str, what: str) -> ShardError:
     )
 
 
-__all__ = ["COLUMN", "REPAIR", "ShardError", "StoreError", "Unit", "damaged", "digest_of", "read_unit", "read_units"]
+__all__ = ["COLUMN", "REPAIR", "ShardError", "Unit", "damaged", "digest_of", "read_unit", "read_units"]
