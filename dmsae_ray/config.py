@@ -152,10 +152,17 @@ class SAEConfig(Section):
     """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
+    core: Path | None = None
+    """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain Matryoshka SAE"""
     auxk_alpha: float = Field(1 / 32, ge=0)
     """weight of the loss that revives dead latents"""
     auxk_k: int | None = Field(None, ge=1)
     """dead latents used per token; empty: half the model dimension"""
+
+    @field_validator("core")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
     @field_validator("prefix_fractions")
     @classmethod
@@ -299,6 +306,70 @@ class SweepConfig(Section):
         return value
 
 
+ARM_SECTIONS = ("sae", "train", "attribution", "selection")
+ARM_SWEEP_FIELDS = ("data", "data_seed", "parts")
+
+
+class ArmConfig(Section):
+    """Further chains beside the grid of `sweep`, that differ from it in something: a control, a variant, a baseline."""
+
+    fields: dict[str, Any] = {}
+    """what differs, by dotted name, such as {selection.by: random, selection.size: match}: fields of sae, train, attribution and selection, and sweep.data, sweep.data_seed, sweep.parts"""
+    seeds: tuple[int, ...] = ()
+    """seeds; empty: those of the sweep"""
+    k: tuple[int, ...] = ()
+    """sparsities; empty: those of the sweep"""
+    cycles: int | None = Field(None, ge=1)
+    """cycles of a chain; empty: as in the sweep; 1: plain Matryoshka SAEs, which never have a core"""
+    core: Literal["none", "distilled"] = "none"
+    """`none`: chains begin without a core; `distilled`: transfer, one chain on the last core of every chain of the grid with one of these seeds, at each of these k but the core's own"""
+
+    @field_validator("fields")
+    @classmethod
+    def _may_differ(cls, value: dict[str, Any]) -> dict[str, Any]:
+        allowed = " and ".join([", ".join(f"{name}.*" for name in ARM_SECTIONS), ", ".join(f"sweep.{name}" for name in ARM_SWEEP_FIELDS)])
+        for name in value:
+            section, _, field = name.partition(".")
+            if not (section in ARM_SECTIONS and field) and name not in [f"sweep.{field}" for field in ARM_SWEEP_FIELDS]:
+                raise ValueError(f"{name} cannot differ in an arm: chains are compared on the same data; may differ: {allowed}")
+        return value
+
+
+class ExpectConfig(Section):
+    """An outcome, stated before the run: a number of the results beside what it is expected to be above or below."""
+
+    claim: str
+    """in plain words"""
+    value: str
+    """name of a number of the results, such as consistency.base.seed.pw_mcc (`dmsae_ray.report --numbers` lists them)"""
+    above: float | str | None = None
+    """number, or name of one, that it is expected to exceed"""
+    below: float | str | None = None
+    """number, or name of one, that it is expected to stay under"""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> ExpectConfig:
+        if self.above is None and self.below is None:
+            raise ValueError(f"{self.claim!r} names no bound: set above, below or both")
+        return self
+
+
+class StudyConfig(Section):
+    """What runs beside the sweep's grid, and what is expected of the results."""
+
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], ArmConfig] = {}
+    """arms by name, such as {random: {fields: {selection.by: random, selection.size: match}, seeds: [0, 1], k: [16]}}"""
+    expect: tuple[ExpectConfig, ...] = ()
+    """expected outcomes, each {claim, value, above, below}; the report says which were met"""
+
+    @field_validator("arms")
+    @classmethod
+    def _names(cls, value: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
+        if "base" in value:
+            raise ValueError("an arm cannot be called base: that is the grid of sweep.seeds and sweep.k")
+        return value
+
+
 class CompareConfig(Section):
     """How cores are compared."""
 
@@ -364,14 +435,15 @@ class Config(BaseSettings):
     selection: SelectionConfig = SelectionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig = SweepConfig()
+    study: StudyConfig = StudyConfig()
     compare: CompareConfig = CompareConfig()
     cluster: ClusterConfig = ClusterConfig()
     track: TrackConfig = TrackConfig()
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
-        # No environment variables: what a run used must be visible in its file and its command line.
-        return (init_settings, _YamlFile(settings_cls))
+        # No environment variables: what a run used must be visible in its file and its command line. The file is the commands' alone.
+        return (init_settings,) if settings_cls is Config else (init_settings, _YamlFile(settings_cls))
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
@@ -434,9 +506,28 @@ class Config(BaseSettings):
             problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
             problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
+        if self.study.arms and self.sae.core is not None:
+            problems.append("sae.core and study.arms are both given: arms are compared with chains that began without a core; leave one empty")
+        for name in self.study.arms:
+            try:
+                self.of_arm(name)
+            except ValidationError as error:
+                problems += [f"study.arms.{name}: {line}" for line in problem_lines(error)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def of_arm(self, name: str) -> Config:
+        """The experiment of one arm of the study. Raises pydantic's ValidationError."""
+        arm, tree = self.study.arms[name], Config.section_dict(self)
+        tree["study"] = {}
+        for field, value in arm.fields.items():
+            section, _, rest = field.partition(".")
+            tree[section][rest] = value
+        if tree["sweep"]["data"] == "shared" and "sweep.parts" not in arm.fields:
+            tree["sweep"]["parts"] = None
+        tree["sweep"] |= {"seeds": arm.seeds or self.sweep.seeds, "k": arm.k or self.sweep.k, "cycles": arm.cycles or self.sweep.cycles}
+        return Config(**tree)
 
     @property
     def home(self) -> Path:
@@ -476,7 +567,7 @@ class Config(BaseSettings):
         part = {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
         return {
             "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "part": part, "k": k,
-            "sae": self.sae.model_dump(mode="json"),
+            "sae": self.sae.model_dump(mode="json", exclude={"core"}),
             "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
             "selection": self.selection.model_dump(mode="json"),
@@ -585,7 +676,12 @@ def load(command: type[Config], argv: list[str]) -> Config:
 
 
 def explain(error: ValidationError, path: Path) -> str:
-    """A validation error as lines a person can act on."""
+    """A validation error as a message a person can act on."""
+    return f"{path} (with the command line's overrides):\n  " + "\n  ".join(problem_lines(error))
+
+
+def problem_lines(error: ValidationError) -> list[str]:
+    """One line per mistake: the field, what is wrong, what would be right."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "configuration"
@@ -595,4 +691,4 @@ def explain(error: ValidationError, path: Path) -> str:
             lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).splitlines()]
         else:
             lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
-    return f"{path} (with the command line's overrides):\n  " + "\n  ".join(lines)
+    return lines

@@ -11,21 +11,17 @@ from rich import box
 from rich.table import Table
 
 from dmsae_ray.activations.harvest import Identity
-from dmsae_ray.config import Config, fields_key
+from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.plan import ChainPlan, plan_all
 from dmsae_ray.files import leftovers
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.track.terminal import terminal_console
 
 
-def chain_keys(config: Config) -> dict[str, str]:
-    """label -> key of every chain the configuration asks for."""
-    dataset_key = Identity(config).key(config.model.hook)
-    return {
-        config.chain_label(seed, k): fields_key(config.chain_fields(seed, k, dataset_key))
-        for k in config.sweep.k
-        for seed in config.sweep.seeds
-    }
+def planned(config: Config) -> list[ChainPlan]:
+    """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is missed."""
+    return plan_all(config, "", Identity(config).key(config.model.hook), None)
 
 
 def driver_alive(home: Path) -> bool:
@@ -63,16 +59,16 @@ def status(config: Config) -> int:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("chain", "folder", "state", "detail"):
         table.add_column(column, overflow="fold")
-    for label, key in chain_keys(config).items():
-        state, detail = chain_state(ChainFolder(config.home / "chains" / key), config.sweep.cycles, alive)
-        table.add_row(label, f"chains/{key}", state, detail)
+    for plan in planned(config):
+        state, detail = chain_state(plan.folder, plan.cycles, alive)
+        table.add_row(plan.label, f"chains/{plan.key}", state, detail)
     terminal_console().print(table)
     return 0
 
 
 def superfluous(config: Config) -> list[Path]:
     """What no finished result and no chain of this configuration needs."""
-    home, wanted = config.home, set(chain_keys(config).values())
+    home, wanted = config.home, {plan.key for plan in planned(config)}
     found = leftovers(home) + [path for path in [home / "ray"] if path.exists()]
     identity = Identity(config)
     datasets = {identity.key(hook) for hook in config.hooks}

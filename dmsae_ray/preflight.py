@@ -9,9 +9,8 @@ from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture
-from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.distill.plan import check_twins
-from dmsae_ray.housekeeping import chain_keys
+from dmsae_ray.distill.plan import ChainPlan, check_twins
+from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
 from dmsae_ray.sae import native
 
@@ -59,12 +58,16 @@ def without_kernels(config: Config) -> str | None:
     return None
 
 
-def check_matched(config: Config) -> None:
-    """With `selection.size: match`, the chains that the sizes are taken from are finished. Raises ValueError."""
-    if config.selection.size != "match":
-        return
-    keys = zip(chain_keys(config), chain_keys(config.by_attribution()).values(), strict=True)
-    check_twins({label: ChainFolder(config.home / "chains" / key) for label, key in keys}, config.sweep.cycles)
+def check_needs(config: Config) -> list[ChainPlan]:
+    """Every chain that another one needs is finished, or is one of this sweep. Returns all chains. Raises ValueError.
+
+    Only `selection.size: match` needs chains that the sweep may not have itself.
+    """
+    plans = planned(config)
+    keys = {plan.key for plan in plans}
+    twins = [(plan, plan.twin()) for plan in plans if plan.twin() is not None]
+    check_twins({plan.label: (twin.folder, plan.cycles) for plan, twin in twins if twin.key not in keys})
+    return plans
 
 
 def disk_bytes(config: Config, d: int) -> int:
@@ -72,9 +75,10 @@ def disk_bytes(config: Config, d: int) -> int:
     elsewhere = config.harvest.dataset or config.harvest.store
     rows = 0 if elsewhere else (config.harvest.tokens + config.harvest.calibration_tokens) * len(config.hooks)
     sae = 2 * config.sae.width * d * 4
-    chains = len(config.sweep.seeds) * len(config.sweep.k)
-    at_once = config.cluster.concurrent or chains
-    return int(MARGIN * (rows * 2 * d + chains * config.sweep.cycles * 1.5 * sae + at_once * 4 * sae + (64 << 20)))
+    plans = planned(config)
+    at_once = config.cluster.concurrent or len(plans)
+    saes = sum(plan.cycles for plan in plans)
+    return int(MARGIN * (rows * 2 * d + saes * 1.5 * sae + at_once * 4 * sae + (64 << 20)))
 
 
 def check_disk(config: Config, info: ModelInfo) -> None:

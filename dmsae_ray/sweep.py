@@ -25,10 +25,11 @@ from dmsae_ray.distill.evaluate import references_path
 from dmsae_ray.distill.folder import Lease, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import write_json
-from dmsae_ray.housekeeping import clean, status
+from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import check_matched, preflight, without_kernels
+from dmsae_ray.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.screen import Screen
+from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.figures import consistency_matrix, matrices, save
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
@@ -61,12 +62,13 @@ def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.section_dict()), command.verbose
     preflight(config)
-    check_matched(config)
+    chains = check_needs(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "sweep", verbose) as say:
-            say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}")
+            arms = f"; {len(config.study.arms)} further arms, {len(chains)} chains in all" if config.study.arms else ""
+            say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}{arms}")
             if lacking:
                 say(f"train: {lacking}; without compiled kernels a step takes several times longer")
             return Sweep(config, lock.lease(), say, verbose).run()
@@ -122,13 +124,12 @@ class Sweep:
 
     @staticmethod
     def key(plans: list[ChainPlan]) -> str:
-        config = plans[0].config
-        return fields_key({"chains": sorted(p.key for p in plans), "cycles": config.sweep.cycles, "compare": config.compare.model_dump(mode="json")})
+        chains = sorted([plan.arm, plan.key, plan.cycles] for plan in plans)
+        return fields_key({"chains": chains, "compare": plans[0].config.compare.model_dump(mode="json")})
 
     def connect(self) -> Capacity:
         if self.capacity is None:
-            chains = len(self.config.sweep.seeds) * len(self.config.sweep.k)
-            self.capacity = connect(self.config, chains, self.verbose)
+            self.capacity = connect(self.config, len(planned(self.config)), self.verbose)
             c = self.capacity
             self.say(
                 f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs, {c.gpus:g} GPUs; {c.concurrent} chains "
@@ -158,29 +159,44 @@ class Sweep:
     # -- chains --------------------------------------------------------------------------------------------------------
 
     def chains(self, plans: list[ChainPlan], tracker) -> None:
-        """Run what is not finished, with live lines and MLflow kept up to date from the side."""
-        todo = [plan for plan in plans if not plan.finished() and plan.folder.failure() is None]
-        self.say(f"chains: {len(plans) - len(todo)} of {len(plans)} already finished or failed" if len(todo) < len(plans) else f"chains: {len(plans)} to run")
-        if not todo:
+        """Run what is not finished, with live lines and MLflow kept up to date from the side.
+
+        In waves: first what needs no other chain, then what needed those (placebos their twins' sizes, transfers their cores).
+        """
+        left = [plan for plan in plans if not plan.finished() and plan.folder.failure() is None]
+        self.say(f"chains: {len(plans) - len(left)} of {len(plans)} already finished or failed" if len(left) < len(plans) else f"chains: {len(plans)} to run")
+        if not left:
             return
         import ray
 
+        from dmsae_ray.distill.chain import write_failure
         from dmsae_ray.distill.trials import run_chains
+
         capacity = self.connect()
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
-        for plan in todo:
+        for plan in left:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
         scratch = self.config.home / "ray" / str(self.lease.generation)
         shutil.rmtree(scratch.parent, ignore_errors=True)  # of drivers that were killed; nothing is ever read from there
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
-            run_chains(todo, capacity.concurrent, board, scratch)
+            while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
+                run_chains(wave, capacity.concurrent, board, scratch)
+                left = [plan for plan in left if plan not in wave]
+            for plan in left:
+                missing = [chain.label for chain in plan.needs() if not chain.finished()]
+                write_failure(plan, "error", f"not begun: it needs {' and '.join(missing)}, not finished")
+                ray.get(board.update.remote(plan.label, phase="failed", message="what it needs failed"))
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, self.key(plans), self.config.name,
-            shown(self.config), [(plan.key, plan.label, plan.folder.path, plan.seed, plan.k) for plan in plans],
+            shown(self.config), [
+                TrackedChain(
+                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, shown(plan.config)
+                ) for plan in plans
+            ],
         )  # fmt: skip
 
     @staticmethod

@@ -120,7 +120,7 @@ class ChainWorker:
         """Train an SAE on the last cycle's core, then choose the next core from it."""
         began = time.monotonic()
         folder.path.mkdir(parents=True, exist_ok=True)
-        core = Core.load(self.plan.folder.cycle(self.cycle - 1).core) if self.cycle else None
+        core = self._incoming_core()
         if core is not None and abs(core.scale - self.scale) > 1e-12 * self.scale:
             raise ValueError(f"{folder.path}: the core was made at scale {core.scale!r}, the activations have {self.scale!r}")
         sae, trained = self.train(folder, core)
@@ -136,6 +136,12 @@ class ChainWorker:
         if self.rank == 0:
             self.commit(folder, core, sae, density_F, removal_P, selected, metrics, trained, seconds)
         self._barrier()
+
+    def _incoming_core(self) -> Core | None:
+        """What the last cycle selected; for the first one, what the chain starts from."""
+        if self.cycle:
+            return Core.load(self.plan.folder.cycle(self.cycle - 1).core)
+        return Core.load(self.plan.start.path) if self.plan.start else None
 
     def _barrier(self) -> None:
         if self.world > 1:
@@ -253,7 +259,7 @@ class ChainWorker:
             self._opened = self.stream.open(order, order.step_at(*position), self.plan.steps)
 
     def _open_next(self) -> None:
-        if self._opened is None or self._opened.order.cycle == self.cycle:
+        if self._opened is None or self._opened.order.cycle == self.plan.number(self.cycle):
             self._open(self.cycle + 1)
 
     def _batches(self, order: Order, first: int) -> Batches:
@@ -321,7 +327,7 @@ class ChainWorker:
         plan, manifest, selection = self.plan, self.dataset.manifest, self.plan.config.selection
         ids_C, values_P = choose(plan, self.cycle, sae, selected, density_F, removal_P)
         new = next_core(
-            core, sae, ids_C, selected["scores"], density_F, cycle=self.cycle, seed=plan.seed, k=plan.k,
+            core, sae, ids_C, selected["scores"], density_F, cycle=plan.number(self.cycle), seed=plan.seed, k=plan.k,
             scale=self.scale, hook=manifest.hook, model=manifest.model_fingerprint, by=selection.by,
         )  # fmt: skip
         plan.lease.check()
@@ -335,7 +341,7 @@ class ChainWorker:
             "format_version": RECORD_VERSION, "chain": plan.key, "label": plan.label, "cycle": self.cycle,
             "generation": plan.lease.generation, "seed": plan.seed, "k": plan.k,
             "core_in": core_in, "core_out": new.size, "kept": kept, "entered": new.size - kept, "left": core_in - kept,
-            "jaccard": jaccard(kept, core_in, new.size) if self.cycle else None, "origins": origins,
+            "jaccard": jaccard(kept, core_in, new.size) if core is not None else None, "origins": origins,
             **trained, "theta": float(sae.theta), **metrics,
             "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": carried(selected["scores"], ids_C),
             "selection": selection.model_dump() | {"candidates": len(selected["scores"])},

@@ -13,13 +13,31 @@ from dmsae_ray.activations.rowgroup import Unit
 from dmsae_ray.activations.stream import StreamLimits
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.attribution import AttributionSettings
+from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.select import count_of
+from dmsae_ray.files import file_sha256
 from dmsae_ray.sae.settings import SAESettings, schedule
 
 INIT, SELECTION = 301, 302
 """Purposes of random draws, apart from those of activations/order.py and activations/harvest.py."""
+BASE = "base"
+"""Arm of the chains of the plain grid."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The core that a chain's first cycle is trained on, where it is not empty."""
+
+    path: Path
+    """core file; of another chain, there once that chain is finished"""
+    number: int
+    """number of the chain's first cycle: what a core has been through is counted on, and no draw is made twice"""
+    fields: dict
+    """what decides the core, part of the chain's own fields"""
+    chain: ChainPlan | None = None
+    """the chain whose last core it is; None for a core file given by sae.core"""
 
 
 @dataclass(frozen=True)
@@ -32,15 +50,32 @@ class ChainPlan:
     dataset: str
     """folder or URL of the activations"""
     dataset_key: str
-    lease: Lease
+    lease: Lease | None
+    """the right to write; None only to look"""
+    arm: str = BASE
+    """group of chains that have all but seed and k in common"""
+    start: Start | None = None
+    """None: the core is empty, the first cycle trains a plain Matryoshka SAE"""
 
     @property
     def label(self) -> str:
-        return self.config.chain_label(self.seed, self.k)
+        """Name on screen and in MLflow; the controls of a single run of the command bear what makes them controls."""
+        if self.arm == BASE:
+            return self.config.chain_label(self.seed, self.k)
+        source = self.start.chain if self.start else None
+        return f"seed{self.seed}-k{self.k}-{self.arm}" + (f"-from-k{source.k}" if source else "")
+
+    @property
+    def stage(self) -> str:
+        """What the chain is for: `distill` cores over cycles, `transfer` a core to a new SAE, or train a `plain` SAE to compare with."""
+        if self.start is not None and self.start.chain is not None:
+            return "transfer"
+        return "plain" if self.cycles == 1 and self.start is None else "distill"
 
     @property
     def fields(self) -> dict:
-        return self.config.chain_fields(self.seed, self.k, self.dataset_key)
+        fields = self.config.chain_fields(self.seed, self.k, self.dataset_key)
+        return fields if self.start is None else fields | {"start": self.start.fields}
 
     @property
     def key(self) -> str:
@@ -63,8 +98,12 @@ class ChainPlan:
     def data_seed(self) -> int:
         return self.config.data_seed_of(self.seed)
 
+    def number(self, cycle: int) -> int:
+        """Number of the chain's cycle in the life of its core, which may have begun in another chain."""
+        return cycle + (self.start.number if self.start else 0)
+
     def init_seed(self, cycle: int) -> int:
-        """Seed of a cycle's initialisation: every draw comes from (seed, cycle, purpose)."""
+        """Seed of a cycle's initialisation: every draw comes from (seed, number of the cycle, purpose)."""
         return self._draw(cycle, INIT)
 
     def selection_seed(self, cycle: int) -> int:
@@ -72,7 +111,7 @@ class ChainPlan:
         return self._draw(cycle, SELECTION)
 
     def _draw(self, cycle: int, purpose: int) -> int:
-        return int(np.random.SeedSequence([self.seed, cycle, purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return int(np.random.SeedSequence([self.seed, self.number(cycle), purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def core_size(self, cycle: int, candidates: int) -> int:
         """Members of the core that this cycle selects, where `selection.size` is not tau.
@@ -82,9 +121,19 @@ class ChainPlan:
         size = self.config.selection.size
         if size != "match":
             return count_of(size, candidates)
-        twin = replace(self, config=self.config.by_attribution())
-        check_twins({self.label: twin.folder}, cycle + 1)
+        twin = self.twin()
+        check_twins({self.label: (twin.folder, cycle + 1)})
         return twin.folder.records()[cycle]["core_out"]
+
+    def twin(self) -> ChainPlan | None:
+        """The chain that `selection.size: match` takes the core sizes from."""
+        if self.config.selection.size != "match":
+            return None
+        return replace(self, config=self.config.by_attribution(), arm=BASE)
+
+    def needs(self) -> list[ChainPlan]:
+        """Chains that must be finished before this one begins."""
+        return [chain for chain in (self.twin(), self.start.chain if self.start else None) if chain is not None]
 
     @property
     def steps(self) -> int:
@@ -112,7 +161,7 @@ class ChainPlan:
         train = self.config.train
         return Order(
             n_units=len(self.units(dataset)), unit_rows=dataset.manifest.rows_per_group, batch=train.batch, lanes=train.lanes,
-            data_seed=self.data_seed, cycle=cycle,
+            data_seed=self.data_seed, cycle=self.number(cycle),
         )  # fmt: skip
 
     def sae_settings(self, d: int) -> SAESettings:
@@ -146,13 +195,16 @@ class ChainPlan:
         return len(self.folder.records()) >= self.cycles
 
 
-def check_twins(twins: dict[str, ChainFolder], cycles: int) -> None:
-    """The chains that `selection.size: match` takes core sizes from have done so many cycles. twins: by the label of their placebo.
+def check_twins(twins: dict[str, tuple[ChainFolder, int]]) -> None:
+    """The chains that `selection.size: match` takes core sizes from have done what is needed.
 
-    Raises ValueError with the command that makes them.
+    twins: by the label of their placebo, folder and cycles needed. Raises ValueError with the command that makes them.
     """
-    done = {label: len(twin.records()) for label, twin in twins.items()}
-    short = [f"{label} from {twins[label].path} ({n} of {cycles} cycles done)" for label, n in done.items() if n < cycles]
+    done = {label: len(folder.records()) for label, (folder, _) in twins.items()}
+    short = [
+        f"{label} from {folder.path} ({done[label]} of {cycles} cycles done)"
+        for label, (folder, cycles) in twins.items() if done[label] < cycles
+    ]  # fmt: skip
     if short:
         raise ValueError(
             "selection.size match: core sizes are taken from the chain that selects by attribution and has all else in common, "
@@ -161,9 +213,57 @@ def check_twins(twins: dict[str, ChainFolder], cycles: int) -> None:
 
 
 def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> list[ChainPlan]:
-    """The grid seeds x k."""
+    """Every chain of a sweep: the grid seeds x k, then the arms of its study.
+
+    Raises ValueError if a core to start from does not fit the dataset.
+    """
+    plans = plan_all(config, dataset.store.url, dataset.manifest.key, lease)
+    for path in sorted({plan.start.path for plan in plans if plan.start and plan.start.chain is None}):
+        check_start(path, dataset.manifest)
+    return plans
+
+
+def plan_all(config: Config, dataset: str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+    """The same without a look at the dataset. Raises ValueError if a core file to start from cannot be read."""
+    base = grid(config, BASE, dataset, dataset_key, lease)
+    plans = list(base)
+    for name, arm in config.study.arms.items():
+        arm_config = config.of_arm(name)
+        if arm.core == "none":
+            plans += grid(arm_config, name, dataset, dataset_key, lease)
+        else:
+            plans += [
+                replace(plan, config=arm_config, k=k, arm=name, start=Start(
+                    plan.folder.cycle(plan.cycles - 1).core, plan.number(plan.cycles),
+                    {"chain": plan.key, "cycle": plan.cycles - 1}, plan,
+                ))
+                for plan in base if plan.seed in arm_config.sweep.seeds
+                for k in arm_config.sweep.k if k != plan.k
+            ]  # fmt: skip
+    return plans
+
+
+def grid(config: Config, arm: str, dataset: str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+    """One chain for every seed and k."""
+    start = None
+    if config.sae.core is not None:
+        core = Core.load(config.sae.core)
+        start = Start(config.sae.core, core.cycle + 1, {"core": file_sha256(config.sae.core)})
     return [
-        ChainPlan(config, seed, k, dataset.store.url, dataset.manifest.key, lease)
-        for k in config.sweep.k
-        for seed in config.sweep.seeds
+        ChainPlan(config, seed, k, dataset, dataset_key, lease, arm, start) for k in config.sweep.k for seed in config.sweep.seeds
     ]
+
+
+def check_start(path: Path, manifest: Manifest) -> None:
+    """A core file fits the activations. Raises ValueError."""
+    core = Core.load(path)
+    d = core.W_enc_CD.shape[1]
+    for what, there, here in (
+        ("model", core.model, manifest.model_fingerprint), ("hook", core.hook, manifest.hook), ("d", d, manifest.d),
+        ("scale", f"{core.scale:.12g}", f"{manifest.scale:.12g}"),
+    ):  # fmt: skip
+        if there != here:
+            raise ValueError(
+                f"sae.core {path}: made with {what} {there}, the activations have {here}: its encoder rows mean nothing here; "
+                "use the model, hook and dataset it was made with, or leave sae.core empty"
+            )

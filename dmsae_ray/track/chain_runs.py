@@ -22,6 +22,13 @@ class TrackedChain(NamedTuple):
     folder: Path
     seed: int
     k: int
+    cycles: int
+    """cycles that belong to this sweep; the folder may hold more"""
+    arm: str
+    stage: str
+    """distill, transfer or plain"""
+    config: dict[str, Any]
+    """the configuration of the chain's arm as plain types"""
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,6 @@ class SweepRun:
     run_id: str
     key: str
     label: str
-    cycles: int
-    """cycles of each chain that belong to this sweep; a chain's folder may hold more"""
-    config: dict[str, Any]
 
 
 class ChainRuns:
@@ -57,8 +61,8 @@ class ChainRuns:
         failure, description = self._folder.failure(), self._description()
         if description is None and failure is None:
             return
-        records = self._folder.records()[: self._sweep.cycles]
-        done = len(records) == self._sweep.cycles
+        records = self._folder.records()[: self._chain.cycles]
+        done = len(records) == self._chain.cycles
         run_id = self._open_chain(began_ms(records[0]) if records else None)
         if done and self._store.status(run_id) == "FINISHED":
             self._settled = True
@@ -68,7 +72,7 @@ class ChainRuns:
         reason = None if done or failure is None else failure_text(failure)
         self._store.tag(run_id, "failed", reason)
         fields = (description or {}).get("fields", {})
-        self._store.params(run_id, dict(flatten(self._sweep.config)) | dict(flatten({"chain": fields})))
+        self._store.params(run_id, dict(flatten(self._chain.config)) | dict(flatten({"chain": fields})))
         for number, record in enumerate(records):
             self._finish_cycle(run_id, number, record)
         self._store.append(run_id, [point for record in records for point in cycle_points(record)])
@@ -91,7 +95,9 @@ class ChainRuns:
 
     def _tags(self) -> dict[str, str]:
         chain = self._chain
-        return {"stage": "distill", "sweep": self._sweep.label, "chain": chain.label, "seed": str(chain.seed), "k": str(chain.k)}
+        return {
+            "stage": chain.stage, "arm": chain.arm, "sweep": self._sweep.label, "chain": chain.label, "seed": str(chain.seed), "k": str(chain.k),
+        }  # fmt: skip
 
     def _open_chain(self, start_ms: int | None) -> str:
         chain = self._chain
@@ -103,7 +109,7 @@ class ChainRuns:
             self._sweep.key, "cycle", f"{chain.key}/{number}", f"{chain.label} cycle {number}",
             self._tags() | {"cycle": str(number)}, chain_run, start_ms,
         )  # fmt: skip
-        self._store.params(run_id, {"chain": chain.label, "seed": chain.seed, "k": chain.k, "cycle": number})
+        self._store.params(run_id, {"chain": chain.label, "arm": chain.arm, "stage": chain.stage, "seed": chain.seed, "k": chain.k, "cycle": number})
         return run_id
 
     def _new_curve(self, number: int, ms: int) -> list[Point]:
@@ -149,7 +155,7 @@ class ChainRuns:
             (n, coverage(path), records[n]["core_out"], records[n]["coverage"]) for n, path in enumerate(paths) if path.exists()
         ]
         if curves:
-            config = self._sweep.config
+            config = self._chain.config
             tau = config.get("attribution", {}).get("tau") if config.get("selection", {}).get("size") == "tau" else None
             figure = figures.coverage_curves(f"{self._chain.label}: attribution carried by the best candidates", curves, tau)
             self._store.client.log_figure(run_id, figure, "coverage.png")

@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 class MlflowTracker:
     """The runs of one sweep.
 
-    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain types
-    (`sweep.cycles` says how many cycles of each chain belong to this sweep); chains: (key, label, folder, seed, k) each.
+    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain types.
     Creates the database and the experiment; raises TrackingError if the store cannot be used. Its methods may be called from any thread.
     """
 
@@ -52,12 +51,12 @@ class MlflowTracker:
         sweep_key: str,
         sweep_label: str,
         config_dict: dict[str, Any],
-        chains: Iterable[tuple[str, str, Path, int, int]],
+        chains: Iterable[TrackedChain],
     ):
         self._store = RunStore(uri, Path(output), experiment)
         self.uri = self._store.uri
         self._key, self._label, self._config = sweep_key, sweep_label, config_dict
-        self._chains = [TrackedChain(*chain) for chain in chains]
+        self._chains = list(chains)
         self._lock = threading.Lock()
         self._sweep: SweepRun | None = None
         """None until the store was read, and again after a sync that was cut short: what was under way may or may not have arrived"""
@@ -126,14 +125,13 @@ class MlflowTracker:
         store.set_status(run_id, "RUNNING")
         store.params(run_id, dict(flatten(self._config)))
         store.client.log_dict(run_id, self._config, "config.json")
-        sweep = SweepRun(run_id, self._key, self._label, self._config["sweep"]["cycles"], self._config)
+        sweep = SweepRun(run_id, self._key, self._label)
         self._chain_runs = [ChainRuns(store, sweep, chain) for chain in self._chains]
         return sweep
 
     def _log_comparison(self, run_id: str, comparison: dict[str, Any], files: tuple[Path, ...]) -> None:
         """Tables, matrix, figures and summary numbers, once for each comparison that differs from the last."""
-        cycles = self._config["sweep"]["cycles"]
-        rows = [tables.chain_row(chain.label, chain.folder, cycles) for chain in self._chains]
+        rows = [tables.chain_row(chain.label, chain.folder, chain.cycles) for chain in self._chains]
         stamp = hashlib.sha256(json.dumps([comparison, tables.chain_columns(rows)], sort_keys=True).encode()).hexdigest()[:16]
         client = self._store.client
         for path in files:

@@ -90,12 +90,12 @@ def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
 
 def test_a_diverged_chain_is_not_run_again_and_the_comparison_says_over_how_many(small_sweep, tmp_path):
     from dmsae_ray.config import SweepCommand, load
-    from dmsae_ray.housekeeping import chain_keys
+    from dmsae_ray.housekeeping import planned
 
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output, output)
     argv = ["--sweep.seeds", "0,1,2"]
-    key = chain_keys(load(SweepCommand, command(output, *argv)[3:]))["seed2-k8"]
+    (key,) = [plan.key for plan in planned(load(SweepCommand, command(output, *argv)[3:])) if plan.label == "seed2-k8"]
     (output / "chains" / key).mkdir()
     failure = {"kind": "diverged", "reason": "the loss of step 3 is nan", "cycle": 0, "generation": 1}
     (output / "chains" / key / "failed.json").write_text(json.dumps(failure))

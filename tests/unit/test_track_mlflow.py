@@ -12,6 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dmsae_ray.distill.folder import RECORD_VERSION
+from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
 
@@ -95,14 +96,17 @@ def output(tmp_path_factory):
 def sweep(output, request):
     """(tracker maker, folders of two chains) of a sweep of this test's own."""
     key = request.node.name
-    chains = [(f"{key}-{seed}", f"seed{seed}-k16", output / "chains" / f"{key}-{seed}", seed, 16) for seed in (0, 1)]
-    for chain_key, _, folder, seed, _ in chains:
-        write_chain(folder, chain_key, seed)
+    chains = [
+        TrackedChain(f"{key}-{seed}", f"seed{seed}-k16", output / "chains" / f"{key}-{seed}", seed, 16, CYCLES, "base", "distill", CONFIG)
+        for seed in (0, 1)
+    ]
+    for chain in chains:
+        write_chain(chain.folder, chain.key, chain.seed)
 
     def make(sweep_key=key, only=(0, 1)):
         return MlflowTracker(None, output, "experiment", sweep_key, f"sweep {sweep_key}", CONFIG, [chains[i] for i in only])
 
-    return make, [chain[2] for chain in chains]
+    return make, [chain.folder for chain in chains]
 
 
 def runs_of(tracker, key):
