@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dmsae_ray.distill.coverage import coverage
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.track import figures
-from dmsae_ray.track.measurements import began_ms, coverage, coverage_points, curve_points, cycle_points, ended_ms, flatten
+from dmsae_ray.track.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
 from dmsae_ray.track.run_store import Point, RunStore, TrackingError, now_ms
 
 

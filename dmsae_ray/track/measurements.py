@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from dmsae_ray.track.run_store import Point, TrackingError
+from dmsae_ray.distill.coverage import coverage_ranks
+from dmsae_ray.track.run_store import Point
 
 COVERAGE_POINTS = 200
 """points of a coverage curve in MLflow; all of it lies in scores.safetensors"""
@@ -71,22 +70,7 @@ def curve_points(path: Path, after: int, ms: int) -> Iterator[Point]:
                 yield Point(f"train/{name}", value, step, ms)
 
 
-def coverage(path: Path) -> np.ndarray:
-    """Cumulative share of the attribution over candidates by falling score, [P], from scores.safetensors."""
-    try:
-        scores_P = np.sort(load_file(path)["scores"].astype(np.float64))[::-1]
-    except (SafetensorError, KeyError) as error:
-        raise TrackingError(f"{path}: not a file of scores ({error}); delete this cycle's folder to have it computed again") from error
-    total = scores_P.sum()
-    return np.cumsum(scores_P) / total if total > 0 else np.zeros_like(scores_P)
-
-
 def coverage_points(share_P: np.ndarray, core_size: int, ms: int) -> Iterator[Point]:
-    """At most COVERAGE_POINTS points of a coverage curve, dense at its head, the core's own size among them; step = rank."""
-    if len(share_P) == 0:
-        return
-    ranks = {round(float(rank)) for rank in np.geomspace(1, len(share_P), COVERAGE_POINTS - 1)}
-    if 0 < core_size <= len(share_P):
-        ranks.add(core_size)
-    for rank in sorted(ranks):
+    """A few points of a coverage curve; step = rank."""
+    for rank in coverage_ranks(len(share_P), core_size, COVERAGE_POINTS):
         yield Point("attribution/coverage", float(share_P[rank - 1]), rank, ms)
