@@ -354,6 +354,10 @@ class ExpectConfig(Section):
         return self
 
 
+NUMBERS = ("chains", "evaluation", "consistency", "consensus", "rediscovery")
+"""First parts of the names of results, see study/numbers.py."""
+
+
 class StudyConfig(Section):
     """What runs beside the sweep's grid, and what is expected of the results."""
 
@@ -513,9 +517,24 @@ class Config(BaseSettings):
                 self.of_arm(name)
             except ValidationError as error:
                 problems += [f"study.arms.{name}: {line}" for line in problem_lines(error)]
+        problems += self._expected_of_nothing()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _expected_of_nothing(self) -> list[str]:
+        """Expectations whose names cannot be those of a result: known now, not after hours of work."""
+        arms, problems = {"base", *self.study.arms}, []
+        for expected in self.study.expect:
+            for name in (expected.value, expected.above, expected.below):
+                if not isinstance(name, str):
+                    continue
+                kind, arm, *_ = [*name.split("."), ""]
+                if kind not in NUMBERS:
+                    problems.append(f"study.expect {name!r}: results begin with {', '.join(NUMBERS)}")
+                elif kind in ("chains", "evaluation", "consistency") and not arms.issuperset(arm.split("~")):
+                    problems.append(f"study.expect {name!r}: no arm {arm!r}; there are {', '.join(sorted(arms))}")
+        return problems
 
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""

@@ -1,0 +1,53 @@
+"""Outcomes stated before a run, held against its numbers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from dmsae_ray.config import ExpectConfig
+
+FORMAT_VERSION = 1
+HIT, MISS, NOT_AVAILABLE = "hit", "miss", "not available"
+
+
+def judge(expectations: Sequence[ExpectConfig], numbers: dict[str, float]) -> dict[str, Any]:
+    """Every expectation with its numbers and outcome, as expectations.json has them.
+
+    A claim with a bound on both sides gives two entries. Where a number does not exist the outcome is `not available`, never a hit.
+    """
+    entries = []
+    for expected in expectations:
+        for relation, bound in (("above", expected.above), ("below", expected.below)):
+            if bound is not None:
+                entries.append(_judge(expected, relation, bound, numbers))
+    return {"format_version": FORMAT_VERSION, "expectations": entries}
+
+
+def _judge(expected: ExpectConfig, relation: str, bound: float | str, numbers: dict[str, float]) -> dict[str, Any]:
+    named = isinstance(bound, str)
+    value, limit = numbers.get(expected.value), numbers.get(bound) if named else float(bound)
+    missing = [name for name, number in ((expected.value, value), (bound, limit)) if number is None]
+    if missing:
+        outcome, why = NOT_AVAILABLE, "; ".join(_unknown(name, numbers) for name in missing)
+    else:
+        outcome, why = HIT if (value > limit if relation == "above" else value < limit) else MISS, None
+    return {
+        "claim": expected.claim, "value_name": expected.value, "value": value, "relation": relation,
+        "bound_name": bound if named else None, "bound": limit, "outcome": outcome, "why": why,
+    }  # fmt: skip
+
+
+def _unknown(name: str, numbers: dict[str, float]) -> str:
+    near = difflib.get_close_matches(name, numbers, n=1)
+    return f"no number {name} in these results" + (f" (there is {near[0]})" if near else "")
+
+
+def in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One line each, for a terminal."""
+    return [
+        f"{entry['outcome'].upper():>13}  {entry['claim']}: "
+        + (entry["why"] or f"{entry['value']:.3g}, expected {entry['relation']} {entry['bound']:.3g}")
+        for entry in entries
+    ]
