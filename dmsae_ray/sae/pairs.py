@@ -73,6 +73,8 @@ class TorchPairs:
     """Plain torch: the reference of the compiled kernels, and what runs where there are none."""
 
     name = "torch"
+    fused = False
+    """whether `screened` does product and scan in one"""
 
     def round(self, rows_ND: Tensor, low: bool, chunk: int = 4096) -> Rounded:
         """bf16 copy of the rows (if `low`), norms, and norms of the difference."""
@@ -276,12 +278,12 @@ class NativePairs(TorchPairs):
         self._capacity = 1 << 16
 
     def round(self, rows_ND: Tensor, low: bool) -> Rounded:
-        rounded = _new_rounded(rows_ND, low)
+        rounded = new_rounded(rows_ND, low)
         self._prepare(rows_ND, None, None, rounded)
         return rounded
 
     def centre(self, x_BD: Tensor, b_dec_D: Tensor, low: bool) -> tuple[Tensor, Rounded]:
-        x_BD, centred_BD, rounded = x_BD.contiguous(), torch.empty_like(x_BD), _new_rounded(x_BD, low)
+        x_BD, centred_BD, rounded = x_BD.contiguous(), torch.empty_like(x_BD), new_rounded(x_BD, low)
         self._prepare(x_BD, b_dec_D, centred_BD, rounded)
         return centred_BD, rounded
 
@@ -388,9 +390,10 @@ class NativePairs(TorchPairs):
         )  # fmt: skip
 
 
-def _new_rounded(rows_ND: Tensor, low: bool) -> Rounded:
+def new_rounded(rows_ND: Tensor, low: bool) -> Rounded:
+    """Room for the rounding of these rows."""
     n = len(rows_ND)
-    low_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16) if low else None
+    low_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16, device=rows_ND.device) if low else None
     return Rounded(low_ND, rows_ND.new_empty(n), rows_ND.new_empty(n))
 
 
