@@ -47,6 +47,7 @@ class Kept:
     """The kept pairs of this rank's rows."""
 
     pairs: Pairs
+    """on the device alone: may end in padding (row B, latent F, value 0)"""
     smallest: float
     """smallest value kept by BatchTopK in the global batch (an exempt core left out); 0 if nothing was kept"""
     bound: float
@@ -55,19 +56,32 @@ class Kept:
     """pairs of this rank that the screen could not rule out"""
     retries: int
     """scans beyond the first"""
+    wrong: int = 0
+    """pairs that were beyond their margin: above 0 on the device alone, where `ScreenError` is still to be raised"""
+    short: bool = False
+    """on the device alone: too few places for the candidates, the pairs are of no use"""
 
 
 def gate(
     centred_BD: Tensor, rows: Rounded, screen: Screen, settings: SAESettings, comm: Collective = Alone(),
-    token_index_B: Tensor | None = None, guess: float | None = None,
+    token_index_B: Tensor | None = None, guess: float | Tensor | None = None,
 ) -> Kept:  # fmt: skip
     """The kept pairs of this rank's rows.
 
     centred_BD: x - b_dec, rows: its rounding by `screen.ops.centre`; every rank holds the same number of rows. token_index_B:
     each row's place in the global batch (int64), by default ranks one after the other. guess: what the bound L is expected to
     exceed, equal on all ranks; None: it is guessed from the batch. Raises `ScreenError`.
+
+    guess as a 0-dim tensor, for one worker with fused kernels: nothing waits for the device, and all numbers in `Kept` stay there,
+    as 0-dim tensors (device_gate.py).
     """
     sae, ops = screen.sae, screen.ops
+    if ops.fused and comm.world == 1:
+        from dmsae_ray.sae import device_gate  # needs triton
+
+        if isinstance(guess, Tensor):
+            return device_gate.gate_on_device(centred_BD, rows, screen, settings, guess, token_index_B)
+        return device_gate.gate_and_wait(centred_BD, rows, screen, settings, guess, token_index_B)
     n_exempt = sae.core_size if settings.core_gate == "relu" else 0
     budget = settings.k * len(centred_BD) * comm.world
     b_enc_F, encoder_FD = sae.b_enc.detach(), sae.encoder_rows()
@@ -93,15 +107,20 @@ def gate(
     value_N, wrong = ops.refine(centred_BD, encoder_FD, b_enc_F, found, bound, n_exempt)
     if comm.world > 1:  # all ranks stop together
         wrong = comm.all_reduce_sum(torch.tensor(wrong, device=b_enc_F.device)).item()
+    check_margins(wrong)
+    kept, smallest = select(
+        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B
+    )
+    return Kept(kept, smallest, bound, len(value_N), retries)
+
+
+def check_margins(wrong: int) -> None:
+    """Raises `ScreenError` if values were beyond their margin."""
     if wrong:
         raise ScreenError(
             f"{wrong} screened pre-activations were off by more than their proven margin: this machine's "
             "matrix product is less exact than any order of sums allows. Set train.screen to fp32, and report this machine"
         )
-    kept, smallest = select(
-        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B
-    )
-    return Kept(kept, smallest, bound, len(value_N), retries)
 
 
 def select(

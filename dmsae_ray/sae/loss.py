@@ -66,7 +66,7 @@ class LossModule(nn.Module):
         self.__dict__["sae"] = sae  # not a submodule: its parameters would be reduced twice
         self.settings = settings
         self.comm = comm
-        self.ops = pairs_on(device, settings.kernels)
+        self.ops = pairs_on(device, settings.kernels, sae.b_dec.dtype)
         screen = settings.screen
         if screen == "auto":
             screen = faster_screen(str(device), torch.get_num_threads(), sae.d)

@@ -1,5 +1,5 @@
-"""Sparse operations on kept (row, latent) pairs, each in two forms: `TorchPairs` in plain torch, for any device, and
-`NativePairs` by the compiled kernels, for CPUs. Both compute the same, up to the order of sums.
+"""Sparse operations on kept (row, latent) pairs, each in several forms: `TorchPairs` in plain torch, for any device, `NativePairs`
+by the compiled kernels, for CPUs, and `triton_pairs.TritonPairs` for CUDA devices. All compute the same, up to the order of sums.
 
 Shapes: B rows of this rank's batch, F latents, D = d, G prefix groups, N pairs (sorted by row, then latent), K dead latents.
 Rows and latents of pairs are int32.
@@ -397,16 +397,24 @@ def new_rounded(rows_ND: Tensor, low: bool) -> Rounded:
     return Rounded(low_ND, rows_ND.new_empty(n), rows_ND.new_empty(n))
 
 
-def pairs_on(device: torch.device | str, kernels: str = "auto") -> TorchPairs:
-    """The operations for tensors on this device.
+def pairs_on(device: torch.device | str, kernels: str = "auto", dtype: torch.dtype = torch.float32) -> TorchPairs:
+    """The operations for tensors on this device: C kernels on CPUs, Triton's on CUDA devices (float32 only), else plain torch.
 
-    kernels: `auto` (a warning says so where a CPU has to do without compiled ones), `compiled` (raises native.NotBuilt where
-    impossible), `torch`.
+    kernels: `auto` (a warning says so where plain torch has to do), `compiled` (raises native.NotBuilt where impossible), `torch`.
     """
-    if kernels == "torch" or (kernels == "auto" and torch.device(device).type != "cpu"):
+    kind = torch.device(device).type
+    if kernels == "torch" or (kernels == "auto" and kind not in ("cpu", "cuda")):
         return TorchPairs()
     try:
-        return NativePairs()
+        if kind == "cpu":
+            return NativePairs()
+        if kind != "cuda" or dtype != torch.float32:
+            raise native.NotBuilt(f"there are none for {dtype} on {kind}")
+        try:
+            from dmsae_ray.sae.triton_pairs import TritonPairs  # triton comes with torch's CUDA wheels only
+        except ImportError as error:
+            raise native.NotBuilt(f"triton cannot be imported ({error})") from error
+        return TritonPairs()
     except native.NotBuilt as error:
         if kernels == "compiled":
             raise

@@ -10,7 +10,7 @@ roundoff of the weights' precision. Then
 
     |<x, w> - <x', w'>|  <=  ||x - x'|| ||w||  +  ||x'|| ||w - w'||                  (0 for a product in full precision)
     accumulation, here and in the sampled product:  2 (d + 8) u each, times ||x|| ||w||   (any order of sums, also truncating)
-    storing the product in bf16:                    2^-8 |product|                    (0 in full precision)
+    storing the product in bf16:                    2^-8 |product|                    (0 in full precision, or if it is not stored)
     adding the bias, here and there:                a few u |product + bias|
     flushing of numbers below the smallest normal:  a few d times that number
 
@@ -84,8 +84,12 @@ class Screen:
         safe_B = (rows.norm_N + rows.error_N) * largest < info.max / 2**10
         row_a_B = torch.where(safe_B, row_a_B * grow, torch.inf)
         row_c_B = torch.where(safe_B, row_c_B * grow, torch.inf)
-        relative = 2.0**-8 * (1 + 2.0**-8) * grow if self.low else 0.0
+        relative = 2.0**-8 * (1 + 2.0**-8) * grow if self.low and not self.ops.fused else 0.0  # a fused product is not stored
         return Margin(row_a_B, row_c_B, relative, 8 * roundoff, 4 * d * info.tiny)
+
+    def factors(self, centred_BD: Tensor, rows: Rounded) -> tuple[Tensor, Tensor]:
+        """What the product is made of: rows [B, D] and encoder rows [F, D], in the screen's precision."""
+        return (rows.low_ND, self.latents().low_ND) if self.low else (centred_BD, self.sae.encoder_rows())
 
     def candidates(
         self, centred_BD: Tensor, rows: Rounded, b_enc_F: Tensor, cut: float, n_exempt: int, again: bool = False
@@ -95,8 +99,9 @@ class Screen:
         again: the rows are those of the last call, so a product that is still there need not be made anew.
         """
         latents, margin = self.latents(), self.margin(rows)
-        left = rows.low_ND if self.low else centred_BD
-        right = latents.low_ND if self.low else self.sae.encoder_rows()
+        left, right = self.factors(centred_BD, rows)
+        if self.ops.fused:
+            return self.ops.screened(left, right, b_enc_F, latents, margin, cut, n_exempt)
         chunk = min(len(left), max(1, CHUNK // len(right)))
         shape = (chunk, len(right))
         if self._product is None or self._product.shape != shape or self._product.device != left.device:
@@ -113,8 +118,8 @@ class Screen:
     def guess(self, centred_BD: Tensor, rows: Rounded, b_enc_F: Tensor, k: int) -> float:
         """About the k * B-th largest value of the batch, from a few of its rows; 0 if there are not so many positive ones."""
         step = max(1, len(centred_BD) // SAMPLE)
-        left = (rows.low_ND if self.low else centred_BD)[::step]
-        right = self.latents().low_ND if self.low else self.sae.encoder_rows()
+        left, right = self.factors(centred_BD, rows)
+        left = left[::step]
         value = (left @ right.t()).to(b_enc_F.dtype).add_(b_enc_F).flatten()
         value = value[value > 0]
         wanted = k * len(left)

@@ -62,7 +62,7 @@ class SAESettings:
     screen: str = "auto"
     """precision of the product that finds candidates: `bf16`, `fp32`, or `auto`, the faster one here. Never changes a result"""
     kernels: str = "auto"
-    """`compiled`: C kernels, CPU only; `torch`: plain torch; `auto`: compiled where possible. Differ in the order of sums"""
+    """`compiled`: C kernels on a CPU, Triton's on a CUDA device; `torch`: plain torch; `auto`: compiled where possible. Differ in the order of sums"""
 
     def __post_init__(self) -> None:
         problems = []

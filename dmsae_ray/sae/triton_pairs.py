@@ -17,10 +17,10 @@ from dmsae_ray.sae import triton_rows, triton_screen, triton_select, triton_spar
 from dmsae_ray.sae.pairs import DIGIT_BITS, AdamStep, Candidates, Margin, Pairs, Rounded, TorchPairs, new_rounded
 
 TILE = {
-    torch.bfloat16: {"ROWS": 128, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 8, "num_warps": 8, "num_stages": 3},
-    torch.float32: {"ROWS": 64, "LATENTS": 64, "DEPTH": 32, "TOGETHER": 8, "num_warps": 4, "num_stages": 3},
+    torch.bfloat16: {"ROWS": 128, "LATENTS": 128, "DEPTH": 64, "TOGETHER": 8, "num_warps": 8, "num_stages": 3},
+    torch.float32: {"ROWS": 64, "LATENTS": 64, "DEPTH": 32, "TOGETHER": 8, "num_warps": 8, "num_stages": 3},
 }
-"""Tiles of the product. Registers and shared memory as the compiler reports them; not measured on a device."""
+"""Tiles of the product."""
 
 SPARSE = 512
 """Most columns of one program that adds up rows."""
@@ -42,9 +42,9 @@ FLAT = 1024
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Every kernel is started here."""
+    """Every kernel is started here. Products and sums are fused, whatever a version of triton does by default."""
     if min(grid):
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)
 
 
 def _row_block(d: int) -> dict[str, int]:
@@ -59,7 +59,8 @@ class TritonPairs(TorchPairs):
     fused = True
 
     def __init__(self) -> None:
-        self._capacity = 0
+        self.places = 0
+        """for candidates; raised by whoever finds that they were too few"""
         self._ends: dict[tuple, Tensor] = {}
 
     def round(self, rows_ND: Tensor, low: bool) -> Rounded:
@@ -84,13 +85,13 @@ class TritonPairs(TorchPairs):
         Waits for the device: the list is as long as what was found.
         """
         cut_1 = b_enc_F.new_full((), cut)
-        capacity = max(self._capacity, 1 << 16)
         while True:
-            found, count = self.append(left_BD, right_FD, b_enc_F, latents, margin, cut_1, n_exempt, capacity)
+            places = max(self.places, 1 << 16)
+            found, count = self.append(left_BD, right_FD, b_enc_F, latents, margin, cut_1, n_exempt, places)
             n = int(count)
-            if n <= capacity:
+            if n <= places:
                 return Candidates(*(part[:n] for part in found))
-            self._capacity = capacity = n * 5 // 4
+            self.places = n * 5 // 4
 
     def append(
         self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, cut: Tensor, n_exempt: int,
@@ -103,17 +104,21 @@ class TritonPairs(TorchPairs):
         n_rows, width = len(left_BD), len(right_FD)
         kind = torch.int32 if (n_rows + 1) * width < 1 << 31 else torch.int64
         key_C = torch.full((capacity,), n_rows * width, dtype=kind, device=left_BD.device)
-        approx_C, margin_C = b_enc_F.new_zeros(capacity), b_enc_F.new_zeros(capacity)
+        approx_C = b_enc_F.new_zeros(capacity)
         count = torch.zeros((), dtype=torch.int32, device=left_BD.device)
         launch(
             triton_screen.append, self._tiles(left_BD, right_FD), left_BD, right_FD, b_enc_F, margin.row_a_B, margin.row_c_B, latents.norm_N,
-            latents.error_N, cut, _always(count) if go is None else go, key_C, approx_C, margin_C, count, n_rows, width, left_BD.shape[1],
+            latents.error_N, cut, _always(count) if go is None else go, key_C, approx_C, count, n_rows, width, left_BD.shape[1],
             n_exempt, capacity, margin.rounding, margin.absolute, **TILE[left_BD.dtype],
         )  # fmt: skip
         key_C, order_C = key_C.sort()
         row_C = torch.div(key_C, width, rounding_mode="floor").int()
         latent_C = torch.where(row_C < n_rows, key_C - row_C.to(kind) * width, width).int()
-        found = Candidates(row_C, latent_C, approx_C[order_C], margin_C[order_C])
+        at_C = approx_C[order_C]
+        # Not stored by the kernel, whose registers are dear. Margins are so much wider than need be that roundings do not matter.
+        r, j = row_C.clamp(max=n_rows - 1), latent_C.clamp(max=width - 1)
+        margin_C = margin.row_a_B[r] * latents.norm_N[j] + margin.row_c_B[r] * latents.error_N[j] + (margin.rounding * at_C.abs() + margin.absolute)
+        found = Candidates(row_C, latent_C, at_C, margin_C)
         if before is not None:
             found = Candidates(*(torch.where(go != 0, new, old) for new, old in zip(found, before[0], strict=True)))
             count = torch.where(go != 0, count, before[1])
