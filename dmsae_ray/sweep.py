@@ -130,10 +130,11 @@ class Sweep:
     def connect(self) -> Capacity:
         if self.capacity is None:
             self.capacity = connect(self.config, len(planned(self.config)), self.verbose)
-            c = self.capacity
+            c, most = self.capacity, self.config.cluster.lockstep
+            in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
             self.say(
                 f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs, {c.gpus:g} GPUs; {c.concurrent} chains "
-                f"at once, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
+                f"at once{in_step}, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
             )
         return self.capacity
 

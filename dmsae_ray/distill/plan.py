@@ -98,6 +98,12 @@ class ChainPlan:
     def data_seed(self) -> int:
         return self.config.data_seed_of(self.seed)
 
+    @property
+    def lockstep_key(self) -> tuple:
+        """Equal for chains of one arm that read the same batches."""
+        part = self.fields["part"]
+        return self.arm, self.data_seed, part and part["part"], self.number(0)
+
     def number(self, cycle: int) -> int:
         """Number of the chain's cycle in the life of its core, which may have begun in another chain."""
         return cycle + (self.start.number if self.start else 0)
