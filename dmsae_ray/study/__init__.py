@@ -1,0 +1,1 @@
+"""What a finished sweep says about its features. No Ray."""
