@@ -1,1 +1,1 @@
-"""What a finished sweep says about its features. No Ray."""
+"""What is made of a sweep's chains when they are done: evaluation, features, expectations."""
