@@ -81,7 +81,10 @@ def write_features(
     return content
 
 
-def _describe(features, chains, lm, sequences, scale, tokenizer, settings, device) -> list[dict[str, Any]]:
+def _describe(
+    features: list[Feature], chains: Sequence[ChainCore], lm, sequences: TokenSequences, scale: float, tokenizer, settings: FeaturesConfig,
+    device: str | torch.device,
+) -> list[dict[str, Any]]:  # fmt: skip
     """max_activation, mean_loss_change, contexts and effects of each feature's representative."""
     places, pieces = [], []
     for chain in chains:
@@ -90,9 +93,9 @@ def _describe(features, chains, lm, sequences, scale, tokenizer, settings, devic
             sae, _ = MatryoshkaSAE.load(chain.sae)
             places += mine
             pieces.append(Latents.of(sae, [features[place].representative.latent for place in mine], device))
-    peaks_L = find_peaks(
-        pieces, lm, sequences, scale, settings.contexts, settings.spread, settings.sequences_per_batch
-    ) if pieces else []  # fmt: skip
+    if not pieces:
+        return []
+    peaks_L = find_peaks(pieces, lm, sequences, scale, settings.contexts, settings.spread, settings.sequences_per_batch)
     pairs = [(latent, peak.sequence) for latent, peaks in enumerate(peaks_L) for peak in peaks]
     read = remove_latents(pieces, lm, sequences, scale, pairs, settings.sequences_per_batch, remove=settings.effects > 0)
     text, described, first = TokenText(tokenizer), {}, 0

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 LOST = "\N{REPLACEMENT CHARACTER}"
 """What a decoder makes of bytes that are no whole character."""
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-"""How sentencepiece spells a byte that no piece covers."""
 
 
 class TokenText:
@@ -29,17 +26,16 @@ class TokenText:
         return self._known[token]
 
     def join(self, tokens: Sequence[int]) -> str:
-        """Neighbouring tokens as running text."""
+        """Neighbouring tokens as running text; of a character that the cut goes through, a replacement character is left."""
         return self._decode([*self._ahead, *tokens])[len(self._decode(self._ahead)) :]
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _bytes(self, token: int, text: str) -> str:
-        """The bytes of a token whose text has something lost in it."""
+        """A token whose text has something lost in it, with the bytes that make no whole character."""
         piece = self._tokenizer.convert_ids_to_tokens(token)
-        if BYTE_PIECE.fullmatch(piece):
-            return piece
+        # A byte of sentencepiece is spelt <0xE2>, in letters that stand for themselves among those of byte-level tokenizers, too.
         if not all(letter in BYTE_LEVEL for letter in piece):
             return text
         content = bytes(BYTE_LEVEL[letter] for letter in piece)

@@ -111,3 +111,12 @@ def test_without_removal_activations_are_the_same():
     pieces, pairs = [Latents.of(random_sae(lm.d, 4, 0.02), [1, 2])], [(0, 0), (1, 3)]
     read, kept = (remove_latents(pieces, lm, sequences, SCALE, pairs, 2, remove=remove) for remove in (True, False))
     assert torch.equal(read.activation_PT, kept.activation_PT) and bool((read.delta_PT != 0).any()) and not bool((kept.delta_PT != 0).any())
+
+
+def test_a_sequence_passes_the_lower_blocks_once_for_neighbouring_pairs(monkeypatch):
+    lm, sequences = load("tiny", "blocks.2.hook_resid_post"), make_sequences()
+    cut, seen = lm.cut, []
+    monkeypatch.setattr(lm, "cut", lambda ids_BT: seen.append(len(ids_BT)) or cut(ids_BT))
+    pairs = [(latent, s) for latent in range(6) for s in range(4)]
+    remove_latents([Latents.of(random_sae(lm.d, 6, 0.02), range(6))], lm, sequences, SCALE, pairs, 6)
+    assert seen == [1, 1, 1, 1]
