@@ -16,7 +16,7 @@ from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.study.latents import Latents
 
 SAMPLE = 64
-"""Sequences drawn for each latent, that the weaker contexts are chosen from: a quantile among them is right to 0.06 (one standard error)."""
+"""Sequences drawn for each latent, which the weaker contexts are chosen from: a quantile among them is right to 0.06 (standard error)."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,9 @@ def _about(feature: Feature, cores: Mapping[str, Core]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _context(peak: Peak, activation_T: torch.Tensor, sequences: TokenSequences, bos_id: int, window: int, text: TokenText) -> dict[str, Any]:
+def _context(
+    peak: Peak, activation_T: torch.Tensor, sequences: TokenSequences, bos_id: int, window: int, text: TokenText
+) -> dict[str, Any]:
     """The tokens around a peak, as far as its document goes."""
     start, end = _document(sequences, peak.sequence, peak.position, bos_id)
     first, last = max(start, peak.position - window), min(end, peak.position + window + 1)

@@ -22,7 +22,8 @@ from dmsae_ray.study.roster import roster_of
 
 SCALE = 20.0
 TEXTS = [
-    *(f"def step_{i}(self, value):\n    return value + {i}\n\n\nclass Reader{i}:\n    def read(self, path):\n        pass\n" for i in range(12)),
+    *(f"def step_{i}(self, value):\n    return value + {i}\n\n\nclass Reader{i}:\n    def read(self, path):\n        pass\n"
+      for i in range(12)),
     *(f"The list is sorted in place, and item {i} comes first. It’s done: see :func:`sorted`.\n" * 3 for i in range(12)),
 ]
 SILENT = 4
@@ -76,7 +77,8 @@ def group(name: str, members: list[tuple[str, int, int]], score: float) -> dict:
 CONSENSUS = {
     "format_version": 1, "chains": ["chain0", "chain1", "chain2"], "seeds": [0, 7],
     "groups": [
-        group("f000", [("chain0", 2, 6), ("chain1", 0, 0), ("chain2", 0, 2)], 0.6), group("f001", [("chain0", 1, 4), ("chain1", 1, 3)], 0.2),
+        group("f000", [("chain0", 2, 6), ("chain1", 0, 0), ("chain2", 0, 2)], 0.6),
+        group("f001", [("chain0", 1, 4), ("chain1", 1, 3)], 0.2),
         group("f002", [("chain0", 0, 1)], 0.5),
     ],
 }  # fmt: skip
@@ -92,10 +94,12 @@ def make(tmp_path, lm, sequences, chains, consensus=CONSENSUS, **settings):
 def test_what_chains_share_comes_first_and_every_core_latent_once(tmp_path, lm, sequences, chains):
     content = make(tmp_path, lm, sequences, chains)
     assert (content["format_version"], content["key"], content["left_out"]) == (1, "k", 0)
-    assert content["tokens"] == sequences.tokens == sum((sequences.ids[s, :n] != BOS).sum() for s, n in enumerate(sequences.lengths))
+    counted = sum((sequences.ids[s, :n] != BOS).sum() for s, n in enumerate(sequences.lengths))
+    assert content["tokens"] == sequences.tokens == counted
     features = content["features"]
     # chain2's silent latent is in no group: it carries 1 of its core's 5; f002 is in a group alone.
-    assert [(f["id"], f["kind"]) for f in features] == [("f000", "consensus"), ("f001", "consensus"), ("f002", "core"), ("chain2.4", "core")]
+    kinds = [(f["id"], f["kind"]) for f in features]
+    assert kinds == [("f000", "consensus"), ("f001", "consensus"), ("f002", "core"), ("chain2.4", "core")]
     shared, pair, alone, silent = features
     # Scores are 4, 1, 3 times 1, 2, 3 for the chains: chain2's first row has 12.
     assert shared["representative"] == {"chain": "chain2", "index": 0, "latent": 2, "score": 12.0, "density": 0.5}

@@ -113,7 +113,9 @@ def test_a_latent_for_one_word_peaks_at_that_word():
     assert all(p.activation == pytest.approx(float(p_V[word]), rel=1e-5) for p in peaks)
 
 
-@pytest.mark.parametrize("gate, core_size, transfer", [("batchtopk", 5, "frozen"), ("relu", 5, "frozen"), ("relu", 5, "init"), ("batchtopk", 0, "frozen")])
+@pytest.mark.parametrize(
+    "gate, core_size, transfer", [("batchtopk", 5, "frozen"), ("relu", 5, "frozen"), ("relu", 5, "init"), ("batchtopk", 0, "frozen")]
+)
 def test_some_latents_are_the_sae_s_own(gate, core_size, transfer):
     sae = random_sae(16, 32, 0.4, core_size=core_size, gate=gate)
     if transfer == "init":

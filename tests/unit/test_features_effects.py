@@ -12,7 +12,9 @@ from dmsae_ray.study.effects import remove_latents
 from dmsae_ray.study.latents import Latents
 
 SCALE = 20.0
-PLACES = [("tiny", f"blocks.2.{kind}") for kind in ("hook_resid_post", "hook_resid_mid", "hook_attn_out")] + [("llama", "blocks.0.hook_mlp_out")]
+PLACES = [
+    *(("tiny", f"blocks.2.{kind}") for kind in ("hook_resid_post", "hook_resid_mid", "hook_attn_out")), ("llama", "blocks.0.hook_mlp_out"),
+]  # fmt: skip
 
 
 def make_sequences():

@@ -14,7 +14,8 @@ TEXT = "def f(x):\n    return x  # naïve — 思 🙂\n\tThe end."
 
 def sentencepiece(strip: bool) -> PreTrainedTokenizerFast:
     """Pieces with a marked space and bytes for what no piece covers, as Gemma's (no space is dropped) or Llama's (one is)."""
-    pieces = ["<pad>", "<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁The", "▁▁▁▁", "end", *"abcdefghinrstuxT().:#ï"]
+    pieces = ["<pad>", "<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), *("▁", "▁the", "▁The", "▁▁▁▁", "end")]
+    pieces += "abcdefghinrstuxT().:#ï"
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "T"), ("▁T", "he"), ("▁", "▁"), ("▁▁", "▁▁"), ("e", "n"), ("en", "d")]
     pieces += [left + right for left, right in merges if left + right not in pieces]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True))
