@@ -275,6 +275,34 @@ class EvaluateConfig(Section):
     """sequences in a forward pass"""
 
 
+class FeaturesConfig(Section):
+    """How the features of the finished cores are described, in features.json: where they fire, and what they do to the loss."""
+
+    tokens: int = Field(65_536, ge=1)
+    """tokens of held-out evaluation sequences that contexts are looked for in, at most"""
+    most: int = Field(1000, ge=1)
+    """features described: those that chains share first, then other core latents by falling score"""
+    contexts: int = Field(8, ge=1)
+    """contexts of a feature, each from another sequence"""
+    spread: int = Field(2, ge=0)
+    """how many of them come not from the top but from lower quantiles of its activation: maxima alone flatter a feature"""
+    window: int = Field(20, ge=0)
+    """tokens shown before and after the one on which it is strongest"""
+    effects: int = Field(8, ge=0)
+    """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
+    sequences_per_batch: int = Field(32, ge=1)
+    """sequences in a forward pass; for effects each one's logits are held, 130 MB in fp32 at 128 tokens and a vocabulary of 256 000"""
+
+    @model_validator(mode="after")
+    def _some_from_the_top(self) -> FeaturesConfig:
+        if self.spread >= self.contexts:
+            raise ValueError(
+                f"features.spread {self.spread} leaves none of features.contexts {self.contexts} for the largest activations: "
+                "lower spread or raise contexts"
+            )
+        return self
+
+
 class SweepConfig(Section):
     """Which chains run."""
 
@@ -440,6 +468,7 @@ class Config(BaseSettings):
     attribution: AttributionConfig = AttributionConfig()
     selection: SelectionConfig = SelectionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    features: FeaturesConfig = FeaturesConfig()
     sweep: SweepConfig = SweepConfig()
     study: StudyConfig = StudyConfig()
     compare: CompareConfig = CompareConfig()
