@@ -151,10 +151,13 @@ class Worker:
 
     def open(self, cycle: int) -> None:
         """Start reading for a cycle, where its training stands: its first batch is then there when it begins."""
-        plans = [chain.plan for chain in self.chains if chain.cycle <= cycle < chain.plan.cycles]
-        if plans:
-            start = min(first_step(plan, cycle, self.dataset, self.device) for plan in plans)
-            self._opened = self.stream.open(plans[0].order(self.dataset, cycle), start, plans[0].steps)
+        starts = {}
+        for chain in [chain for chain in self.chains if chain.cycle <= cycle < chain.plan.cycles]:
+            with self.failing(chain):
+                starts[chain] = first_step(chain.plan, cycle, self.dataset, self.device)
+        if starts:
+            plan = next(iter(starts)).plan
+            self._opened = self.stream.open(plan.order(self.dataset, cycle), min(starts.values()), plan.steps)
 
     def _batches(self, order: Order, start: int, stop: int) -> Batches:
         """Those opened ahead; opened anew where a chain that failed since would have begun earlier."""
