@@ -310,7 +310,7 @@ class Chain:
         for ids_NT, lengths_N in mine:
             tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal)
         tally.reduce(self.comm)
-        metrics, density_F = scores_of(tally, sae.core_size, read_references(plan.references, evaluate))
+        metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank == 0:
             self.plan.lease.check()
             manifest = self.dataset.manifest

@@ -53,7 +53,7 @@ def test_an_exact_reconstruction_explains_all_and_recovers_all_loss(lm, batch):
     tally = Tally()
     tally_batch(tally, identity_sae(lm.d), lm, ids, lengths, SCALE)
     references = reference_losses(lm, [batch], torch.zeros(lm.d))
-    metrics, density = scores_of(tally, 0, references)
+    metrics, density = scores_of(tally, identity_sae(lm.d), references)
     assert metrics["fvu"] < 1e-10 and metrics["evaluation_tokens"] == references["tokens"] == tokens_of(lm, ids, lengths)
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_clean"], rel=1e-5)
     assert metrics["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
