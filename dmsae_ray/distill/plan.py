@@ -33,6 +33,8 @@ class ChainPlan:
     """folder or URL of the activations"""
     dataset_key: str
     lease: Lease
+    arm: str = "base"
+    """group of chains of a study; decides no number"""
 
     @property
     def label(self) -> str:
