@@ -69,7 +69,7 @@ def _comparison(
     config: CompareConfig, dataset: ActivationDataset, chains: dict[str, ChainPlan], pairs: list[Pairing], kept: Path, path: Path,
     say: Callable[[str], None], failed: list[dict],
 ) -> dict:  # fmt: skip
-    keys = {label: _key_of(plan) for label, plan in chains.items()}
+    keys = {label: key_of(plan) for label, plan in chains.items()}
     key = fields_key(
         {
             "format": FORMAT_VERSION, "settings": config.model_dump(mode="json"), "rows": dataset.manifest.key, "chains": keys,
@@ -127,7 +127,7 @@ def _pair_key(settings: CompareSettings, dataset: ActivationDataset, a: str, b: 
     return fields_key({"format": FORMAT_VERSION, "settings": vars(settings), "rows": dataset.manifest.key, "a": a, "b": b})
 
 
-def _key_of(plan: ChainPlan) -> str:
+def key_of(plan: ChainPlan) -> str:
     """Stands for all that is read of a chain: its files are of one run, so two of them, which hold every kind of its numbers, will do."""
     return "-".join(file_sha256(plan.folder.cycle(cycle).core)[:16] for cycle in (0, plan.cycles - 1))
 

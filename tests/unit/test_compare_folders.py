@@ -14,6 +14,8 @@ from test_chain_plan import plans_of
 from dmsae_ray import comparison
 from dmsae_ray.comparison import compare_across, compare_chains, identity
 from dmsae_ray.config import CompareConfig
+from dmsae_ray.consensus import write_consensus
+from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.distill.select import next_core, save_scores
 from dmsae_ray.files import write_json
@@ -25,8 +27,7 @@ COMPARE = CompareConfig(draws=20)
 
 def write_chain(plan, dataset, cycles=2):
     """A chain's folder as training leaves it: random SAEs, cores of six that stay."""
-    core, first = None, plan.folder.path.exists()
-    assert not first, "one writer"
+    core = None
     for cycle in range(cycles):
         generator = torch.Generator().manual_seed(plan.init_seed(cycle) % 2**31 + plan.k)
         size = 0 if core is None else core.size
@@ -42,7 +43,7 @@ def write_chain(plan, dataset, cycles=2):
         core = next_core(core, sae, ids_C, scores_N, density_F, cycle=cycle, seed=plan.seed, k=plan.k, scale=manifest.scale, hook=manifest.hook,
                          model=manifest.model_fingerprint)  # fmt: skip
         core.save(folder.core)
-        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle})
+        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size})
 
 
 @pytest.fixture
@@ -179,3 +180,54 @@ def test_two_sweeps(tmp_path, dataset):
     assert [pair["group"] for pair in own["pairs"]] == ["base/seed", "base/seed"], "a chain is not compared with itself"
     with pytest.raises(ValueError, match="both sweeps are called a"):
         compare_across(config, dataset, left, right, ("a", "a"), tmp_path / "x.json", said.append)
+
+
+def agree(plans, dataset):
+    """Give the chains after the first the first one's last core, in their own SAE's place, so that there is a consensus."""
+    source = MatryoshkaSAE.load(plans[0].folder.cycle(1).sae)[0]
+    for plan in plans[1:]:
+        folder = plan.folder.cycle(1)
+        sae, stored = MatryoshkaSAE.load(folder.sae)
+        core = Core.load(folder.core)
+        with torch.no_grad():
+            sae.encoder_rows()[:6], sae.W_dec[:6] = source.encoder_rows()[:6], source.W_dec[:6]
+        sae.save(folder.sae, stored)
+        replace(core, W_enc_CD=sae.encoder_rows()[:6], W_dec_CD=sae.W_dec[:6]).save(folder.core)
+    return source
+
+
+def test_consensus_and_rediscovery_from_folders(tmp_path, dataset):
+    base = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
+    plain = [
+        *chains(dataset, tmp_path / "out", "--sweep.seeds", "0,5,6", "--sweep.cycles", "1", "--train.lr", "0.001", arm="plain"),
+        *chains(dataset, tmp_path / "out", "--sweep.seeds", "7", "--train.lr", "0.001", arm="transfer"),
+    ]
+    assert [plan.cycles for plan in plain] == [1, 1, 1, 2]
+    source = agree(base, dataset)
+    knows = plain[1].folder.cycle(0)
+    sae, stored = MatryoshkaSAE.load(knows.sae)
+    with torch.no_grad():
+        sae.encoder_rows()[20:23], sae.W_dec[20:23] = source.encoder_rows()[:3], source.W_dec[:3]
+    sae.save(knows.sae, stored)
+    said = []
+    config = base[0].config.model_copy(update={"compare": COMPARE})
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    found = write_consensus(config, base, plain, folder, said.append)
+    assert said == ["consensus: of 3 cores, looked for in 4 plain SAEs"]
+    assert json.loads((folder / "consensus.json").read_text()) == json.loads(json.dumps(found, allow_nan=False))
+    assert (found["arm"], found["core_size"], found["seeds"]) == ("base", 6, [0, 1, 2])
+    assert [group["in_seeds"] for group in found["groups"]] == [3] * 6
+    core = Core.load(folder / "consensus.safetensors")
+    assert core.size == 6 and core.scale == dataset.manifest.scale
+    assert [row["chain"] for row in found["rediscovery"]] == [plan.label for plan in plain[1:3]]
+    assert found["rediscovery"][0]["consensus"]["found"] >= 0.5 > found["rediscovery"][1]["consensus"]["found"]
+    assert [(one["chain"], one["reason"][:8]) for one in found["rediscovery_left_out"]] == [(plain[0].label, "has the "), (plain[3].label, "was trai")]
+    assert found["rediscovery_summary"]["plain"]["consensus"]["found"]["n"] == 2
+    assert write_consensus(config, base, plain, folder, said.append) == found and len(said) == 1, "reused"
+    # A chain that shares nothing with another leaves no consensus, and no file of an older one.
+    alone = write_consensus(config, base[:1], [], folder, said.append)
+    assert alone["core_size"] == 0 and not (folder / "consensus.safetensors").exists() and alone["rediscovery"] == []
+    assert write_consensus(config, base[:1], [], folder, said.append) == alone and len(said) == 2
+    nothing = write_consensus(config, [], plain, folder, said.append)
+    assert nothing["groups"] == [] and nothing["arm"] is None
