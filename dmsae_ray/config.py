@@ -405,6 +405,13 @@ class StudyConfig(Section):
 class CompareConfig(Section):
     """How cores are compared."""
 
+    pairs: Literal["all", "sample"] = "all"
+    """`all` pairs of chains, within an arm and, across arms, of equal seed and k; or a `sample` of them"""
+    sample: int | None = Field(None, ge=1)
+    """with pairs sample: at most so many pairs of every group (same arms, same difference), drawn by compare.seed"""
+    consensus: float = Field(0.5, gt=0, le=1)
+    """a feature is in the consensus core if at least this share of the seeds, and at least two, have it [D]"""
+
     draws: int = Field(200, ge=20)
     """draws of each null distribution"""
     cosine: float = Field(0.7, gt=0, lt=1)
@@ -413,6 +420,12 @@ class CompareConfig(Section):
     """largest prefix of whole dictionaries that is matched (assignment costs its cube)"""
     seed: int = Field(0, ge=0)
     """seed of the null draws"""
+
+    @model_validator(mode="after")
+    def _sample_has_a_size(self) -> CompareConfig:
+        if (self.pairs == "sample") != (self.sample is not None):
+            raise ValueError("compare.pairs sample and compare.sample, the number of pairs of a group, go together: give both or neither")
+        return self
 
 
 class ClusterConfig(Section):

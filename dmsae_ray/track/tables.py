@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmsae_ray.compare.pair import NULLS
 from dmsae_ray.distill.folder import ChainFolder
 
 
@@ -78,11 +79,16 @@ def chain_columns(rows: list[ChainRow]) -> dict[str, list[Any]]:
 
 def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The pairs of comparison.json as columns of plain values, nulls included."""
-    names = ["a", "b", "differs", "size_a", "size_b", "shared", "overlap", "pw_mcc", "mmcs_ab", "mmcs_ba", "pw_mcc_dictionary"]
+    names = [
+        "a", "b", "group", "differs", "size_a", "size_b", "shared", "overlap", "pw_mcc", "mmcs_ab", "mmcs_ba", "activation",
+        "activation_pairs", "activation_left_out", "pw_mcc_dictionary",
+    ]  # fmt: skip
     columns = {name: [pair.get(name) for pair in pairs] for name in names}
-    for null in ("covariance", "matched_density", "cycle0"):
-        for name in ("available", "mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "density_gap", "reason"):
+    numbers = ["mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99", "density_gap"]
+    for null in NULLS:
+        for name in ("available", *numbers, "reason"):
             columns[f"{null} {name}"] = [null_of(pair, null).get(name) for pair in pairs]
+        columns[f"{null} dictionary"] = [((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs]
     return columns
 
 
@@ -101,11 +107,11 @@ def summary(comparison: dict[str, Any]) -> dict[str, float]:
     """Numbers that stand for the whole sweep; a mean over nothing is left out, not reported as 0 or 1."""
     pairs = comparison["pairs"]
     numbers = {"chains": len(comparison["chains"]), "failed": len(comparison.get("failed", [])), "pairs": len(pairs)}
-    for name in ("pw_mcc", "overlap", "mmcs_ab", "mmcs_ba", "pw_mcc_dictionary"):
+    for name in ("pw_mcc", "overlap", "mmcs_ab", "mmcs_ba", "activation", "pw_mcc_dictionary"):
         values = [pair[name] for pair in pairs if pair.get(name) is not None]
         if values:
             numbers |= {f"{name}_mean": sum(values) / len(values), f"{name}_min": min(values)}
-    for name in ("covariance", "matched_density", "cycle0"):
+    for name in NULLS:
         judged = [(pair["pw_mcc"], null_value(pair, name)) for pair in pairs if pair.get("pw_mcc") is not None]
         judged = [(value, null) for value, null in judged if null is not None]
         numbers[f"{name}_available"] = len(judged)

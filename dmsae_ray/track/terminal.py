@@ -68,7 +68,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
     table = _table(
         "Pairs of cores",
         ["a", "b", "differs"],
-        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle-0 sets", "MMCS a>b/b>a", "dict. PW-MCC"],
+        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle 0", "activ.", "MMCS", "dict. PW-MCC"],
     )
     for pair in pairs:
         sizes = "/".join("?" if pair.get(name) is None else str(pair[name]) for name in ("size_a", "size_b"))
@@ -78,10 +78,16 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
         cells = [
             pair["a"], pair["b"], pair.get("differs") or "-", sizes, number(pair.get("overlap")), number(value),
             number(above[0]), _density(pair), number(null_value(pair, "cycle0")),
-            f"{number(pair.get('mmcs_ab'))}/{number(pair.get('mmcs_ba'))}", number(pair.get("pw_mcc_dictionary")),
+            number(pair.get("activation")), number(_mmcs(pair)), number(pair.get("pw_mcc_dictionary")),
         ]  # fmt: skip
         table.add_row(*(Text(cell, style="bold" if stands_out and position == 5 else "") for position, cell in enumerate(cells)))
     return table
+
+
+def _mmcs(pair: dict[str, Any]) -> float | None:
+    """Mean of both directions; pairs.json in MLflow has the two."""
+    both = [pair.get(name) for name in ("mmcs_ab", "mmcs_ba")]
+    return None if None in both else sum(both) / 2
 
 
 def _density(pair: dict[str, Any]) -> str:
@@ -101,7 +107,7 @@ def pairs_note(comparison: dict[str, Any]) -> Text:
         lines.append(
             "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, and distillation "
             "adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, since the free latents nearest "
-            "in density differ by a factor of G."
+            "in density differ by a factor of G. Activ.: mean correlation of matched latents' activations on held-out rows."
         )
     lines.append(f"Compared: {compared} of {compared + len(failed)} chains" + ("." if not failed else "; failed:"))
     lines += [f"  {entry['label']}: {entry['reason']}" for entry in failed]

@@ -2,24 +2,28 @@
 
 import numpy as np
 import pytest
+import torch
+from compared_chains import latents as latents_of
+from compared_chains import rows as some_rows
 
+from dmsae_ray.compare.activation import DRAWS, agreement, standardised
+from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
+from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
+from dmsae_ray.compare.density import Densities, draw_matched, matched_density_null
 from dmsae_ray.compare.match import hungarian, mmcs, pw_mcc
-from dmsae_ray.compare.nulls import (
-    Densities,
-    Gaussian,
-    Latents,
-    covariance_null,
-    cycle0_null,
-    draw_matched,
-    matched_density_null,
-)
 
 D = 12
+ROWS_RD = some_rows(400, d=D)
 
 
-def latents(count, seed, d=D):
+def latents(count, seed, d=D, **kwargs):
     rng = np.random.default_rng(seed)
-    return Latents(rng.standard_normal((count, d)), rng.standard_normal((count, d)))
+    return latents_of(rng.standard_normal((count, d)), rng.standard_normal((count, d)), **kwargs)
+
+
+def covariance_null(gaussian, size, whole_a, whole_b, draws, cosine, seed):
+    null = CovarianceNull(gaussian, draws, cosine, seed)
+    return null.of(size, null.to_whole(whole_a), null.to_whole(whole_b))
 
 
 def random_covariance(seed=0):
@@ -109,40 +113,92 @@ def split(core, free):
 def test_matched_density_null_never_draws_the_core():
     # The cores are equal and the free latents orthogonal to each other: every draw must score 0.
     eye = np.eye(24)
-    a = Latents(np.concatenate([eye[:4], eye[4:14]]), np.concatenate([eye[:4], eye[4:14]]))
-    b = Latents(np.concatenate([eye[:4], eye[14:24]]), np.concatenate([eye[:4], eye[14:24]]))
+    a = latents_of(np.concatenate([eye[:4], eye[4:14]]))
+    b = latents_of(np.concatenate([eye[:4], eye[14:24]]))
     densities = split([0.1] * 4, [0.1] * 10)
-    null = matched_density_null(a, b, densities, densities, 20, 0.7, 0)
+    null = matched_density_null(a, b, densities, densities, 2 * DRAWS, 0.7, 0, some_rows(5000, d=24))
+    assert abs(null.activation_mean) < 0.03 and null.activation_draws == DRAWS, "the cores' own latents would score 1"
     assert null.available and null.mean == 0 and null.overlap_mean == 0 and null.mmcs_mean == 0
-    assert null.density_gap == pytest.approx(1) and null.size == (4, 4) and null.draws == 20
+    assert null.density_gap == pytest.approx(1) and null.size == (4, 4) and null.draws == 2 * DRAWS
+
+
+def test_two_random_sets_lie_within_the_matched_density_null():
+    """Cores that are drawn as the null draws score as it does."""
+    a, b = latents(400, 0), latents(400, 1)
+    rng = np.random.default_rng(5)
+    first = [Densities.split(some.density_N, rng.permutation(400)[:12]) for some in (a, b)]
+    null = matched_density_null(a, b, *first, 100, 0.7, 0, ROWS_RD)
+    scores, activations = [], []
+    for _ in range(60):
+        A, B = (some.take(rng.permutation(400)[:12]) for some in (a, b))
+        matching = hungarian(A.W_dec_ND, B.W_dec_ND)
+        scores.append(pw_mcc(matching))
+        activations.append(agreement(standardised(A, ROWS_RD), standardised(B, ROWS_RD), matching).mean)
+    assert null.available and null.density_gap == pytest.approx(1)
+    for own, mean, draws in ((scores, null.mean, 100), (activations, null.activation_mean, DRAWS)):
+        assert abs(np.mean(own) - mean) < 3 * np.std(own) * np.sqrt(1 / 60 + 1 / draws)
+    assert np.mean(np.array(scores) <= null.p99) >= 0.93
 
 
 def test_a_wide_density_gap_is_flagged_with_its_numbers():
     a, b = latents(14, 0), latents(14, 1)
     near, far = split([0.1] * 4, [0.1] * 10), split([0.3] * 4, [0.1] * 10)
-    null = matched_density_null(a, b, near, far, 20, 0.7, 0)
+    null = matched_density_null(a, b, near, far, 20, 0.7, 0, ROWS_RD)
     assert not null.available and "factor of 3" in null.reason
     assert null.density_gap == pytest.approx(3) and null.mean is not None and null.overlap_mean is not None
-    assert matched_density_null(a, b, near, split([0.19] * 4, [0.1] * 10), 20, 0.7, 0).available
+    assert matched_density_null(a, b, near, split([0.19] * 4, [0.1] * 10), 20, 0.7, 0, ROWS_RD).available
 
 
 def test_too_few_living_free_latents():
     a, b = latents(14, 0), latents(14, 1)
     enough, few = split([0.1] * 4, [0.1] * 10), split([0.1] * 4, [0.1] * 3 + [0.0] * 7)
-    null = matched_density_null(a, b, enough, few, 20, 0.7, 0)
+    null = matched_density_null(a, b, enough, few, 20, 0.7, 0, ROWS_RD)
     assert not null.available and "second SAE has 3 free latents" in null.reason and null.mean is None
+
+
+def ranked(some):
+    return Ranked(some, standardised(some, ROWS_RD))
 
 
 def test_cycle0_takes_the_top_and_cuts_the_cores_alike():
     start_a, start_b = latents(6, 0), latents(3, 1)
     core_a, core_b = latents(4, 2), latents(5, 3)
-    null = cycle0_null(start_a, start_b, core_a, core_b, 0.7)
-    assert null.available and null.size == (4, 3) and null.draws == 1
+    null = cycle0_null(*map(ranked, (start_a, start_b, core_a, core_b)), 0.7, mmcs_mean=0.4)
+    assert null.available and null.size == (4, 3) and null.draws == 1 and null.mmcs_mean == 0.4
     assert null.mean == null.p99 == pw_mcc(hungarian(start_a.W_dec_ND[:4], start_b.W_dec_ND))
     assert null.core_pw_mcc_same_size == pw_mcc(hungarian(core_a.W_dec_ND, core_b.W_dec_ND[:3]))
-    assert null.mmcs_mean is None
-    whole = latents(30, 4).W_dec_ND
-    assert cycle0_null(start_a, start_b, core_a, core_b, 0.7, whole, whole).mmcs_mean == pytest.approx(
-        (mmcs(start_a.W_dec_ND[:4], whole) + mmcs(start_b.W_dec_ND, whole)) / 2
-    )
-    assert not cycle0_null(latents(0, 0), start_b, core_a, core_b, 0.7).available
+    cut = [ranked(core_a), ranked(core_b.take(slice(3)))]
+    assert cycle0_null(*cut, *cut, 0.7, None).activation_mean == pytest.approx(null.core_activation_same_size, abs=1e-7)
+    told = cycle0_null(*map(ranked, (start_a, start_b, core_a, core_b)), 0.7, None, reason="began with a core")
+    assert (told.available, told.reason, told.mean) == (False, "began with a core", null.mean)
+    assert not cycle0_null(*map(ranked, (latents(0, 0), start_b, core_a, core_b)), 0.7, None).available
+
+
+def test_equal_sets_of_cycle_0_agree_in_everything():
+    start = ranked(latents(6, 0))
+    null = cycle0_null(start, start, start, start, 0.7, None)
+    for value in (null.mean, null.overlap_mean, null.activation_mean, null.core_pw_mcc_same_size, null.core_activation_same_size):
+        assert value == pytest.approx(1, abs=1e-6)
+
+
+def test_draws_are_shared_between_pairs_of_equal_sizes(monkeypatch):
+    """The cost driver: one set of draws per sizes, in either order, and a result that no earlier pair changes."""
+    calls = []
+    monkeypatch.setattr("dmsae_ray.compare.covariance.hungarian", lambda A, B: calls.append(1) or hungarian(A, B))
+    null = CovarianceNull(Gaussian.of(np.eye(D)), 10, 0.7, 0)
+    first = null.of((4, 7), 0.5, 0.3)
+    other = null.of((7, 4), 0.1, 0.1)
+    assert len(calls) == 10 and (first.mean, first.p99) == (other.mean, other.p99)
+    assert (first.mmcs_mean, first.size, other.size) == (0.4, (4, 7), (7, 4))
+    null.of((5, 5), 0, 0)
+    assert len(calls) == 20 and CovarianceNull(Gaussian.of(np.eye(D)), 10, 0.7, 0).of((5, 5), 0, 0) == null.of((5, 5), 0, 0)
+    whole = null.dictionary((30, 20))
+    assert len(calls) == 31 and null.dictionary((30, 20)) == whole and len(calls) == 31
+    assert whole.draws == 1 and 0 < whole.mean < 1
+
+
+def test_the_covariance_of_rows():
+    rows_RD = some_rows(5000, d=D) @ torch.from_numpy(np.linalg.cholesky(random_covariance()).T).float() + 3
+    gaussian = Gaussian.of_rows(rows_RD)
+    found_DD = gaussian.vectors_DD @ np.diag(gaussian.deviation_D**2) @ gaussian.vectors_DD.T
+    assert found_DD == pytest.approx(np.cov(rows_RD.double().numpy().T, bias=True), rel=1e-6)
