@@ -1,4 +1,4 @@
-"""The two tables of a sweep, chains and pairs, as plain rows: what the terminal, the report and MLflow all show."""
+"""The tables of a sweep as plain columns: what the terminal, the report and MLflow all show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_ray.compare.pair import NULLS
+from dmsae_ray.compare.rediscovery import SETS as REDISCOVERED
 from dmsae_ray.distill.folder import ChainFolder
 
 
@@ -89,6 +90,64 @@ def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
         for name in ("available", *numbers, "reason"):
             columns[f"{null} {name}"] = [null_of(pair, null).get(name) for pair in pairs]
         columns[f"{null} dictionary"] = [((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs]
+    return columns
+
+
+def evaluation_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """evaluation.json, a row per cycle: everything but curves and lists. Prefixes are columns of their own, `prefix 0 fvu`."""
+    flat = []
+    for row in rows:
+        one = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for prefix in row.get("prefixes") or ():
+            one |= {f"prefix {prefix['name']} {name}": value for name, value in prefix.items() if name != "name"}
+        flat.append(one)
+    names = list(dict.fromkeys(name for one in flat for name in one))
+    return {name: [one.get(name) for one in flat] for name in names}
+
+
+def group_columns(groups: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
+    """The summary's groups of pairs: each score's mean, interval, and mean of its null's 99th percentile."""
+    columns: dict[str, list[Any]] = {"group": list(groups)}
+    for name in ("pairs", "of", "scored", "seeds"):
+        columns[name] = [group[name] for group in groups.values()]
+    for score in ("pw_mcc", "overlap", "mmcs", "activation", "pw_mcc_dictionary"):
+        for part in ("mean", "min", "max", "interval"):
+            columns[f"{score} {part}"] = [_part(group.get(score), part) for group in groups.values()]
+    for null in NULLS:
+        columns[f"{null} available"] = [group["nulls"][null]["available"] for group in groups.values()]
+        columns[f"{null} p99"] = [_part(group["nulls"][null].get("p99"), "mean") for group in groups.values()]
+        columns[f"{null} above"] = [group["nulls"][null]["above"] for group in groups.values()]
+    return columns
+
+
+def _part(spread: dict[str, Any] | None, part: str) -> Any:
+    value = None if spread is None else spread.get(part)
+    return f"{value[0]:.6g} to {value[1]:.6g}" if isinstance(value, list | tuple) else value
+
+
+def expectation_columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """expectations.json."""
+    return {name: [entry[name] for entry in entries] for name in ("claim", "outcome", "value_name", "value", "relation", "bound_name", "bound", "why")}
+
+
+def feature_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
+    """The groups of consensus.json."""
+    groups = consensus["groups"] if consensus else []
+    names = ("id", "in_seeds", "in_chains", "reproducibility", "elsewhere", "cosine", "score", "density", "in_core")
+    columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in names}
+    for place, end in enumerate(("low", "high")):
+        columns[f"reproducibility {end}"] = [group["interval"][place] for group in groups]
+    columns["members"] = [" ".join(f"{member['chain']}.{member['latent']}" for member in group["members"]) for group in groups]
+    return columns
+
+
+def rediscovery_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
+    """How much of the cores each plain SAE has, beside free latents as dense."""
+    rows = (consensus or {}).get("rediscovery") or []
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("chain", "arm", "seed", "k")}
+    for whose in REDISCOVERED:
+        for name in ("found", "mmcs", "size"):
+            columns[f"{whose} {name}"] = [(row.get(whose) or {}).get(name) for row in rows]
     return columns
 
 

@@ -114,11 +114,80 @@ def pairs_note(comparison: dict[str, Any]) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
-def report(rows: Sequence[ChainRow], comparison: dict[str, Any] | None) -> Group:
-    """Both tables with their notes. comparison: comparison.json; None: not made yet."""
+def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
+    """One line per group of pairs: means over its pairs, with the interval over seeds where there is one."""
+    table = _table("Agreement by what differs", ["group"], ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."])
+    for name, group in groups.items():
+        nulls = [(group["nulls"][null].get("p99") or {}).get("mean") for null in ("covariance", "matched_density", "cycle0")]
+        interval = (group.get("pw_mcc") or {}).get("interval")
+        cells = [
+            name, str(group["pairs"]), number(_mean(group, "pw_mcc")), "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+            *map(number, nulls), number(_mean(group, "overlap")), number(_mean(group, "activation")),
+        ]  # fmt: skip
+        table.add_row(*map(Text, cells))
+    return table
+
+
+GROUPS_NOTE = (
+    "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed and k. Nulls are means over "
+    "the pairs that have them. The interval resamples seeds; below four seeds there is none."
+)
+
+
+def _mean(group: dict[str, Any], score: str) -> float | None:
+    return (group.get(score) or {}).get("mean")
+
+
+def consensus_text(consensus: dict[str, Any]) -> Text:
+    """How many features recur, and how many are found where no core ever was."""
+    groups, seeds = consensus["groups"], len(consensus["seeds"])
+    repeated, everywhere = sum(g["in_seeds"] >= 2 for g in groups), sum(g["in_seeds"] == seeds for g in groups)
+    lines = [
+        f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in two seeds or more, "
+        f"{everywhere} in all; consensus core of {consensus['core_size']}."
+    ]
+    found = consensus.get("rediscovery_summary") or {}
+    shares = [
+        f"{(found[whose].get('found') or {})['mean']:.0%} of {what}"
+        for whose, what in (("consensus", "the consensus core"), ("cores", "all cores' latents"), ("matched", "free latents as dense as these"))
+        if (found.get(whose) or {}).get("found")
+    ]  # fmt: skip
+    if shares:
+        lines.append(f"Found again in plain SAEs of other seeds, which never had a core: {', '.join(shares)}.")
+    return Text("\n".join(lines))
+
+
+def expectations_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """What was expected before the run, and what came."""
+    table = _table("Expected before the run", ["outcome", "claim"], ["value", "expected"])
+    for entry in entries:
+        bound = "" if entry["bound"] is None else f"{entry['relation']} {entry['bound']:.3g}"
+        style = {"hit": "green", "miss": "red"}.get(entry["outcome"])
+        cells = [entry["outcome"], entry["claim"], "n/a" if entry["value"] is None else f"{entry['value']:.3g}", bound or entry["why"]]
+        table.add_row(*map(Text, cells), style=style)
+    return table
+
+
+MANY_PAIRS = 20
+"""Pairs beyond which only their groups are shown: the page and comparison.json have them all."""
+
+
+def report(
+    rows: Sequence[ChainRow], comparison: dict[str, Any] | None, consensus: dict[str, Any] | None = None,
+    expectations: Sequence[dict[str, Any]] = (),
+) -> Group:  # fmt: skip
+    """All tables with their notes. comparison, consensus: what their files hold; None: not made yet."""
     parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
     if comparison is not None:
-        parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
+        groups = comparison["summary"]["groups"]
+        if len(comparison["pairs"]) <= MANY_PAIRS:
+            parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
+        else:
+            parts += [groups_table(groups), Text(GROUPS_NOTE, style="dim"), pairs_note(comparison)]
+    if consensus is not None and consensus["groups"]:
+        parts += [Text(""), consensus_text(consensus)]
+    if expectations:
+        parts += [Text(""), expectations_table(expectations)]
     return Group(*parts)
 
 
