@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmsae_ray.compare.summary import COVERAGE, RESAMPLES, SEEDS_FOR_INTERVAL
+from dmsae_ray.compare.interval import COVERAGE, RESAMPLES, SEEDS_FOR_INTERVAL
 
 
 @dataclass(frozen=True)
