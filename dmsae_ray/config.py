@@ -576,7 +576,7 @@ class Config(BaseSettings):
                 kind, arm, *_ = [*name.split("."), ""]
                 if kind not in NUMBERS:
                     problems.append(f"study.expect {name!r}: results begin with {', '.join(NUMBERS)}")
-                elif kind in ("chains", "evaluation", "consistency") and not arms.issuperset(arm.split("~")):
+                elif kind in ("chains", "evaluation", "consistency", "rediscovery") and not arms.issuperset(arm.split("~")):
                     problems.append(f"study.expect {name!r}: no arm {arm!r}; there are {', '.join(sorted(arms))}")
         return problems
 

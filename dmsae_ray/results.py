@@ -59,6 +59,10 @@ class Results:
     """for a terminal"""
     columns: dict[str, dict[str, list[Any]]]
     """tables by name, each as columns of plain values"""
+
+    def means(self) -> dict[str, float]:
+        """The numbers without the ends of their intervals."""
+        return {name: value for name, value in self.numbers.items() if not name.endswith((".min", ".max", ".low", ".high"))}
     files: list[Path]
     """everything in the folder"""
 

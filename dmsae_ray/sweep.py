@@ -126,7 +126,7 @@ class Sweep:
                     self.chains(plans, tracker)
                 self.lease.check()
                 results = write_results(self.config, dataset, plans, folder, self.say, self.connect, fresh)
-                tracker.log_results(results.comparison, results.columns, results.numbers, results.files)
+                tracker.log_results(results.comparison, results.columns, results.means(), results.files)
             except Superseded:
                 raise  # the runs are another driver's now
             except BaseException:

@@ -5,7 +5,7 @@
     evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
     consistency.<arm>.<differs>.<metric>                mean over pairs; `.low`, `.high`: its interval over seeds, where there is one
     consistency.<arm>.<differs>.<null>.<metric>         what that metric would be by chance
-    consensus.<name>, rediscovery.<whose>.<metric>      features found in several chains, and in SAEs that never had a core
+    consensus.<name>, rediscovery.<arm>.<whose>.<metric>  features found in several chains, and in SAEs that never had a core
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def consensus_numbers(consensus: dict[str, Any]) -> dict[str, float]:
 def _spreads(place: str, tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Leaves of nested dicts; a spread, a dict with a mean, counts as its mean, with the interval's ends beside it."""
     for name, value in tree.items():
-        where = f"{place}.{name}"
+        where = f"{place}.{name.replace('/', '.')}"
         if isinstance(value, dict) and "mean" in value and not isinstance(value["mean"], dict):
             if value["mean"] is not None:
                 yield where, value["mean"]

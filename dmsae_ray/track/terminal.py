@@ -146,14 +146,17 @@ def consensus_text(consensus: dict[str, Any]) -> Text:
         f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in two seeds or more, "
         f"{everywhere} in all; consensus core of {consensus['core_size']}."
     ]
-    found = consensus.get("rediscovery_summary") or {}
-    shares = [
-        f"{(found[whose].get('found') or {})['mean']:.0%} of {what}"
-        for whose, what in (("consensus", "the consensus core"), ("cores", "all cores' latents"), ("matched", "free latents as dense as these"))
-        if (found.get(whose) or {}).get("found")
-    ]  # fmt: skip
-    if shares:
-        lines.append(f"Found again in plain SAEs of other seeds, which never had a core: {', '.join(shares)}.")
+    for arm, found in (consensus.get("rediscovery_summary") or {}).items():
+        shares = [
+            f"{found[whose]['found']['mean']:.0%} of {what}"
+            for whose, what in (
+                ("consensus", "the consensus core"), ("matched_consensus", "free latents as dense as its members"), ("cores", "all cores' latents"),
+                ("matched", "free latents as dense as these"),
+            )
+            if found[whose]["found"] is not None
+        ]  # fmt: skip
+        if shares and "/" not in arm:
+            lines.append(f"Found again in {found['saes']} SAEs of arm {arm}, of other seeds and without a core: {', '.join(shares)}.")
     return Text("\n".join(lines))
 
 

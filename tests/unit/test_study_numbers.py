@@ -28,7 +28,7 @@ COMPARISON = {"summary": {"groups": {
 }}}  # fmt: skip
 CONSENSUS = {
     "seeds": [0, 1, 2], "core_size": 2, "groups": [{"in_seeds": 3}, {"in_seeds": 2}, {"in_seeds": 1}, {"in_seeds": 1}],
-    "rediscovery_summary": {"consensus": {"found": SPREAD}, "matched": {"found": SPREAD | {"mean": 0.1}, "density_gap": 1.2}},
+    "rediscovery_summary": {"plain/k16": {"consensus": {"found": SPREAD}, "matched": {"found": SPREAD | {"mean": 0.1}, "mmcs": None}}},
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_numbers_of_groups_have_their_intervals_and_nulls_beside_them():
     assert place + "overlap" not in numbers and "consistency.base~relu.arm.pw_mcc" not in numbers
     assert numbers["consistency.base~relu.arm.pairs"] == 2
     assert numbers["consensus.in_two_seeds"] == 2 and numbers["consensus.share_in_two_seeds"] == 0.5 and numbers["consensus.in_all_seeds"] == 1
-    assert numbers["rediscovery.consensus.found"] == 0.5 and numbers["rediscovery.matched.found"] == 0.1
+    assert numbers["rediscovery.plain.k16.consensus.found"] == 0.5 and numbers["rediscovery.plain.k16.matched.found"] == 0.1
 
 
 def test_nothing_gives_no_number():
