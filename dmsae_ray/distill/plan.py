@@ -17,7 +17,6 @@ from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.select import count_of
-from dmsae_ray.files import file_sha256
 from dmsae_ray.sae.settings import SAESettings, schedule
 
 INIT, SELECTION = 301, 302
@@ -254,7 +253,7 @@ def grid(config: Config, arm: str, dataset: str, dataset_key: str, lease: Lease 
     start = None
     if config.sae.core is not None:
         core = Core.load(config.sae.core)
-        start = Start(config.sae.core, core.cycle + 1, {"core": file_sha256(config.sae.core)})
+        start = Start(config.sae.core, core.cycle + 1, {"core": core.fingerprint})
     return [
         ChainPlan(config, seed, k, dataset, dataset_key, lease, arm, start) for k in config.sweep.k for seed in config.sweep.seeds
     ]
