@@ -31,6 +31,8 @@ FORMAT_VERSION = 2
 """Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""
 KEPT_BYTES = 4 << 30
 """Chains up to this size together stay in memory between their pairs; two always do."""
+LATENTS_ENCODED = 8
+"""Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents of twenty draws."""
 
 
 def compare_chains(config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]) -> dict:
@@ -113,7 +115,7 @@ def _results(
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
         comparer = Comparer(dataset.calibration_rows(), settings)
-        load = lru_cache(maxsize=_kept_chains(chains.values()))(lambda label: chain_result(chains[label], label))
+        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(lambda label: chain_result(chains[label], label))
         for pair in missing:
             began = time.perf_counter()
             result = comparer.pair(load(pair.a.label), load(pair.b.label))
@@ -132,8 +134,11 @@ def key_of(plan: ChainPlan) -> str:
     return "-".join(file_sha256(plan.folder.cycle(cycle).core)[:16] for cycle in (0, plan.cycles - 1))
 
 
-def _kept_chains(plans: Sequence[ChainPlan]) -> int:
-    largest = max(2 * plan.folder.cycle(0).sae.stat().st_size for plan in plans)
+def _kept_chains(plans: Sequence[ChainPlan], rows: int) -> int:
+    largest = 1
+    for plan in plans:
+        record = plan.folder.records()[plan.cycles - 1]
+        largest = max(largest, 2 * plan.folder.cycle(0).sae.stat().st_size + LATENTS_ENCODED * record["core_out"] * 4 * rows)
     return max(2, KEPT_BYTES // largest)
 
 

@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from dmsae_ray.compare.activation import ROWS, agreement, standardised
+from dmsae_ray.compare.activation import ROWS, Standardised, agreement, standardised
 from dmsae_ray.compare.chain import ChainResult
 from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
 from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
-from dmsae_ray.compare.density import Densities, matched_density_null
+from dmsae_ray.compare.density import FreeDraws, matched_density_null
 from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc, shared_pairs
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult, unavailable
 from dmsae_ray.compare.pair import NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
@@ -32,15 +32,15 @@ class Side:
     covariance: CovarianceNull
 
     @cached_property
-    def core_RC(self) -> torch.Tensor:
-        """Standardised activations of the core, in its own order."""
+    def core_activations(self) -> Standardised:
+        """The core's, in its own order."""
         return standardised(self.result.core_latents(), self.rows_RD)
 
     @cached_property
     def core(self) -> Ranked:
         """The core by score."""
         order_C = self.result.by_score_C()
-        return Ranked(self.result.core_latents().take(order_C), self.core_RC[:, order_C])
+        return Ranked(self.result.core_latents().take(order_C), self.core_activations.take(order_C))
 
     @cached_property
     def start(self) -> Ranked:
@@ -49,8 +49,9 @@ class Side:
         return Ranked(latents, standardised(latents, self.rows_RD))
 
     @cached_property
-    def densities(self) -> Densities:
-        return Densities.split(self.result.sae.density_N, self.result.core_ids_C)
+    def free(self) -> FreeDraws:
+        """Draws of free latents as dense as the core's members."""
+        return FreeDraws.of(self.result.sae, self.result.core_ids_C, self.covariance.draws, self.covariance.seed, self.rows_RD)
 
     @cached_property
     def covariance_mmcs(self) -> float:
@@ -82,7 +83,7 @@ class Comparer:
                 activation_left_out=None, reason=reason, nulls={name: unavailable(reason, size) for name in NULLS},
             )  # fmt: skip
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)
-        active = agreement(self.side(a).core_RC, self.side(b).core_RC, decoder)
+        active = agreement(self.side(a).core_activations, self.side(b).core_activations, decoder)
         return PairResult(
             **common,
             overlap=overlap(encoder, decoder, cosine),
@@ -135,14 +136,12 @@ class Comparer:
         }
 
     def _nulls(self, a: ChainResult, b: ChainResult) -> dict[str, NullResult]:
-        draws, cosine, seed = self.settings.draws, self.settings.cosine, self.settings.seed
+        cosine = self.settings.cosine
         side_a, side_b = self.side(a), self.side(b)
         starts = mmcs(side_a.start.latents.W_dec_ND, b.start.W_dec_ND), mmcs(side_b.start.latents.W_dec_ND, a.start.W_dec_ND)
         return {
             "covariance": self.covariance.of((a.core.size, b.core.size), side_a.covariance_mmcs, side_b.covariance_mmcs),
-            "matched_density": matched_density_null(
-                a.sae, b.sae, side_a.densities, side_b.densities, draws, cosine, seed, self.rows_RD
-            ),
+            "matched_density": matched_density_null(side_a.free, side_b.free, a.sae.W_dec_ND, b.sae.W_dec_ND, cosine),
             "cycle0": cycle0_null(
                 side_a.start, side_b.start, side_a.core, side_b.core, cosine,
                 mmcs_mean=None if None in starts else sum(starts) / 2, reason=a.no_start() or b.no_start(),

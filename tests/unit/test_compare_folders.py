@@ -43,7 +43,7 @@ def write_chain(plan, dataset, cycles=2):
         core = next_core(core, sae, ids_C, scores_N, density_F, cycle=cycle, seed=plan.seed, k=plan.k, scale=manifest.scale, hook=manifest.hook,
                          model=manifest.model_fingerprint)  # fmt: skip
         core.save(folder.core)
-        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size})
+        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size, "core_out": core.size})
 
 
 @pytest.fixture
