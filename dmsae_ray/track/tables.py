@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_ray.compare.pair import NULLS
+from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES
 from dmsae_ray.distill.folder import ChainFolder
 
 
@@ -89,6 +90,23 @@ def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
         for name in ("available", *numbers, "reason"):
             columns[f"{null} {name}"] = [null_of(pair, null).get(name) for pair in pairs]
         columns[f"{null} dictionary"] = [((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs]
+    return columns
+
+
+def group_columns(comparison: dict[str, Any]) -> dict[str, list[Any]]:
+    """The groups of comparison.json's summary as columns of plain values: what is measured, each with mean and interval, and the means
+    of its nulls."""
+    groups = comparison["summary"]["groups"]
+    columns: dict[str, list[Any]] = {"group": list(groups)}
+    columns |= {name: [group[name] for group in groups.values()] for name in ("pairs", "of", "scored", "seeds")}
+    for score in SCORES:
+        spreads = [group[score] or {} for group in groups.values()]
+        columns[score] = [spread.get("mean") for spread in spreads]
+        columns |= {f"{score} {end}": [(spread.get("interval") or [None, None])[i] for spread in spreads] for i, end in enumerate(("low", "high"))}
+    for null in NULLS:
+        found = [group["nulls"][null] for group in groups.values()]
+        columns |= {f"{null} {name}": [one[name] for one in found] for name in ("available", "above")}
+        columns |= {f"{null} {name}": [(one[name] or {}).get("mean") for one in found] for name in NULL_NUMBERS}
     return columns
 
 

@@ -156,6 +156,18 @@ def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path,
     assert not any(pair["nulls"]["cycle0"]["available"] for pair in found["pairs"])
 
 
+def test_a_long_comparison_says_how_far_it_is(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(comparison, "QUIET_S", 0.0)
+    _, said = run(chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2"), dataset, tmp_path / "sweep")
+    assert [line.rsplit(",", 1)[0] for line in said[1:]] == ["compare: 1 of 3 pairs", "compare: 2 of 3 pairs"] and said[1].endswith("s left")
+
+
+@pytest.mark.parametrize("fields", [{"pairs": "sample"}, {"sample": 3}])
+def test_a_sample_needs_its_size_and_a_size_its_sample(fields):
+    with pytest.raises(ValueError, match="compare.pairs sample and compare.sample, .* go together"):
+        CompareConfig(**fields)
+
+
 def test_one_chain_needs_no_rows(tmp_path, dataset, monkeypatch):
     plans = chains(dataset, tmp_path / "out", "--sweep.seeds", "0")
     monkeypatch.setattr(type(dataset), "calibration_rows", None)

@@ -10,6 +10,7 @@ from scipy.stats import norm
 
 from dmsae_ray.compare.interval import COVERAGE, Z, spread, wilson
 from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES, summarise
+from dmsae_ray.track.tables import group_columns
 
 MODEL = comparer().pair(make_chain(0), make_chain(1))
 
@@ -73,6 +74,16 @@ def test_every_score_and_every_null_is_summed_up():
     assert group.nulls["cycle0"].excess["activation"].mean == pytest.approx(cycle0.core_activation_same_size - cycle0.activation_mean)
     assert group.dictionary_nulls["matched_density"] is None
     assert group.dictionary_nulls["cycle0"].mean == MODEL.dictionary_nulls["cycle0"].mean
+
+
+def test_groups_as_columns():
+    pairs = [*scored_pairs({(a, b): 0.5 + 0.1 * a for a in range(4) for b in range(a)}), *scored_pairs({(0, 0): 0.4}, group="base~random/arm")]
+    summary = summarise(pairs).to_dict()
+    columns = group_columns({"summary": summary})
+    assert columns["group"] == ["base/seed", "base~random/arm"] and {len(column) for column in columns.values()} == {2}
+    assert columns["pw_mcc"] == pytest.approx([0.7333333, 0.4]) and columns["pw_mcc low"][1] is None
+    assert [columns["pw_mcc low"][0], columns["pw_mcc high"][0]] == summary["groups"]["base/seed"]["pw_mcc"]["interval"]
+    assert columns["covariance mean"][0] == pytest.approx(MODEL.nulls["covariance"].mean) and columns["covariance activation_mean"] == [None] * 2
 
 
 def test_a_null_that_is_not_available_is_not_summed_up():
