@@ -116,7 +116,7 @@ def _results(
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
         comparer = Comparer(dataset.calibration_rows(), settings)
-        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(lambda label: chain_result(chains[label], label))
+        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(lambda label: comparer.side(chain_result(chains[label], label)))
         said = start = time.perf_counter()
         for done, pair in enumerate(missing, 1):
             began = time.perf_counter()

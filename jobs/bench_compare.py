@@ -90,10 +90,11 @@ def measure(case: Case, repeats: int) -> list[str]:
     for _ in range(repeats):
         comparer = Comparer(rows_RD, settings)
         a, b, c = chains
-        note("first", lambda: comparer.pair(a, b))
-        note("one known", lambda: comparer.pair(a, c))
-        comparer.pair(b, c)
-        note("both known", lambda: comparer.pair(b, c))
+        sides = [comparer.side(chain) for chain in chains]
+        note("first", lambda: comparer.pair(sides[0], sides[1]))
+        note("one known", lambda: comparer.pair(sides[0], sides[2]))
+        comparer.pair(sides[1], sides[2])
+        note("both known", lambda: comparer.pair(sides[1], sides[2]))
         fresh = Comparer(rows_RD, settings)
         note("covariance", lambda: fresh.covariance.of((a.core.size, b.core.size), 0.0, 0.0))
         note("matched density", lambda: [FreeDraws.of(one.sae, one.core_ids_C, case.draws, 0, rows_RD) for one in (a, b)])

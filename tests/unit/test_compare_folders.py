@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -151,8 +153,17 @@ def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path,
     monkeypatch.setattr(comparison, "KEPT_BYTES", 0)
     loaded, real = [], comparison.chain_result
     monkeypatch.setattr(comparison, "chain_result", lambda plan, label: loaded.append(plan.seed) or real(plan, label))
+    alive, most = WeakSet(), []
+
+    def count(some):
+        gc.collect()
+        return len(some)
+
+    side, pair = comparison.Comparer.side, comparison.Comparer.pair
+    monkeypatch.setattr(comparison.Comparer, "side", lambda self, result: alive.add(result) or side(self, result))
+    monkeypatch.setattr(comparison.Comparer, "pair", lambda self, a, b: most.append(count(alive)) or pair(self, a, b))
     found, _ = run(shorter, dataset, tmp_path / "sweep")
-    assert loaded == [0, 1, 2, 1], "two chains at a time"
+    assert loaded == [0, 1, 2, 1] and max(most) == 2, "two chains at a time"
     assert not any(pair["nulls"]["cycle0"]["available"] for pair in found["pairs"])
 
 

@@ -8,11 +8,12 @@ import pytest
 from compared_chains import comparer, make_chain
 from scipy.stats import norm
 
+from dmsae_ray.compare.comparer import compare_all
 from dmsae_ray.compare.interval import COVERAGE, Z, spread, wilson
 from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES, summarise
 from dmsae_ray.track.tables import group_columns
 
-MODEL = comparer().pair(make_chain(0), make_chain(1))
+(MODEL,) = compare_all([make_chain(0), make_chain(1)], comparer())
 
 
 def scored_pairs(scores: dict[tuple[int, int], float], **changes):
@@ -98,7 +99,7 @@ def test_a_null_that_is_not_available_is_not_summed_up():
 def test_without_a_scored_pair_there_is_no_agreement():
     summary = summarise([])
     assert not summary.available and "two chains" in summary.reason and summary.groups == {}
-    summary = summarise([comparer().pair(make_chain(0, size=1), make_chain(1))])
+    summary = summarise(compare_all([make_chain(0, size=1), make_chain(1)], comparer()))
     group = summary.groups["base/seed"]
     assert not summary.available and "cores of 1 and 10" in summary.reason and group.scored == 0
     assert group.scores["pw_mcc"] is None and group.nulls["covariance"].above is None and group.scores["pw_mcc_dictionary"].n == 1
