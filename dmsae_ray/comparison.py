@@ -26,11 +26,16 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import load_scores, rank
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.track.progress import duration
 
 FORMAT_VERSION = 2
 """Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""
 KEPT_BYTES = 4 << 30
 """Chains up to this size together stay in memory between their pairs; two always do."""
+QUIET_S = 30.0
+"""Longest time in which nothing is said of how far it is."""
+LATENTS_ENCODED = 8
+"""Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents of twenty draws."""
 
 
 def compare_chains(config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]) -> dict:
@@ -103,9 +108,7 @@ def _results(
 ) -> tuple[list[PairResult], list[float]]:  # fmt: skip
     """The pairs' results and the seconds that each took, when it was computed."""
     settings = CompareSettings(draws=config.draws, cosine=config.cosine, max_latents=config.max_latents, seed=config.seed)
-    files = {
-        pair: kept / f"{_pair_key(settings, dataset, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs
-    }  # fmt: skip
+    files = {pair: kept / f"{_pair_key(settings, dataset, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
     missing = [pair for pair in pairs if not files[pair].exists()]
     if missing:
         again = f", {len(pairs) - len(missing)} more are known" if len(missing) < len(pairs) else ""
@@ -113,11 +116,16 @@ def _results(
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
         comparer = Comparer(dataset.calibration_rows(), settings)
-        load = lru_cache(maxsize=_kept_chains(chains.values()))(lambda label: chain_result(chains[label], label))
-        for pair in missing:
+        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(lambda label: comparer.side(chain_result(chains[label], label)))
+        said = start = time.perf_counter()
+        for done, pair in enumerate(missing, 1):
             began = time.perf_counter()
             result = comparer.pair(load(pair.a.label), load(pair.b.label))
-            write_json(files[pair], {"seconds": time.perf_counter() - began, "pair": result.to_dict()})
+            now = time.perf_counter()
+            write_json(files[pair], {"seconds": now - began, "pair": result.to_dict()})
+            if now - said > QUIET_S and done < len(missing):
+                say(f"compare: {done} of {len(missing)} pairs, {duration((now - start) / done * (len(missing) - done))} left")
+                said = now
     known = [json.loads(files[pair].read_text()) for pair in pairs]
     # What is known may have been computed under other labels.
     return [PairResult.from_dict(one["pair"]).of(pair) for one, pair in zip(known, pairs, strict=True)], [one["seconds"] for one in known]
@@ -132,8 +140,11 @@ def key_of(plan: ChainPlan) -> str:
     return "-".join(file_sha256(plan.folder.cycle(cycle).core)[:16] for cycle in (0, plan.cycles - 1))
 
 
-def _kept_chains(plans: Sequence[ChainPlan]) -> int:
-    largest = max(2 * plan.folder.cycle(0).sae.stat().st_size for plan in plans)
+def _kept_chains(plans: Sequence[ChainPlan], rows: int) -> int:
+    largest = 1
+    for plan in plans:
+        record = plan.folder.records()[plan.cycles - 1]
+        largest = max(largest, 2 * plan.folder.cycle(0).sae.stat().st_size + LATENTS_ENCODED * record["core_out"] * 4 * rows)
     return max(2, KEPT_BYTES // largest)
 
 

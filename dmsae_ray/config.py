@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
-CHAIN_FORMAT = 3
+CHAIN_FORMAT = 4
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
 
 

@@ -102,7 +102,7 @@ def write_results(
     files = [folder / name for name in FILES if (folder / name).exists()]
     columns = {
         "chains": chain_columns(rows), "evaluation": evaluation_columns(evaluation), "pairs": pair_columns(comparison["pairs"]),
-        "groups": group_columns(comparison["summary"]["groups"]), "expectations": expectation_columns(judged["expectations"]),
+        "groups": group_columns(comparison), "expectations": expectation_columns(judged["expectations"]),
         "features": feature_columns(consensus), "rediscovery": rediscovery_columns(consensus),
     }  # fmt: skip
     return Results(comparison, consensus, evaluation, numbers, judged["expectations"], tables, columns, files)

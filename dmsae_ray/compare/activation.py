@@ -33,25 +33,37 @@ class Agreement:
     """matched pairs of which one is silent on all of them: it has no correlation"""
 
 
-def standardised(latents: Latents, rows_RD: torch.Tensor) -> torch.Tensor:
-    """Activations with mean 0 and norm 1 over the rows, fp32 [R, N]: a correlation is then a dot product.
+@dataclass(frozen=True, eq=False)
+class Standardised:
+    """Activations with mean 0 and norm 1 over the rows: a correlation is then a dot product."""
 
-    A latent that is silent on all rows is a column of zeros. rows_RD: raw units.
-    """
-    z_RN = torch.empty(rows_RD.shape[0], latents.size, dtype=torch.float32)
-    for part_RD, part_RN in zip(rows_RD.split(PART), z_RN.split(PART), strict=True):
-        part_RN.copy_(latents.activations(part_RD))
-    z_RN -= z_RN.mean(dim=0, dtype=torch.float64).float()
-    norm_N = torch.linalg.vector_norm(z_RN, dim=0, dtype=torch.float64).float()  # fp32 sums of a column are added one by one
-    return z_RN.div_(torch.where(norm_N > 0, norm_N, 1))
+    z_NR: torch.Tensor
+    """fp32, a latent's activations side by side; zeros where it is silent"""
+    alive_N: torch.Tensor
+    """whether it is active on some of the rows, bool"""
+
+    def take(self, index_C: torch.Tensor | slice) -> Standardised:
+        """Those of the latents at these indices."""
+        return Standardised(self.z_NR[index_C], self.alive_N[index_C])
 
 
-def agreement(left_RN: torch.Tensor, right_RM: torch.Tensor, matching: Matching) -> Agreement:
-    """Mean correlation over matched pairs. left_RN, right_RM: as `standardised` gives them."""
+def standardised(latents: Latents, rows_RD: torch.Tensor) -> Standardised:
+    """rows_RD: raw units."""
+    z_NR = torch.empty(latents.size, rows_RD.shape[0], dtype=torch.float32)
+    for part_RD, part_NR in zip(rows_RD.split(PART), z_NR.split(PART, dim=1), strict=True):
+        part_NR.copy_(latents.activations(part_RD).T)
+    alive_N = z_NR.any(dim=1)
+    z_NR -= z_NR.mean(dim=1, keepdim=True)
+    z_NR /= z_NR.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return Standardised(z_NR, alive_N)
+
+
+def agreement(left: Standardised, right: Standardised, matching: Matching) -> Agreement:
+    """Mean correlation over matched pairs."""
     left_P, right_P = torch.from_numpy(matching.left_P), torch.from_numpy(matching.right_P)
-    alive_P = left_RN.any(dim=0)[left_P] & right_RM.any(dim=0)[right_P]
+    alive_P = left.alive_N[left_P] & right.alive_N[right_P]
     counted = int(alive_P.sum())
     if not counted:
         return Agreement(None, 0, len(alive_P))
-    correlation_P = (left_RN[:, left_P[alive_P]] * right_RM[:, right_P[alive_P]]).sum(dim=0, dtype=torch.float64)
-    return Agreement(float(correlation_P.mean().clip(-1, 1)), counted, len(alive_P) - counted)
+    correlation_P = (left.z_NR[left_P[alive_P]] * right.z_NR[right_P[alive_P]]).sum(dim=1)
+    return Agreement(float(correlation_P.double().mean().clip(-1, 1)), counted, len(alive_P) - counted)

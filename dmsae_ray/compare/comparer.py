@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 
-from dmsae_ray.compare.activation import ROWS, agreement, standardised
+from dmsae_ray.compare.activation import ROWS, Standardised, agreement, standardised
 from dmsae_ray.compare.chain import ChainResult
 from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
 from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
-from dmsae_ray.compare.density import Densities, matched_density_null
+from dmsae_ray.compare.density import FreeDraws, matched_density_null
 from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc, shared_pairs
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult, unavailable
 from dmsae_ray.compare.pair import NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
@@ -25,22 +24,23 @@ from dmsae_ray.compare.pairing import paired, pairs_within
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One chain with what all of its pairs need."""
+    """One chain with what all of its pairs need, made when the first of them asks."""
 
     result: ChainResult
     rows_RD: torch.Tensor
+    """held-out rows, raw units"""
     covariance: CovarianceNull
 
     @cached_property
-    def core_RC(self) -> torch.Tensor:
-        """Standardised activations of the core, in its own order."""
+    def core_activations(self) -> Standardised:
+        """The core's, in its own order."""
         return standardised(self.result.core_latents(), self.rows_RD)
 
     @cached_property
     def core(self) -> Ranked:
         """The core by score."""
         order_C = self.result.by_score_C()
-        return Ranked(self.result.core_latents().take(order_C), self.core_RC[:, order_C])
+        return Ranked(self.result.core_latents().take(order_C), self.core_activations.take(order_C))
 
     @cached_property
     def start(self) -> Ranked:
@@ -49,8 +49,9 @@ class Side:
         return Ranked(latents, standardised(latents, self.rows_RD))
 
     @cached_property
-    def densities(self) -> Densities:
-        return Densities.split(self.result.sae.density_N, self.result.core_ids_C)
+    def free(self) -> FreeDraws:
+        """Draws of free latents as dense as the core's members."""
+        return FreeDraws.of(self.result.sae, self.result.core_ids_C, self.covariance.draws, self.covariance.seed, self.rows_RD)
 
     @cached_property
     def covariance_mmcs(self) -> float:
@@ -65,13 +66,17 @@ class Comparer:
         """gaussian: directions of the rows' covariance; None: taken from these rows."""
         self.rows_RD, self.settings = rows_RD[:ROWS], settings
         self.covariance = CovarianceNull(gaussian or Gaussian.of_rows(rows_RD), settings.draws, settings.cosine, settings.seed)
-        self._sides: WeakKeyDictionary[ChainResult, Side] = WeakKeyDictionary()
 
-    def pair(self, a: ChainResult, b: ChainResult) -> PairResult:
+    def side(self, result: ChainResult) -> Side:
+        """A chain, ready for its pairs; whoever holds it decides how long what was prepared stays in memory."""
+        return Side(result, self.rows_RD, self.covariance)
+
+    def pair(self, side_a: Side, side_b: Side) -> PairResult:
         """Compare two chains. Cores with fewer than SMALLEST_CORE members give a result without core scores.
 
         Raises ValueError if the two differ in nothing, are of different models or hooks, or the rows are of another dataset.
         """
+        a, b = side_a.result, side_b.result
         self._check(a, b)
         pairing, size, cosine = paired(a.chain, b.chain), (a.core.size, b.core.size), self.settings.cosine
         common = about(pairing) | {"size_a": size[0], "size_b": size[1], "activation_rows": len(self.rows_RD)} | self._dictionaries(a, b)
@@ -82,7 +87,7 @@ class Comparer:
                 activation_left_out=None, reason=reason, nulls={name: unavailable(reason, size) for name in NULLS},
             )  # fmt: skip
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)
-        active = agreement(self.side(a).core_RC, self.side(b).core_RC, decoder)
+        active = agreement(side_a.core_activations, side_b.core_activations, decoder)
         return PairResult(
             **common,
             overlap=overlap(encoder, decoder, cosine),
@@ -94,14 +99,8 @@ class Comparer:
             activation_pairs=active.counted,
             activation_left_out=active.left_out,
             reason=None,
-            nulls=self._nulls(a, b),
+            nulls=self._nulls(side_a, side_b),
         )
-
-    def side(self, result: ChainResult) -> Side:
-        """What was prepared of this chain; it goes when the chain does."""
-        if result not in self._sides:
-            self._sides[result] = Side(result, self.rows_RD, self.covariance)
-        return self._sides[result]
 
     def _check(self, a: ChainResult, b: ChainResult) -> None:
         for chain in (a, b):
@@ -134,15 +133,12 @@ class Comparer:
             },
         }
 
-    def _nulls(self, a: ChainResult, b: ChainResult) -> dict[str, NullResult]:
-        draws, cosine, seed = self.settings.draws, self.settings.cosine, self.settings.seed
-        side_a, side_b = self.side(a), self.side(b)
+    def _nulls(self, side_a: Side, side_b: Side) -> dict[str, NullResult]:
+        a, b, cosine = side_a.result, side_b.result, self.settings.cosine
         starts = mmcs(side_a.start.latents.W_dec_ND, b.start.W_dec_ND), mmcs(side_b.start.latents.W_dec_ND, a.start.W_dec_ND)
         return {
             "covariance": self.covariance.of((a.core.size, b.core.size), side_a.covariance_mmcs, side_b.covariance_mmcs),
-            "matched_density": matched_density_null(
-                a.sae, b.sae, side_a.densities, side_b.densities, draws, cosine, seed, self.rows_RD
-            ),
+            "matched_density": matched_density_null(side_a.free, side_b.free, a.sae.W_dec_ND, b.sae.W_dec_ND, cosine),
             "cycle0": cycle0_null(
                 side_a.start, side_b.start, side_a.core, side_b.core, cosine,
                 mmcs_mean=None if None in starts else sum(starts) / 2, reason=a.no_start() or b.no_start(),
@@ -152,6 +148,6 @@ class Comparer:
 
 def compare_all(chains: Sequence[ChainResult], comparer: Comparer) -> list[PairResult]:
     """Every pair that `pairing.pairs_within` names. With fewer than two chains there is none, and the list is empty."""
-    by_label = {chain.label: chain for chain in chains}
+    by_label = {chain.label: comparer.side(chain) for chain in chains}
     pairs = pairs_within([chain.chain for chain in chains])
     return [comparer.pair(by_label[pair.a.label], by_label[pair.b.label]) for pair in pairs]

@@ -1,15 +1,10 @@
-"""Same-size sets of cycle 0, by attribution: what a Matryoshka SAE gives without distillation.
-
-Shape letters: N candidates of cycle 0, C core size, R rows of activations.
-"""
+"""Same-size sets of cycle 0, by attribution: what a Matryoshka SAE gives without distillation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from dmsae_ray.compare.activation import agreement
+from dmsae_ray.compare.activation import Standardised, agreement
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import hungarian, overlap, pw_mcc
 from dmsae_ray.compare.nulls import NullResult, over_draws, unavailable
@@ -21,11 +16,11 @@ class Ranked:
 
     latents: Latents
     """of one SAE"""
-    activations_RN: torch.Tensor
-    """as `activation.standardised` gives them"""
+    activations: Standardised
+    """on the held-out rows"""
 
     def top(self, count: int) -> Ranked:
-        return Ranked(self.latents.take(slice(count)), self.activations_RN[:, :count])
+        return Ranked(self.latents.take(slice(count)), self.activations.take(slice(count)))
 
 
 def cycle0_null(
@@ -52,4 +47,4 @@ def cycle0_null(
 def _agreement(a: Ranked, b: Ranked, cosine: float) -> tuple[float | None, float | None, float | None]:
     decoder = hungarian(a.latents.W_dec_ND, b.latents.W_dec_ND)
     encoder = hungarian(a.latents.W_enc_ND, b.latents.W_enc_ND)
-    return pw_mcc(decoder), overlap(encoder, decoder, cosine), agreement(a.activations_RN, b.activations_RN, decoder).mean
+    return pw_mcc(decoder), overlap(encoder, decoder, cosine), agreement(a.activations, b.activations, decoder).mean

@@ -1,20 +1,21 @@
 """Matched density: free latents as dense as the cores' members, what any latents of such SAEs share.
 
-Shape letters: N free latents, C core size, D model dimension, F width, R rows of activations.
+Shape letters: N free latents, C core size, D model dimension, F width, R rows of activations, U drawn latents.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from dmsae_ray.compare import activation
 from dmsae_ray.compare.latents import Latents
-from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc
+from dmsae_ray.compare.match import Rows, assign, cosines, mmcs, overlap, pw_mcc
 from dmsae_ray.compare.nulls import MMCS_ROWS, NullResult, over_draws, unavailable
 
 NEAREST = 5
@@ -93,33 +94,66 @@ def draw_matched(core_C: np.ndarray, free_N: np.ndarray, rng: np.random.Generato
     return picks_C
 
 
-def matched_density_null(
-    a: Latents, b: Latents, densities_a: Densities, densities_b: Densities, draws: int, cosine: float, seed: int, rows_RD: torch.Tensor
-) -> NullResult:
+@dataclass(frozen=True, eq=False)
+class FreeDraws:
+    """All draws of one SAE's free latents: made once, and read against every other SAE's."""
+
+    size: int
+    """latents in a draw: the core's"""
+    latents: Latents
+    """every latent that occurs in a draw, [U]; those of the first `activation.DRAWS` draws come first"""
+    places: tuple[np.ndarray, ...]
+    """each draw as places among them, int64 [C]"""
+    activations: activation.Standardised
+    """of the latents that come first, on held-out rows"""
+    representative: np.ndarray
+    """MMCS_ROWS places over all draws, which stand for them in a mean of largest cosines"""
+    gap: float
+    """typical ratio of a drawn latent's density to its core latent's"""
+    lack: str | None
+    """why there is no draw, if there is none"""
+
+    @staticmethod
+    def of(sae: Latents, core_ids_C: torch.Tensor, draws: int, seed: int, rows_RD: torch.Tensor) -> FreeDraws:
+        """rows_RD: held-out rows, raw units, on which the first draws' activations are compared."""
+        densities = Densities.split(sae.density_N, core_ids_C)
+        size, nothing = densities.core_C.size, np.zeros(0, dtype=np.int64)
+        if lack := densities.lack():
+            return FreeDraws(size, sae.take(nothing), (), activation.standardised(sae.take(nothing), rows_RD), nothing, math.nan, lack)
+        # Two SAEs that began alike must not be drawn from alike, so the densities themselves are part of the seed.
+        own = int.from_bytes(hashlib.sha256(sae.density_N.double().numpy().tobytes()).digest()[:8])
+        rng = np.random.default_rng([seed, 1, own])
+        ids, gap = densities.draw_all(draws, rng)
+        first = np.unique(np.concatenate(ids[: activation.DRAWS]))
+        taken = np.concatenate([first, np.setdiff1d(np.concatenate(ids), first)])
+        place_F = np.full(sae.size, -1)
+        place_F[taken] = np.arange(taken.size)
+        representative = rng.choice(place_F[np.concatenate(ids)], MMCS_ROWS) if size else nothing
+        return FreeDraws(
+            size, sae.take(taken), tuple(place_F[one] for one in ids), activation.standardised(sae.take(first), rows_RD), representative, gap, None
+        )
+
+
+def matched_density_null(a: FreeDraws, b: FreeDraws, whole_a_FD: Rows, whole_b_FD: Rows, cosine: float) -> NullResult:
     """Free latents of the same two SAEs, as dense as the cores' members.
 
-    a, b: all latents of the two SAEs; free are those outside the selected core. rows_RD: held-out rows, raw units; the activations of
-    the first `activation.DRAWS` draws are compared on them.
+    Draw i of one side meets draw i of the other. whole_a_FD, whole_b_FD: all decoder rows of the two SAEs, the targets of `mmcs_mean`.
     """
-    size = (densities_a.core_C.size, densities_b.core_C.size)
-    for side, densities in (("first", densities_a), ("second", densities_b)):
-        if lack := densities.lack():
-            return unavailable(f"the {side} SAE {lack}", size)
-    rng = np.random.default_rng([seed, 1])
-    drawn_a, gap_a = densities_a.draw_all(draws, rng)
-    drawn_b, gap_b = densities_b.draw_all(draws, rng)
+    size = (a.size, b.size)
+    for side, drawn in (("first", a), ("second", b)):
+        if drawn.lack:
+            return unavailable(f"the {side} SAE {drawn.lack}", size)
+    decoder_UU = cosines(a.latents.W_dec_ND, b.latents.W_dec_ND)
+    encoder_UU = cosines(a.latents.W_enc_ND, b.latents.W_enc_ND)
     scores, overlaps, activations = [], [], []
-    for draw, (ids_a, ids_b) in enumerate(zip(drawn_a, drawn_b, strict=True)):
-        A, B = a.take(ids_a), b.take(ids_b)
-        decoder = hungarian(A.W_dec_ND, B.W_dec_ND)
+    for draw, (left_C, right_C) in enumerate(zip(a.places, b.places, strict=True)):
+        block = np.ix_(left_C, right_C)
+        decoder = assign(decoder_UU[block])
         scores.append(pw_mcc(decoder))
-        overlaps.append(overlap(hungarian(A.W_enc_ND, B.W_enc_ND), decoder, cosine))
+        overlaps.append(overlap(assign(encoder_UU[block]), decoder, cosine))
         if draw < activation.DRAWS:
-            left_RN, right_RN = activation.standardised(A, rows_RD), activation.standardised(B, rows_RD)
-            activations.append(activation.agreement(left_RN, right_RN, decoder).mean)
-    both = [
-        mmcs(own.W_dec_ND[rng.choice(np.concatenate(drawn), MMCS_ROWS)], other.W_dec_ND)
-        for own, drawn, other in ((a, drawn_a, b), (b, drawn_b, a))
-    ]
-    gap = max(gap_a, gap_b)
+            pairs = replace(decoder, left_P=left_C[decoder.left_P], right_P=right_C[decoder.right_P])
+            activations.append(activation.agreement(a.activations, b.activations, pairs).mean)
+    both = [mmcs(own.latents.W_dec_ND[own.representative], other) for own, other in ((a, whole_b_FD), (b, whole_a_FD))]
+    gap = max(a.gap, b.gap)
     return over_draws(scores, overlaps, activations, float(np.mean(both)), size, reason=too_far(gap), density_gap=gap)

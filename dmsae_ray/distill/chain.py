@@ -29,6 +29,7 @@ from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill import attribution as attribution_
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.criterion import choose
+from dmsae_ray.distill.drift import decoder_drift
 from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder, Superseded
 from dmsae_ray.distill.ledger import ALL_DONE, WAIT
@@ -370,6 +371,7 @@ class Chain:
             "format_version": RECORD_VERSION, "chain": plan.key, "label": plan.label, "cycle": self.cycle,
             "generation": plan.lease.generation, "seed": plan.seed, "k": plan.k,
             "core_in": core_in, "core_out": new.size, "kept": kept, "entered": new.size - kept, "left": core_in - kept,
+            "decoder_drift": None if core is None else decoder_drift(core.W_dec_CD, sae.W_dec[:core_in]),
             "jaccard": jaccard(kept, core_in, new.size) if core is not None else None, "origins": origins,
             **trained, "theta": float(sae.theta), **metrics,
             "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": carried(selected["scores"], ids_C),

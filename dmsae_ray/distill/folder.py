@@ -23,7 +23,7 @@ from pathlib import Path
 
 from dmsae_ray.files import remove_leftovers, write_json
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 
 
 class Superseded(RuntimeError):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dmsae_ray.compare.pair import NULLS
 from dmsae_ray.compare.rediscovery import SETS as REDISCOVERED
+from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES
 from dmsae_ray.distill.folder import ChainFolder
 
 
@@ -105,26 +106,6 @@ def evaluation_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [one.get(name) for one in flat] for name in names}
 
 
-def group_columns(groups: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
-    """The summary's groups of pairs: each score's mean, interval, and mean of its null's 99th percentile."""
-    columns: dict[str, list[Any]] = {"group": list(groups)}
-    for name in ("pairs", "of", "scored", "seeds"):
-        columns[name] = [group[name] for group in groups.values()]
-    for score in ("pw_mcc", "overlap", "mmcs", "activation", "pw_mcc_dictionary"):
-        for part in ("mean", "min", "max", "interval"):
-            columns[f"{score} {part}"] = [_part(group.get(score), part) for group in groups.values()]
-    for null in NULLS:
-        columns[f"{null} available"] = [group["nulls"][null]["available"] for group in groups.values()]
-        columns[f"{null} p99"] = [_part(group["nulls"][null].get("p99"), "mean") for group in groups.values()]
-        columns[f"{null} above"] = [group["nulls"][null]["above"] for group in groups.values()]
-    return columns
-
-
-def _part(spread: dict[str, Any] | None, part: str) -> Any:
-    value = None if spread is None else spread.get(part)
-    return f"{value[0]:.6g} to {value[1]:.6g}" if isinstance(value, list | tuple) else value
-
-
 def expectation_columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """expectations.json."""
     return {name: [entry[name] for entry in entries] for name in ("claim", "outcome", "value_name", "value", "relation", "bound_name", "bound", "why")}
@@ -148,6 +129,23 @@ def rediscovery_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]
     for whose in REDISCOVERED:
         for name in ("found", "mmcs", "size"):
             columns[f"{whose} {name}"] = [(row.get(whose) or {}).get(name) for row in rows]
+    return columns
+
+
+def group_columns(comparison: dict[str, Any]) -> dict[str, list[Any]]:
+    """The groups of comparison.json's summary as columns of plain values: what is measured, each with mean and interval, and the means
+    of its nulls."""
+    groups = comparison["summary"]["groups"]
+    columns: dict[str, list[Any]] = {"group": list(groups)}
+    columns |= {name: [group[name] for group in groups.values()] for name in ("pairs", "of", "scored", "seeds")}
+    for score in SCORES:
+        spreads = [group[score] or {} for group in groups.values()]
+        columns[score] = [spread.get("mean") for spread in spreads]
+        columns |= {f"{score} {end}": [(spread.get("interval") or [None, None])[i] for spread in spreads] for i, end in enumerate(("low", "high"))}
+    for null in NULLS:
+        found = [group["nulls"][null] for group in groups.values()]
+        columns |= {f"{null} {name}": [one[name] for one in found] for name in ("available", "above")}
+        columns |= {f"{null} {name}": [(one[name] or {}).get("mean") for one in found] for name in NULL_NUMBERS}
     return columns
 
 

@@ -37,7 +37,7 @@ def latents(W_enc_ND, W_dec_ND=None, *, bias=0.0, theta=0.5, density=0.1) -> Lat
 
 
 def core_of(sae: Latents, ids, *, seed=0, k=16, cycle=2, scores=None, **changes) -> Core:
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids, dtype=torch.int64)
     size = len(ids)
     fields = dict(
         W_enc_CD=sae.W_enc_ND[ids], W_dec_CD=sae.W_dec_ND[ids], b_enc_C=sae.b_enc_N[ids], b_dec_D=sae.b_dec_D,

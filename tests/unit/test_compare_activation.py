@@ -49,11 +49,11 @@ def test_it_is_the_mean_of_pearson_correlations(monkeypatch):
 
 def test_a_core_with_itself_is_one_and_with_others_near_zero():
     core = make_chain(0).core_latents()
-    own_RC = standardised(core, rows())
-    assert agreement(own_RC, own_RC, straight(10)).mean == pytest.approx(1, abs=1e-6)
+    own = standardised(core, rows())
+    assert agreement(own, own, straight(10)).mean == pytest.approx(1, abs=1e-6)
     shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     order = hungarian(core.W_dec_ND, core.W_dec_ND[shuffled])
-    assert agreement(own_RC, own_RC[:, shuffled], order).mean == pytest.approx(1, abs=1e-6)
+    assert agreement(own, own.take(shuffled), order).mean == pytest.approx(1, abs=1e-6)
     eye = torch.eye(16)  # orthogonal latents on independent inputs
     first, second = (standardised(latents(eye[part]), rows(20_000)) for part in (slice(8), slice(8, 16)))
     assert abs(agreement(first, second, straight(8)).mean) < 0.01
@@ -68,11 +68,11 @@ def test_it_sees_what_the_rows_do_not():
 def test_silent_latents_are_left_out_and_counted():
     a = latents(unit_rows(4, 0))
     a.b_enc_N[1] = -100.0  # never active
-    own_RN = standardised(a, rows())
-    found = agreement(own_RN, own_RN, straight(4))
+    own = standardised(a, rows())
+    found = agreement(own, own, straight(4))
     assert found.mean == pytest.approx(1, abs=1e-6) and (found.counted, found.left_out) == (3, 1)
     a.b_enc_N[:] = -100.0
-    nothing = agreement(standardised(a, rows()), own_RN, straight(4))
+    nothing = agreement(standardised(a, rows()), own, straight(4))
     assert (nothing.mean, nothing.counted, nothing.left_out) == (None, 0, 4)
-    empty = agreement(own_RN[:, :0], own_RN, hungarian(a.W_dec_ND[:0], a.W_dec_ND))
+    empty = agreement(own.take(slice(0)), own, hungarian(a.W_dec_ND[:0], a.W_dec_ND))
     assert (empty.mean, empty.counted, empty.left_out) == (None, 0, 0)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from compared_chains import core_of, latents, unit_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dmsae_ray.compare.consensus import NamedCore, find_consensus, group
+from dmsae_ray.compare.consensus import Member, NamedCore, find_consensus, group, links
 from dmsae_ray.compare.match import cosines
 from dmsae_ray.distill.core import Core
 
@@ -81,6 +83,26 @@ def test_a_chain_never_joins_twice_however_dense_the_links():
     assert any(len(members) > 2 for members in groups)
     for members in groups:
         assert len({member.chain for member in members}) == len(members)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5), noise=st.floats(0.02, 0.3), seed=st.integers(0, 10_000))
+def test_groups_are_what_greedy_joining_must_leave(sizes, noise, seed):
+    """Every latent once, no chain twice, the surest link joined, and no link left that could still join two groups."""
+    generator = torch.Generator().manual_seed(seed)
+    features_CD = unit_rows(4, 1, d=16)
+    chains = []
+    for i, size in enumerate(sizes):
+        which = torch.randint(4, (size,), generator=generator)
+        chains.append(core_from(features_CD[which] + noise * torch.randn(size, 16, generator=generator), f"c{i}", i))
+    groups = [set(members) for members in group(chains, 0.5)]
+    assert sorted(member for members in groups for member in members) == [Member(i, row) for i, size in enumerate(sizes) for row in range(size)]
+    assert all(len({member.chain for member in members}) == len(members) for members in groups)
+    of = {member: members for members in groups for member in members}
+    found = links(chains, 0.5)
+    assert not found or of[found[0][0]] is of[found[0][1]]
+    for left, right in found:
+        assert of[left] is of[right] or {m.chain for m in of[left]} & {m.chain for m in of[right]}
 
 
 def test_chains_of_one_seed_count_once():

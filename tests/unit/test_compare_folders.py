@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def write_chain(plan, dataset, cycles=2):
         core = next_core(core, sae, ids_C, scores_N, density_F, cycle=cycle, seed=plan.seed, k=plan.k, scale=manifest.scale, hook=manifest.hook,
                          model=manifest.model_fingerprint)  # fmt: skip
         core.save(folder.core)
-        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size})
+        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size, "core_out": core.size})
 
 
 @pytest.fixture
@@ -151,9 +153,30 @@ def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path,
     monkeypatch.setattr(comparison, "KEPT_BYTES", 0)
     loaded, real = [], comparison.chain_result
     monkeypatch.setattr(comparison, "chain_result", lambda plan, label: loaded.append(plan.seed) or real(plan, label))
+    alive, most = WeakSet(), []
+
+    def count(some):
+        gc.collect()
+        return len(some)
+
+    side, pair = comparison.Comparer.side, comparison.Comparer.pair
+    monkeypatch.setattr(comparison.Comparer, "side", lambda self, result: alive.add(result) or side(self, result))
+    monkeypatch.setattr(comparison.Comparer, "pair", lambda self, a, b: most.append(count(alive)) or pair(self, a, b))
     found, _ = run(shorter, dataset, tmp_path / "sweep")
-    assert loaded == [0, 1, 2, 1], "two chains at a time"
+    assert loaded == [0, 1, 2, 1] and max(most) == 2, "two chains at a time"
     assert not any(pair["nulls"]["cycle0"]["available"] for pair in found["pairs"])
+
+
+def test_a_long_comparison_says_how_far_it_is(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(comparison, "QUIET_S", 0.0)
+    _, said = run(chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2"), dataset, tmp_path / "sweep")
+    assert [line.rsplit(",", 1)[0] for line in said[1:]] == ["compare: 1 of 3 pairs", "compare: 2 of 3 pairs"] and said[1].endswith("s left")
+
+
+@pytest.mark.parametrize("fields", [{"pairs": "sample"}, {"sample": 3}])
+def test_a_sample_needs_its_size_and_a_size_its_sample(fields):
+    with pytest.raises(ValueError, match="compare.pairs sample and compare.sample, .* go together"):
+        CompareConfig(**fields)
 
 
 def test_one_chain_needs_no_rows(tmp_path, dataset, monkeypatch):

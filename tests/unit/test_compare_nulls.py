@@ -9,8 +9,8 @@ from compared_chains import rows as some_rows
 from dmsae_ray.compare.activation import DRAWS, agreement, standardised
 from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
 from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
-from dmsae_ray.compare.density import Densities, draw_matched, matched_density_null
-from dmsae_ray.compare.match import hungarian, mmcs, pw_mcc
+from dmsae_ray.compare.density import Densities, FreeDraws, draw_matched, matched_density_null
+from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc
 
 D = 12
 ROWS_RD = some_rows(400, d=D)
@@ -105,29 +105,61 @@ def test_free_latents_are_alive_and_outside_the_core():
     assert densities.core_C.tolist() == [0.3, 0.1]  # a silent member counts with the smallest density there is
 
 
-def split(core, free):
-    density_F = np.array([*core, *free])
-    return Densities.split(density_F, np.arange(len(core)))
+def with_densities(some, core, free):
+    """The SAE with these densities, the core's first; ids of the core."""
+    some.density_N[:] = torch.tensor([*core, *free])
+    return some, torch.arange(len(core))
+
+
+def density_null(a, b, draws=20, rows_RD=ROWS_RD, seed=0):
+    """a, b: (SAE, ids of its core)."""
+    drawn = [FreeDraws.of(sae, ids, draws, seed, rows_RD) for sae, ids in (a, b)]
+    return matched_density_null(*drawn, a[0].W_dec_ND, b[0].W_dec_ND, 0.7)
 
 
 def test_matched_density_null_never_draws_the_core():
     # The cores are equal and the free latents orthogonal to each other: every draw must score 0.
     eye = np.eye(24)
-    a = latents_of(np.concatenate([eye[:4], eye[4:14]]))
-    b = latents_of(np.concatenate([eye[:4], eye[14:24]]))
-    densities = split([0.1] * 4, [0.1] * 10)
-    null = matched_density_null(a, b, densities, densities, 2 * DRAWS, 0.7, 0, some_rows(5000, d=24))
-    assert abs(null.activation_mean) < 0.03 and null.activation_draws == DRAWS, "the cores' own latents would score 1"
+    a, b = ((latents_of(np.concatenate([eye[:4], free])), torch.arange(4)) for free in (eye[4:14], eye[14:24]))
+    null = density_null(a, b, 2 * DRAWS, some_rows(5000, d=24))
     assert null.available and null.mean == 0 and null.overlap_mean == 0 and null.mmcs_mean == 0
     assert null.density_gap == pytest.approx(1) and null.size == (4, 4) and null.draws == 2 * DRAWS
+    assert abs(null.activation_mean) < 0.03 and null.activation_draws == DRAWS, "the cores' own latents would score 1"
+
+
+def test_draws_made_once_give_what_each_draw_gives_alone():
+    """The plain reference: every draw's latents taken from the SAEs and matched."""
+    (a, ids_a), (b, ids_b) = (latents(60, 0, theta=0.2), torch.arange(0, 12, 2)), (latents(50, 1), torch.arange(9))
+    for sae in (a, b):
+        sae.density_N[:] = torch.rand(sae.size, generator=torch.Generator().manual_seed(sae.size)) + 0.01
+    left, right = (FreeDraws.of(sae, ids, DRAWS + 5, 3, ROWS_RD) for sae, ids in ((a, ids_a), (b, ids_b)))
+    scores, overlaps, activations = [], [], []
+    for i in range(DRAWS + 5):
+        A, B = (drawn.latents.take(drawn.places[i]) for drawn in (left, right))
+        decoder = hungarian(A.W_dec_ND, B.W_dec_ND)
+        scores.append(pw_mcc(decoder))
+        overlaps.append(overlap(hungarian(A.W_enc_ND, B.W_enc_ND), decoder, 0.2))
+        activations.append(agreement(standardised(A, ROWS_RD), standardised(B, ROWS_RD), decoder).mean)
+    null = matched_density_null(left, right, a.W_dec_ND, b.W_dec_ND, 0.2)
+    assert (null.mean, null.p99) == pytest.approx((np.mean(scores), np.quantile(scores, 0.99)), abs=1e-12)
+    assert null.overlap_mean == pytest.approx(np.mean(overlaps)) and null.overlap_mean > 0
+    assert null.activation_mean == pytest.approx(np.mean(activations[:DRAWS]), abs=1e-6)
+    assert null.mmcs_mean < mmcs(left.latents.W_dec_ND, left.latents.W_dec_ND)
+
+
+def test_saes_that_began_alike_are_not_drawn_alike():
+    a, b = (with_densities(latents(210, 0), [0.1] * 10, [0.1] * 200) for _ in "ab")
+    b[0].density_N[50] = 0.11
+    one, other, again = (FreeDraws.of(*some, 20, 0, ROWS_RD) for some in (a, b, a))
+    ids = [drawn.latents.W_dec_ND[drawn.places[0]] for drawn in (one, other, again)]
+    assert torch.equal(ids[0], ids[2]) and not torch.equal(ids[0], ids[1])
 
 
 def test_two_random_sets_lie_within_the_matched_density_null():
     """Cores that are drawn as the null draws score as it does."""
     a, b = latents(400, 0), latents(400, 1)
     rng = np.random.default_rng(5)
-    first = [Densities.split(some.density_N, rng.permutation(400)[:12]) for some in (a, b)]
-    null = matched_density_null(a, b, *first, 100, 0.7, 0, ROWS_RD)
+    null = density_null((a, rng.permutation(400)[:12]), (b, rng.permutation(400)[:12]), draws=100)
     scores, activations = [], []
     for _ in range(60):
         A, B = (some.take(rng.permutation(400)[:12]) for some in (a, b))
@@ -141,18 +173,16 @@ def test_two_random_sets_lie_within_the_matched_density_null():
 
 
 def test_a_wide_density_gap_is_flagged_with_its_numbers():
-    a, b = latents(14, 0), latents(14, 1)
-    near, far = split([0.1] * 4, [0.1] * 10), split([0.3] * 4, [0.1] * 10)
-    null = matched_density_null(a, b, near, far, 20, 0.7, 0, ROWS_RD)
+    near = with_densities(latents(14, 0), [0.1] * 4, [0.1] * 10)
+    null = density_null(near, with_densities(latents(14, 1), [0.3] * 4, [0.1] * 10))
     assert not null.available and "factor of 3" in null.reason
     assert null.density_gap == pytest.approx(3) and null.mean is not None and null.overlap_mean is not None
-    assert matched_density_null(a, b, near, split([0.19] * 4, [0.1] * 10), 20, 0.7, 0, ROWS_RD).available
+    assert density_null(near, with_densities(latents(14, 1), [0.19] * 4, [0.1] * 10)).available
 
 
 def test_too_few_living_free_latents():
-    a, b = latents(14, 0), latents(14, 1)
-    enough, few = split([0.1] * 4, [0.1] * 10), split([0.1] * 4, [0.1] * 3 + [0.0] * 7)
-    null = matched_density_null(a, b, enough, few, 20, 0.7, 0, ROWS_RD)
+    enough, few = (with_densities(latents(14, i), [0.1] * 4, free) for i, free in enumerate(([0.1] * 10, [0.1] * 3 + [0.0] * 7)))
+    null = density_null(enough, few)
     assert not null.available and "second SAE has 3 free latents" in null.reason and null.mean is None
 
 

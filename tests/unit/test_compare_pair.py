@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compared_chains import SETTINGS, comparer, core_of, latents, make_chain, rows
+from compared_chains import SETTINGS, comparer, core_of, latents, make_chain
 
-from dmsae_ray.compare.comparer import Comparer, compare_all
+from dmsae_ray.compare.comparer import compare_all
 from dmsae_ray.compare.match import hungarian, pw_mcc
 from dmsae_ray.compare.pair import PairResult
 from dmsae_ray.compare.pairing import paired
@@ -17,8 +17,9 @@ def renamed(chain, **changes):
     return replace(chain, chain=replace(chain.chain, **changes))
 
 
-def compare_pair(a, b, settings=SETTINGS):
-    return comparer(settings).pair(a, b)
+def compare_pair(a, b, settings=SETTINGS, **kwargs):
+    own = comparer(settings, **kwargs)
+    return own.pair(own.side(a), own.side(b))
 
 
 def test_equal_cores_score_one_and_above_every_null():
@@ -54,7 +55,7 @@ def test_disjoint_orthogonal_cores_score_zero_everywhere():
     a, b = (
         replace(make_chain(seed), sae=sae, core=core_of(sae, range(8), seed=seed), core_ids_C=torch.arange(8)) for seed, sae in enumerate(saes)
     )
-    pair = comparer(count=20_000).pair(a, b)
+    pair = compare_pair(a, b, count=20_000)
     assert pair.pw_mcc == pair.overlap == pair.shared == 0 and abs(pair.activation) < 0.01
     assert pair.mmcs_ab == pair.mmcs_ba == 1, "every direction is somewhere in the other SAE"
 
@@ -124,7 +125,7 @@ def test_what_cannot_be_compared():
     with pytest.raises(ValueError, match="again are the same in seed, data, k"):
         compare_pair(a, renamed(a, label="again"))
     with pytest.raises(ValueError, match="3 dimensions, chain base-seed0-k16 has 16: another dataset"):
-        Comparer(rows(d=3), SETTINGS).pair(a, b)
+        compare_pair(a, b, d=3)
     other = replace(b, core=core_of(b.sae, range(0, 20, 2), seed=1, hook="elsewhere"))
     with pytest.raises(ValueError, match="of different hooks, h and elsewhere"):
         compare_pair(a, other)

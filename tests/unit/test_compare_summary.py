@@ -8,10 +8,12 @@ import pytest
 from compared_chains import comparer, make_chain
 from scipy.stats import norm
 
+from dmsae_ray.compare.comparer import compare_all
 from dmsae_ray.compare.interval import COVERAGE, Z, spread, wilson
 from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES, summarise
+from dmsae_ray.track.tables import group_columns
 
-MODEL = comparer().pair(make_chain(0), make_chain(1))
+(MODEL,) = compare_all([make_chain(0), make_chain(1)], comparer())
 
 
 def scored_pairs(scores: dict[tuple[int, int], float], **changes):
@@ -75,6 +77,16 @@ def test_every_score_and_every_null_is_summed_up():
     assert group.dictionary_nulls["cycle0"].mean == MODEL.dictionary_nulls["cycle0"].mean
 
 
+def test_groups_as_columns():
+    pairs = [*scored_pairs({(a, b): 0.5 + 0.1 * a for a in range(4) for b in range(a)}), *scored_pairs({(0, 0): 0.4}, group="base~random/arm")]
+    summary = summarise(pairs).to_dict()
+    columns = group_columns({"summary": summary})
+    assert columns["group"] == ["base/seed", "base~random/arm"] and {len(column) for column in columns.values()} == {2}
+    assert columns["pw_mcc"] == pytest.approx([0.7333333, 0.4]) and columns["pw_mcc low"][1] is None
+    assert [columns["pw_mcc low"][0], columns["pw_mcc high"][0]] == summary["groups"]["base/seed"]["pw_mcc"]["interval"]
+    assert columns["covariance mean"][0] == pytest.approx(MODEL.nulls["covariance"].mean) and columns["covariance activation_mean"] == [None] * 2
+
+
 def test_a_null_that_is_not_available_is_not_summed_up():
     gone = replace(MODEL.nulls["cycle0"], available=False, reason="no")
     null = summarise([MODEL, replace(MODEL, nulls=MODEL.nulls | {"cycle0": gone})]).groups["base/seed"].nulls["cycle0"]
@@ -87,7 +99,7 @@ def test_a_null_that_is_not_available_is_not_summed_up():
 def test_without_a_scored_pair_there_is_no_agreement():
     summary = summarise([])
     assert not summary.available and "two chains" in summary.reason and summary.groups == {}
-    summary = summarise([comparer().pair(make_chain(0, size=1), make_chain(1))])
+    summary = summarise(compare_all([make_chain(0, size=1), make_chain(1)], comparer()))
     group = summary.groups["base/seed"]
     assert not summary.available and "cores of 1 and 10" in summary.reason and group.scored == 0
     assert group.scores["pw_mcc"] is None and group.nulls["covariance"].above is None and group.scores["pw_mcc_dictionary"].n == 1
