@@ -706,6 +706,21 @@ class SweepCommand(Config):
     """show everything Ray prints as well"""
 
 
+class ReportCommand(Config):
+    """python -m dmsae_ray.report: make all results of a sweep again from its chains' files, without training."""
+
+    config: Path = Field(default_factory=default_config_path)
+    """YAML file with the experiment"""
+    fresh: CliImplicitFlag[bool] = False
+    """compute every pair and describe every feature anew, also where that was done for the same cores"""
+    numbers: CliImplicitFlag[bool] = False
+    """print every named number as well: what study.expect may refer to"""
+    against: Path | None = None
+    """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it"""
+    verbose: CliImplicitFlag[bool] = False
+    """show everything Ray prints as well"""
+
+
 class HarvestCommand(Config):
     """python -m dmsae_ray.harvest: write the activation shards and stop."""
 

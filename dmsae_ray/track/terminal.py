@@ -194,6 +194,22 @@ def report(
     return Group(*parts)
 
 
+SIDE_BY_SIDE = ("evaluation.", "consensus.", "chains.")
+"""Numbers of two sweeps that are shown beside each other; those of agreement are compared as cores."""
+
+
+def across_tables(names: tuple[str, str], comparison: dict[str, Any], ours: dict[str, float], theirs: dict[str, float]) -> Group:
+    """Two sweeps: how far their cores agree, and the numbers that both have."""
+    table = _table("Numbers of both sweeps", ["number"], [*names, "difference"])
+    for name in (name for name in ours if name in theirs and name.startswith(SIDE_BY_SIDE)):
+        table.add_row(name, f"{ours[name]:.4g}", f"{theirs[name]:.4g}", f"{ours[name] - theirs[name]:+.3g}")
+    groups = comparison["summary"]["groups"]
+    agreement: list[RenderableType] = [groups_table(groups), Text(GROUPS_NOTE, style="dim")]
+    if not groups:
+        agreement = [Text(f"Agreement across the two sweeps is not available: {comparison['summary']['reason']}.")]
+    return Group(*agreement, Text(""), table)
+
+
 def plain_text(renderable: RenderableType, width: int = WIDTH) -> str:
     """The same without colour, for a file. Trailing blanks are cut."""
     stream = io.StringIO()
