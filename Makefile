@@ -7,11 +7,13 @@ ARGS   ?=
 # Every test process computes with one thread: two run side by side on two cores.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup sweep test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
+.PHONY: help setup sweep study report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
 	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
+	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
+	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                open MLflow on the quickstart's results"
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
 	@echo "make bench             time the training step against other systems' (jobs/bench_step.md)"
@@ -26,6 +28,13 @@ $(READY): pyproject.toml constraints.txt
 
 sweep: $(READY)
 	$(BIN)/python -m dmsae_ray.sweep $(ARGS)
+
+# Every control and baseline beside the plain grid (configs/study.yaml): 44 chains. Stop it at will; the same command goes on.
+study: $(READY)
+	$(BIN)/python -m dmsae_ray.sweep --config configs/study.yaml $(ARGS)
+
+report: $(READY)
+	$(BIN)/python -m dmsae_ray.report $(ARGS)
 
 ui: $(READY)
 	$(BIN)/python -m dmsae_ray.ui $(ARGS)
