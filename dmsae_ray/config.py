@@ -442,7 +442,7 @@ class ClusterConfig(Section):
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     lockstep: int = Field(1, ge=1)
-    """chains that advance together in one worker group, on one stream and one language model, where they read the same batches (all k of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result is what it is alone"""
+    """chains that advance together in one worker group, on one stream and one language model, where they read the same batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result is what it is alone"""
     object_store_mb: int = Field(512, ge=64)
     """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""
     read_tasks: int = Field(2, ge=1)

@@ -99,9 +99,13 @@ class ChainPlan:
 
     @property
     def lockstep_key(self) -> tuple:
-        """Equal for chains of one arm that read the same batches."""
-        part = self.fields["part"]
-        return self.arm, self.data_seed, part and part["part"], self.number(0)
+        """Equal for chains that read the same batches and can be served by one worker group; their arms, and all that is not named
+        here, may differ."""
+        train, part = self.config.train, self.fields["part"]
+        return (
+            self.data_seed, part and (part["part"], part["parts"]), self.number(0), train.batch, train.lanes, self.steps, train.threads, train.checkpoint_steps,
+            self.score_settings,
+        )  # fmt: skip
 
     def number(self, cycle: int) -> int:
         """Number of the chain's cycle in the life of its core, which may have begun in another chain."""

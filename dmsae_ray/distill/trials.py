@@ -43,7 +43,7 @@ def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) ->
 
 
 def in_lockstep(plans: list[ChainPlan]) -> list[list[ChainPlan]]:
-    """Groups of at most `cluster.lockstep` chains that read the same batches in the same order, and differ in seed and k alone."""
+    """Groups of at most `cluster.lockstep` chains that read the same batches in the same order: of several k, arms or seeds."""
     alike: dict[tuple, list[ChainPlan]] = {}
     for plan in plans:
         alike.setdefault(plan.lockstep_key, []).append(plan)
