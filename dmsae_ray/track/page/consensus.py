@@ -84,7 +84,10 @@ def _groups(consensus: dict[str, Any], described: set[str]) -> Table | Note:
     return Table("table-consensus", caption, columns, rows)
 
 
-SETS = {"consensus": "consensus core", "cores": "single chains' cores", "matched": "free latents, as frequent"}
+SETS = {
+    "consensus": "consensus core", "matched_consensus": "free latents, as frequent as its members", "cores": "single chains' cores",
+    "matched": "free latents, as frequent as those",
+}  # fmt: skip
 
 
 def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:

@@ -196,6 +196,12 @@ def beyond_chance(pair: dict[str, Any]) -> bool | None:
     return _beats(pair, ("covariance", "matched_density"))
 
 
+def _dictionary(pair: dict[str, Any], null: str) -> float | None:
+    """A null of whole dictionaries; None where it is not available."""
+    found = pair["dictionary_nulls"].get(null) or {}
+    return found.get("mean") if found.get("available") else None
+
+
 def _pairs(pairs: Sequence[dict[str, Any]]) -> Table:
     def null(name: str, field: str = "p99") -> dict[str, Any]:
         return {
@@ -223,7 +229,8 @@ def _pairs(pairs: Sequence[dict[str, Any]]) -> Table:
         Column("MMCS a to b", lambda pair: pair["mmcs_ab"], "share", why=unscored, help="core a in the whole SAE of b"),
         Column("MMCS b to a", lambda pair: pair["mmcs_ba"], "share", why=unscored, help="core b in the whole SAE of a"),
         Column("PW-MCC, whole SAEs", lambda pair: pair["pw_mcc_dictionary"], "share"),
-        Column("Its null", lambda pair: pair["pw_mcc_dictionary_null"], "share", help="one draw of the covariance null, as large"),
+        Column("Its covariance null", lambda pair: _dictionary(pair, "covariance"), "share", help="mean of draws as large"),
+        Column("Whole SAEs of cycle 0", lambda pair: _dictionary(pair, "cycle0"), "share"),
     ]
     caption = "Every pair with its nulls. A core agrees beyond chance where PW-MCC exceeds the p99 columns."
     return Table("table-pairs", caption, columns, pairs)
