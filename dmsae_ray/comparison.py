@@ -38,7 +38,9 @@ LATENTS_ENCODED = 8
 """Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents of twenty draws."""
 
 
-def compare_chains(config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]) -> dict:
+def compare_chains(
+    config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]
+) -> dict:
     """The finished ones of these chains, every pair that `pairing.pairs_within` names or a sample of them, each score beside its nulls.
 
     Written to `folder`, and reused while the cores are the same. Raises ValueError if two chains have everything in common.
@@ -116,7 +118,9 @@ def _results(
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
         comparer = Comparer(dataset.calibration_rows(), settings)
-        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(lambda label: comparer.side(chain_result(chains[label], label)))
+        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(
+            lambda label: comparer.side(chain_result(chains[label], label))
+        )
         said = start = time.perf_counter()
         for done, pair in enumerate(missing, 1):
             began = time.perf_counter()

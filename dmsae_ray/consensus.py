@@ -19,7 +19,9 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 FORMAT_VERSION = 1
 
 
-def write_consensus(config: Config, base: Sequence[ChainPlan], plain: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]) -> dict:
+def write_consensus(
+    config: Config, base: Sequence[ChainPlan], plain: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]
+) -> dict:
     """Consensus of the finished chains of one arm, and how much of it the finished plain SAEs of other seeds find again.
 
     Written to `folder` as consensus.json, and the consensus core, unless it is empty, as consensus.safetensors; reused while cores and

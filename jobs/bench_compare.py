@@ -72,9 +72,9 @@ def made(seed: int, case: Case) -> ChainResult:
 
 
 def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor: a shared machine's clock says more of its other users
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(case: Case, repeats: int) -> list[str]:
@@ -133,8 +133,10 @@ MARKER = "<!-- below: kept by hand -->"
 
 def write(path: Path, lines: list[str], args: argparse.Namespace) -> None:
     kept = path.read_text().partition(MARKER)[2] if path.exists() else "\n"
-    said = f"{args.threads} thread(s), torch {torch.__version__}, numpy {np.__version__}, CPU. Seconds, medians of {args.repeats}."
-    command = f"Made by `OMP_NUM_THREADS={args.threads} python jobs/bench_compare.py --output {path} --repeats {args.repeats} --threads {args.threads}`."
+    versions = f"torch {torch.__version__}, numpy {np.__version__}"
+    said = f"{args.threads} thread(s), {versions}, CPU. Seconds of the processor, medians of {args.repeats}."
+    options = f"--output {path} --repeats {args.repeats} --threads {args.threads}"
+    command = f"Made by `OMP_NUM_THREADS={args.threads} python jobs/bench_compare.py {options}`."
     path.write_text("\n".join(["# Cost of comparing two chains", "", command, "", said, "", *lines, "", MARKER]) + kept)
 
 

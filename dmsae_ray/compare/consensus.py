@@ -112,7 +112,9 @@ def find_consensus(chains: Sequence[NamedCore], cosine: float = 0.7, share: floa
     """
     _check(chains)
     seeds = len({chain.seed for chain in chains})
-    shares = [chain.core.scores_C / chain.core.scores_C.sum() if bool(chain.core.scores_C.any()) else chain.core.scores_C for chain in chains]
+    shares = [
+        chain.core.scores_C / chain.core.scores_C.sum() if bool(chain.core.scores_C.any()) else chain.core.scores_C for chain in chains
+    ]
     features = [_feature(chains, members, shares, seeds, share) for members in group(chains, cosine)]
     features.sort(key=lambda feature: (-feature.in_seeds, -feature.score, feature.members))
     chosen = [feature for feature in features if feature.in_core]

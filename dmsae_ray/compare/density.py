@@ -57,7 +57,7 @@ class Densities:
         return f"has {self.free_N.size} free latents that are alive, fewer than the {self.core_C.size} members of its core"
 
     def draw_all(self, draws: int, rng: np.random.Generator) -> tuple[list[np.ndarray], float]:
-        """Latent ids of every draw, each in the order of the core's members, and exp of the mean |log ratio| of densities over all draws."""
+        """Latent ids of every draw, in the order of the core's members, and exp of the mean |log ratio| of densities over all draws."""
         ids, gaps = [], []
         for _ in range(draws):
             picks_C = draw_matched(self.core_C, self.free_N, rng)
@@ -130,7 +130,13 @@ class FreeDraws:
         place_F[taken] = np.arange(taken.size)
         representative = rng.choice(place_F[np.concatenate(ids)], MMCS_ROWS) if size else nothing
         return FreeDraws(
-            size, sae.take(taken), tuple(place_F[one] for one in ids), activation.standardised(sae.take(first), rows_RD), representative, gap, None
+            size,
+            sae.take(taken),
+            tuple(place_F[one] for one in ids),
+            activation.standardised(sae.take(first), rows_RD),
+            representative,
+            gap,
+            None,
         )
 
 

@@ -40,7 +40,8 @@ class Spread:
         """Plain JSON types."""
         return {
             "mean": self.mean, "min": self.min, "max": self.max, "n": self.n,
-            "interval": None if self.interval is None else list(self.interval), "values": None if self.values is None else list(self.values),
+            "interval": None if self.interval is None else list(self.interval),
+            "values": None if self.values is None else list(self.values),
         }  # fmt: skip
 
 

@@ -34,7 +34,13 @@ class Latents:
 
     def __post_init__(self) -> None:
         count, d = self.W_dec_ND.shape
-        for name, shape in (("W_enc_ND", (count, d)), ("b_enc_N", (count,)), ("theta_N", (count,)), ("density_N", (count,)), ("b_dec_D", (d,))):
+        for name, shape in (
+            ("W_enc_ND", (count, d)),
+            ("b_enc_N", (count,)),
+            ("theta_N", (count,)),
+            ("density_N", (count,)),
+            ("b_dec_D", (d,)),
+        ):
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, W_dec_ND asks for {shape}: not of one SAE")
 
@@ -45,7 +51,13 @@ class Latents:
         if sae.core_gate == "relu":
             theta_F[: sae.core_size] = 0
         return Latents(
-            sae.encoder_rows().detach(), sae.W_dec.detach(), sae.b_enc.detach(), theta_F, torch.as_tensor(density_F), sae.b_dec.detach(), scale
+            sae.encoder_rows().detach(),
+            sae.W_dec.detach(),
+            sae.b_enc.detach(),
+            theta_F,
+            torch.as_tensor(density_F),
+            sae.b_dec.detach(),
+            scale,
         )
 
     @property

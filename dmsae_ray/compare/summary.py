@@ -107,7 +107,9 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
         return NullSummary(
             available=len(judged),
             above=sum(_at_null_size(pair, name, "pw_mcc") > pair.nulls[name].p99 for pair in judged) / len(judged) if judged else None,
-            excess={score: over(lambda pair, score=score: _excess(pair, name, score), judged) for score in ("pw_mcc", "overlap", "activation")},
+            excess={
+                score: over(lambda pair, score=score: _excess(pair, name, score), judged) for score in ("pw_mcc", "overlap", "activation")
+            },
             numbers={number: over(lambda pair, number=number: getattr(pair.nulls[name], number), judged) for number in NULL_NUMBERS},
         )
 

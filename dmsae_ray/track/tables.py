@@ -141,7 +141,8 @@ def group_columns(comparison: dict[str, Any]) -> dict[str, list[Any]]:
     for score in SCORES:
         spreads = [group[score] or {} for group in groups.values()]
         columns[score] = [spread.get("mean") for spread in spreads]
-        columns |= {f"{score} {end}": [(spread.get("interval") or [None, None])[i] for spread in spreads] for i, end in enumerate(("low", "high"))}
+        intervals = [spread.get("interval") or [None, None] for spread in spreads]
+        columns |= {f"{score} {end}": [interval[i] for interval in intervals] for i, end in enumerate(("low", "high"))}
     for null in NULLS:
         found = [group["nulls"][null] for group in groups.values()]
         columns |= {f"{null} {name}": [one[name] for one in found] for name in ("available", "above")}

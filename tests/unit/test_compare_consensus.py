@@ -34,7 +34,11 @@ def planted(common=COMMON, own=5, noise=0.05):
     features_CD = unit_rows(common, 1, d=D)
     chains, places = [], []
     for seed in range(4):
-        rows_CD = torch.cat([features_CD + noise * torch.randn(common, D), unit_rows(own, 10 + seed, d=D)]) if seed < 3 else unit_rows(common + own, 99, d=D)
+        rows_CD = (
+            torch.cat([features_CD + noise * torch.randn(common, D), unit_rows(own, 10 + seed, d=D)])
+            if seed < 3
+            else unit_rows(common + own, 99, d=D)
+        )
         order = torch.randperm(common + own)
         chains.append(core_from(rows_CD[order], f"seed{seed}", seed))
         places.append({int(source): row for row, source in enumerate(order.tolist()) if source < common} if seed < 3 else {})
@@ -96,7 +100,9 @@ def test_groups_are_what_greedy_joining_must_leave(sizes, noise, seed):
         which = torch.randint(4, (size,), generator=generator)
         chains.append(core_from(features_CD[which] + noise * torch.randn(size, 16, generator=generator), f"c{i}", i))
     groups = [set(members) for members in group(chains, 0.5)]
-    assert sorted(member for members in groups for member in members) == [Member(i, row) for i, size in enumerate(sizes) for row in range(size)]
+    assert sorted(member for members in groups for member in members) == [
+        Member(i, row) for i, size in enumerate(sizes) for row in range(size)
+    ]
     assert all(len({member.chain for member in members}) == len(members) for members in groups)
     of = {member: members for members in groups for member in members}
     found = links(chains, 0.5)
@@ -174,5 +180,9 @@ def test_the_plain_form():
     plain = json.loads(json.dumps(find_consensus(chains).to_dict(), allow_nan=False))
     assert plain["chains"] == ["seed0", "seed1", "seed2", "seed3"] and plain["seeds"] == [0, 1, 2, 3] and plain["core_size"] == COMMON
     first = plain["groups"][0]
-    assert first["id"] == "f000" and first["in_chains"] == 3 and [member["chain"] for member in first["members"]] == ["seed0", "seed1", "seed2"]
+    assert (
+        first["id"] == "f000"
+        and first["in_chains"] == 3
+        and [member["chain"] for member in first["members"]] == ["seed0", "seed1", "seed2"]
+    )
     assert set(first["members"][0]) == {"chain", "index", "latent", "score", "density"} and plain["groups"][-1]["id"] == "f039"

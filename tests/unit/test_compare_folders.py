@@ -42,8 +42,8 @@ def write_chain(plan, dataset, cycles=2):
         save_scores(folder.scores, scores_N)
         ids_C = torch.arange(6) if size else scores_N.topk(6).indices.sort().values
         manifest = dataset.manifest
-        core = next_core(core, sae, ids_C, scores_N, density_F, cycle=cycle, seed=plan.seed, k=plan.k, scale=manifest.scale, hook=manifest.hook,
-                         model=manifest.model_fingerprint)  # fmt: skip
+        core = next_core(core, sae, ids_C, scores_N, density_F, cycle=cycle, seed=plan.seed, k=plan.k, scale=manifest.scale,
+                         hook=manifest.hook, model=manifest.model_fingerprint)  # fmt: skip
         core.save(folder.core)
         write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size, "core_out": core.size})
 
@@ -149,7 +149,9 @@ def test_a_sample_says_of_how_many(tmp_path, dataset):
 
 def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path, dataset, monkeypatch):
     plans = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
-    shorter = [replace(plan, config=plan.config.model_copy(update={"sweep": plan.config.sweep.model_copy(update={"cycles": 1})})) for plan in plans]
+    shorter = [
+        replace(plan, config=plan.config.model_copy(update={"sweep": plan.config.sweep.model_copy(update={"cycles": 1})})) for plan in plans
+    ]
     monkeypatch.setattr(comparison, "KEPT_BYTES", 0)
     loaded, real = [], comparison.chain_result
     monkeypatch.setattr(comparison, "chain_result", lambda plan, label: loaded.append(plan.seed) or real(plan, label))
@@ -170,7 +172,9 @@ def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path,
 def test_a_long_comparison_says_how_far_it_is(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(comparison, "QUIET_S", 0.0)
     _, said = run(chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2"), dataset, tmp_path / "sweep")
-    assert [line.rsplit(",", 1)[0] for line in said[1:]] == ["compare: 1 of 3 pairs", "compare: 2 of 3 pairs"] and said[1].endswith("s left")
+    assert [line.rsplit(",", 1)[0] for line in said[1:]] == ["compare: 1 of 3 pairs", "compare: 2 of 3 pairs"] and said[1].endswith(
+        "s left"
+    )
 
 
 @pytest.mark.parametrize("fields", [{"pairs": "sample"}, {"sample": 3}])
@@ -245,7 +249,10 @@ def test_consensus_and_rediscovery_from_folders(tmp_path, dataset):
     assert core.size == 6 and core.scale == dataset.manifest.scale
     assert [row["chain"] for row in found["rediscovery"]] == [plan.label for plan in plain[1:3]]
     assert found["rediscovery"][0]["consensus"]["found"] >= 0.5 > found["rediscovery"][1]["consensus"]["found"]
-    assert [(one["chain"], one["reason"][:8]) for one in found["rediscovery_left_out"]] == [(plain[0].label, "has the "), (plain[3].label, "was trai")]
+    assert [(one["chain"], one["reason"][:8]) for one in found["rediscovery_left_out"]] == [
+        (plain[0].label, "has the "),
+        (plain[3].label, "was trai"),
+    ]
     assert found["rediscovery_summary"]["plain"]["consensus"]["found"]["n"] == 2
     assert write_consensus(config, base, plain, folder, said.append) == found and len(said) == 1, "reused"
     # A chain that shares nothing with another leaves no consensus, and no file of an older one.

@@ -43,10 +43,7 @@ def test_two_random_sets_lie_within_the_null():
     rng = np.random.default_rng(3)
     whole = rng.standard_normal((200, D)) @ root_DD.T
     null = covariance_null(Gaussian.of(cov_DD), (25, 40), whole, whole, 100, 0.7, seed=0)
-    scores = [
-        pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T))
-        for _ in range(100)
-    ]
+    scores = [pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T)) for _ in range(100)]
     assert null.available and null.draws == 100 and null.size == (25, 40)
     assert null.mean == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / np.sqrt(100) * 1.5)
     assert np.mean(np.array(scores) <= null.p99) >= 0.93

@@ -30,11 +30,19 @@ def test_equal_cores_score_one_and_above_every_null():
     for null in pair.nulls.values():
         assert null.available and null.p99 < 0.8 and null.size == (10, 10)
     assert pair.nulls["cycle0"].core_pw_mcc_same_size == pytest.approx(1)
-    assert {name: null.available for name, null in pair.dictionary_nulls.items()} == {"covariance": True, "matched_density": False, "cycle0": True}
+    assert {name: null.available for name, null in pair.dictionary_nulls.items()} == {
+        "covariance": True,
+        "matched_density": False,
+        "cycle0": True,
+    }
     assert pair.dictionary_nulls["covariance"].mean < pair.pw_mcc_dictionary < 1
     assert "no free latents" in pair.dictionary_nulls["matched_density"].reason
     # Whole rows are equal, thresholds and biases too: so are the activations, and no null's are.
-    assert pair.activation == pytest.approx(1, abs=1e-6) and (pair.activation_pairs, pair.activation_left_out, pair.activation_rows) == (10, 0, 512)
+    assert pair.activation == pytest.approx(1, abs=1e-6) and (pair.activation_pairs, pair.activation_left_out, pair.activation_rows) == (
+        10,
+        0,
+        512,
+    )
     assert pair.nulls["covariance"].activation_mean is None
     for name in ("matched_density", "cycle0"):
         assert pair.nulls[name].activation_p99 < 0.8
@@ -53,7 +61,8 @@ def test_disjoint_orthogonal_cores_score_zero_everywhere():
     eye = torch.eye(16)
     saes = [latents(torch.cat([own, eye])) for own in (eye[:8], eye[8:])]
     a, b = (
-        replace(make_chain(seed), sae=sae, core=core_of(sae, range(8), seed=seed), core_ids_C=torch.arange(8)) for seed, sae in enumerate(saes)
+        replace(make_chain(seed), sae=sae, core=core_of(sae, range(8), seed=seed), core_ids_C=torch.arange(8))
+        for seed, sae in enumerate(saes)
     )
     pair = compare_pair(a, b, count=20_000)
     assert pair.pw_mcc == pair.overlap == pair.shared == 0 and abs(pair.activation) < 0.01
@@ -91,7 +100,8 @@ def test_dictionaries_are_matched_by_prefix():
 
 
 @pytest.mark.parametrize(
-    "first, words", [(make_chain(0, cycle=0), "base-seed0-k16 is itself"), (replace(make_chain(0), start_has_core=True), "base-seed0-k16 began with")]
+    "first, words",
+    [(make_chain(0, cycle=0), "base-seed0-k16 is itself"), (replace(make_chain(0), start_has_core=True), "base-seed0-k16 began with")],
 )  # fmt: skip
 def test_where_cycle_0_is_no_null(first, words):
     pair = compare_pair(first, make_chain(1))

@@ -77,13 +77,19 @@ def test_a_sample_is_drawn_per_group_and_does_not_depend_on_the_order():
 
 def test_pairs_across_two_sweeps():
     left = [named(seed, 16, label=f"x:{seed}") for seed in (0, 1)]
-    right = [named(seed, 16, label=f"y:{seed}", rest="wider") for seed in (0, 1)] + [named(0, 32, label="y:k32"), named(0, arm="random", label="y:r")]
+    right = [named(seed, 16, label=f"y:{seed}", rest="wider") for seed in (0, 1)] + [
+        named(0, 32, label="y:k32"),
+        named(0, arm="random", label="y:r"),
+    ]
     pairs = pairs_across(left, right)
     assert [(pair.a.label, pair.b.label, pair.differs) for pair in pairs] == [
         ("x:0", "y:0", "arm"), ("x:0", "y:1", "arm"), ("x:1", "y:0", "arm"), ("x:1", "y:1", "arm"),
     ]  # fmt: skip
     # A chain that both sweeps have is one chain; with the other sweep's other seeds it is compared.
     same = [replace(chain, label=f"z:{chain.seed}") for chain in left]
-    assert [(pair.a.label, pair.b.label, pair.differs) for pair in pairs_across(left, same)] == [("x:0", "z:1", "seed"), ("x:1", "z:0", "seed")]
+    assert [(pair.a.label, pair.b.label, pair.differs) for pair in pairs_across(left, same)] == [
+        ("x:0", "z:1", "seed"),
+        ("x:1", "z:0", "seed"),
+    ]
     with pytest.raises(ValueError, match="two chains are called x:0"):
         pairs_across(left, left)

@@ -67,7 +67,11 @@ def test_chunks_equal_the_whole(monkeypatch):
     monkeypatch.setattr(rediscovery, "CHUNK", 7)
     found = look_for(features, whole, 0.3)
     encoder, decoder = cosines(features.W_enc_ND, whole.W_enc_ND), cosines(features.W_dec_ND, whole.W_dec_ND)
-    assert found.found_N.tolist() == ((encoder >= 0.3) & (decoder >= 0.3)).any(axis=1).tolist() and found.found_N.any() and not found.found_N.all()
+    assert (
+        found.found_N.tolist() == ((encoder >= 0.3) & (decoder >= 0.3)).any(axis=1).tolist()
+        and found.found_N.any()
+        and not found.found_N.all()
+    )
     assert found.of(slice(None))["mmcs"] == pytest.approx(mmcs(features.W_dec_ND, whole.W_dec_ND), abs=1e-6)
 
 

@@ -44,7 +44,7 @@ def test_equal_scores_have_an_interval_of_no_width():
 
 
 def test_the_interval_covers_the_truth():
-    """200 times: seeds' effects drawn, a score for every pair of them; the interval of the mean holds the true mean about as often as it says."""
+    """200 times: seeds' effects are drawn, and a score for every pair; the interval holds the true mean about as often as it says."""
     rng, inside = np.random.default_rng(0), 0
     left, right = zip(*((a, b) for a in range(12) for b in range(a)), strict=True)
     for _ in range(200):
@@ -57,7 +57,10 @@ def test_the_interval_covers_the_truth():
 def test_groups_are_by_arms_and_by_what_differs():
     pairs = [*scored_pairs({(0, 1): 0.2}), *scored_pairs({(0, 0): 0.4, (1, 1): 0.6}, group="base~random/arm", differs="arm")]
     groups = summarise(pairs, of={"base/seed": 9, "base~random/arm": 2}).groups
-    assert {name: (group.pairs, group.of, group.seeds) for name, group in groups.items()} == {"base/seed": (1, 9, 2), "base~random/arm": (2, 2, 2)}
+    assert {name: (group.pairs, group.of, group.seeds) for name, group in groups.items()} == {
+        "base/seed": (1, 9, 2),
+        "base~random/arm": (2, 2, 2),
+    }
     assert groups["base~random/arm"].scores["pw_mcc"].mean == pytest.approx(0.5)
 
 
@@ -78,13 +81,19 @@ def test_every_score_and_every_null_is_summed_up():
 
 
 def test_groups_as_columns():
-    pairs = [*scored_pairs({(a, b): 0.5 + 0.1 * a for a in range(4) for b in range(a)}), *scored_pairs({(0, 0): 0.4}, group="base~random/arm")]
+    pairs = [
+        *scored_pairs({(a, b): 0.5 + 0.1 * a for a in range(4) for b in range(a)}),
+        *scored_pairs({(0, 0): 0.4}, group="base~random/arm"),
+    ]
     summary = summarise(pairs).to_dict()
     columns = group_columns({"summary": summary})
     assert columns["group"] == ["base/seed", "base~random/arm"] and {len(column) for column in columns.values()} == {2}
     assert columns["pw_mcc"] == pytest.approx([0.7333333, 0.4]) and columns["pw_mcc low"][1] is None
     assert [columns["pw_mcc low"][0], columns["pw_mcc high"][0]] == summary["groups"]["base/seed"]["pw_mcc"]["interval"]
-    assert columns["covariance mean"][0] == pytest.approx(MODEL.nulls["covariance"].mean) and columns["covariance activation_mean"] == [None] * 2
+    assert (
+        columns["covariance mean"][0] == pytest.approx(MODEL.nulls["covariance"].mean)
+        and columns["covariance activation_mean"] == [None] * 2
+    )
 
 
 def test_a_null_that_is_not_available_is_not_summed_up():
