@@ -123,7 +123,12 @@ def pair(rng: np.random.Generator, a: dict[str, Any], b: dict[str, Any]) -> dict
         "a": a["chain"], "b": b["chain"], "arm_a": a["arm"], "arm_b": b["arm"], "size_a": a["core_out"], "size_b": b["core_out"],
         "differs": differs, "seed_a": a["seed"], "seed_b": b["seed"], "k_a": a["k"], "k_b": b["k"],
         **({name: None for name in scores} if small else scores),
-        "pw_mcc_dictionary": 0.35, "pw_mcc_dictionary_null": 0.41, "dictionary_size": 2048, "reason": reason, "nulls": nulls,
+        "pw_mcc_dictionary": 0.35, "dictionary_size": 2048, "reason": reason, "nulls": nulls,
+        "dictionary_nulls": {
+            "covariance": {"available": True, "reason": None, "mean": 0.41, "draws": 1, "size": [2048, 2048]},
+            "matched_density": {"available": False, "reason": "no free latents remain", "mean": None, "draws": 0, "size": [2048, 2048]},
+            "cycle0": {"available": True, "reason": None, "mean": 0.36, "draws": 1, "size": [2048, 2048]},
+        },
     }  # fmt: skip
 
 
@@ -224,6 +229,7 @@ def consensus(rng: np.random.Generator, chains: list[str], seeds: list[int], row
             {
                 "chain": row["chain"], "arm": row["arm"], "k": row["k"], "seed": row["seed"],
                 "consensus": {"found": 0.8 + float(rng.uniform(0, 0.1)), "mmcs": 0.78, "size": size},
+                "matched_consensus": {"found": 0.4 + float(rng.uniform(0, 0.1)), "mmcs": 0.7, "size": size, "density_gap": 1.2},
                 "cores": {"found": 0.5 + float(rng.uniform(0, 0.1)), "mmcs": 0.66, "size": 210},
                 "matched": {"found": 0.3 + float(rng.uniform(0, 0.1)), "mmcs": 0.6, "size": size, "density_gap": 1.3},
             }

@@ -39,8 +39,8 @@ def _browser(chains: list[str]) -> str:
 <label>Sort by <select id="feature-sort">{sorts}</select></label>
 <label>Kind <select id="feature-kind">{kinds}</select></label>
 <label>Chain <select id="feature-chain"><option value="">any</option>{among}</select></label>
-<label>Reproducibility at least <output id="feature-least-shown">0 %</output>
- <input type="range" id="feature-least" min="0" max="1" step="0.05" value="0"></label>
+<span class="label"><label for="feature-least">Reproducibility at least</label> <output id="feature-least-shown">0 %</output>
+ <input type="range" id="feature-least" min="0" max="1" step="0.05" value="0"></span>
 </form>
 <p class="hint"><output id="feature-count" aria-live="polite"></output>
  <span>Keys: <kbd>j</kbd> <kbd>k</kbd> or arrows move, <kbd>/</kbd> searches, <kbd>Esc</kbd> clears.</span></p>

@@ -195,7 +195,7 @@ def _prefix_name(name: str) -> str:
     return "core alone" if name == "core" else f"to group {name}"
 
 
-def _spreads(rows: Sequence[dict[str, Any]]) -> Table:
+def _spreads(rows: Sequence[dict[str, Any]]) -> Table | Note:
     found = [
         {"arm": arm, "k": k, "measure": measure, "spread": spread}
         for measure in (*MAIN, *FURTHER)
@@ -212,6 +212,8 @@ def _spreads(rows: Sequence[dict[str, Any]]) -> Table:
         Column("Low and high are", lambda row: row["spread"].words()),
         Column("Chains", lambda row: row["spread"].chains, "count"),
     ]
+    if not found:
+        return Note("No chain has one of these measures.")
     return Table("table-spreads", "The numbers of the charts above: mean over seeds by arm and k.", columns, found)
 
 
