@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,29 +10,16 @@ from typing import Any
 
 import pytest
 import sweeps
-from playwright.sync_api import Browser, Page, sync_playwright
+from chromium import launched
+from playwright.sync_api import Browser, Page
 
 from dmsae_ray.track.page import write_page
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def chromium() -> str | None:
-    """The browser: $CHROMIUM, or what the system has."""
-    return os.environ.get("CHROMIUM") or next((path for path in map(shutil.which, NAMES) if path), None)
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    path = chromium()
-    if path is None:
-        pytest.skip("NOT RUN: no Chromium found; apt-get install chromium, or set CHROMIUM to its path")
-    with sync_playwright() as playwright:
-        # Tests may run as root in a container, with little shared memory and no GPU.
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        launched = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield launched
-        launched.close()
+    with launched() as browser:
+        yield browser
 
 
 @dataclass

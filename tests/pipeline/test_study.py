@@ -6,44 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import ARMS, results, run_command, study_config
 
 from dmsae_ray.distill.core import Core
-
-ARMS = """
-features: {tokens: 2048, contexts: 3, spread: 1, most: 12}
-cluster: {lockstep: 2}
-study:
-  arms:
-    random: {fields: {selection.by: random, selection.size: match}, seeds: [0], k: [8]}
-    transfer: {core: distilled, cycles: 1, seeds: [0], k: [8, 16]}
-    plain: {cycles: 1, seeds: [100], k: [8]}
-  expect:
-    - {claim: total L0 is k, value: evaluation.base.k8.l0, above: 7, below: 9}
-    - {claim: plain SAEs have a core, value: evaluation.plain.k8.core_in, above: 0.5}
-    - {claim: intervals need four seeds, value: consistency.base.seed.pw_mcc.low, above: 0}
-"""
-
-
-def study_config(small_sweep, folder, more: str = ARMS):
-    """The small sweep's configuration with arms, beside a copy of its output folder."""
-    output = folder / "out"
-    shutil.copytree(small_sweep.output, output, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "mlflow_home", "sweeps"))
-    (folder / "small.yaml").write_text((small_sweep.output.parent / "small.yaml").read_text() + more)
-    return output
-
-
-@pytest.fixture(scope="module")
-def study(small_sweep, tmp_path_factory):
-    output = study_config(small_sweep, tmp_path_factory.mktemp("study"))
-    run = run_command(output)
-    assert run.code == 0, run.out
-    return output, run
-
-
-def results(output):
-    (folder,) = (output / "sweeps").iterdir()
-    return folder
 
 
 def read(output, name):
