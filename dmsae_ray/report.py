@@ -8,13 +8,13 @@ from pathlib import Path
 
 from rich.console import Group
 
-from dmsae_ray.comparison import compare_across
 from dmsae_ray.config import Config, ReportCommand, load
 from dmsae_ray.distill.folder import Superseded
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight
 from dmsae_ray.results import has_core
 from dmsae_ray.screen import Screen
+from dmsae_ray.study.comparison import compare_across
 from dmsae_ray.study.other import OtherSweep
 from dmsae_ray.sweep import INTERRUPTED, Finished, Sweep, interrupt
 from dmsae_ray.track.terminal import across_tables, terminal_console, write_report

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Group
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.comparison import compare_chains
 from dmsae_ray.config import Config
-from dmsae_ray.consensus import write_consensus
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.files import write_json
+from dmsae_ray.study.comparison import compare_chains
+from dmsae_ray.study.consensus import write_consensus
 from dmsae_ray.study.describe import describe
 from dmsae_ray.study.evaluation import write_evaluation
 from dmsae_ray.study.expectations import judge

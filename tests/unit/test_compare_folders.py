@@ -13,15 +13,15 @@ import torch
 from shards import D, make_dataset
 from test_chain_plan import plans_of
 
-from dmsae_ray import comparison
-from dmsae_ray.comparison import compare_across, compare_chains, identity
 from dmsae_ray.config import CompareConfig
-from dmsae_ray.consensus import write_consensus
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.distill.select import next_core, save_scores
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.study import comparison
+from dmsae_ray.study.comparison import compare_across, compare_chains, identity
+from dmsae_ray.study.consensus import write_consensus
 
 WIDTH, CANDIDATES = 48, 12
 COMPARE = CompareConfig(draws=20)
