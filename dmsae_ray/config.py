@@ -1,14 +1,13 @@
 """The whole experiment as one typed tree.
 
 Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file
-(`--config`) with overrides from the command line (`--train.tokens 2_000_000`); an unknown key is an error.
+(`--config`) with overrides from the command line (`--train.tokens 2_000_000`), read by command.py; an unknown key is an error.
 Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and
 the like are those of the README's glossary; `[D]` marks a decision the literature leaves open.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -16,10 +15,8 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 CHAIN_FORMAT = 4
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
@@ -490,8 +487,8 @@ class Config(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
-        # No environment variables: what a run used must be visible in its file and its command line. The file is the commands' alone.
-        return (init_settings,) if settings_cls is Config else (init_settings, _YamlFile(settings_cls))
+        # No environment variables: what a run used must be visible in its file and its command line (command.py adds those).
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
@@ -657,105 +654,6 @@ def _dump_json(value: Any) -> str:
     if isinstance(value, BaseModel):
         return value.model_dump_json()
     return json.dumps(str(value) if isinstance(value, Path) else value)
-
-
-class _YamlFile(PydanticBaseSettingsSource):
-    """The file named by `--config`, as the source below the command line."""
-
-    path: Path | None = None
-
-    def get_field_value(self, field, field_name):  # required by the base class, unused: __call__ gives all at once
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return {} if self.path is None else read_yaml(self.path)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as a dict. Raises ValueError naming the file if it cannot be read."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from error
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: must hold a mapping of sections, not a {type(tree).__name__}")
-    return tree
-
-
-def default_config_path() -> Path:
-    """The quickstart that is shipped with the package."""
-    return Path(__file__).parent / "configs" / "quickstart.yaml"
-
-
-class SweepCommand(Config):
-    """python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree."""
-
-    config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment"""
-    status: CliImplicitFlag[bool] = False
-    """say what is done, running and failed, and stop"""
-    clean: CliImplicitFlag[bool] = False
-    """remove what no finished result needs, and stop (with --dry-run: only say what)"""
-    dry_run: CliImplicitFlag[bool] = False
-    """with --clean: remove nothing"""
-    verbose: CliImplicitFlag[bool] = False
-    """show everything Ray prints as well"""
-
-
-class ReportCommand(Config):
-    """python -m dmsae_ray.report: make all results of a sweep again from its chains' files, without training."""
-
-    config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment"""
-    fresh: CliImplicitFlag[bool] = False
-    """compute every pair and describe every feature anew, also where that was done for the same cores"""
-    numbers: CliImplicitFlag[bool] = False
-    """print every named number as well: what study.expect may refer to"""
-    against: Path | None = None
-    """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it"""
-    verbose: CliImplicitFlag[bool] = False
-    """show everything Ray prints as well"""
-
-
-class HarvestCommand(Config):
-    """python -m dmsae_ray.harvest: write the activation shards and stop."""
-
-    config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment"""
-    verify: CliImplicitFlag[bool] = False
-    """read every shard again, say what is bad, and stop"""
-    repair: CliImplicitFlag[bool] = False
-    """verify, delete what is bad, and make only that again"""
-    verbose: CliImplicitFlag[bool] = False
-    """show everything Ray prints as well"""
-
-
-def load(command: type[Config], argv: list[str]) -> Config:
-    """Configuration from `--config` and the command line.
-
-    Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, default=None)
-    path = first.parse_known_args(argv)[0].config or default_config_path()
-    _YamlFile.path = path
-    try:
-        return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
-    except ValidationError as error:
-        raise ValueError(explain(error, path)) from None
-    except SettingsError as error:
-        raise ValueError(f"command line: {error}") from None
-    finally:
-        _YamlFile.path = None
-
-
-def explain(error: ValidationError, path: Path) -> str:
-    """A validation error as a message a person can act on."""
-    return f"{path} (with the command line's overrides):\n  " + "\n  ".join(problem_lines(error))
 
 
 def problem_lines(error: ValidationError) -> list[str]:

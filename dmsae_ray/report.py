@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Group
 
-from dmsae_ray.config import Config, ReportCommand, load
+from dmsae_ray.command import ReportCommand, load
+from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import Superseded
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight

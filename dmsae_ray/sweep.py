@@ -20,7 +20,8 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.activations.store import NAME_AND_PASSWORD
 from dmsae_ray.cluster import Capacity, connect, disconnect
-from dmsae_ray.config import Config, SweepCommand, fields_key, load
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.evaluate import references_path
 from dmsae_ray.distill.folder import Lease, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains

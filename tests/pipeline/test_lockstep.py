@@ -6,7 +6,8 @@ import shutil
 import pytest
 from conftest import core_bytes, data_digests, run_command, sae_tensors
 
-from dmsae_ray.config import Config, SweepCommand, load
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import in_lockstep
 from dmsae_ray.housekeeping import planned
 
