@@ -234,4 +234,4 @@ def test_the_key_depends_on_all_that_decides_the_file():
 def test_a_spread_without_a_top_is_refused():
     with pytest.raises(ValueError, match="features: features.spread 8 leaves none of features.contexts 6"):
         load_config(SweepCommand, ["--features.spread", "8"])
-    assert load_config(SweepCommand, ["--features.spread", "0", "--features.most", "20"]).features == FeaturesConfig(spread=0, most=20)
+    assert load_config(SweepCommand, ["--features.spread", "0", "--features.most", "20"]).features == FeaturesConfig(tokens=24_576, contexts=6, spread=0, most=20)
