@@ -4,7 +4,8 @@
     evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
     evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
     consistency.<arm>.<differs>.<metric>                mean over pairs; `.low`, `.high`: its interval over seeds, where there is one
-    consistency.<arm>.<differs>.<null>.<metric>         what that metric would be by chance
+    consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
+    consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like, where an arm has one k only
     consensus.<name>, rediscovery.<arm>.<whose>.<metric>  features found in several chains, and in SAEs that never had a core
 """
 
@@ -60,7 +61,12 @@ def consistency_numbers(comparison: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, group in comparison["summary"]["groups"].items():
         found |= dict(_spreads(f"consistency.{name.replace('/', '.')}", group))
-    return found
+    of_one_k: dict[str, list[float]] = defaultdict(list)
+    for pair in comparison.get("pairs", ()):
+        if pair["k_a"] == pair["k_b"]:
+            for score in ("pw_mcc", "overlap", "activation"):
+                _take(of_one_k, f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}.{score}", pair[score])
+    return found | {name: sum(some) / len(some) for name, some in of_one_k.items()}
 
 
 def consensus_numbers(consensus: dict[str, Any]) -> dict[str, float]:

@@ -56,6 +56,18 @@ def test_numbers_of_groups_have_their_intervals_and_nulls_beside_them():
     assert numbers["rediscovery.plain.k16.consensus.found"] == 0.5 and numbers["rediscovery.plain.k16.matched.found"] == 0.1
 
 
+def test_pairs_of_one_k_have_a_mean_of_their_own():
+    pairs = [
+        {"group": "base/seed", "k_a": k_a, "k_b": k_b, "pw_mcc": value, "overlap": None, "activation": value / 2}
+        for k_a, k_b, value in ((16, 16, 0.4), (16, 16, 0.6), (32, 32, 0.1), (16, 32, 0.9))
+    ]
+    numbers = numbers_of([], {"summary": {"groups": {}}, "pairs": pairs}, None)
+    assert numbers == pytest.approx({
+        "consistency.base.seed.k16.pw_mcc": 0.5, "consistency.base.seed.k16.activation": 0.25,
+        "consistency.base.seed.k32.pw_mcc": 0.1, "consistency.base.seed.k32.activation": 0.05,
+    })  # fmt: skip
+
+
 def test_nothing_gives_no_number():
     assert numbers_of([], None, None) == {}
     assert numbers_of([], {"summary": {"groups": {}}}, {"seeds": [0], "core_size": 0, "groups": []}) == {
