@@ -53,6 +53,7 @@ def evaluated(sae, lm, batch, references):
 
 
 @pytest.mark.parametrize("core_size", [0, 1, 3])
+@torch.no_grad()
 def test_every_number_is_that_of_a_search_token_by_token(lm, batch, core_size):
     """One sequence at a time, its padding cut off, the whole model run for each prefix, sums in a plain loop."""
     (ids, lengths), sae = batch, random_sae(lm, core_size)
@@ -72,7 +73,7 @@ def test_every_number_is_that_of_a_search_token_by_token(lm, batch, core_size):
                 z = sae.encode(x)[: prefix.latents]
                 x_hat = z @ sae.W_dec[: prefix.latents] + sae.b_dec
                 value[0, t] = x_hat * SCALE
-                found[prefix.name][0] += float((x - x_hat).detach().double().square().sum())
+                found[prefix.name][0] += float((x - x_hat).double().square().sum())
             spliced = F.log_softmax(lm.logits(cut, value)[0].float(), dim=-1)
             for t in keep:
                 found[prefix.name][1] -= float(spliced[t - 1, one[0, t]])
