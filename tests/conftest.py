@@ -175,6 +175,35 @@ def same_results(output: Path, undisturbed: Path, cycles: int) -> None:
         assert found.items() <= what(undisturbed).items(), what.__name__
 
 
+def digest_of_rows(output: Path, cycle: int, steps: int, batch: int, lanes: int, data_seed: int = 0) -> str:
+    """What `data_digest` must be if exactly rows 0 .. steps * batch - 1 of the cycle's order were trained on, each once.
+
+    The shards of the only dataset are read here without the stream, one row group of 512 rows at a time.
+    """
+    import pyarrow.parquet as pq
+    import xxhash
+
+    from dmsae_ray.activations.order import Order
+
+    (folder,) = (output / "data").glob("*")
+    groups = [
+        (path, group) for path in sorted(folder.glob("shards/train-*.parquet"))
+        for group in range(pq.ParquetFile(path).num_row_groups) if pq.ParquetFile(path).metadata.row_group(group).num_rows == 512
+    ]  # fmt: skip
+    order = Order(n_units=len(groups), unit_rows=512, batch=batch, lanes=lanes, data_seed=data_seed, cycle=cycle)
+    n, total, taken = batch // lanes, 0, set()
+    for step in range(steps):
+        round_, row = order.position(step)
+        for lane, unit in enumerate(order.units(round_)):
+            path, group = groups[unit]
+            rows = pq.ParquetFile(path).read_row_group(group).column(0).to_pylist()
+            wanted = order.rows(round_, unit)[row : row + n].tolist()
+            taken.update((unit, place) for place in wanted)
+            total += xxhash.xxh3_64_intdigest(b"".join(rows[place] for place in wanted), seed=step * lanes + lane)
+    assert len(taken) == steps * batch
+    return f"{total % 2**64:016x}"
+
+
 def data_digests(output: Path) -> dict[str, str]:
     """Which rows each cycle of each chain was trained on, by its place."""
     records = sorted((output / "chains").glob("*/cycle_*/record.json"))

@@ -123,8 +123,6 @@ class Worker:
         since = time.monotonic()
         for step, x_BD in enumerate(batches, start):
             waited = time.monotonic() - since
-            if any(chain.training.first == step for chain in members):
-                self.count_rows(batches, [chain for chain in members if chain.training.first < step])
             for chain in [chain for chain in members if chain.training.first <= step]:
                 with self.failing(chain):
                     try:
@@ -134,9 +132,12 @@ class Worker:
             members = [chain for chain in members if chain in self.chains]
             if not members:
                 return
-            if (step + 1) % checkpoint_steps == 0 or step + 1 == steps:
-                taking = [chain for chain in members if chain.training.first <= step]
+            taking = [chain for chain in members if chain.training.first <= step]
+            due = (step + 1) % checkpoint_steps == 0 or step + 1 == steps
+            # Rows are counted for those that trained on them, so before another member takes its first batch.
+            if due or any(chain.training.first == step + 1 for chain in members):
                 self.count_rows(batches, taking)
+            if due:
                 for chain in taking:
                     chain.training.checkpoint(step + 1)
             since = time.monotonic()

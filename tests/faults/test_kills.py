@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
-import xxhash
+from conftest import digest_of_rows
 from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
 
 TRAINER = "ray::RayTrainWorker"
@@ -117,29 +116,6 @@ def left_behind(output: Path) -> list[str]:
     return sorted(str(path.relative_to(output)) for part in ("chains", "ray") for path in (output / part).rglob("*") if path.is_file())
 
 
-def digest_of_rows(output: Path, cycle: int) -> str:
-    """What `data_digest` must be if exactly rows 0 .. STEPS * BATCH - 1 of the cycle's order were trained on, each once.
-
-    The shards are read here without the stream, one row group at a time.
-    """
-    from dmsae_ray.activations.order import Order
-
-    (folder,) = (output / "data").glob("*")
-    groups = [(path, group) for path in sorted(folder.glob("shards/train-*.parquet")) for group in range(4)]
-    order = Order(n_units=len(groups), unit_rows=512, batch=BATCH, lanes=LANES, data_seed=0, cycle=cycle)
-    n, total, taken = BATCH // LANES, 0, set()
-    for step in range(STEPS):
-        round_, row = divmod(step * n, 512)
-        for lane, unit in enumerate(order.units(round_)):
-            path, group = groups[unit]
-            rows = pq.ParquetFile(path).read_row_group(group).column(0).to_pylist()
-            wanted = order.rows(round_, unit)[row : row + n].tolist()
-            taken.update((unit, place) for place in wanted)
-            total += xxhash.xxh3_64_intdigest(b"".join(rows[place] for place in wanted), seed=step * LANES + lane)
-    assert len(taken) == STEPS * BATCH
-    return f"{total % 2**64:016x}"
-
-
 def moments(seed: int, n: int) -> list[tuple[int, str, float, str]]:
     """(cycle, phase, place in it, victim), in the order in which a chain comes to them."""
     draw = np.random.default_rng(seed)
@@ -194,7 +170,7 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         assert record(cycle)["resumes"] == expected[number] and record(there)["resumes"] == []
         assert results(cycle) == results(there)
         assert curve(cycle) == curve(there)
-        assert record(cycle)["data_digest"] == digest_of_rows(output, number)
+        assert record(cycle)["data_digest"] == digest_of_rows(output, number, STEPS, BATCH, LANES)
     assert sum(map(len, expected.values())) >= 2
     assert left_behind(output) == left_behind(undisturbed)
 
@@ -228,7 +204,7 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
     there, here = record(undisturbed / cycle.relative_to(output)), record(cycle)
     assert here["resumes"] == [*expected, {"step": struck.checkpoint, "generation": 2, "workers": after}] and here["workers"] == after
     # Exactly the next row, whoever takes it.
-    assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0)
+    assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0, STEPS, BATCH, LANES)
     # The same global batches and the same global gate; only the order of sums differs.
     for name in ("fvu", "l0", "theta", "loss_recovered_zero"):
         assert here[name] == pytest.approx(there[name], rel=0.02), name
