@@ -51,17 +51,20 @@ def test_kept_pairs_are_those_of_one_process(alone, ranks, parallel):
 @pytest.mark.parametrize("parallel", MODES)
 def test_parameters_and_reports_are_those_of_one_process(alone, ranks, parallel):
     for case in cases_of(len(ranks)):
-        check(case, alone[case, "ddp"], [rank[case, parallel] for rank in ranks])
+        check(case, parallel, alone[case, "ddp"], [rank[case, parallel] for rank in ranks])
 
 
-def check(case, one, found):
+def check(case, parallel, one, found):
+    # A first guess from a part of the latents is another one than from all, and decides how much is screened, not what is found.
+    left_out = {"candidates", "retries"} if parallel == "latent" else set()
     for rank in found:
         assert_state(rank["state"], one["state"])
         for name, tensor in rank["state"]["sae"].items():
             assert torch.equal(tensor, found[0]["state"]["sae"][name]), "ranks hold the same bits"
             assert torch.equal(rank["whole"][name], tensor)
         for theirs, expected in zip(rank["reports"], one["reports"], strict=True):
-            assert theirs == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            for name in expected.keys() - left_out:
+                assert theirs[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
     if case != "counted":
         assert any(report["loss_aux"] > 0 for report in one["reports"]), "dead latents come and go"
 

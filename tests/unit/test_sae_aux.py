@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_sae_gate import on_ranks
+from thread_ranks import on_ranks
 
 from dmsae_ray.sae.aux import find_dead, keep_top_of_ranks
 from dmsae_ray.sae.pairs import TorchPairs

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_sae_gate import on_ranks
+from thread_ranks import on_ranks
 
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
