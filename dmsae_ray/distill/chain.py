@@ -77,7 +77,8 @@ class Progress:
     """of all rows trained on, see stream.Batches"""
     curve: list[dict] = field(default_factory=list)
     resumes: list[dict] = field(default_factory=list)
-    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers"""
+    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers and
+    what they share"""
 
 
 class ChainWorker:
@@ -153,7 +154,8 @@ class ChainWorker:
         """The cycle's SAE with its threshold set; goes on from the checkpoint if there is one."""
         plan, train = self.plan, self.plan.config.train
         sae = MatryoshkaSAE.init(self.settings, None if core is None else core.W_enc_CD, plan.init_seed(self.cycle)).to(self.device)
-        trainer = Trainer(sae, self.settings, self.comm, self._parallel(sae))
+        trainer = Trainer(sae, self.settings, self.comm, self._averaging(sae))
+        del sae  # the trainer may hold only a part of it
         order = plan.order(self.dataset, self.cycle)
         so_far = Progress()
         if folder.checkpoint.exists():
@@ -162,7 +164,9 @@ class ChainWorker:
             so_far = Progress(**json.loads(state["progress"]))
         first = order.step_at(*so_far.position)
         if first:
-            so_far.resumes.append({"step": first, "generation": plan.lease.generation, "workers": self.world})
+            so_far.resumes.append(
+                {"step": first, "generation": plan.lease.generation, "workers": self.world, "parallel": train.parallel}
+            )
         if self.rank == 0:
             plan.lease.check()
             folder.curve.write_text("".join(json.dumps(point) + "\n" for point in so_far.curve))
@@ -190,21 +194,22 @@ class ChainWorker:
             wait_from = time.monotonic()
         elapsed = time.monotonic() - began
         self.say(phase="calibrate", within=0.86)
+        sae = trainer.whole()
         rows_ND = self.dataset.calibration_rows()
         sae.theta.fill_(calibrate(sae, lambda: self._calibration_chunks(rows_ND), self.plan.k, self.settings))
         done = (plan.steps - first) * train.batch
         return sae, {
             "steps": plan.steps, "tokens": plan.steps * train.batch, "resumes": so_far.resumes, "workers": self.world,
-            "data_digest": f"{so_far.digest:016x}", "rows_dropped": train.tokens - plan.steps * train.batch,
+            "parallel": train.parallel, "micro_batch": train.micro_batch, "data_digest": f"{so_far.digest:016x}", "rows_dropped": train.tokens - plan.steps * train.batch,
             "tokens_per_s": round(done / elapsed, 1) if done else None,
             "data_wait_share": round(waited / elapsed, 4) if done else None,
             "first_batch_s": round(first_batch_s, 3) if done else None,
             "theta_training": float(trainer.threshold),
         }  # fmt: skip
 
-    def _parallel(self, sae: MatryoshkaSAE) -> torch.nn.Module | None:
-        """The loss wrapped in DistributedDataParallel, where there is more than one worker."""
-        if self.world == 1:
+    def _averaging(self, sae: MatryoshkaSAE) -> torch.nn.Module | None:
+        """The loss wrapped in DistributedDataParallel, where several workers average their gradients."""
+        if self.world == 1 or self.settings.parallel != "ddp":
             return None
         # Buffers (the frozen core rows) are equal on all ranks by construction.
         return ray.train.torch.prepare_model(
@@ -240,14 +245,15 @@ class ChainWorker:
         so_far.digest = (so_far.digest + (high << 32) + low) & MASK
         batches.digest = 0
         so_far.position = order.position(step)
+        state = trainer.state_dict()
         if self.rank == 0:
             self.plan.lease.check()
             with replacing(folder.checkpoint) as temporary:
-                torch.save({"trainer": trainer.state_dict(), "progress": json.dumps(asdict(so_far))}, temporary)
+                torch.save({"trainer": state, "progress": json.dumps(asdict(so_far))}, temporary)
 
     def _load_checkpoint(self, folder: CycleFolder) -> dict:
         try:
-            return torch.load(folder.checkpoint, map_location=self.device, weights_only=True, mmap=True)
+            return torch.load(folder.checkpoint, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
 
