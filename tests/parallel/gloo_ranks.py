@@ -8,8 +8,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from dmsae_ray.sae import gate as gate_module
 from dmsae_ray.sae import loss as loss_module
 from dmsae_ray.sae.collective import Alone, TorchCollective
 from dmsae_ray.sae.gate import Kept, gate, select
@@ -18,6 +20,7 @@ from dmsae_ray.sae.pairs import NativePairs, Pairs, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step import Diverged, Trainer
+from dmsae_ray.sae.traffic import Counting, StepFacts, bytes_per_step, reduced
 
 BATCH, WIDTH = 24, 18
 MODES = ("ddp", "gather", "latent")
@@ -151,6 +154,43 @@ def run(comm, masks=None):
     return found
 
 
+def traffic(comm):
+    """Of every step of every mode: bytes that this rank sent, bytes by the formula, dead latents, and whether the screen left pairs to spare."""
+    found, rows = {}, rows_of(comm.rank, comm.world)
+    for parallel in MODES:
+        # A screen that is not exact, so that it leaves pairs that are not kept.
+        counting, settings = Counting(comm), dataclasses.replace(settings_of("batchtopk", parallel), screen="bf16")
+        trainer = new_trainer(settings, counting, torch.float32)
+        if parallel == "ddp":  # the one thing that is not sent through the collective
+
+            def hook(state, bucket):
+                counting.sent += reduced(bucket.buffer().nbytes, comm.world)
+                return allreduce_hook(None, bucket)
+
+            trainer.model.register_comm_hook(None, hook)
+        recorder, steps = Recorder(), []
+        with (
+            mock.patch.object(loss_module, "gate", recorder),
+            mock.patch.object(gate_module, "kth_largest", wraps=gate_module.kth_largest) as searches,
+            mock.patch.object(trainer, "_commit", wraps=trainer._commit) as commit,
+        ):
+            for x_BD in batches(14, torch.float32):
+                before = counting.sent
+                searches.reset_mock()
+                trainer.step(x_BD[rows], rows)
+                outcome = commit.call_args.args[0]
+                here = torch.tensor([int(recorder.masks[-1].sum()), int(outcome.dead_F.sum())])
+                pairs, dead = torch.stack(comm.all_gather(here)).unbind(dim=1)
+                together = int(dead.sum()) if parallel == "latent" else int(dead[0])
+                sent, spare = counting.sent - before, searches.call_count == 2
+                facts = StepFacts(int(pairs.max()), together, int(dead.max()), outcome.retries, spare)
+                n_trained, n_groups = sum(p.numel() for p in trainer.whole().parameters()), len(trainer.sae.group_ends)
+                formula = sum(bytes_per_step(settings, comm.world, n_trained, n_groups, facts).values())
+                steps.append((sent, formula, together, spare))
+        found[parallel] = steps
+    return found
+
+
 def hand_over(comm, folder):
     """This number of ranks' leg of every handover: from where the last leg ended, LEG steps on."""
     leg = {2: 0, 4: 1, 1: 2}[comm.world]
@@ -185,7 +225,7 @@ def rank_main(rank, folder):
         meeting = f"file://{folder}/meeting{world}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
         comm = TorchCollective()
-        found = run(comm, masks)
+        found = run(comm, masks) | {"traffic": traffic(comm)}
         hand_over(comm, folder)
         torch.save(found, f"{folder}/rank{rank}of{world}.pt")
         dist.destroy_process_group()

@@ -115,5 +115,15 @@ def test_a_run_handed_over_between_modes_and_numbers_of_ranks_is_the_undisturbed
         assert_state(state, expected)
 
 
+@pytest.mark.parametrize("parallel", MODES)
+def test_bytes_sent_are_those_of_the_formula(ranks, parallel):
+    for rank in ranks:
+        steps = rank["traffic"][parallel][1:]  # the first step looks for b_dec's start, too
+        assert len(steps) == 13 and all(sent == formula > 0 for sent, formula, _, _ in steps), steps
+        dead = [dead for _, _, dead, _ in steps]
+        assert any(spare for *_, spare in steps)
+        assert min(dead) == 0 and max(dead) > 2, "with and without AuxK, and with more dead latents than it uses per token"
+
+
 def test_two_processes_do_every_case():
     assert set(cases_of(2)) == set(CASES)
