@@ -11,6 +11,8 @@ Shapes: F latents of the whole SAE, N of one rank, D = d.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -32,10 +34,10 @@ class Shard:
         parts = [_part(start, stop, world, rank) for start, stop in blocks]
         self.rank = rank
         self.ids_of_ranks = [
-            torch.cat([torch.arange(*_part(start, stop, world, other)) for start, stop in blocks]) for other in range(world)
+            torch.cat([torch.arange(*_part(*block, world, other), device="cpu") for block in blocks]) for other in range(world)
         ]
         """latents of every rank, ascending"""
-        ends = torch.tensor([stop - start for start, stop in parts]).cumsum(0).tolist()
+        ends = list(accumulate(stop - start for start, stop in parts))
         self.core_size, self.group_ends = ends[0], ends[1:]
         self.n_frozen_of_all, self.group_ends_of_all = sae.n_frozen, sae.group_ends
         self.shapes = {name: tensor.shape for name, tensor in sae.state_dict().items()}
