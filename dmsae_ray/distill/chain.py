@@ -200,7 +200,8 @@ class ChainWorker:
         done = (plan.steps - first) * train.batch
         return sae, {
             "steps": plan.steps, "tokens": plan.steps * train.batch, "resumes": so_far.resumes, "workers": self.world,
-            "parallel": train.parallel, "micro_batch": train.micro_batch, "data_digest": f"{so_far.digest:016x}", "rows_dropped": train.tokens - plan.steps * train.batch,
+            "parallel": train.parallel, "micro_batch": train.micro_batch,
+            "data_digest": f"{so_far.digest:016x}", "rows_dropped": train.tokens - plan.steps * train.batch,
             "tokens_per_s": round(done / elapsed, 1) if done else None,
             "data_wait_share": round(waited / elapsed, 4) if done else None,
             "first_batch_s": round(first_batch_s, 3) if done else None,
@@ -211,9 +212,10 @@ class ChainWorker:
         """The loss wrapped in DistributedDataParallel, where several workers average their gradients."""
         if self.world == 1 or self.settings.parallel != "ddp":
             return None
-        # Buffers (the frozen core rows) are equal on all ranks by construction.
+        # Buffers (the frozen core rows) are equal on all ranks by construction. The gradient lies in the bucket, not in a copy of it.
         return ray.train.torch.prepare_model(
-            LossModule(sae, self.settings, self.comm), parallel_strategy_kwargs={"forward_sync_buffers": False}
+            LossModule(sae, self.settings, self.comm),
+            parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True},
         )
 
     def _calibration_chunks(self, rows_ND: torch.Tensor):

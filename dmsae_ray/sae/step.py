@@ -224,7 +224,10 @@ class Trainer:
         )
 
     def whole(self) -> MatryoshkaSAE:
-        """The SAE with all latents, on every rank: the one in training, or put together from all ranks' parts. All ranks call it together."""
+        """The SAE with all latents, on every rank: the one in training, or put together from all ranks' parts.
+
+        All ranks call it together.
+        """
         if self._shard is None:
             return self.sae
         sae = MatryoshkaSAE(

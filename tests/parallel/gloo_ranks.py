@@ -106,7 +106,9 @@ def new_trainer(settings, comm, dtype, seed=2):
     sae = MatryoshkaSAE.init(settings, core.to(dtype), seed, dtype=dtype)
     model = None
     if comm.world > 1 and settings.parallel == "ddp":
-        model = DistributedDataParallel(LossModule(sae, settings, comm), forward_sync_buffers=settings.kernels == "torch")
+        model = DistributedDataParallel(
+            LossModule(sae, settings, comm), forward_sync_buffers=settings.kernels == "torch", gradient_as_bucket_view=True
+        )
     return Trainer(sae, settings, comm, model)
 
 
@@ -155,7 +157,7 @@ def run(comm, masks=None):
 
 
 def traffic(comm):
-    """Of every step of every mode: bytes that this rank sent, bytes by the formula, dead latents, and whether the screen left pairs to spare."""
+    """Of every step of every mode: bytes sent, bytes by the formula, dead latents, and whether the screen left pairs to spare."""
     found, rows = {}, rows_of(comm.rank, comm.world)
     for parallel in MODES:
         # A screen that is not exact, so that it leaves pairs that are not kept.

@@ -258,7 +258,8 @@ def test_two_workers_train_and_attribute_together(cluster, small_sweep, tmp_path
     cycle = small_sweep.chains()["seed0-k8"] / "cycle_00"
     alone = json.loads((cycle / "record.json").read_text())
     if train["parallel"] == "gather":  # to the last bit
-        found, expected = (MatryoshkaSAE.load(path)[0].state_dict() for path in (plan.folder.cycle(0).sae, cycle / "sae.safetensors"))
+        found = MatryoshkaSAE.load(plan.folder.cycle(0).sae)[0].state_dict()
+        expected = MatryoshkaSAE.load(cycle / "sae.safetensors")[0].state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # The same global batches and the same global gate; only the order of sums differs.
     assert records[0]["data_digest"] == alone["data_digest"]
