@@ -170,7 +170,7 @@ class LossModule(nn.Module):
         residual_BD = None if len(starts) == 1 else torch.empty_like(x_BD)
         fired_F = torch.zeros(sae.width, dtype=torch.bool, device=x_BD.device)
         loss_rec = torch.zeros((), dtype=torch.float64, device=x_BD.device)
-        pair_starts = None if len(starts) == 1 else [*pairs.start_B1[::piece].tolist()][: len(starts)] + [len(pairs.latent_N)]
+        pair_starts = None if len(starts) == 1 else pairs.start_B1[[*starts, n_rows]].tolist()
         for index, start in enumerate(starts):
             x_RD, centred_RD, some = x_BD[start : start + piece], centred_BD[start : start + piece], pairs
             if pair_starts is not None:

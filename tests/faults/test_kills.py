@@ -202,8 +202,8 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
     again.finish()
     (cycle,) = cycles(output)
     there, here = record(undisturbed / cycle.relative_to(output)), record(cycle)
-    again = {"step": struck.checkpoint, "generation": 2, "workers": after, "parallel": "ddp"}
-    assert here["resumes"] == [*expected, again] and here["workers"] == after
+    resumed = {"step": struck.checkpoint, "generation": 2, "workers": after, "parallel": "ddp"}
+    assert here["resumes"] == [*expected, resumed] and here["workers"] == after
     # Exactly the next row, whoever takes it.
     assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0, STEPS, BATCH, LANES)
     # The same global batches and the same global gate; only the order of sums differs.
