@@ -182,11 +182,10 @@ def report(
     """All tables with their notes. comparison, consensus: what their files hold; None: not made yet."""
     parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
     if comparison is not None:
-        groups = comparison["summary"]["groups"]
         if len(comparison["pairs"]) <= MANY_PAIRS:
             parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
         else:
-            parts += [groups_table(groups), Text(GROUPS_NOTE, style="dim"), pairs_note(comparison)]
+            parts += [groups_table(comparison["summary"]["groups"]), Text(GROUPS_NOTE, style="dim"), pairs_note(comparison)]
     if consensus is not None and consensus["groups"]:
         parts += [Text(""), consensus_text(consensus)]
     if expectations:

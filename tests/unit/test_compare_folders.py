@@ -108,8 +108,9 @@ def test_what_was_compared_is_not_compared_again(tmp_path, dataset, monkeypatch)
     three = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
     more, said = run([replace(plan, arm="plain") for plan in three], dataset, tmp_path / "next")
     assert said == ["compare: 2 pairs of cores, 20 draws of each null, 1 more are known"]
-    changed = {"arm_a", "arm_b", "group"}
+    changed = {"a", "b", "arm_a", "arm_b", "group"}
     assert {**first["pairs"][0], **dict.fromkeys(changed, 0)} == {**more["pairs"][0], **dict.fromkeys(changed, 0)}
+    assert (more["pairs"][0]["a"], more["pairs"][0]["b"]) == (three[0].label + "-plain", three[1].label + "-plain")
     assert more["pairs"][0]["group"] == "plain/seed" and more["seconds_per_pair"] > 0
     # All known: rows and SAEs are not read.
     monkeypatch.setattr(type(dataset), "calibration_rows", None)
