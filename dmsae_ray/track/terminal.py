@@ -212,19 +212,23 @@ def across_tables(names: tuple[str, str], comparison: dict[str, Any], ours: dict
 
 def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
     """What `python -m dmsae_ray.evaluate` measured, a line per SAE: the whole one, then its prefixes. rows: evaluation-<tokens>.json."""
-    whole = _table("SAEs on held-out text", ["chain", "cycle"], ["tokens", "core", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"])
+    whole = _table(
+        "SAEs on held-out text",
+        ["chain", "cycle"],
+        ["tokens", "core size", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"],
+    )
     prefixes = _table("Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec.", "KL"])
     for row in rows:
+        core_size = next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)
         whole.add_row(
-            row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)), number(row["l0"], 1), number(row["core_l0"], 1),
-            number(row["fvu"], 3), number(row["loss_recovered_zero"], 3), number(row["kl"], 3), number(row["core_explained"]),
-            number(row["dead_share"], 3),
+            row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(core_size),
+            number(row["l0"], 1), number(row["core_l0"], 1), number(row["fvu"], 3), number(row["loss_recovered_zero"], 3), number(row["kl"], 3), number(row["core_explained"]), number(row["dead_share"], 3),
         )  # fmt: skip
-        prefixes.add_row(
-            row["label"], str(row["cycle"]),
-            # Without the zero before the point six prefixes of three measures fit on a line.
-            *(">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_zero", "kl")),
-        )  # fmt: skip
+        # Without the zero before the point six prefixes of three measures fit on a line.
+        cells = (
+            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_zero", "kl")
+        )
+        prefixes.add_row(row["label"], str(row["cycle"]), *cells)
     return Group(whole, Text(EVALUATION_NOTE, style="dim"), Text(""), prefixes)
 
 

@@ -36,7 +36,9 @@ def folders(output):
 
 
 def files(output):
-    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
+    """When each was written, but for what every command leaves: its log and its lock."""
+    found = [path for path in output.rglob("*") if path.is_file() and "logs" not in path.parts and path.name != "driver.lock"]
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in found}
 
 
 def test_on_the_same_tokens_it_finds_what_the_chain_found(output):
@@ -51,7 +53,8 @@ def test_on_the_same_tokens_it_finds_what_the_chain_found(output):
             assert (found["label"], found["cycle"], found["chain"]) == (label, cycle, folder.name)
             prefixes = [entry["name"] for entry in found["prefixes"]]
             assert prefixes == ["core"] * bool(cycle) + ["0", "1", "2", "3", "4"] and found["prefixes"][-1]["kl"] == found["kl"]
-            measured = {name: value for name, value in record.items() if name in found and isinstance(value, float) and name != "finished_at"}
+            floats = [name for name, value in record.items() if isinstance(value, float) and name != "finished_at"]
+            measured = {name: record[name] for name in floats if name in found}
             assert {"fvu", "kl", "l0", "loss_spliced", "loss_recovered_mean", "dead_share"} < measured.keys()
             assert {name: found[name] for name in measured} == pytest.approx(measured, rel=1e-5)
             for one, other in zip(found["prefixes"], record["prefixes"], strict=True):
@@ -66,7 +69,7 @@ def test_other_tokens_have_files_of_their_own_and_are_measured_once(output, capf
     assert evaluate(output, *argv) == 0
     out, folder = capfd.readouterr().out, folders(output)["seed0-k8"]
     (made,) = output.glob("chains/*/cycle_*/evaluation-1000.json")
-    assert made == folder / "cycle_01/evaluation-1000.json", "the last cycle of the chain that was named, though it was trained with other fields"
+    assert made == folder / "cycle_01/evaluation-1000.json", "the last cycle of the chain named, though that was trained with other fields"
     found, (references,) = read(made), output.glob("data/*/references-1000-4.json")
     assert 1000 <= found["evaluation_tokens"] == read(references)["tokens"] < 1000 + 128
     assert found["loss_clean"] == read(references)["clean"] and found["fvu"] != read(folder / "cycle_01/record.json")["fvu"]
