@@ -169,6 +169,10 @@ class SAEConfig(Section):
         return value
 
 
+ORDER_OF_SUMS = {"parallel", "micro_batch"}
+"""Fields of `train` that, like the number of workers, change the order of sums and nothing else."""
+
+
 class TrainConfig(Section):
     """One cycle's training."""
 
@@ -204,6 +208,10 @@ class TrainConfig(Section):
     """precision of the product that finds a batch's candidates, exact values decide among them; `auto`: the faster one. Never changes a result"""
     kernels: Literal["auto", "compiled", "torch"] = "auto"
     """sparse operations of a step: `compiled` C kernels (CPU), plain `torch`, or `auto`, compiled where there is a C compiler; differ in the order of sums"""
+    parallel: Literal["ddp", "gather", "latent"] = "ddp"
+    """what the workers of a chain share: `ddp`, each computes its rows' gradient and they are summed; `gather`, rows and kept pairs are exchanged and each computes the whole gradient; `latent`, each holds and trains a part of the latents; differ in the order of sums"""
+    micro_batch: int | None = Field(None, ge=1)
+    """most rows whose prefix errors, a step's largest intermediate, a worker holds at a time; empty: all; the gate is over the whole batch all the same; changes the order of sums"""
     checkpoint_steps: int = Field(100, ge=1)
     """steps between checkpoints inside a cycle"""
     log_steps: int = Field(10, ge=1)
@@ -431,7 +439,7 @@ class ClusterConfig(Section):
     address: str | None = None
     """Ray cluster to join; `local`: start one; empty: RAY_ADDRESS, else the one `ray start` made on this machine, else a new one"""
     workers: int = Field(1, ge=1)
-    """data-parallel training workers of a chain; a stopped chain may go on with another number"""
+    """training workers of a chain (see train.parallel); a stopped chain may go on with another number"""
     cpus_per_worker: float = Field(0.5, gt=0)
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
@@ -621,14 +629,15 @@ class Config(BaseSettings):
     def chain_fields(self, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
         """What decides a chain's cores; its hash names the chain's folder.
 
-        The number of cycles is left out on purpose: a longer chain continues a shorter one. So is the number of workers, which
-        changes the order of sums alone: a stopped chain goes on with another number, and its record says with which.
+        The number of cycles is left out on purpose: a longer chain continues a shorter one. So are the number of workers, what they
+        share (train.parallel) and train.micro_batch, which change the order of sums alone: a stopped chain goes on with others, and
+        its record says with which.
         """
         part = {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
         return {
             "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "part": part, "k": k,
             "sae": self.sae.model_dump(mode="json", exclude={"core"}),
-            "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
+            "train": self.train.model_dump(mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
             "selection": self.selection.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),

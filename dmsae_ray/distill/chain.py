@@ -156,7 +156,7 @@ class Worker:
         starts = {}
         for chain in [chain for chain in self.chains if chain.cycle <= cycle < chain.plan.cycles]:
             with self.failing(chain):
-                starts[chain] = first_step(chain.plan, cycle, self.dataset, self.device)
+                starts[chain] = first_step(chain.plan, cycle, self.dataset)
         if starts:
             plan = next(iter(starts)).plan
             self._opened = self.stream.open(plan.order(self.dataset, cycle), min(starts.values()), plan.steps)
@@ -263,7 +263,7 @@ class Chain:
 
     def finish(self, together: int, opens_next: bool) -> None:
         """Set the threshold, evaluate, attribute, and choose the next core. opens_next: reading for the next cycle starts here."""
-        folder, sae = self.plan.folder.cycle(self.cycle), self.training.sae
+        folder, sae = self.plan.folder.cycle(self.cycle), self.training.trainer.whole()
         self.calibrate(sae)
         after_training = time.monotonic()
         metrics, density_F, removal_P = self.evaluate(folder, sae)

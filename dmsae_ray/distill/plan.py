@@ -183,7 +183,8 @@ class ChainPlan:
             d=d, width=sae.width, k=self.k, batch=train.batch, prefix_fractions=sae.prefix_fractions, core_gate=sae.core_gate,
             core_budget=sae.core_budget, core_transfer=sae.core_transfer, core_decoder_init=sae.core_decoder_init,
             auxk_alpha=sae.auxk_alpha, auxk_k=sae.auxk_k, lr=train.lr, beta1=train.betas[0], beta2=train.betas[1],
-            eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels, **lengths,
+            eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels,
+            parallel=train.parallel, micro_batch=train.micro_batch, **lengths,
         )  # fmt: skip
 
     def attribution_settings(self, manifest: Manifest) -> AttributionSettings:

@@ -21,6 +21,7 @@ from dmsae_ray.files import replacing
 from dmsae_ray.sae.collective import Collective
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step import StepReport, Trainer
 
 
@@ -34,7 +35,8 @@ class Progress:
     """of all rows trained on, see stream.Batches"""
     curve: list[dict] = field(default_factory=list)
     resumes: list[dict] = field(default_factory=list)
-    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers"""
+    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers and
+    what they share"""
 
 
 class Training:
@@ -44,18 +46,20 @@ class Training:
         """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
         self.plan, self.comm, self.device, self.folder = plan, comm, device, plan.folder.cycle(cycle)
         settings = plan.sae_settings(dataset.manifest.d)
-        self.sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(device)
-        self.trainer = Trainer(self.sae, settings, comm, _parallel(self.sae, settings, comm))
+        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(device)
+        self.trainer = Trainer(sae, settings, comm, _averaging(sae, settings, comm))  # which may hold only a part of it
         self.order = plan.order(dataset, cycle)
         self.so_far = Progress()
         if self.folder.checkpoint.exists():
-            state = load_checkpoint(self.folder, device)
+            state = load_checkpoint(self.folder)
             self.trainer.load_state_dict(state["trainer"])
             self.so_far = Progress(**json.loads(state["progress"]))
         self.first = self.order.step_at(*self.so_far.position)
         """the first step still to be done"""
         if self.first:
-            self.so_far.resumes.append({"step": self.first, "generation": plan.lease.generation, "workers": comm.world})
+            self.so_far.resumes.append(
+                {"step": self.first, "generation": plan.lease.generation, "workers": comm.world, "parallel": plan.config.train.parallel}
+            )
         if comm.rank == 0:
             plan.lease.check()
             self.folder.curve.write_text("".join(json.dumps(point) + "\n" for point in self.so_far.curve))
@@ -98,17 +102,19 @@ class Training:
     def checkpoint(self, step: int) -> None:
         """Everything a bit-identical continuation needs, on any number of workers. All ranks call it together, digests counted."""
         self.so_far.position = self.order.position(step)
+        state = self.trainer.state_dict()
         if self.comm.rank == 0:
             self.plan.lease.check()
             with replacing(self.folder.checkpoint) as temporary:
-                torch.save({"trainer": self.trainer.state_dict(), "progress": json.dumps(asdict(self.so_far))}, temporary)
+                torch.save({"trainer": state, "progress": json.dumps(asdict(self.so_far))}, temporary)
 
     def record(self, together: int) -> dict:
         """What the completion record says of training. together: chains that shared the stream."""
         plan, done = self.plan, self.trainer.steps_done - self.first
         return {
             "steps": plan.steps, "tokens": plan.steps * plan.config.train.batch, "resumes": self.so_far.resumes,
-            "workers": self.comm.world, "lockstep": together,
+            "workers": self.comm.world, "parallel": plan.config.train.parallel, "micro_batch": plan.config.train.micro_batch,
+            "lockstep": together,
             "data_digest": f"{self.so_far.digest:016x}", "rows_dropped": plan.config.train.tokens - plan.steps * plan.config.train.batch,
             "tokens_per_s": round(self.tokens_per_s, 1) if done else None,
             "data_wait_share": round(self.waited / (self.ended - self.began), 4) if done else None,
@@ -117,29 +123,29 @@ class Training:
         }  # fmt: skip
 
 
-def first_step(plan: ChainPlan, cycle: int, dataset: ActivationDataset, device: torch.device) -> int:
+def first_step(plan: ChainPlan, cycle: int, dataset: ActivationDataset) -> int:
     """Where a cycle's training will go on."""
     folder = plan.folder.cycle(cycle)
     if not folder.checkpoint.exists():
         return 0
-    return plan.order(dataset, cycle).step_at(*json.loads(load_checkpoint(folder, device)["progress"])["position"])
+    return plan.order(dataset, cycle).step_at(*json.loads(load_checkpoint(folder)["progress"])["position"])
 
 
-def load_checkpoint(folder: CycleFolder, device: torch.device) -> dict:
+def load_checkpoint(folder: CycleFolder) -> dict:
     """Raises ValueError naming the file if it is damaged."""
     try:
-        return torch.load(folder.checkpoint, map_location=device, weights_only=True, mmap=True)
+        return torch.load(folder.checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
 
 
-def _parallel(sae: MatryoshkaSAE, settings, comm: Collective) -> torch.nn.Module | None:
-    """The loss wrapped in DistributedDataParallel, where there is more than one worker."""
-    if comm.world == 1:
+def _averaging(sae: MatryoshkaSAE, settings: SAESettings, comm: Collective) -> torch.nn.Module | None:
+    """The loss wrapped in DistributedDataParallel, where several workers average their gradients."""
+    if comm.world == 1 or settings.parallel != "ddp":
         return None
     import ray.train.torch
 
-    # Buffers (the frozen core rows) are equal on all ranks by construction.
+    # Buffers (the frozen core rows) are equal on all ranks by construction. The gradient lies in the bucket, not in a copy of it.
     return ray.train.torch.prepare_model(
-        LossModule(sae, settings, comm), parallel_strategy_kwargs={"forward_sync_buffers": False}
+        LossModule(sae, settings, comm), parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
     )

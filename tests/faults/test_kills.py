@@ -77,7 +77,7 @@ def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small
     victim.wait_for(lambda: [other for other in victim.find(TRAINER) if other.pid != worker.pid])
     victim.finish()
     (cycle,) = cycles(output)
-    assert record(cycle)["resumes"] == [{"step": struck.checkpoint, "generation": 1, "workers": 1}]
+    assert record(cycle)["resumes"] == [{"step": struck.checkpoint, "generation": 1, "workers": 1, "parallel": "ddp"}]
     assert results(cycle) == results(small_sweep.output / cycle.relative_to(output))
     assert [point["step"] for point in curve(cycle)] == list(range(32))
     assert temporaries(output) == []
@@ -161,7 +161,7 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         if whom == "driver":
             victim, drivers = Victim(output, *args), drivers + 1
         # What the next worker group starts from. It tells of its start only in a checkpoint of its own, or in the record.
-        again = [{"step": struck.checkpoint, "generation": drivers, "workers": 1}] if struck.checkpoint else []
+        again = [{"step": struck.checkpoint, "generation": drivers, "workers": 1, "parallel": "ddp"}] if struck.checkpoint else []
         expected[number] = struck.resumes + again
     victim.finish()
     assert len(cycles(output)) == 2
@@ -190,7 +190,7 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
             struck = Standing.of(cycles(output)[0])
             assert victim.alive and 0 < struck.checkpoint <= struck.logged < STEPS and not struck.saved
             second.kill()
-        expected, told = [{"step": struck.checkpoint, "generation": 1, "workers": 2}], struck.checkpoint
+        expected, told = [{"step": struck.checkpoint, "generation": 1, "workers": 2, "parallel": "ddp"}], struck.checkpoint
     victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint > max(told, 40))
     workers = trainers(victim)
     assert len(workers) == before
@@ -202,7 +202,8 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
     again.finish()
     (cycle,) = cycles(output)
     there, here = record(undisturbed / cycle.relative_to(output)), record(cycle)
-    assert here["resumes"] == [*expected, {"step": struck.checkpoint, "generation": 2, "workers": after}] and here["workers"] == after
+    resumed = {"step": struck.checkpoint, "generation": 2, "workers": after, "parallel": "ddp"}
+    assert here["resumes"] == [*expected, resumed] and here["workers"] == after
     # Exactly the next row, whoever takes it.
     assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0, STEPS, BATCH, LANES)
     # The same global batches and the same global gate; only the order of sums differs.

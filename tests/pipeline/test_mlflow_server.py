@@ -124,9 +124,9 @@ def test_tables_pictures_and_the_page_are_there_and_equal_the_files(server, expe
     assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_bytes() == (folder / "report.html").read_bytes()
     assert Path(client.download_artifacts(run_id, "consistency.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(here.url)
+    mlflow.set_tracking_uri(here.url)  # load_table downloads by it, whatever client it is asked of
     try:
-        tables = {name: mlflow.load_table(f"tables/{name}.json", run_ids=[run_id])
+        tables = {name: client.load_table(experiment, f"tables/{name}.json", run_ids=[run_id])
                   for name in ("chains", "pairs", "evaluation", "expectations", "features", "groups", "rediscovery")}  # fmt: skip
     finally:
         mlflow.set_tracking_uri(before)
