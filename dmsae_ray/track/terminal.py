@@ -222,7 +222,9 @@ def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
         core_size = next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)
         whole.add_row(
             row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(core_size),
-            number(row["l0"], 1), number(row["core_l0"], 1), number(row["fvu"], 3), number(row["loss_recovered_zero"], 3), number(row["kl"], 3), number(row["core_explained"]), number(row["dead_share"], 3),
+            number(row["l0"], 1), number(row["core_l0"], 1),
+            *(number(row[name], 3) for name in ("fvu", "loss_recovered_zero", "kl")),
+            number(row["core_explained"]), number(row["dead_share"], 3),
         )  # fmt: skip
         # Without the zero before the point six prefixes of three measures fit on a line.
         cells = (
