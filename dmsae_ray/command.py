@@ -81,6 +81,19 @@ class ReportCommand(Command):
     """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it"""
 
 
+class EvaluateCommand(Command):
+    """python -m dmsae_ray.evaluate: measure saved SAEs on held-out text, without training.
+
+    evaluate.tokens and evaluate.sequences_per_batch of the command line say what to measure on; chains are those that the file
+    describes, with the evaluation that it describes.
+    """
+
+    chain: str | None = None
+    """label or key of a chain; empty: every finished chain"""
+    all: CliImplicitFlag[bool] = False
+    """every finished cycle, also of chains that are not finished, not the last one only"""
+
+
 class HarvestCommand(Command):
     """python -m dmsae_ray.harvest: write the activation shards and stop."""
 

@@ -209,6 +209,36 @@ def across_tables(names: tuple[str, str], comparison: dict[str, Any], ours: dict
     return Group(*agreement, Text(""), table)
 
 
+def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
+    """What `python -m dmsae_ray.evaluate` measured, a line per SAE: the whole one, then its prefixes. rows: evaluation-<tokens>.json."""
+    whole = _table(
+        "SAEs on held-out text",
+        ["chain", "cycle"],
+        ["tokens", "core size", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"],
+    )
+    prefixes = _table("Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec.", "KL"])
+    for row in rows:
+        core_size = next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)
+        whole.add_row(
+            row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(core_size),
+            number(row["l0"], 1), number(row["core_l0"], 1),
+            *(number(row[name], 3) for name in ("fvu", "loss_recovered_zero", "kl")),
+            number(row["core_explained"]), number(row["dead_share"], 3),
+        )  # fmt: skip
+        # Without the zero before the point six prefixes of three measures fit on a line.
+        cells = (
+            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_zero", "kl")
+        )
+        prefixes.add_row(row["label"], str(row["cycle"]), *cells)
+    return Group(whole, Text(EVALUATION_NOTE, style="dim"), Text(""), prefixes)
+
+
+EVALUATION_NOTE = (
+    "Loss rec.: 1 is the model's own loss, 0 its loss with zeros at the hook; KL: nats a token by which its predictions move; core "
+    "expl.: explained variance of the core alone as a share of the whole SAE's."
+)
+
+
 def plain_text(renderable: RenderableType, width: int = WIDTH) -> str:
     """The same without colour, for a file. Trailing blanks are cut."""
     stream = io.StringIO()
