@@ -7,13 +7,15 @@ ARGS   ?=
 # Every test process computes with one thread: two run side by side on two cores.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup sweep test test-all test-unit test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
+.PHONY: help setup sweep study report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
 	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
+	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
+	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                open MLflow on the quickstart's results"
-	@echo "make test-unit | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
+	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
 	@echo "make bench             time the training step against other systems' (jobs/bench_step.md)"
 
 setup: $(READY)
@@ -27,19 +29,30 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY)
 	$(BIN)/python -m dmsae_ray.sweep $(ARGS)
 
+# Every control and baseline beside the plain grid (configs/study.yaml): 44 chains. Stop it at will; the same command goes on.
+study: $(READY)
+	$(BIN)/python -m dmsae_ray.sweep --config configs/study.yaml $(ARGS)
+
+report: $(READY)
+	$(BIN)/python -m dmsae_ray.report $(ARGS)
+
 ui: $(READY)
 	$(BIN)/python -m dmsae_ray.ui $(ARGS)
 
 # `make test` runs all but the tests marked slow; pipeline and fault tests share one undisturbed sweep there, and each
 # target below makes its own. `make test-all` leaves nothing out.
-test: test-unit test-parallel
-	timeout 780 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
+test: test-unit test-parallel test-browser
+	timeout 960 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
 
-test-all: test-unit test-parallel
+test-all: test-unit test-parallel test-browser
 	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
 	timeout 120 $(TEST) -n 2 tests/unit
+
+# The page of a sweep in a real, headless Chromium (apt-get install chromium, or CHROMIUM=/path/to/it); says NOT RUN without one.
+test-browser: $(READY)
+	timeout 180 $(TEST) tests/browser
 
 # Several processes over gloo, without Ray: what must not depend on their number.
 test-parallel: $(READY)

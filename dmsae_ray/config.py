@@ -1,14 +1,13 @@
 """The whole experiment as one typed tree.
 
 Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file
-(`--config`) with overrides from the command line (`--train.tokens 2_000_000`); an unknown key is an error.
+(`--config`) with overrides from the command line (`--train.tokens 2_000_000`), read by command.py; an unknown key is an error.
 Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and
 the like are those of the README's glossary; `[D]` marks a decision the literature leaves open.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -16,12 +15,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-CHAIN_FORMAT = 3
+CHAIN_FORMAT = 4
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
 
 
@@ -172,6 +169,10 @@ class SAEConfig(Section):
         return value
 
 
+ORDER_OF_SUMS = {"parallel", "micro_batch"}
+"""Fields of `train` that, like the number of workers, change the order of sums and nothing else."""
+
+
 class TrainConfig(Section):
     """One cycle's training."""
 
@@ -207,6 +208,10 @@ class TrainConfig(Section):
     """precision of the product that finds a batch's candidates, exact values decide among them; `auto`: the faster one. Never changes a result"""
     kernels: Literal["auto", "compiled", "torch"] = "auto"
     """sparse operations of a step: `compiled` C kernels (CPU), plain `torch`, or `auto`, compiled where there is a C compiler; differ in the order of sums"""
+    parallel: Literal["ddp", "gather", "latent"] = "ddp"
+    """what the workers of a chain share: `ddp`, each computes its rows' gradient and they are summed; `gather`, rows and kept pairs are exchanged and each computes the whole gradient; `latent`, each holds and trains a part of the latents; differ in the order of sums"""
+    micro_batch: int | None = Field(None, ge=1)
+    """most rows whose prefix errors, a step's largest intermediate, a worker holds at a time; empty: all; the gate is over the whole batch all the same; changes the order of sums"""
     checkpoint_steps: int = Field(100, ge=1)
     """steps between checkpoints inside a cycle"""
     log_steps: int = Field(10, ge=1)
@@ -273,6 +278,34 @@ class EvaluateConfig(Section):
     """tokens of held-out sequences"""
     sequences_per_batch: int = Field(32, ge=1)
     """sequences in a forward pass"""
+
+
+class FeaturesConfig(Section):
+    """How the features of the finished cores are described, in features.json: where they fire, and what they do to the loss."""
+
+    tokens: int = Field(65_536, ge=1)
+    """tokens of held-out evaluation sequences that contexts are looked for in, at most"""
+    most: int = Field(1000, ge=1)
+    """features described: those that chains share first, then other core latents by falling score"""
+    contexts: int = Field(8, ge=1)
+    """contexts of a feature, each from another sequence"""
+    spread: int = Field(2, ge=0)
+    """how many of them come not from the top but from lower quantiles of its activation: maxima alone flatter a feature"""
+    window: int = Field(20, ge=0)
+    """tokens shown before and after the one on which it is strongest"""
+    effects: int = Field(8, ge=0)
+    """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
+    sequences_per_batch: int = Field(32, ge=1)
+    """sequences in a forward pass; for effects each one's logits are held, 130 MB in fp32 at 128 tokens and a vocabulary of 256 000"""
+
+    @model_validator(mode="after")
+    def _some_from_the_top(self) -> FeaturesConfig:
+        if self.spread >= self.contexts:
+            raise ValueError(
+                f"features.spread {self.spread} leaves none of features.contexts {self.contexts} for the largest activations: "
+                "lower spread or raise contexts"
+            )
+        return self
 
 
 class SweepConfig(Section):
@@ -377,6 +410,13 @@ class StudyConfig(Section):
 class CompareConfig(Section):
     """How cores are compared."""
 
+    pairs: Literal["all", "sample"] = "all"
+    """`all` pairs of chains, within an arm and, across arms, of equal seed and k; or a `sample` of them"""
+    sample: int | None = Field(None, ge=1)
+    """with pairs sample: at most so many pairs of every group (same arms, same difference), drawn by compare.seed"""
+    consensus: float = Field(0.5, gt=0, le=1)
+    """a feature is in the consensus core if at least this share of the seeds, and at least two, have it [D]"""
+
     draws: int = Field(200, ge=20)
     """draws of each null distribution"""
     cosine: float = Field(0.7, gt=0, lt=1)
@@ -386,6 +426,12 @@ class CompareConfig(Section):
     seed: int = Field(0, ge=0)
     """seed of the null draws"""
 
+    @model_validator(mode="after")
+    def _sample_has_a_size(self) -> CompareConfig:
+        if (self.pairs == "sample") != (self.sample is not None):
+            raise ValueError("compare.pairs sample and compare.sample, the number of pairs of a group, go together: give both or neither")
+        return self
+
 
 class ClusterConfig(Section):
     """What the work may use. Nothing here decides a number, except that `workers` changes the order of sums, and so last bits."""
@@ -393,13 +439,15 @@ class ClusterConfig(Section):
     address: str | None = None
     """Ray cluster to join; `local`: start one; empty: RAY_ADDRESS, else the one `ray start` made on this machine, else a new one"""
     workers: int = Field(1, ge=1)
-    """data-parallel training workers of a chain; a stopped chain may go on with another number"""
+    """training workers of a chain (see train.parallel); a stopped chain may go on with another number"""
     cpus_per_worker: float = Field(0.5, gt=0)
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
     """GPUs a training worker asks Ray for"""
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
+    lockstep: int = Field(1, ge=1)
+    """chains that advance together in one worker group, on one stream and one language model, where they read the same batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result is what it is alone"""
     object_store_mb: int = Field(512, ge=64)
     """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""
     read_tasks: int = Field(2, ge=1)
@@ -438,6 +486,7 @@ class Config(BaseSettings):
     attribution: AttributionConfig = AttributionConfig()
     selection: SelectionConfig = SelectionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    features: FeaturesConfig = FeaturesConfig()
     sweep: SweepConfig = SweepConfig()
     study: StudyConfig = StudyConfig()
     compare: CompareConfig = CompareConfig()
@@ -446,8 +495,8 @@ class Config(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
-        # No environment variables: what a run used must be visible in its file and its command line. The file is the commands' alone.
-        return (init_settings,) if settings_cls is Config else (init_settings, _YamlFile(settings_cls))
+        # No environment variables: what a run used must be visible in its file and its command line (command.py adds those).
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
@@ -532,7 +581,7 @@ class Config(BaseSettings):
                 kind, arm, *_ = [*name.split("."), ""]
                 if kind not in NUMBERS:
                     problems.append(f"study.expect {name!r}: results begin with {', '.join(NUMBERS)}")
-                elif kind in ("chains", "evaluation", "consistency") and not arms.issuperset(arm.split("~")):
+                elif kind in ("chains", "evaluation", "consistency", "rediscovery") and not arms.issuperset(arm.split("~")):
                     problems.append(f"study.expect {name!r}: no arm {arm!r}; there are {', '.join(sorted(arms))}")
         return problems
 
@@ -580,14 +629,15 @@ class Config(BaseSettings):
     def chain_fields(self, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
         """What decides a chain's cores; its hash names the chain's folder.
 
-        The number of cycles is left out on purpose: a longer chain continues a shorter one. So is the number of workers, which
-        changes the order of sums alone: a stopped chain goes on with another number, and its record says with which.
+        The number of cycles is left out on purpose: a longer chain continues a shorter one. So are the number of workers, what they
+        share (train.parallel) and train.micro_batch, which change the order of sums alone: a stopped chain goes on with others, and
+        its record says with which.
         """
         part = {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
         return {
             "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "part": part, "k": k,
             "sae": self.sae.model_dump(mode="json", exclude={"core"}),
-            "train": self.train.model_dump(mode="json", exclude={"checkpoint_steps", "log_steps", "screen"}),
+            "train": self.train.model_dump(mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}),
             "attribution": self.attribution.model_dump(mode="json"),
             "selection": self.selection.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),
@@ -613,90 +663,6 @@ def _dump_json(value: Any) -> str:
     if isinstance(value, BaseModel):
         return value.model_dump_json()
     return json.dumps(str(value) if isinstance(value, Path) else value)
-
-
-class _YamlFile(PydanticBaseSettingsSource):
-    """The file named by `--config`, as the source below the command line."""
-
-    path: Path | None = None
-
-    def get_field_value(self, field, field_name):  # required by the base class, unused: __call__ gives all at once
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return {} if self.path is None else read_yaml(self.path)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as a dict. Raises ValueError naming the file if it cannot be read."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from error
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: must hold a mapping of sections, not a {type(tree).__name__}")
-    return tree
-
-
-def default_config_path() -> Path:
-    """The quickstart that is shipped with the package."""
-    return Path(__file__).parent / "configs" / "quickstart.yaml"
-
-
-class SweepCommand(Config):
-    """python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree."""
-
-    config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment"""
-    status: CliImplicitFlag[bool] = False
-    """say what is done, running and failed, and stop"""
-    clean: CliImplicitFlag[bool] = False
-    """remove what no finished result needs, and stop (with --dry-run: only say what)"""
-    dry_run: CliImplicitFlag[bool] = False
-    """with --clean: remove nothing"""
-    verbose: CliImplicitFlag[bool] = False
-    """show everything Ray prints as well"""
-
-
-class HarvestCommand(Config):
-    """python -m dmsae_ray.harvest: write the activation shards and stop."""
-
-    config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment"""
-    verify: CliImplicitFlag[bool] = False
-    """read every shard again, say what is bad, and stop"""
-    repair: CliImplicitFlag[bool] = False
-    """verify, delete what is bad, and make only that again"""
-    verbose: CliImplicitFlag[bool] = False
-    """show everything Ray prints as well"""
-
-
-def load(command: type[Config], argv: list[str]) -> Config:
-    """Configuration from `--config` and the command line.
-
-    Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, default=None)
-    path = first.parse_known_args(argv)[0].config or default_config_path()
-    _YamlFile.path = path
-    try:
-        return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
-    except ValidationError as error:
-        raise ValueError(explain(error, path)) from None
-    except SettingsError as error:
-        raise ValueError(f"command line: {error}") from None
-    finally:
-        _YamlFile.path = None
-
-
-def explain(error: ValidationError, path: Path) -> str:
-    """A validation error as a message a person can act on."""
-    return f"{path} (with the command line's overrides):\n  " + "\n  ".join(problem_lines(error))
 
 
 def problem_lines(error: ValidationError) -> list[str]:

@@ -11,7 +11,8 @@ from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
 from dmsae_ray.cluster import connect, disconnect
-from dmsae_ray.config import Config, HarvestCommand, load
+from dmsae_ray.command import HarvestCommand, load
+from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,23 +20,22 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.activations.store import NAME_AND_PASSWORD
 from dmsae_ray.cluster import Capacity, connect, disconnect
-from dmsae_ray.comparison import compare_chains
-from dmsae_ray.config import Config, SweepCommand, fields_key, load
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.evaluate import references_path
 from dmsae_ray.distill.folder import Lease, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
-from dmsae_ray.files import write_json
+from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import check_needs, preflight, without_kernels
+from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
 from dmsae_ray.track.chain_runs import TrackedChain
-from dmsae_ray.track.figures import consistency_matrix, matrices, save
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
 from dmsae_ray.track.run_store import TrackingError
-from dmsae_ray.track.tables import chain_row
-from dmsae_ray.track.terminal import report, terminal_console, write_report
+from dmsae_ray.track.terminal import terminal_console
 
 INTERRUPTED = 130
 
@@ -71,9 +71,34 @@ def run(command: SweepCommand) -> int:
             say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}{arms}")
             if lacking:
                 say(f"train: {lacking}; without compiled kernels a step takes several times longer")
-            return Sweep(config, lock.lease(), say, verbose).run()
+            finished = Sweep(config, lock.lease(), say, verbose).run()
+            finished.show(say)
+            return 0 if finished.done else 1
     finally:
         lock.release()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sweep after its last chain."""
+
+    config: Config
+    dataset: ActivationDataset
+    plans: list[ChainPlan]
+    folder: Path
+    results: Results
+    store: str
+    """MLflow tracking URI"""
+
+    @property
+    def done(self) -> bool:
+        return all(plan.finished() for plan in self.plans)
+
+    def show(self, say: Screen) -> None:
+        """The tables, and where everything is."""
+        terminal_console(say.stream).print(self.results.tables)
+        say(f"everything lies in {self.config.home}; this sweep's results in {self.folder}")
+        say(f"look at {self.folder / PAGE}; MLflow: make ui, or mlflow server --backend-store-uri {self.store}")
 
 
 class Sweep:
@@ -83,28 +108,26 @@ class Sweep:
         self.config, self.lease, self.say, self.verbose = config, lease, say, verbose
         self.capacity: Capacity | None = None
 
-    def run(self) -> int:
+    def run(self, train: bool = True, fresh: bool = False) -> Finished:
+        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew."""
         try:
-            dataset = self.dataset()
+            dataset = self.dataset(harvest=train)
             plans = plan_chains(self.config, dataset, self.lease)
-            folder = self.config.home / "sweeps" / f"{self.config.name}-{self.key(plans)}"
+            folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
-            for plan in plans:
-                plan.folder.describe(plan.key, plan.label, plan.fields)
-                plan.folder.tidy()
-                failure = plan.folder.failure()
-                if failure and failure["kind"] != "diverged":
-                    plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
-            write_json(folder / "chains.json", {plan.label: plan.key for plan in plans})
+            with replacing(folder / "config.yaml") as temporary:
+                temporary.write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
+            write_json(folder / "chains.json", [listed(plan) for plan in plans])
+            if train:
+                self.prepare(plans)
             tracker = self.tracker(plans)
             try:
                 tracker.sync()
-                self.chains(plans, tracker)
+                if train:
+                    self.chains(plans, tracker)
                 self.lease.check()
-                comparison = compare_chains(self.config, dataset, plans, folder, self.say)
-                tables = self.report(folder, plans, comparison)
-                tracker.log_comparison(comparison, [folder / name for name in ("config.yaml", "report.txt", "consistency.png")])
+                results = write_results(self.config, dataset, plans, folder, self.say, self.connect, fresh)
+                tracker.log_results(results.comparison, results.columns, results.means(), results.files)
             except Superseded:
                 raise  # the runs are another driver's now
             except BaseException:
@@ -112,37 +135,43 @@ class Sweep:
                 with contextlib.suppress(TrackingError):
                     tracker.close("KILLED")
                 raise
-            done = all(plan.finished() for plan in plans)
-            tracker.close("FINISHED" if done else "FAILED")
+            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri)
+            tracker.close("FINISHED" if finished.done else "FAILED")
+            return finished
         finally:
             if self.capacity is not None:
                 disconnect(self.capacity, self.say.path.with_suffix(".ray"))
-        terminal_console(self.say.stream).print(tables)
-        self.say(f"everything lies in {self.config.home}; this sweep's report in {folder}")
-        self.say(f"MLflow: make ui, or mlflow server --backend-store-uri {tracker.uri}")
-        return 0 if done else 1
 
     @staticmethod
-    def key(plans: list[ChainPlan]) -> str:
-        chains = sorted([plan.arm, plan.key, plan.cycles] for plan in plans)
-        return fields_key({"chains": chains, "compare": plans[0].config.compare.model_dump(mode="json")})
+    def prepare(plans: list[ChainPlan]) -> None:
+        """Make the chains' folders, and ready those of earlier runs to go on."""
+        for plan in plans:
+            plan.folder.describe(plan.key, plan.label, plan.fields)
+            plan.folder.tidy()
+            failure = plan.folder.failure()
+            if failure and failure["kind"] != "diverged":
+                plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
 
     def connect(self) -> Capacity:
         if self.capacity is None:
             self.capacity = connect(self.config, len(planned(self.config)), self.verbose)
-            c = self.capacity
+            c, most = self.capacity, self.config.cluster.lockstep
+            in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
             self.say(
                 f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs, {c.gpus:g} GPUs; {c.concurrent} chains "
-                f"at once, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
+                f"at once{in_step}, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
             )
         return self.capacity
 
     # -- harvest -------------------------------------------------------------------------------------------------------
 
-    def dataset(self) -> ActivationDataset:
-        """The activations and their reference losses; Ray is started only if something is missing."""
+    def dataset(self, harvest: bool) -> ActivationDataset:
+        """The activations and their reference losses; Ray is started only if something is missing. Raises ValueError if there are none
+        and none may be harvested."""
         hook = self.config.model.hook
         dataset = find_datasets(self.config, (hook,))[hook]
+        if dataset is None and not harvest:
+            raise ValueError(f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m dmsae_ray.sweep first")
         if dataset is None:
             work = Harvest(self.config, self.say)
             dataset = work.run(self.connect().harvest_actors)[hook]
@@ -191,7 +220,7 @@ class Sweep:
 
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
-            self.config.track.uri, self.config.home, self.config.track.experiment, self.key(plans), self.config.name,
+            self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
             shown(self.config), [
                 TrackedChain(
                     plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, shown(plan.config)
@@ -199,13 +228,22 @@ class Sweep:
             ],
         )  # fmt: skip
 
-    @staticmethod
-    def report(folder: Path, plans: list[ChainPlan], comparison: dict):
-        """Both tables, also as report.txt, and the consistency matrix as a picture."""
-        tables = report([chain_row(plan.label, plan.folder.path, plan.cycles) for plan in plans], comparison)
-        write_report(folder / "report.txt", tables)
-        save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
-        return tables
+
+def sweep_key(plans: list[ChainPlan]) -> str:
+    chains = sorted([plan.arm, plan.key, plan.cycles] for plan in plans)
+    return fields_key({"chains": chains, "compare": plans[0].config.compare.model_dump(mode="json")})
+
+
+def sweep_folder(config: Config, plans: list[ChainPlan]) -> Path:
+    """Where the results of these chains together lie."""
+    return config.home / "sweeps" / f"{config.name}-{sweep_key(plans)}"
+
+
+def listed(plan: ChainPlan) -> dict:
+    """A chain as chains.json has it."""
+    return {
+        "label": plan.label, "key": plan.key, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycles": plan.cycles,
+    }  # fmt: skip
 
 
 def shown(config: Config) -> dict:

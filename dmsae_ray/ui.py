@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from dmsae_ray.config import Config, HarvestCommand, load
+from dmsae_ray.command import HarvestCommand, load
+from dmsae_ray.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:

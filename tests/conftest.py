@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -94,6 +95,44 @@ def small_sweep(tmp_path_factory) -> Sweep:
     return Sweep(output, run)
 
 
+ARMS = """
+features: {tokens: 2048, contexts: 3, spread: 1, most: 12}
+cluster: {lockstep: 2}
+study:
+  arms:
+    random: {fields: {selection.by: random, selection.size: match}, seeds: [0], k: [8]}
+    transfer: {core: distilled, cycles: 1, seeds: [0], k: [8, 16]}
+    plain: {cycles: 1, seeds: [100], k: [8]}
+  expect:
+    - {claim: total L0 is k, value: evaluation.base.k8.l0, above: 7, below: 9}
+    - {claim: plain SAEs have a core, value: evaluation.plain.k8.core_in, above: 0.5}
+    - {claim: intervals need four seeds, value: consistency.base.seed.pw_mcc.low, above: 0}
+"""
+
+
+def study_config(small_sweep, folder, more: str = ARMS):
+    """The small sweep's configuration with arms, beside a copy of its output folder."""
+    output = folder / "out"
+    shutil.copytree(small_sweep.output, output, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "mlflow_home", "sweeps"))
+    (folder / "small.yaml").write_text((small_sweep.output.parent / "small.yaml").read_text() + more)
+    return output
+
+
+@pytest.fixture(scope="session")
+def study(small_sweep, tmp_path_factory):
+    """A small study that goes on from the small sweep: its output folder and the run of the command."""
+    output = study_config(small_sweep, tmp_path_factory.mktemp("study"))
+    run = run_command(output)
+    assert run.code == 0, run.out
+    return output, run
+
+
+def results(output: Path) -> Path:
+    """The only sweep's results folder."""
+    (folder,) = (output / "sweeps").iterdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def s3():
     """An S3 server, see s3_server.py; its keys are in the environment, as users have theirs."""
@@ -134,6 +173,35 @@ def same_results(output: Path, undisturbed: Path, cycles: int) -> None:
         found = what(output)
         assert len({place.split()[0] for place in found}) == cycles, sorted(found)
         assert found.items() <= what(undisturbed).items(), what.__name__
+
+
+def digest_of_rows(output: Path, cycle: int, steps: int, batch: int, lanes: int, data_seed: int = 0) -> str:
+    """What `data_digest` must be if exactly rows 0 .. steps * batch - 1 of the cycle's order were trained on, each once.
+
+    The shards of the only dataset are read here without the stream, one row group of 512 rows at a time.
+    """
+    import pyarrow.parquet as pq
+    import xxhash
+
+    from dmsae_ray.activations.order import Order
+
+    (folder,) = (output / "data").glob("*")
+    groups = [
+        (path, group) for path in sorted(folder.glob("shards/train-*.parquet"))
+        for group in range(pq.ParquetFile(path).num_row_groups) if pq.ParquetFile(path).metadata.row_group(group).num_rows == 512
+    ]  # fmt: skip
+    order = Order(n_units=len(groups), unit_rows=512, batch=batch, lanes=lanes, data_seed=data_seed, cycle=cycle)
+    n, total, taken = batch // lanes, 0, set()
+    for step in range(steps):
+        round_, row = order.position(step)
+        for lane, unit in enumerate(order.units(round_)):
+            path, group = groups[unit]
+            rows = pq.ParquetFile(path).read_row_group(group).column(0).to_pylist()
+            wanted = order.rows(round_, unit)[row : row + n].tolist()
+            taken.update((unit, place) for place in wanted)
+            total += xxhash.xxh3_64_intdigest(b"".join(rows[place] for place in wanted), seed=step * lanes + lane)
+    assert len(taken) == steps * batch
+    return f"{total % 2**64:016x}"
 
 
 def data_digests(output: Path) -> dict[str, str]:

@@ -1,80 +1,93 @@
-"""A sweep's agreement in a few numbers: by what differs between two chains, and as a matrix."""
+"""Agreement in a few numbers: pairs summed up by arm and by what differs."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from dmsae_ray.compare.interval import Spread, spread
+from dmsae_ray.compare.pair import NULLS, PairResult
 
-from dmsae_ray.compare.pair import PairResult
-
-SEEDS_FOR_INTERVAL = 4
-"""Below four seeds resampling them says nothing; the values themselves are then given."""
-RESAMPLES = 2000
-COVERAGE = 0.95
+SCORES = ("pw_mcc", "overlap", "mmcs", "activation", "pw_mcc_dictionary")
+"""What is measured of a pair."""
+NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99")
+"""What is drawn of a null of cores."""
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One score over the pairs of a group."""
+class NullSummary:
+    """One null over the pairs of a group, those for which it is available."""
 
-    mean: float
-    """mean over pairs"""
-    min: float
-    """smallest"""
-    max: float
-    """largest"""
-    interval: tuple[float, float] | None
-    """95 % interval of the mean by resampling seeds; None below four seeds"""
+    available: int
+    """pairs for which it is"""
+    above: float | None
+    """share of these pairs whose PW-MCC exceeds the null's 99th percentile"""
+    excess: dict[str, Spread | None]
+    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 at the same size"""
+    numbers: dict[str, Spread | None]
+    """the null's own NULL_NUMBERS"""
 
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """Pairs that differ in the same thing."""
+    """Pairs of the same arms that differ in the same thing."""
 
     pairs: int
-    """pairs in the group"""
+    """pairs compared"""
+    of: int
+    """pairs there were to compare; more than `pairs` if they were sampled"""
     scored: int
     """pairs whose cores could be compared"""
     seeds: int
     """different seeds among the scored pairs"""
-    pw_mcc: Spread | None
-    """None if no pair was scored"""
-    overlap: Spread | None
-    """None if no pair was scored"""
+    scores: dict[str, Spread | None]
+    """by name, SCORES; None if no pair has it"""
+    nulls: dict[str, NullSummary]
+    """of the cores, by name"""
+    dictionary_nulls: dict[str, Spread | None]
+    """mean PW-MCC of whole dictionaries under each null, where available"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; scores stand beside the counts."""
+        return {
+            "pairs": self.pairs, "of": self.of, "scored": self.scored, "seeds": self.seeds,
+            **_plain(self.scores),
+            "nulls": {
+                name: {"available": null.available, "above": null.above, "excess": _plain(null.excess), **_plain(null.numbers)}
+                for name, null in self.nulls.items()
+            },
+            "dictionary_nulls": _plain(self.dictionary_nulls),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A sweep's agreement."""
+    """A study's agreement."""
 
     available: bool
     """whether any pair was scored"""
     reason: str | None
     """why not"""
     groups: dict[str, GroupSummary]
-    """by what differs: `seed`, `k`, `both`; only those that occur"""
+    """by PairResult.group, in the order in which they occur"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, intervals as lists."""
-        plain = dataclasses.asdict(self)
-        for group in plain["groups"].values():
-            for name in ("pw_mcc", "overlap"):
-                if group[name] is not None and group[name]["interval"] is not None:
-                    group[name]["interval"] = list(group[name]["interval"])
-        return plain
+        """Plain JSON types."""
+        groups = {name: group.to_dict() for name, group in self.groups.items()}
+        return {"available": self.available, "reason": self.reason, "groups": groups}
 
 
-def summarise(pairs: Sequence[PairResult], seed: int = 0) -> Summary:
-    """Agreement by what differs. seed: of the resampling. One chain alone has no agreement: not available, never 1."""
+def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None, seed: int = 0) -> Summary:
+    """Agreement by group. of: how many pairs each group had before sampling; None: all were compared. seed: of the resampling.
+
+    One chain alone has no agreement: not available, never 1.
+    """
+    names = list(dict.fromkeys(pair.group for pair in pairs))
     groups = {}
-    for name in ("seed", "k", "both"):
-        members = [pair for pair in pairs if pair.differs == name]
-        if members:
-            groups[name] = _group(members, seed)
+    for name in names:
+        members = [pair for pair in pairs if pair.group == name]
+        groups[name] = _group(members, len(members) if of is None else of[name], seed)
     reason = None
     if not pairs:
         reason = "fewer than two chains finished: agreement needs two"
@@ -83,50 +96,45 @@ def summarise(pairs: Sequence[PairResult], seed: int = 0) -> Summary:
     return Summary(available=reason is None, reason=reason, groups=groups)
 
 
-def _group(members: list[PairResult], seed: int) -> GroupSummary:
+def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
     scored = [pair for pair in members if pair.pw_mcc is not None]
-    seeds = {pair.seed_a for pair in scored} | {pair.seed_b for pair in scored}
+
+    def over(value: Callable[[PairResult], float | None], among: list[PairResult]) -> Spread | None:
+        return spread([value(pair) for pair in among], [pair.seed_a for pair in among], [pair.seed_b for pair in among], seed)
+
+    def null_summary(name: str) -> NullSummary:
+        judged = [pair for pair in scored if pair.nulls[name].available]
+        return NullSummary(
+            available=len(judged),
+            above=sum(_at_null_size(pair, name, "pw_mcc") > pair.nulls[name].p99 for pair in judged) / len(judged) if judged else None,
+            excess={
+                score: over(lambda pair, score=score: _excess(pair, name, score), judged) for score in ("pw_mcc", "overlap", "activation")
+            },
+            numbers={number: over(lambda pair, number=number: getattr(pair.nulls[name], number), judged) for number in NULL_NUMBERS},
+        )
+
+    def dictionary(pair: PairResult, name: str) -> float | None:
+        null = pair.dictionary_nulls[name]
+        return null.mean if null.available else None
+
     return GroupSummary(
-        pairs=len(members), scored=len(scored), seeds=len(seeds),
-        pw_mcc=_spread(scored, "pw_mcc", seed), overlap=_spread(scored, "overlap", seed),
+        pairs=len(members), of=of, scored=len(scored), seeds=len({seed for pair in scored for seed in (pair.seed_a, pair.seed_b)}),
+        scores={name: over(lambda pair, name=name: getattr(pair, name), members) for name in SCORES},
+        nulls={name: null_summary(name) for name in NULLS},
+        dictionary_nulls={name: over(lambda pair, name=name: dictionary(pair, name), members) for name in NULLS},
     )  # fmt: skip
 
 
-def _spread(scored: list[PairResult], field: str, seed: int) -> Spread | None:
-    if not scored:
-        return None
-    values = np.array([getattr(pair, field) for pair in scored])
-    return Spread(float(values.mean()), float(values.min()), float(values.max()), _interval(scored, values, seed))
+def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:
+    """The cores' score at the null's sizes: cycle 0 may have fewer candidates than a core has members."""
+    return getattr(pair.nulls[name], f"core_{score}_same_size") if name == "cycle0" else getattr(pair, score)
 
 
-def _interval(scored: list[PairResult], values_P: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Percentile interval of the mean over resampled seeds.
-
-    Pairs that have a chain in common are not independent, so seeds are drawn, not pairs: a pair of two seeds counts as often
-    as the product of how often both were drawn, a pair within one seed as often as that seed was.
-    """
-    seeds = sorted({pair.seed_a for pair in scored} | {pair.seed_b for pair in scored})
-    if len(seeds) < SEEDS_FOR_INTERVAL:
-        return None
-    rng = np.random.default_rng([seed, 3])
-    times_RS = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES)
-    left_P = np.array([seeds.index(pair.seed_a) for pair in scored])
-    right_P = np.array([seeds.index(pair.seed_b) for pair in scored])
-    weight_RP = times_RS[:, left_P] * np.where(left_P == right_P, 1, times_RS[:, right_P])
-    weight_RP = weight_RP[weight_RP.sum(axis=1) > 0]  # one seed drawn throughout has no pair of seeds
-    means_R = weight_RP @ values_P / weight_RP.sum(axis=1)
-    low, high = np.quantile(means_R, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return float(low), float(high)
+def _excess(pair: PairResult, name: str, score: str) -> float | None:
+    own = _at_null_size(pair, name, score)
+    null = getattr(pair.nulls[name], "mean" if score == "pw_mcc" else f"{score}_mean")
+    return None if own is None or null is None else own - null
 
 
-def consistency_matrix(labels: Sequence[str], pairs: Sequence[PairResult], field: str = "pw_mcc") -> list[list[float | None]]:
-    """Symmetric matrix of one score, in the order of `labels`.
-
-    The diagonal is None (a chain's agreement with itself is no measurement), and so is a pair without a score.
-    """
-    place = {label: i for i, label in enumerate(labels)}
-    matrix: list[list[float | None]] = [[None] * len(labels) for _ in labels]
-    for pair in pairs:
-        i, j = place[pair.a], place[pair.b]
-        matrix[i][j] = matrix[j][i] = getattr(pair, field)
-    return matrix
+def _plain(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
+    return {name: None if one is None else one.to_dict() for name, one in spreads.items()}

@@ -1,19 +1,19 @@
-"""The Ray Train loop of one chain: every cycle trains, evaluates, attributes, selects.
+"""The Ray Train loop of a chain: every cycle trains, evaluates, attributes, selects.
 
 All cycles run inside one worker group: the workers that trained an SAE also attribute it, and nothing is released and
-acquired again in between. What a cycle needs to go on after a crash is in its folder (see folder.py); each step below looks
-there first.
+acquired again in between. Chains that share the order of data may advance in lockstep, on one stream and one language model:
+each batch is read once and every chain takes its step on it. What a cycle needs to go on after a crash is in its folder (see
+folder.py); each step below looks there first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 import re
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 import ray.train
@@ -29,194 +29,158 @@ from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill import attribution as attribution_
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.criterion import choose
+from dmsae_ray.distill.drift import decoder_drift
 from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder, Superseded
 from dmsae_ray.distill.ledger import ALL_DONE, WAIT
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import carried, jaccard, next_core, save_scores
-from dmsae_ray.files import replacing, write_json
+from dmsae_ray.distill.training import Training, first_step
+from dmsae_ray.files import write_json
 from dmsae_ray.sae.collective import Alone, TorchCollective
-from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.sae.step import Diverged, Trainer
+from dmsae_ray.sae.step import Diverged
 from dmsae_ray.sae.threshold import calibrate
 
 OPEN_AT = 0.5
-"""Share of the attribution after which reading for the next cycle starts: late, since a stream that waits costs some CPU."""
+"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits costs some CPU."""
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries."""
 
 
-def train_chain(loop: dict) -> None:
-    """What every Ray Train worker runs. loop: plan (ChainPlan), aggregator and board (actor handles)."""
-    plan: ChainPlan = loop["plan"]
-    failure = plan.folder.failure()
-    if failure and (failure["kind"] == "diverged" or failure["generation"] == plan.lease.generation):
-        return  # a worker group that was started again after the failure was written
-    worker = ChainWorker(plan, loop["aggregator"], loop["board"])
+def train_chains(loop: dict) -> None:
+    """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), aggregator and board (actor handles)."""
+    # Failed ones are left out: a worker group may have been started again after the failure was written.
+    plans = [plan for plan in loop["plans"] if not _failed(plan)]
+    if not plans:
+        return
     try:
-        worker.run()
+        Worker(plans, loop["aggregator"], loop["board"]).run()
     except Superseded:
-        return  # another driver has the folder: trying again cannot help, and nothing may be written
-    except Exception as error:
-        known = _cause(error, FINAL)
-        if known is None:
-            raise
-        worker.fail(known)
-        if worker.world > 1 and not isinstance(known, Diverged):
-            raise  # the other ranks do not know: let Ray end the group
+        return  # another driver has the folders: trying again cannot help, and nothing may be written
 
 
-@dataclass
-class Progress:
-    """Where a cycle's training stands; what the checkpoint holds beside the trainer's state."""
-
-    position: tuple[int, int] = (0, 0)
-    """(round, row) of the next batch in the cycle's order: the weights contain every batch before it, once"""
-    digest: int = 0
-    """of all rows trained on, see stream.Batches"""
-    curve: list[dict] = field(default_factory=list)
-    resumes: list[dict] = field(default_factory=list)
-    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers"""
+def _failed(plan: ChainPlan) -> bool:
+    failure = plan.folder.failure()
+    return failure is not None and (failure["kind"] == "diverged" or failure["generation"] == plan.lease.generation)
 
 
-class ChainWorker:
-    """One rank of one chain."""
+class Worker:
+    """One rank of the worker group: the stream, the language model, and the chains that share them."""
 
-    def __init__(self, plan: ChainPlan, aggregator, board):
+    def __init__(self, plans: list[ChainPlan], aggregator, board):
         from dmsae_ray.lm.model import LanguageModel
 
-        context = ray.train.get_context()
-        self.plan, self.aggregator, self.board = plan, aggregator, board
+        context, plan = ray.train.get_context(), plans[0]
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.comm = Alone() if self.world == 1 else TorchCollective()
-        self.device = ray.train.torch.get_device()
+        self.device, self.aggregator = ray.train.torch.get_device(), aggregator
         torch.set_num_threads(plan.config.train.threads)
-        self.cycle, self.started, self.fraction_at_start = len(plan.folder.records()), time.monotonic(), None
-        self.say(phase="starting")
-        self.dataset = ActivationDataset(plan.dataset)
-        self.scale = self.dataset.manifest.scale
-        self.settings = plan.sae_settings(self.dataset.manifest.d)
-        units = plan.units(self.dataset)
-        self.stream = Stream(self.dataset, units, self.rank, self.world, plan.stream_limits, self.device)
+        self.chains = [Chain(plan, self, board) for plan in plans]
+        """those that have not failed"""
         self._opened: Batches | None = None
-        self._open(self.cycle)  # reading starts beside loading the model
-        self.lm = LanguageModel.of(plan.config.model, str(self.device))
+        with self.failing(*self.chains):
+            self.dataset = ActivationDataset(plan.dataset)
+            self.stream = Stream(self.dataset, plan.units(self.dataset), self.rank, self.world, plan.stream_limits, self.device)
+            self.open(min(chain.cycle for chain in self.chains))  # reading starts beside loading the model
+            self.lm = LanguageModel.of(plan.config.model, str(self.device))
 
     def run(self) -> None:
         try:
-            if self.rank == 0:
-                self.plan.lease.check()
-                self.plan.folder.tidy()
-            for cycle in range(len(self.plan.folder.records()), self.plan.cycles):
-                self.cycle = cycle
-                self.run_cycle(self.plan.folder.cycle(cycle))
+            for chain in self.chains:
+                chain.tidy()
+            for cycle in range(max(chain.plan.cycles for chain in self.chains) if self.chains else 0):
+                members = [chain for chain in self.chains if chain.cycle == cycle < chain.plan.cycles]
+                if members:
+                    self.run_cycle(members)
         finally:
             if self._opened is not None:
                 self._opened.close()
-        self.say(phase="done", fraction=1.0)
+        for chain in self.chains:
+            chain.say(phase="done", fraction=1.0)
 
-    def run_cycle(self, folder: CycleFolder) -> None:
-        """Train an SAE on the last cycle's core, then choose the next core from it."""
-        began = time.monotonic()
-        folder.path.mkdir(parents=True, exist_ok=True)
-        core = self._incoming_core()
-        if core is not None and abs(core.scale - self.scale) > 1e-12 * self.scale:
-            raise ValueError(f"{folder.path}: the core was made at scale {core.scale!r}, the activations have {self.scale!r}")
-        sae, trained = self.train(folder, core)
-        after_training = time.monotonic()
-        metrics, density_F, removal_P = self.evaluate(folder, sae)
-        after_evaluation = time.monotonic()
-        selected = self.attribute(folder, sae)
-        now = time.monotonic()
-        seconds = {
-            "train": after_training - began, "evaluate": after_evaluation - after_training,
-            "attribute": now - after_evaluation, "total": now - began,
-        }  # fmt: skip
-        if self.rank == 0:
-            self.commit(folder, core, sae, density_F, removal_P, selected, metrics, trained, seconds)
-        self._barrier()
+    def run_cycle(self, members: list[Chain]) -> None:
+        """Train all members' SAEs, then finish the cycle of one after the other."""
+        for chain in members:
+            with self.failing(chain):
+                chain.begin()
+        with self.failing(*members):
+            self.train([chain for chain in members if chain in self.chains])
+        left = [chain for chain in members if chain in self.chains]
+        for chain in left:
+            with self.failing(chain):
+                chain.finish(len(left), opens_next=chain is left[-1])
+        self.barrier()
 
-    def _incoming_core(self) -> Core | None:
-        """What the last cycle selected; for the first one, what the chain starts from."""
-        if self.cycle:
-            return Core.load(self.plan.folder.cycle(self.cycle - 1).core)
-        return Core.load(self.plan.start.path) if self.plan.start else None
+    def train(self, members: list[Chain]) -> None:
+        """Every batch of the cycle, read once: each member that does not have it yet takes its step on it."""
+        if not members:
+            return
+        start, steps = min(chain.training.first for chain in members), members[0].plan.steps
+        checkpoint_steps = members[0].plan.config.train.checkpoint_steps
+        batches = self._batches(members[0].training.order, start, steps)
+        token_index_B = torch.from_numpy(batches.order.token_index(self.rank, self.world)).to(self.device)
+        since = time.monotonic()
+        for step, x_BD in enumerate(batches, start):
+            waited = time.monotonic() - since
+            for chain in [chain for chain in members if chain.training.first <= step]:
+                with self.failing(chain):
+                    try:
+                        chain.step(step, x_BD, token_index_B, waited)
+                    except Diverged as error:  # all ranks come here together
+                        raise self._diverged(error, chain, x_BD, batches, step) from error
+            members = [chain for chain in members if chain in self.chains]
+            if not members:
+                return
+            taking = [chain for chain in members if chain.training.first <= step]
+            due = (step + 1) % checkpoint_steps == 0 or step + 1 == steps
+            # Rows are counted for those that trained on them, so before another member takes its first batch.
+            if due or any(chain.training.first == step + 1 for chain in members):
+                self.count_rows(batches, taking)
+            if due:
+                for chain in taking:
+                    chain.training.checkpoint(step + 1)
+            since = time.monotonic()
 
-    def _barrier(self) -> None:
+    def count_rows(self, batches: Batches, members: list[Chain]) -> None:
+        """Add the digest of the rows given since the last call to the members that trained on them. All ranks call it together."""
+        # Two halves, since a sum of signed 64-bit integers over ranks must not overflow.
+        halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.device)
+        high, low = self.comm.all_reduce_sum(halves).tolist()
+        for chain in members:
+            chain.training.count(((high << 32) + low) & MASK)
+        batches.digest = 0
+
+    def open(self, cycle: int) -> None:
+        """Start reading for a cycle, where its training stands: its first batch is then there when it begins."""
+        starts = {}
+        for chain in [chain for chain in self.chains if chain.cycle <= cycle < chain.plan.cycles]:
+            with self.failing(chain):
+                starts[chain] = first_step(chain.plan, cycle, self.dataset)
+        if starts:
+            plan = next(iter(starts)).plan
+            self._opened = self.stream.open(plan.order(self.dataset, cycle), min(starts.values()), plan.steps)
+
+    def _batches(self, order: Order, start: int, stop: int) -> Batches:
+        """Those opened ahead; opened anew where a chain that failed since would have begun earlier."""
+        if self._opened is None or (self._opened.order, self._opened.start) != (order, start):
+            if self._opened is not None:
+                self._opened.close()
+            self._opened = self.stream.open(order, start, stop)
+        return self._opened
+
+    def open_next(self, cycle: int) -> None:
+        """The same for the cycle after this one, once."""
+        number = self.chains[0].plan.number(cycle)
+        if self._opened is None or self._opened.order.cycle == number:
+            self.open(cycle + 1)
+
+    def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
 
-    # -- train ---------------------------------------------------------------------------------------------------------
-
-    def train(self, folder: CycleFolder, core: Core | None) -> tuple[MatryoshkaSAE, dict]:
-        """The cycle's SAE with its threshold set; goes on from the checkpoint if there is one."""
-        plan, train = self.plan, self.plan.config.train
-        sae = MatryoshkaSAE.init(self.settings, None if core is None else core.W_enc_CD, plan.init_seed(self.cycle)).to(self.device)
-        trainer = Trainer(sae, self.settings, self.comm, self._parallel(sae))
-        order = plan.order(self.dataset, self.cycle)
-        so_far = Progress()
-        if folder.checkpoint.exists():
-            state = self._load_checkpoint(folder)
-            trainer.load_state_dict(state["trainer"])
-            so_far = Progress(**json.loads(state["progress"]))
-        first = order.step_at(*so_far.position)
-        if first:
-            so_far.resumes.append({"step": first, "generation": plan.lease.generation, "workers": self.world})
-        if self.rank == 0:
-            plan.lease.check()
-            folder.curve.write_text("".join(json.dumps(point) + "\n" for point in so_far.curve))
-        batches = self._batches(order, first)
-        token_index_B = torch.from_numpy(order.token_index(self.rank, self.world)).to(self.device)
-        began, waited, wait_from, first_batch_s = time.monotonic(), 0.0, time.monotonic(), None
-        for step, x_BD in enumerate(batches, first):
-            waited += time.monotonic() - wait_from
-            first_batch_s = waited if first_batch_s is None else first_batch_s
-            log = step % train.log_steps == 0 or step == plan.steps - 1
-            try:
-                report = trainer.step(x_BD, token_index_B, log=log)
-            except Diverged as error:
-                raise self._diverged(error, x_BD, batches, step) from error
-            if report is not None and self.rank == 0:
-                rate = (step + 1 - first) * train.batch / (time.monotonic() - began)
-                point = asdict(report) | {"tokens_per_s": round(rate, 1)}
-                so_far.curve.append(point)
-                plan.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
-                with open(folder.curve, "a") as file:
-                    file.write(json.dumps(point) + "\n")
-                self.say(phase="train", step=step + 1, steps=plan.steps, tokens_per_s=rate, within=0.85 * (step + 1) / plan.steps)
-            if (step + 1) % train.checkpoint_steps == 0 or step + 1 == plan.steps:
-                self.checkpoint(folder, trainer, step + 1, order, batches, so_far)
-            wait_from = time.monotonic()
-        elapsed = time.monotonic() - began
-        self.say(phase="calibrate", within=0.86)
-        rows_ND = self.dataset.calibration_rows()
-        sae.theta.fill_(calibrate(sae, lambda: self._calibration_chunks(rows_ND), self.plan.k, self.settings))
-        done = (plan.steps - first) * train.batch
-        return sae, {
-            "steps": plan.steps, "tokens": plan.steps * train.batch, "resumes": so_far.resumes, "workers": self.world,
-            "data_digest": f"{so_far.digest:016x}", "rows_dropped": train.tokens - plan.steps * train.batch,
-            "tokens_per_s": round(done / elapsed, 1) if done else None,
-            "data_wait_share": round(waited / elapsed, 4) if done else None,
-            "first_batch_s": round(first_batch_s, 3) if done else None,
-            "theta_training": float(trainer.threshold),
-        }  # fmt: skip
-
-    def _parallel(self, sae: MatryoshkaSAE) -> torch.nn.Module | None:
-        """The loss wrapped in DistributedDataParallel, where there is more than one worker."""
-        if self.world == 1:
-            return None
-        # Buffers (the frozen core rows) are equal on all ranks by construction.
-        return ray.train.torch.prepare_model(
-            LossModule(sae, self.settings, self.comm), parallel_strategy_kwargs={"forward_sync_buffers": False}
-        )
-
-    def _calibration_chunks(self, rows_ND: torch.Tensor):
-        for chunk_BD in rows_ND.split(self.settings.batch):
-            yield (chunk_BD.float() / self.scale).to(self.device)
-
-    def _diverged(self, error: Diverged, x_BD: torch.Tensor, batches: Batches, step: int) -> Exception:
-        """Tell bad data from a bad run: all ranks come here together."""
+    def _diverged(self, error: Diverged, chain: Chain, x_BD: torch.Tensor, batches: Batches, step: int) -> Exception:
+        """Tell bad data from a bad run."""
         bad_B = (~torch.isfinite(x_BD).all(dim=1)).nonzero().flatten()
         mine = [batches.shard_of(int(row)) for row in bad_B]
         everyone: list = [None] * self.world
@@ -230,42 +194,107 @@ class ChainWorker:
                 f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}), under a valid checksum. "
                 "Delete it and run `python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
             )
-        return Diverged(f"cycle {self.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
+        return Diverged(f"cycle {chain.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
 
-    def checkpoint(self, folder: CycleFolder, trainer: Trainer, step: int, order: Order, batches: Batches, so_far: Progress) -> None:
-        """Everything a bit-identical continuation needs, on any number of workers. All ranks call it together."""
-        # Two halves, since a sum of signed 64-bit integers over ranks must not overflow.
-        halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.device)
-        high, low = self.comm.all_reduce_sum(halves).tolist()
-        so_far.digest = (so_far.digest + (high << 32) + low) & MASK
-        batches.digest = 0
-        so_far.position = order.position(step)
+    @contextmanager
+    def failing(self, *chains: Chain) -> Iterator[None]:
+        """What trying again cannot mend ends these chains, marked failed; the others go on."""
+        try:
+            yield
+        except Superseded:
+            raise
+        except Exception as error:
+            known = _cause(error, FINAL)
+            if known is None:
+                raise
+            for chain in chains:
+                if chain in self.chains:
+                    chain.fail(known)
+                    self.chains.remove(chain)
+            if self.world > 1 and not isinstance(known, Diverged):
+                raise  # the other ranks do not know: let Ray end the group
+
+
+class Chain:
+    """One chain on one rank."""
+
+    def __init__(self, plan: ChainPlan, worker: Worker, board):
+        self.plan, self.worker, self.board = plan, worker, board
+        self.rank, self.world, self.comm, self.device = worker.rank, worker.world, worker.comm, worker.device
+        self.cycle, self.started, self.fraction_at_start = len(plan.folder.records()), time.monotonic(), None
+        self.training: Training | None = None
+        self.say(phase="starting")
+
+    @property
+    def lm(self):
+        return self.worker.lm
+
+    @property
+    def dataset(self) -> ActivationDataset:
+        return self.worker.dataset
+
+    @property
+    def scale(self) -> float:
+        return self.dataset.manifest.scale
+
+    def tidy(self) -> None:
+        """Before the first cycle: drop what killed writers left."""
         if self.rank == 0:
             self.plan.lease.check()
-            with replacing(folder.checkpoint) as temporary:
-                torch.save({"trainer": trainer.state_dict(), "progress": json.dumps(asdict(so_far))}, temporary)
+            self.plan.folder.tidy()
 
-    def _load_checkpoint(self, folder: CycleFolder) -> dict:
-        try:
-            return torch.load(folder.checkpoint, map_location=self.device, weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
+    def begin(self) -> None:
+        """Set a cycle up: an SAE on the last cycle's core, or on the one that the chain starts from."""
+        self.began = time.monotonic()
+        folder = self.plan.folder.cycle(self.cycle)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self.core = self._incoming_core()
+        if self.core is not None and abs(self.core.scale - self.scale) > 1e-12 * self.scale:
+            raise ValueError(f"{folder.path}: the core was made at scale {self.core.scale!r}, the activations have {self.scale!r}")
+        self.training = Training(self.plan, self.cycle, self.core, self.dataset, self.comm, self.device)
 
-    def _open(self, cycle: int) -> None:
-        """Start reading for a cycle, where its training stands: its first batch is then there when it begins."""
-        if cycle < self.plan.cycles:
-            order, folder = self.plan.order(self.dataset, cycle), self.plan.folder.cycle(cycle)
-            position = json.loads(self._load_checkpoint(folder)["progress"])["position"] if folder.checkpoint.exists() else (0, 0)
-            self._opened = self.stream.open(order, order.step_at(*position), self.plan.steps)
+    def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> None:
+        """One training step, logged where it is to be. Raises Diverged."""
+        training, steps = self.training, self.plan.steps
+        if (report := training.step(step, x_BD, token_index_B, waited)) is not None:
+            training.log(report)
+            rate = training.tokens_per_s
+            self.say(phase="train", step=step + 1, steps=steps, tokens_per_s=rate, within=0.85 * (step + 1) / steps)
 
-    def _open_next(self) -> None:
-        if self._opened is None or self._opened.order.cycle == self.plan.number(self.cycle):
-            self._open(self.cycle + 1)
+    def finish(self, together: int, opens_next: bool) -> None:
+        """Set the threshold, evaluate, attribute, and choose the next core. opens_next: reading for the next cycle starts here."""
+        folder, sae = self.plan.folder.cycle(self.cycle), self.training.trainer.whole()
+        self.calibrate(sae)
+        after_training = time.monotonic()
+        metrics, density_F, removal_P = self.evaluate(folder, sae)
+        after_evaluation = time.monotonic()
+        selected = self.attribute(folder, sae, opens_next)
+        now = time.monotonic()
+        seconds = {
+            "train": after_training - self.began, "evaluate": after_evaluation - after_training,
+            "attribute": now - after_evaluation, "total": now - self.began,
+        }  # fmt: skip
+        if self.rank == 0:
+            self.commit(folder, self.core, sae, density_F, removal_P, selected, metrics, self.training.record(together), seconds)
+        self.training, self.core = None, None
+        self.cycle += 1
 
-    def _batches(self, order: Order, first: int) -> Batches:
-        """The cycle's batches from this step on: those opened ahead."""
-        assert self._opened is not None and (self._opened.order, self._opened.start) == (order, first), "opened for another place"
-        return self._opened
+    def _incoming_core(self) -> Core | None:
+        """What the last cycle selected; for the first one, what the chain starts from."""
+        if self.cycle:
+            return Core.load(self.plan.folder.cycle(self.cycle - 1).core)
+        return Core.load(self.plan.start.path) if self.plan.start else None
+
+    def calibrate(self, sae: MatryoshkaSAE) -> None:
+        """Set the SAE's threshold on the rows held back."""
+        self.say(phase="calibrate", within=0.86)
+        rows_ND, settings = self.dataset.calibration_rows(), self.plan.sae_settings(self.dataset.manifest.d)
+
+        def chunks():
+            for chunk_BD in rows_ND.split(settings.batch):
+                yield (chunk_BD.float() / self.scale).to(self.device)
+
+        sae.theta.fill_(calibrate(sae, chunks, self.plan.k, settings))
 
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
@@ -283,7 +312,7 @@ class ChainWorker:
         for ids_NT, lengths_N in mine:
             tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal)
         tally.reduce(self.comm)
-        metrics, density_F = scores_of(tally, sae.core_size, read_references(plan.references, evaluate))
+        metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank == 0:
             self.plan.lease.check()
             manifest = self.dataset.manifest
@@ -299,28 +328,30 @@ class ChainWorker:
 
     # -- attribute and select ------------------------------------------------------------------------------------------
 
-    def attribute(self, folder: CycleFolder, sae: MatryoshkaSAE) -> dict:
+    def attribute(self, folder: CycleFolder, sae: MatryoshkaSAE, opens_next: bool) -> dict:
         """Score shards until the aggregator has all it asks for, then ask it for the core."""
         config = self.plan.config.attribution
         batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
         # Partial sums belong to these weights: every rank holds the same.
         stamp = hashlib.sha256(sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()).hexdigest()[:16]
         ledger = (str(folder.attribution), len(batches), stamp)
+        aggregator = self.worker.aggregator
         if self.rank == 0:
-            ray.get(self.aggregator.begin.remote(ledger))
-        self._barrier()
+            ray.get(aggregator.begin.remote(ledger))
+        self.worker.barrier()
         began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
 
         def on_shard(done: int) -> None:
             within = 0.9 + 0.1 * done * self.world / len(batches)
             self.say(phase="attribute", within=within, tokens_per_s=done * self.world * tokens / (time.monotonic() - began))
-            if done * self.world >= OPEN_AT * len(batches):
-                self._open_next()
+            if opens_next and done * self.world >= OPEN_AT * len(batches):
+                self.worker.open_next(self.cycle)
 
         settings = self.plan.attribution_settings(self.dataset.manifest)
-        score_shards(sae, self.lm, batches, self.scale, settings, self.aggregator, ledger, self.rank, on_shard)
-        self._open_next()  # where other ranks were faster, this one may have had no shard that late
-        return ray.get(self.aggregator.select.remote(ledger))
+        score_shards(sae, self.lm, batches, self.scale, settings, aggregator, ledger, self.rank, on_shard)
+        if opens_next:
+            self.worker.open_next(self.cycle)  # where other ranks were faster, this one may have had no shard that late
+        return ray.get(aggregator.select.remote(ledger))
 
     def commit(self, folder, core, sae, density_F, removal_P, selected, metrics, trained, seconds) -> None:
         """Save the core and, last, the completion record; then drop what only an unfinished cycle needs."""
@@ -341,6 +372,7 @@ class ChainWorker:
             "format_version": RECORD_VERSION, "chain": plan.key, "label": plan.label, "cycle": self.cycle,
             "generation": plan.lease.generation, "seed": plan.seed, "k": plan.k,
             "core_in": core_in, "core_out": new.size, "kept": kept, "entered": new.size - kept, "left": core_in - kept,
+            "decoder_drift": None if core is None else decoder_drift(core.W_dec_CD, sae.W_dec[:core_in]),
             "jaccard": jaccard(kept, core_in, new.size) if core is not None else None, "origins": origins,
             **trained, "theta": float(sae.theta), **metrics,
             "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": carried(selected["scores"], ids_C),

@@ -143,12 +143,20 @@ class Core:
         counts = torch.bincount(self.entered_C, minlength=self.cycle + 1).tolist()
         return dict(enumerate(counts))
 
-    def save(self, path: str | Path) -> None:
-        """Write to `path` in one step: a reader finds the old file, the new one or none, never a part."""
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all it holds: equal for equal cores, while two files of one core may order their headers differently."""
+        return _digest(*self._content())
+
+    def _content(self) -> tuple[dict[str, torch.Tensor], str]:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         named = {name: getattr(self, name) for name in _FIELDS}
         named |= {name: getattr(self, name) for name, usual in _OPTIONAL.items() if getattr(self, name) != usual}
-        fields = json.dumps(named, sort_keys=True)
+        return tensors, json.dumps(named, sort_keys=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path` in one step: a reader finds the old file, the new one or none, never a part."""
+        tensors, fields = self._content()
         metadata = {"format_version": str(FORMAT_VERSION), "core": fields, "sha256": _digest(tensors, fields)}
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(safetensors_bytes(tensors, metadata))

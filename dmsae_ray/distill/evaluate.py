@@ -1,19 +1,53 @@
-"""What an SAE is worth on held-out text: L0, FVU, dead share, and the language model's loss when spliced in.
+"""What an SAE is worth on held-out text: L0, FVU, dead share, and what becomes of the language model's predictions when it is
+spliced in; for the whole SAE, for every prefix, and for the core alone.
 
-Letters: N sequences, T context, R rows (tokens without BOS and padding), D model dimension, F width.
+Letters: N sequences, T context, R rows (tokens without BOS and padding), D model dimension, F width, Q prefixes.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dmsae_ray.distill.criterion import removal_cost
+from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.sae.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
+
+CORE = "core"
+"""Name of the prefix that is the core alone."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first latents of an SAE."""
+
+    name: str
+    """`core`, or the number g of the last group in it: core + groups 0..g"""
+    latents: int
+
+
+def prefixes_of(sae: MatryoshkaSAE) -> list[Prefix]:
+    """The core alone, if there is one, then core + groups 0..g for every g; the last one is the whole SAE."""
+    core = [Prefix(CORE, sae.core_size)] if sae.core_size else []
+    return core + [Prefix(str(g), end) for g, end in enumerate(sae.group_ends)]
+
+
+def reconstructions(sae: MatryoshkaSAE, z_RF: torch.Tensor) -> Iterator[torch.Tensor]:
+    """x_hat [R, D] of each prefix, `b_dec` plus its latents: each is the one before plus the latents between, a whole decode in all.
+
+    A latent's activation by the inference rule does not depend on the others, so that in every prefix it is the same.
+    """
+    x_hat_RD, start = sae.b_dec.detach().expand(len(z_RF), -1), 0
+    for prefix in prefixes_of(sae):
+        x_hat_RD = x_hat_RD + z_RF[:, start : prefix.latents] @ sae.W_dec[start : prefix.latents].detach()
+        start = prefix.latents
+        yield x_hat_RD
 
 
 @dataclass
@@ -36,7 +70,7 @@ class Tally:
 def tally_batch(
     tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, removal: bool = False
 ) -> None:
-    """Add one batch of sequences, on the SAE's device: the whole SAE (all prefixes) in place of what stands at the hook.
+    """Add one batch of sequences, on the SAE's device: every prefix's reconstruction in place of what stands at the hook.
 
     removal: also add what the removal of each candidate costs (`criterion.removal_cost`).
     """
@@ -44,38 +78,71 @@ def tally_batch(
     cut = lm.cut(ids_NT)
     x_RD = cut.value_BTD[rows_NT] / scale
     z_RF = sae.encode(x_RD)
-    x_hat_RD = sae.decode(z_RF)
-    spliced_NTD = cut.value_BTD.clone()
-    spliced_NTD[rows_NT] = x_hat_RD * scale
-    active_RF = z_RF > 0
+    errors = []
+
+    def spliced() -> Iterator[torch.Tensor]:
+        for x_hat_RD in reconstructions(sae, z_RF):
+            errors.append((x_RD - x_hat_RD).double().square().sum())
+            spliced_NTD = cut.value_BTD.clone()
+            spliced_NTD[rows_NT] = x_hat_RD * scale
+            yield spliced_NTD
+
+    loss_Q, kl_Q = divergence(lm, cut, spliced(), ids_NT, lengths_N)
     tally.add(
-        rows=len(x_RD), error=(x_RD - x_hat_RD).double().square().sum(),
-        x=x_RD.double().sum(dim=0), x2=x_RD.double().square().sum(), active=active_RF.sum(dim=0),
-        loss=lm.loss(cut, spliced_NTD, ids_NT, lengths_N),
+        rows=len(x_RD), x=x_RD.double().sum(dim=0), x2=x_RD.double().square().sum(), active=(z_RF > 0).sum(dim=0),
+        error=torch.stack(errors), loss=loss_Q, kl=kl_Q,
     )  # fmt: skip
     if removal:
         tally.add(removal=removal_cost(sae, x_RD, z_RF))
 
 
-def scores_of(tally: Tally, core_size: int, references: dict[str, float]) -> tuple[dict[str, float], torch.Tensor]:
-    """Metrics of the method's "Evaluation terms", and each latent's density [F]."""
-    sums = tally.sums
+def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Metrics of the method's "Evaluation terms" as plain JSON types, and each latent's density [F].
+
+    `kl` is the mean over the loss's targets of KL(clean || spliced), in nats. `prefixes` has an entry for each of `prefixes_of`:
+    name, latents, l0, fvu, loss, loss_recovered_zero, loss_recovered_mean, kl; the last one is the whole SAE, whose numbers also
+    stand beside it.
+
+        core_explained = (1 - FVU(core alone)) / (1 - FVU(whole))
+
+    is the share of the variance that the SAE explains which `b_dec` plus the core's latents explain without the others; None
+    without a core, or where the whole explains nothing. Read it as a comparison of two reconstructions, not as a part of a sum:
+    decoder and bias were trained for prefixes of which the smallest is core + group 0, never for the core alone, so a decoder
+    fitted to the core would explain more; latents overlap, so the free ones alone do not explain the rest; and it is negative where
+    bias and core fit worse than the mean row does, above 1 where the free latents do harm.
+    """
+    sums, prefixes = tally.sums, prefixes_of(sae)
     rows = float(sums["rows"])  # which are the loss's targets, too
     variance = float(sums["x2"] - sums["x"].square().sum() / rows)
     density_F = sums["active"] / rows
-    spliced, clean = float(sums["loss"]) / rows, references["clean"]
+    clean, zero, mean = (references[kind] for kind in ("clean", "zero", "mean"))
+
+    def entry(q: int, prefix: Prefix) -> dict[str, Any]:
+        loss = float(sums["loss"][q]) / rows
+        return {
+            "name": prefix.name, "latents": prefix.latents, "l0": float(density_F[: prefix.latents].sum()),
+            "fvu": float(sums["error"][q]) / variance, "loss": loss, "loss_recovered_zero": (zero - loss) / (zero - clean),
+            "loss_recovered_mean": (mean - loss) / (mean - clean), "kl": float(sums["kl"][q]) / rows,
+        }  # fmt: skip
+
+    entries = [entry(q, prefix) for q, prefix in enumerate(prefixes)]
+    core, whole = entries[0] if sae.core_size else None, entries[-1]
+    explained = 1 - whole["fvu"]
     metrics = {
-        "l0": float(density_F.sum()),
-        "core_l0": float(density_F[:core_size].sum()),
-        "free_l0": float(density_F[core_size:].sum()),
-        "fvu": float(sums["error"]) / variance,
+        "l0": whole["l0"],
+        "core_l0": core["l0"] if core else 0.0,
+        "free_l0": float(density_F[sae.core_size :].sum()),
+        "fvu": whole["fvu"],
         "dead_share": float((sums["active"] == 0).double().mean()),
         "loss_clean": clean,
-        "loss_zero": references["zero"],
-        "loss_mean": references["mean"],
-        "loss_spliced": spliced,
-        "loss_recovered_zero": (references["zero"] - spliced) / (references["zero"] - clean),
-        "loss_recovered_mean": (references["mean"] - spliced) / (references["mean"] - clean),
+        "loss_zero": zero,
+        "loss_mean": mean,
+        "loss_spliced": whole["loss"],
+        "loss_recovered_zero": whole["loss_recovered_zero"],
+        "loss_recovered_mean": whole["loss_recovered_mean"],
+        "kl": whole["kl"],
+        "core_explained": (1 - core["fvu"]) / explained if core and explained > 0 else None,
+        "prefixes": entries,
         "evaluation_tokens": int(rows),
     }
     return metrics, density_F
@@ -84,16 +151,16 @@ def scores_of(tally: Tally, core_size: int, references: dict[str, float]) -> tup
 @torch.no_grad()
 def reference_losses(lm, batches, mean_D: torch.Tensor) -> dict[str, float]:
     """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept)."""
-    sums, tokens = {"clean": 0.0, "zero": 0.0, "mean": 0.0}, 0
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for ids_NT, lengths_N in batches:
         rows_NT = lm.rows(ids_NT, lengths_N)
         cut = lm.cut(ids_NT)
         tokens += int(rows_NT.sum())
-        sums["clean"] += float(lm.loss(cut, cut.value_BTD, ids_NT, lengths_N))
-        for kind, value_D in (("zero", torch.zeros_like(mean_D)), ("mean", mean_D)):
-            ablated_NTD = torch.where(rows_NT[:, :, None], value_D.to(cut.value_BTD), cut.value_BTD)
-            sums[kind] += float(lm.loss(cut, ablated_NTD, ids_NT, lengths_N))
-    return {kind: value / tokens for kind, value in sums.items()} | {"tokens": tokens}
+        ablated = [
+            torch.where(rows_NT[:, :, None], value_D.to(cut.value_BTD), cut.value_BTD) for value_D in (torch.zeros_like(mean_D), mean_D)
+        ]
+        sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
+    return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
 
 
 def references_path(dataset_folder: Path, evaluate) -> Path:

@@ -9,6 +9,7 @@
               scores.safetensors   attribution of every candidate; what it was selected by, where that is something else
               core.safetensors     the core this cycle chose
               record.json          completion record, written last: the cycle is done if and only if it exists
+              evaluation-N.json    measured later on N held-out tokens (`python -m dmsae_ray.evaluate`); none by default
 
 Every commit carries the generation of the sweep driver it was started by. A driver that takes the folder over raises the
 generation, so a worker that outlived its driver cannot write over its successor.
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from dmsae_ray.files import remove_leftovers, write_json
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 
 
 class Superseded(RuntimeError):
@@ -80,6 +81,9 @@ class CycleFolder:
     @property
     def record(self) -> Path:
         return self.path / "record.json"
+
+    def evaluation(self, tokens: int) -> Path:
+        return self.path / f"evaluation-{tokens}.json"
 
     def release(self) -> None:
         """Drop what only an unfinished cycle needs."""

@@ -17,7 +17,6 @@ from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.select import count_of
-from dmsae_ray.files import file_sha256
 from dmsae_ray.sae.settings import SAESettings, schedule
 
 INIT, SELECTION = 301, 302
@@ -98,6 +97,16 @@ class ChainPlan:
     def data_seed(self) -> int:
         return self.config.data_seed_of(self.seed)
 
+    @property
+    def lockstep_key(self) -> tuple:
+        """Equal for chains that read the same batches and can be served by one worker group; their arms, and all that is not named
+        here, may differ."""
+        train, part = self.config.train, self.fields["part"]
+        return (
+            self.data_seed, part and (part["part"], part["parts"]), self.number(0), train.batch, train.lanes, self.steps, train.threads, train.checkpoint_steps,
+            self.score_settings,
+        )  # fmt: skip
+
     def number(self, cycle: int) -> int:
         """Number of the chain's cycle in the life of its core, which may have begun in another chain."""
         return cycle + (self.start.number if self.start else 0)
@@ -174,7 +183,8 @@ class ChainPlan:
             d=d, width=sae.width, k=self.k, batch=train.batch, prefix_fractions=sae.prefix_fractions, core_gate=sae.core_gate,
             core_budget=sae.core_budget, core_transfer=sae.core_transfer, core_decoder_init=sae.core_decoder_init,
             auxk_alpha=sae.auxk_alpha, auxk_k=sae.auxk_k, lr=train.lr, beta1=train.betas[0], beta2=train.betas[1],
-            eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels, **lengths,
+            eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels,
+            parallel=train.parallel, micro_batch=train.micro_batch, **lengths,
         )  # fmt: skip
 
     def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
@@ -248,7 +258,7 @@ def grid(config: Config, arm: str, dataset: str, dataset_key: str, lease: Lease 
     start = None
     if config.sae.core is not None:
         core = Core.load(config.sae.core)
-        start = Start(config.sae.core, core.cycle + 1, {"core": file_sha256(config.sae.core)})
+        start = Start(config.sae.core, core.cycle + 1, {"core": core.fingerprint})
     return [
         ChainPlan(config, seed, k, dataset, dataset_key, lease, arm, start) for k in config.sweep.k for seed in config.sweep.seeds
     ]

@@ -34,6 +34,11 @@ class Cut:
     _entry_BTD: torch.Tensor | None
     """the stream entering the hook's block, in the model's own precision; None where nothing of the block is needed"""
 
+    def take(self, sequences_P: torch.Tensor) -> Cut:
+        """The model interrupted in these of its sequences (indices, any number of times each), without running it again."""
+        entry_BTD = self._entry_BTD
+        return Cut(self.value_BTD[sequences_P], None if entry_BTD is None else entry_BTD[sequences_P.to(entry_BTD.device)])
+
 
 class LanguageModel:
     """A frozen model with one hook: `cut` runs it up to the hook, `loss` goes on from there with another value.
@@ -52,10 +57,12 @@ class LanguageModel:
         self.n_layers = len(bridge.blocks)
         self.layer = layer_of(hook, name, self.n_layers)
         self.d = int(bridge.cfg.d_model)
+        self.vocabulary = int(bridge.cfg.d_vocab)
         self.dtype = bridge.original_model.get_input_embeddings().weight.dtype
         kind = hook.rpartition(".")[2]
         self._inside, self._mid = kind in INSIDE, kind == "hook_resid_mid"
         self._first = self.layer + (kind in AFTER)  # the first block that runs when the model goes on from the hook
+        self._last = f"blocks.{self.n_layers - 1}.hook_out"
         self._blocks_give_tuples = False
 
     @staticmethod
@@ -153,12 +160,40 @@ class LanguageModel:
 
         Keeps the graph to `value_BTD` if that requires grad.
         """
+        return self._cross_entropy(cut, value_BTD, ids_BT, lengths_B, "sum")
+
+    @torch.no_grad()
+    def token_losses(self, cut: Cut, value_BTD: torch.Tensor, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """The terms of `loss`, without gradient: what each of the `rows` cost to predict, fp32 [B, T] on the ids' device; 0 elsewhere."""
+        terms_BT = torch.zeros(ids_BT.shape, device=ids_BT.device)
+        terms_BT[:, 1:] = self._cross_entropy(cut, value_BTD, ids_BT, lengths_B, "none").view(len(ids_BT), -1)
+        return terms_BT
+
+    def _cross_entropy(self, cut: Cut, value_BTD: torch.Tensor, ids_BT: torch.Tensor, lengths_B: torch.Tensor, reduction: str) -> torch.Tensor:
         logits_BTV = self.logits(cut, value_BTD)
         ids_BT = ids_BT.to(logits_BTV.device, torch.int64)
         targets_BT = ids_BT.masked_fill(~self.rows(ids_BT, lengths_B), IGNORED)[:, 1:]
         return torch.nn.functional.cross_entropy(
-            logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction=reduction
         )
+
+    @torch.no_grad()
+    def stream(self, cut: Cut, value_BTD: torch.Tensor) -> torch.Tensor:
+        """The stream after the last block, [B, T, D] in the model's precision, with `value_BTD` at the hook. No logits are made."""
+        if self._first == self.n_layers:
+            return value_BTD.to(self.device, self.dtype)
+        with self._going_on(cut, value_BTD) as start_BTD:
+            return self._read(start_BTD, [self._last])[self._last]
+
+    @torch.no_grad()
+    def unembed(self, stream_RD: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] from rows of the stream after the last block: final norm, unembedding, and what the model does after it.
+
+        Position by position, so that a few rows of a large vocabulary can be had without all others.
+        """
+        # Each row a sequence of its own: no limit on positions, and masks of one entry.
+        with self._entering(self.n_layers, stream_RD[:, None].to(self.device, self.dtype, copy=True), []) as start_R1D:
+            return self.bridge(start_R1D, return_type="logits")[:, 0]
 
     def _read(self, start: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
         """Copies of what stands at the hooks in a run from `start` (ids, or what `_going_on` yields), ended at the last.
@@ -194,23 +229,27 @@ class LanguageModel:
         # Copies, since the model may go on in place.
         entry_BTD = (cut._entry_BTD if self._inside else value_BTD).to(self.device, self.dtype, copy=True)
 
-        def enter(*args, **kwargs):
-            return (entry_BTD,) if self._blocks_give_tuples else entry_BTD
-
-        def replace(value_BTD: torch.Tensor) -> Callable:
-            return lambda tensor_BTD, hook: value_BTD.to(tensor_BTD.device, tensor_BTD.dtype, copy=True)
-
         def overwrite(tensor_BTD: torch.Tensor, hook) -> None:
             # TransformerLens' hook_resid_mid is the input of the norm before the MLP: what a hook returns there reaches the
             # MLP, but not the sum after it. The block's own tensor reaches both.
             tensor_BTD.copy_(value_BTD)
 
-        replaced = [(hook, replace(held_BTD)) for hook, held_BTD in (held or {}).items()]
+        replaced = [(hook, _replace(held_BTD)) for hook, held_BTD in (held or {}).items()]
         if self._inside:
-            replaced.append((self.hook, overwrite if self._mid else replace(value_BTD)))
-        if self._first == 0:
-            replaced.append(("blocks.0.hook_in", replace(entry_BTD)))
-        skipped = list(self.bridge.blocks)[: self._first]
+            replaced.append((self.hook, overwrite if self._mid else _replace(value_BTD)))
+        with self._entering(self._first, entry_BTD, replaced) as start_BTD:
+            yield start_BTD
+
+    @contextmanager
+    def _entering(self, first: int, entry_BTD: torch.Tensor, replaced: list[tuple[str, Callable]]) -> Iterator[torch.Tensor]:
+        """While open, blocks before `first` compute nothing and the stream enters there. Yields what to run the bridge on."""
+
+        def enter(*args, **kwargs):
+            return (entry_BTD,) if self._blocks_give_tuples else entry_BTD
+
+        if first == 0:
+            replaced = [*replaced, ("blocks.0.hook_in", _replace(entry_BTD))]
+        skipped = list(self.bridge.blocks)[:first]
         # Set in the instances' own dictionaries: the bridge's attribute assignment goes on to the module it wraps.
         for block in skipped:
             block.__dict__["forward"] = enter
@@ -248,11 +287,17 @@ class LanguageModel:
             shape = list(cut.value_BTD.shape)
             raise ValueError(f"model.hook {self.hook}: holds {shape} for {list(ids_BT.shape)} tokens, not a vector of {self.d} for each")
         cut_BTV = self.logits(cut, cut.value_BTD)
-        difference = float((whole_BTV.float() - cut_BTV.float()).abs().max())
+        difference = _distance(whole_BTV, cut_BTV)
         if not difference <= SPLIT_TOLERANCE[self.dtype]:
             raise ValueError(
                 f"model.name {self.name}: what follows {self.hook} does not give the model's logits from what stands there "
                 f"(they differ by {difference:.3g}); this kind of model cannot be attributed through"
+            )
+        difference = _distance(whole_BTV[0], self.unembed(self.stream(cut, cut.value_BTD)[0]))
+        if not difference <= SPLIT_TOLERANCE[self.dtype]:
+            raise ValueError(
+                f"model.name {self.name}: the stream after the last block does not give the model's logits position by position "
+                f"(they differ by {difference:.3g}); what an SAE does to this kind of model cannot be measured"
             )
         if self._mid:
             self._check_mid(cut, ids_BT)
@@ -269,6 +314,15 @@ class LanguageModel:
         grown_BTD = (moved_BTD.float() - clean[after].float()).to(cut.value_BTD.device)
         if not float((grown_BTD - cut.value_BTD).abs().max()) <= 0.1 * float(cut.value_BTD.abs().max()):
             raise ValueError(f"model.hook {self.hook}: not the residual stream in this model; use hook_resid_pre or hook_resid_post")
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.to(a.device, torch.float32)).abs().max())
+
+
+def _replace(value_BTD: torch.Tensor) -> Callable:
+    """A hook function that puts a copy of this value in place."""
+    return lambda tensor_BTD, hook: value_BTD.to(tensor_BTD.device, tensor_BTD.dtype, copy=True)
 
 
 def _input_device(hf_model) -> torch.device:

@@ -1,10 +1,11 @@
 """BatchTopK: which (token, latent) pairs of a global batch are kept.
 
-Shapes: B tokens of this rank's batch, F latents (the first C are the core), N pairs.
+Shapes: B tokens of this rank, F latents of this rank (the first C are the core), N pairs. Ranks hold either different tokens and
+all latents, or all tokens and different latents.
 
 Over the global batch the gate keeps the first k * tokens positive pairs in the order (value descending, token ascending,
 latent ascending), or all positive ones if there are fewer. A pair's value is its sampled dot product (`pairs.py`). The result
-is exact, ties included, and depends neither on the screen nor on how the tokens are spread over ranks.
+is exact, ties included, and depends neither on the screen nor on how tokens or latents are spread over ranks.
 
 `core_gate: relu` keeps every positive core pair. The free latents then share k * tokens pairs (`core_budget: exempt`) or
 max(tokens, k * tokens - active core pairs) (`counted`).
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.collective import Alone, Collective
+from dmsae_ray.sae.collective import Alone, Collective, gather_ragged
 from dmsae_ray.sae.pairs import DIGIT_BITS, Pairs, Rounded, TorchPairs
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
@@ -64,13 +65,14 @@ class Kept:
 
 def gate(
     centred_BD: Tensor, rows: Rounded, screen: Screen, settings: SAESettings, comm: Collective = Alone(),
-    token_index_B: Tensor | None = None, guess: float | Tensor | None = None,
+    token_index_B: Tensor | None = None, guess: float | Tensor | None = None, latent_ids_F: Tensor | None = None,
 ) -> Kept:  # fmt: skip
     """The kept pairs of this rank's rows.
 
     centred_BD: x - b_dec, rows: its rounding by `screen.ops.centre`; every rank holds the same number of rows. token_index_B:
     each row's place in the global batch (int64), by default ranks one after the other. guess: what the bound L is expected to
-    exceed, equal on all ranks; None: it is guessed from the batch. Raises `ScreenError`.
+    exceed, equal on all ranks; None: it is guessed from the batch. latent_ids_F: this rank's latents, ascending, where every rank
+    holds the whole batch and the latents are spread; None: every rank holds all latents. Raises `ScreenError`.
 
     guess as a 0-dim tensor, for one worker with fused kernels: nothing waits for the device, and all numbers in `Kept` stay there,
     as 0-dim tensors (device_gate.py).
@@ -83,11 +85,13 @@ def gate(
             return device_gate.gate_on_device(centred_BD, rows, screen, settings, guess, token_index_B)
         return device_gate.gate_and_wait(centred_BD, rows, screen, settings, guess, token_index_B)
     n_exempt = sae.core_size if settings.core_gate == "relu" else 0
-    budget = settings.k * len(centred_BD) * comm.world
+    n_tokens, holders = (len(centred_BD) * comm.world, 1) if latent_ids_F is None else (len(centred_BD), comm.world)
+    budget = settings.k * n_tokens
     b_enc_F, encoder_FD = sae.b_enc.detach(), sae.encoder_rows()
 
     if guess is None:
-        local = SAMPLE_GUESS * screen.guess(centred_BD, rows, b_enc_F, settings.k)
+        # If each of a token's holders has its share of k pairs above the least such guess, all have k together.
+        local = SAMPLE_GUESS * screen.guess(centred_BD, rows, b_enc_F, -(-settings.k // holders))
         guess = -comm.all_reduce_max(torch.tensor(-local, dtype=torch.float64, device=b_enc_F.device)).item()
     retries = 0
     while True:
@@ -109,7 +113,7 @@ def gate(
         wrong = comm.all_reduce_sum(torch.tensor(wrong, device=b_enc_F.device)).item()
     check_margins(wrong)
     kept, smallest = select(
-        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B
+        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B, latent_ids_F
     )
     return Kept(kept, smallest, bound, len(value_N), retries)
 
@@ -125,7 +129,7 @@ def check_margins(wrong: int) -> None:
 
 def select(
     row_N: Tensor, latent_N: Tensor, value_N: Tensor, n_rows: int, n_exempt: int, settings: SAESettings, ops: TorchPairs,
-    comm: Collective, token_index_B: Tensor | None,
+    comm: Collective, token_index_B: Tensor | None, latent_ids_F: Tensor | None = None,
 ) -> tuple[Pairs, float]:  # fmt: skip
     """The kept ones of these pairs (sorted by row, then latent), which hold every pair that can be kept, and the smallest kept value."""
     core_N = latent_N < n_exempt if n_exempt else None
@@ -133,9 +137,10 @@ def select(
     positive_N = value_N > 0
     counts = torch.stack([(free_N > 0).sum(), (positive_N & core_N).sum() if n_exempt else positive_N.new_zeros((), dtype=torch.int64)])
     n_free, n_core = comm.all_reduce_sum(counts).tolist()
-    budget = settings.k * n_rows * comm.world
-    if n_exempt and settings.core_budget == "counted":
-        budget = max(n_rows * comm.world, budget - n_core)
+    n_tokens = n_rows * comm.world if latent_ids_F is None else n_rows
+    budget = settings.k * n_tokens
+    if settings.core_gate == "relu" and settings.core_budget == "counted":
+        budget = max(n_tokens, budget - n_core)
     if n_free <= budget:
         smallest = _smallest_positive(free_N, comm) if n_free else 0.0
         return ops.keep(row_N, latent_N, value_N, 0.0, n_exempt, n_rows, None), smallest
@@ -143,7 +148,11 @@ def select(
     above, tied = comm.all_reduce_sum(torch.stack([(free_N > threshold).sum(), (free_N == threshold).sum()])).tolist()
     dropped_N = None
     if above + tied > budget:
-        dropped_N = _tied_beyond(free_N == threshold, row_N, budget - above, n_rows, comm, token_index_B)
+        tied_N = free_N == threshold
+        if latent_ids_F is None:
+            dropped_N = _tied_beyond(tied_N, row_N, budget - above, n_rows, comm, token_index_B)
+        else:
+            dropped_N = _tied_beyond_latents(tied_N, row_N, latent_ids_F[latent_N.long()], budget - above, n_rows, comm)
     return ops.keep(row_N, latent_N, value_N, threshold, n_exempt, n_rows, dropped_N), threshold
 
 
@@ -191,3 +200,17 @@ def _tied_beyond(
     first_B = count_B.cumsum(0) - count_B
     place_N = running_N - 1 - first_B[row_N.long()]
     return tied_N & (place_N >= keep_B[row_N.long()])
+
+
+def _tied_beyond_latents(tied_N: Tensor, row_N: Tensor, id_N: Tensor, n_keep: int, n_rows: int, comm: Collective) -> Tensor:
+    """The same where ranks hold latents of all tokens. id_N: each pair's latent among those of all ranks.
+
+    Ranks exchange one count per token, then the tied latents of the one token that the cut falls in.
+    """
+    count_B = comm.all_reduce_sum(torch.bincount(row_N[tied_N], minlength=n_rows))
+    upto_B = count_B.cumsum(0)
+    cut = int((upto_B <= n_keep).sum())  # tokens before this one keep all their ties, since more than n_keep are tied
+    here_N = tied_N & (row_N == cut)
+    ids = torch.cat(gather_ragged(comm, id_N[here_N])).sort().values
+    first_out = ids[n_keep - int(upto_B[cut] - count_B[cut])]
+    return tied_N & ((row_N > cut) | ((row_N == cut) & (id_N >= first_out)))

@@ -479,11 +479,12 @@ static inline void NAME(put)(REAL *restrict to, const REAL *restrict from, int64
     memcpy(to, from, sizeof *to * (size_t)d);
 }
 
-/* Gradients of the weights, every row written: scale * sum over a latent's pairs. Frozen encoder rows get none. */
+/* Gradients of the weights: scale * sum over a latent's pairs; every row is written, or (add) latents with pairs are added
+ * to. Frozen encoder rows get none. */
 void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *start, const int32_t *order, const int32_t *row,
                             const REAL *value, const REAL *gradient, const int64_t *group_end, int64_t n_latents, int64_t frozen,
                             int64_t d, int64_t groups, double scale_, REAL *W_enc, REAL *b_enc, REAL *W_dec, REAL *scratch,
-                            int threads) {
+                            int add, int threads) {
     const REAL scale = (REAL)scale_;
     const int far = n_latents * d * 2 * (int64_t)sizeof(REAL) > FAR;
 #pragma omp parallel num_threads(threads)
@@ -494,8 +495,13 @@ void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *s
             int64_t g = 0, i = start[j];
             const int64_t end = start[j + 1];
             REAL bias = 0;
+            if (add && i == end) continue;
             while (j >= group_end[g]) g++;
             memset(decoder, 0, sizeof *decoder * (size_t)(2 * d));
+            if (add) {
+                memcpy(decoder, W_dec + j * d, sizeof *decoder * (size_t)d);
+                if (j >= frozen) memcpy(encoder, W_enc + (j - frozen) * d, sizeof *encoder * (size_t)d);
+            }
             while (i < end) {
                 const int count = i + 4 <= end ? 4 : 1;
                 const REAL *errors[4], *inputs[4];
@@ -517,7 +523,7 @@ void NAME(weight_gradients)(const REAL *S, const REAL *centred, const int64_t *s
                 }
                 i += count;
             }
-            b_enc[j] = scale * bias;
+            b_enc[j] = (add ? b_enc[j] : 0) + scale * bias;
             NAME(put)(W_dec + j * d, decoder, d, far);
             if (j >= frozen) NAME(put)(W_enc + (j - frozen) * d, encoder, d, far);
         }

@@ -163,33 +163,53 @@ class TorchPairs:
 
         S_BGD is filled: S[b, g] = sum over h >= g of x_hat_h - x, so S[:, -1] is the residual of the whole SAE.
         """
-        n_groups = len(group_ends)
+        torch.cumsum(self.group_sums(W_dec_FD, pairs, group_ends), dim=1, out=S_BGD)
+        loss_B = self.errors(x_BD, b_dec_D, S_BGD)
+        return self.along_errors(S_BGD, W_dec_FD, pairs, group_ends), loss_B
+
+    def group_sums(self, W_dec_FD: Tensor, pairs: Pairs, group_ends: list[int]) -> Tensor:
+        """What the pairs of every row and group add up to, [B, G, D]: the first step of `decode`, where latents are spread over ranks."""
+        n_rows, n_groups = len(pairs.start_B1) - 1, len(group_ends)
         bag_N = pairs.row_N.long() * n_groups + self._group(pairs.latent_N, group_ends)
-        first = torch.searchsorted(bag_N, torch.arange(len(x_BD) * n_groups, device=x_BD.device))
-        parts = F.embedding_bag(pairs.latent_N.long(), W_dec_FD, first, mode="sum", per_sample_weights=pairs.value_N)
-        torch.cumsum(parts.view(S_BGD.shape), dim=1, out=S_BGD)
-        S_BGD += (b_dec_D - x_BD)[:, None]
-        loss_B = S_BGD.double().square().sum(dim=(1, 2))
+        first = torch.searchsorted(bag_N, torch.arange(n_rows * n_groups, device=bag_N.device))
+        sums = F.embedding_bag(pairs.latent_N.long(), W_dec_FD, first, mode="sum", per_sample_weights=pairs.value_N)
+        return sums.view(n_rows, n_groups, -1)
+
+    def errors(self, x_BD: Tensor, b_dec_D: Tensor, sums_BGD: Tensor) -> Tensor:
+        """The second step: turns, in place, running sums over groups into S; returns each row's squared error over all prefixes [B]."""
+        sums_BGD += (b_dec_D - x_BD)[:, None]
+        n_groups = sums_BGD.shape[1]
+        loss_B = torch.stack([sums_BGD[:, g].double().square().sum(dim=1) for g in range(n_groups)]).sum(dim=0)
         for g in range(n_groups - 2, -1, -1):
-            S_BGD[:, g] += S_BGD[:, g + 1]
-        return _sampled(S_BGD.view(-1, S_BGD.shape[2]), W_dec_FD, bag_N, pairs.latent_N), loss_B
+            sums_BGD[:, g] += sums_BGD[:, g + 1]
+        return loss_B
+
+    def along_errors(self, S_BGD: Tensor, W_dec_FD: Tensor, pairs: Pairs, group_ends: list[int]) -> Tensor:
+        """The third step: gradients <S[row, group], decoder row> of the pairs' activations [N]."""
+        bag_N = pairs.row_N * S_BGD.shape[1] + self._group(pairs.latent_N, group_ends).int()
+        return self.values(S_BGD.view(-1, S_BGD.shape[2]), W_dec_FD, W_dec_FD.new_zeros(len(W_dec_FD)), bag_N, pairs.latent_N)
 
     def weight_gradients(
         self, S_BGD: Tensor, centred_BD: Tensor, pairs: Pairs, gradient_N: Tensor, start_F1: Tensor, order_N: Tensor,
-        group_ends: list[int], n_frozen: int, scale: float, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+        group_ends: list[int], n_frozen: int, scale: float, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, add: bool = False,
     ) -> None:  # fmt: skip
-        """Fill the gradients of all encoder rows after the frozen ones, all biases and all decoder rows with scale * sums over the pairs."""
+        """Fill the gradients of all encoder rows after the frozen ones, all biases and all decoder rows with scale * sums over the pairs.
+
+        add: these sums are added to what is there.
+        """
         order_N = order_N.long()
         row_N, latent_N = pairs.row_N[order_N].long(), pairs.latent_N[order_N]
         bag_N = row_N * S_BGD.shape[1] + self._group(latent_N, group_ends)
         value_N, by_gradient_N = pairs.value_N[order_N] * scale, gradient_N[order_N] * scale
         first_F = start_F1[:-1]
-        W_dec.copy_(F.embedding_bag(bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N))
         first = int(start_F1[n_frozen])
-        W_enc.copy_(F.embedding_bag(
+        W_dec_FD = F.embedding_bag(bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N)
+        W_enc_FD = F.embedding_bag(
             row_N[first:], centred_BD, first_F[n_frozen:] - first, mode="sum", per_sample_weights=by_gradient_N[first:]
-        ))  # fmt: skip
-        b_enc.zero_().index_add_(0, latent_N.long(), by_gradient_N)
+        )
+        b_enc_F = torch.zeros_like(b_enc).index_add_(0, latent_N.long(), by_gradient_N)
+        for gradient, sums in ((W_enc, W_enc_FD), (b_enc, b_enc_F), (W_dec, W_dec_FD)):
+            gradient.add_(sums) if add else gradient.copy_(sums)
 
     def weighted_rows(self, factor_N: Tensor, rows_ND: Tensor) -> Tensor:
         """factor_N @ rows_ND."""
@@ -356,13 +376,13 @@ class NativePairs(TorchPairs):
         return gradient_N, loss_B
 
     def weight_gradients(
-        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec
+        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec, add=False
     ) -> None:
         workers = native.threads()
         native.call(
             "weight_gradients", S_BGD.dtype, S_BGD, centred_BD, start_F1, order_N, pairs.row_N, pairs.value_N, gradient_N,
             torch.tensor(group_ends), len(b_enc), n_frozen, centred_BD.shape[1], len(group_ends), scale, W_enc, b_enc, W_dec,
-            W_dec.new_empty(workers, 2, W_dec.shape[1]), workers,
+            W_dec.new_empty(workers, 2, W_dec.shape[1]), add, workers,
         )  # fmt: skip
 
     def weighted_rows(self, factor_N, rows_ND) -> Tensor:

@@ -107,6 +107,13 @@ class MatryoshkaSAE(nn.Module):
         return self._whole[: self.width * self.d].view(self.width, self.d)
 
     @staticmethod
+    def zeros(settings: SAESettings, core_size: int, dtype: torch.dtype = torch.float32) -> MatryoshkaSAE:
+        """The SAE of these settings, with a core of this size, all zeros."""
+        sizes = group_sizes(settings.width - core_size, settings.prefix_fractions)
+        ends = [core_size + end for end in accumulate(sizes)]
+        return MatryoshkaSAE(settings.d, ends, core_size, settings.core_gate, dtype, settings.core_transfer)
+
+    @staticmethod
     def init(
         settings: SAESettings, core_W_enc_CD: Tensor | None, seed: int, dtype: torch.dtype = torch.float32
     ) -> MatryoshkaSAE:
@@ -125,9 +132,7 @@ class MatryoshkaSAE(nn.Module):
             raise ValueError(
                 f"core encoder rows have shape {tuple(core_W_enc_CD.shape)}, expected [core size, d = {settings.d}]"
             )
-        sizes = group_sizes(settings.width - core_size, settings.prefix_fractions)
-        ends = [core_size + end for end in accumulate(sizes)]
-        sae = MatryoshkaSAE(settings.d, ends, core_size, settings.core_gate, dtype, settings.core_transfer)
+        sae = MatryoshkaSAE.zeros(settings, core_size, dtype)
         generator = torch.Generator().manual_seed(seed)
         W_dec_FD = unit_rows(torch.randn(settings.width, settings.d, generator=generator, dtype=dtype))
         with torch.no_grad():

@@ -63,6 +63,11 @@ class SAESettings:
     """precision of the product that finds candidates: `bf16`, `fp32`, or `auto`, the faster one here. Never changes a result"""
     kernels: str = "auto"
     """`compiled`: C kernels on a CPU, Triton's on a CUDA device; `torch`: plain torch; `auto`: compiled where possible. Differ in the order of sums"""
+    parallel: str = "ddp"
+    """what several ranks share: `ddp`, each computes its rows' gradient, which are summed; `gather`, each computes the whole
+    gradient from all rows and kept pairs; `latent`, each has a part of the latents and all rows. Differ in the order of sums"""
+    micro_batch: int | None = None
+    """most rows whose prefix errors a rank holds at a time; None: all it computes with. Changes the order of sums"""
 
     def __post_init__(self) -> None:
         problems = []
@@ -85,9 +90,12 @@ class SAESettings:
             ("core_decoder_init", ("encoder", "random")),
             ("screen", ("auto", "bf16", "fp32")),
             ("kernels", ("auto", "compiled", "torch")),
+            ("parallel", ("ddp", "gather", "latent")),
         ):
             if getattr(self, name) not in choices:
                 problems.append(f"{name} {getattr(self, name)!r} must be one of {', '.join(choices)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            problems.append(f"micro_batch {self.micro_batch} must be at least 1, or None for whole batches")
         if self.auxk_k is not None and self.auxk_k < 1:
             problems.append(f"auxk_k {self.auxk_k} must be at least 1, or None for d // 2")
         if self.k > self.width:

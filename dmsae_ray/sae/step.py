@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dmsae_ray.sae.collective import Alone, Collective
+from dmsae_ray.sae.exchange import all_rows, order_of
 from dmsae_ray.sae.gate import GUESS
 from dmsae_ray.sae.loss import LossModule, Outcome
 from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.shard import Shard
 from dmsae_ray.sae.update import Adam
 
 STATE_VERSION = 2
@@ -73,9 +75,9 @@ class StepReport:
 class Trainer:
     """An SAE in training: its optimiser, counters and running threshold.
 
-    model: the `LossModule` of this SAE wrapped in DistributedDataParallel if there are several ranks (wrapping with
-    `forward_sync_buffers=False` saves a broadcast per step). `step` raises `Diverged` on all ranks together. A batch
-    changes the state only if its step succeeds, but for b_dec in the first step.
+    `sae` is what this rank trains: the one given, or with `settings.parallel` latent its part of it, a copy; `whole` is the whole
+    one on every rank. `step` raises `Diverged` on all ranks together. A batch changes the state only if its step succeeds, but for
+    b_dec in the first step.
     """
 
     def __init__(
@@ -85,17 +87,28 @@ class Trainer:
         comm: Collective = Alone(),
         model: nn.Module | None = None,
     ) -> None:
+        """sae: alike on all ranks. model: with several ranks and parallel `ddp`, and only then, the `LossModule` of this SAE wrapped
+        in DistributedDataParallel (`forward_sync_buffers=False` saves a broadcast per step)."""
         if (sae.width, sae.d) != (settings.width, settings.d):
             raise ValueError(f"the SAE is {sae.width} x {sae.d}, its settings say {settings.width} x {settings.d}")
         if settings.batch % comm.world:
             raise ValueError(f"batch {settings.batch} is not a multiple of the {comm.world} workers")
-        assert comm.world == 1 or model is not None, "several ranks need a model that averages gradients"
+        averages = settings.parallel == "ddp" and comm.world > 1
+        assert averages == (model is not None), "several ranks in mode ddp, and no others, need a model that averages gradients"
+        self._shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in sae.state_dict().items()}
+        self._core_size = sae.core_size
+        self._shard = Shard(sae, comm.world, comm.rank) if settings.parallel == "latent" and comm.world > 1 else None
+        if self._shard is not None:
+            sae = self._shard.part_of(sae)
         self.sae = sae
         self.settings = settings
         self.comm = comm
-        self.model = LossModule(sae, settings) if model is None else model
-        self.loss: LossModule = getattr(self.model, "module", self.model)
-        self.adam = Adam(sae, settings, self.loss.ops, self.loss.screen)
+        self.model = model
+        if model is None:
+            self.loss = LossModule(sae, settings, comm, None if self._shard is None else self._shard.ids_N.to(sae.b_dec.device))
+        else:
+            self.loss: LossModule = model.module
+        self.adam = Adam(sae, settings, self.loss.ops, self.loss.screen, self.loss.latents)
         self.steps_done = 0
         self.silent_F = torch.zeros(sae.width, dtype=torch.int64, device=sae.b_dec.device)
         """tokens since each latent last fired"""
@@ -131,15 +144,15 @@ class Trainer:
 
         # The smallest bound of the last batches; none known, or one of them 0: the gate guesses from the batch.
         guess = GUESS * min(self._bounds, default=0.0) or None
-        if self.comm.world == 1:
+        if self.model is None:
             _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess)
         else:
             loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess)
         parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
-        loss_rec, loss_aux = (self.comm.all_reduce_sum(parts) / self.comm.world).tolist()
+        loss_rec, loss_aux = (self.loss.rows.all_reduce_sum(parts) / self.loss.rows.world).tolist()
         total = loss_rec + settings.auxk_alpha * loss_aux
         self._check(total)
-        if self.comm.world > 1:
+        if self.model is not None:
             self.loss.flat.grad = None
             loss.backward()  # reduces the gradient over ranks
             gradient = self.loss.flat.grad
@@ -149,18 +162,15 @@ class Trainer:
         self._commit(outcome, total)
         if not log:
             return None
-        return self._report(x_BD, outcome, total, loss_rec, loss_aux, grad_norm)
+        return self._report(outcome, total, loss_rec, loss_aux, grad_norm)
 
     @torch.no_grad()
     def _start(self, x_BD: Tensor, token_index_B: Tensor | None) -> None:
         """Set b_dec from the whole first batch, in the batch's own order, so that every rank gets the same bits."""
-        global_BD = torch.cat(self.comm.all_gather(x_BD))
-        if not torch.isfinite(global_BD).all():
+        x_TD = all_rows(self.comm, x_BD, order_of(self.comm, token_index_B, x_BD.device))
+        if not torch.isfinite(x_TD).all():
             raise Diverged("the first batch holds values that are not finite")
-        if token_index_B is not None:
-            token_index_N = torch.cat(self.comm.all_gather(token_index_B.to(x_BD.device)))
-            global_BD = global_BD[token_index_N.argsort()]
-        self.sae.b_dec.copy_(geometric_median(global_BD))
+        self.sae.b_dec.copy_(geometric_median(x_TD))
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -185,22 +195,16 @@ class Trainer:
         self.steps_done += 1
 
     @torch.no_grad()
-    def _report(
-        self, x_BD: Tensor, outcome: Outcome, loss: float, loss_rec: float, loss_aux: float, grad_norm: float
-    ) -> StepReport:
-        n_tokens = self.settings.batch
-        mean_D = self.comm.all_reduce_sum(x_BD.sum(dim=0)) / n_tokens
+    def _report(self, outcome: Outcome, loss: float, loss_rec: float, loss_aux: float, grad_norm: float) -> StepReport:
+        n_tokens, x_BD, rows, latents = self.settings.batch, outcome.x_BD, self.loss.rows, self.loss.latents
+        mean_D = rows.all_reduce_sum(x_BD.sum(dim=0)) / n_tokens
+        squares = torch.stack([outcome.residual_BD.square().sum(), (x_BD - mean_D).square().sum()])
+        error, variance = rows.all_reduce_sum(squares.double()).tolist()
         is_core_N = outcome.latent_N < self.sae.core_size
-        sums = torch.stack(
-            [
-                outcome.residual_BD.square().sum().double(),
-                (x_BD - mean_D).square().sum().double(),
-                is_core_N.sum().double(),
-                (~is_core_N).sum().double(),
-                is_core_N.new_tensor(outcome.candidates, dtype=torch.float64),
-            ]
-        )
-        error, variance, core_pairs, free_pairs, candidates = self.comm.all_reduce_sum(sums).tolist()
+        n_core = is_core_N.sum()
+        counts = torch.stack([n_core, len(is_core_N) - n_core, n_core.new_tensor(outcome.candidates)])
+        core_pairs, free_pairs, candidates = latents.all_reduce_sum(rows.all_reduce_sum(counts)).tolist()
+        dead = latents.all_reduce_sum(outcome.dead_F.sum()).item()
         return StepReport(
             step=self.steps_done - 1,
             lr=self.settings.learning_rate(self.steps_done - 1),
@@ -211,7 +215,7 @@ class Trainer:
             l0=(core_pairs + free_pairs) / n_tokens,
             core_l0=core_pairs / n_tokens,
             free_l0=free_pairs / n_tokens,
-            dead_share=int(outcome.dead_F.sum()) / (self.sae.width - self.sae.core_size),
+            dead_share=dead / (self.settings.width - self._core_size),
             threshold=self.threshold,
             grad_norm=grad_norm,
             tokens=self.steps_done * n_tokens,
@@ -219,40 +223,68 @@ class Trainer:
             retries=outcome.retries,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a bit-identical continuation needs, of types that `torch.load(weights_only=True)` takes.
+    def whole(self) -> MatryoshkaSAE:
+        """The SAE with all latents, on every rank: the one in training, or put together from all ranks' parts.
 
-        Like a module's, the tensors are the live ones: save or copy them before the next step.
+        All ranks call it together.
         """
+        if self._shard is None:
+            return self.sae
+        sae = MatryoshkaSAE(
+            self.sae.d, self._shard.group_ends_of_all, self._core_size, self.sae.core_gate, self.sae.W_dec.dtype, self.sae.core_transfer
+        )
+        sae.load_state_dict(self._whole_weights())
+        return sae.to(self.sae.b_dec.device)
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        return {name: self._shard.whole(self.comm, name, tensor) for name, tensor in self.sae.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-identical continuation needs, of types that `torch.load(weights_only=True)` takes: the same for every mode
+        and number of ranks, and on every rank. All ranks call it together.
+
+        Like a module's, the tensors are the live ones (with parallel `latent` copies on the CPU): save or copy them before the
+        next step.
+        """
+        sae, adam, silent_F = self.sae.state_dict(), self.adam.state_dict(), self.silent_F
+        if self._shard is not None:
+            sae = self._whole_weights()
+            adam |= {name: self._shard.whole_flat(self.comm, self.sae, adam[name]) for name in ("mean", "square")}
+            silent_F = self._shard.whole(self.comm, "silent", silent_F)
         return {
             "version": STATE_VERSION,
-            "sae": self.sae.state_dict(),
-            "adam": self.adam.state_dict(),
+            "sae": sae,
+            "adam": adam,
             "steps_done": self.steps_done,
-            "silent": self.silent_F,
+            "silent": silent_F,
             "threshold_sum": self.threshold_sum,
             "threshold_steps": self.threshold_steps,
             "first_loss": self.first_loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of a trainer with the same settings. Raises ValueError if it cannot be continued."""
+        """Continue from a `state_dict` of a trainer with the same settings, of any mode and number of ranks. Raises ValueError if it
+        cannot be continued."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"training state has version {state.get('version')}, this program continues version {STATE_VERSION}: "
                 "start this cycle anew"
             )
-        for name, expected in self.sae.state_dict().items():
-            found = state["sae"][name]
-            if found.shape != expected.shape or found.dtype != expected.dtype:
+        sae, adam, silent_F = state["sae"], state["adam"], state["silent"]
+        for name, (dtype, shape) in self._shapes.items():
+            if sae[name].shape != shape or sae[name].dtype != dtype:
                 raise ValueError(
-                    f"training state's {name} is {found.dtype} {tuple(found.shape)}, this SAE's is "
-                    f"{expected.dtype} {tuple(expected.shape)}: it belongs to another configuration"
+                    f"training state's {name} is {sae[name].dtype} {tuple(sae[name].shape)}, this SAE's is {dtype} {tuple(shape)}: "
+                    "it belongs to another configuration"
                 )
-        self.sae.load_state_dict(state["sae"])
-        self.adam.load_state_dict(state["adam"])
+        if self._shard is not None:
+            sae = {name: self._shard.part(name, tensor) for name, tensor in sae.items()}
+            adam = adam | {name: self._shard.part_of_flat(adam[name]) for name in ("mean", "square")}
+            silent_F = self._shard.part("silent", silent_F)
+        self.sae.load_state_dict(sae)
+        self.adam.load_state_dict(adam)
         self.steps_done = state["steps_done"]
-        self.silent_F = state["silent"].to(self.silent_F.device, copy=True)
+        self.silent_F = silent_F.to(self.silent_F.device, copy=True)
         self.threshold_sum = state["threshold_sum"]
         self.threshold_steps = state["threshold_steps"]
         self.first_loss = state["first_loss"]

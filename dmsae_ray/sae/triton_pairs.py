@@ -213,14 +213,14 @@ class TritonPairs(TorchPairs):
         return self._sampled(S_BGD.view(-1, d), W_dec_FD, None, bag_N, pairs.latent_N), squares.sum(dim=1)
 
     def weight_gradients(
-        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec
+        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec, add=False
     ) -> None:
         width, d = W_dec.shape
         block = min(triton.next_power_of_2(d), SPARSE)
         launch(
             triton_sparse.weight_gradients, (width, triton.cdiv(d, block)), S_BGD, centred_BD, start_F1, order_N, pairs.row_N, pairs.value_N,
-            gradient_N, self._group_ends(group_ends, S_BGD.device), W_enc, b_enc, W_dec, scale, n_frozen, d, G=S_BGD.shape[1], BLOCK=block,
-            UNROLL=AHEAD, num_warps=_sparse_warps(block),
+            gradient_N, self._group_ends(group_ends, S_BGD.device), W_enc, b_enc, W_dec, scale, n_frozen, d, G=S_BGD.shape[1], ADD=add,
+            BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
         )  # fmt: skip
 
     def gradient_squares(self, gradient_ND, W_ND) -> tuple[Tensor, Tensor | None]:

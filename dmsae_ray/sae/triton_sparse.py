@@ -80,9 +80,12 @@ def decode(
 @triton.jit
 def weight_gradients(
     S, centred, start, order, row, value, gradient, group_end, W_enc, b_enc, W_dec, scale, n_frozen, d,
-    G: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    G: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one latent, BLOCK columns of them: scale * sums over its pairs, which are order[start[latent]], ..."""
+    """All gradients of one latent, BLOCK columns of them: scale * sums over its pairs, which are order[start[latent]], ...
+
+    ADD: they are added to what is there.
+    """
     j, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < d
@@ -102,6 +105,10 @@ def weight_gradients(
             decoder += by_value * tl.load(S + (r * G + group) * d + at, mask=at < tl.where(there, d, 0), other=0.0)
             encoder += by_gradient * tl.load(centred + r * d + at, mask=at < tl.where(there, columns, 0), other=0.0)
             bias += by_gradient
+    if ADD:
+        decoder += tl.load(W_dec + j * d + at, mask=inside, other=0.0)
+        encoder += tl.load(W_enc + (j - n_frozen) * d + at, mask=at < columns, other=0.0)
+        bias += tl.load(b_enc + j)
     tl.store(W_dec + j * d + at, decoder, mask=inside)
     tl.store(W_enc + (j - n_frozen) * d + at, encoder, mask=at < columns)
     if block == 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmsae_ray.sae.collective import Alone, Collective
 from dmsae_ray.sae.pairs import AdamStep, TorchPairs
 from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen
@@ -21,23 +22,28 @@ from dmsae_ray.sae.settings import SAESettings
 class Adam:
     """Adam's state for one SAE: running means of gradient and square, laid out like `sae.flat`."""
 
-    def __init__(self, sae: MatryoshkaSAE, settings: SAESettings, ops: TorchPairs, screen: Screen) -> None:
+    def __init__(
+        self, sae: MatryoshkaSAE, settings: SAESettings, ops: TorchPairs, screen: Screen, latents: Collective = Alone()
+    ) -> None:
+        """latents: the ranks that hold the other latents, with the same b_dec."""
         self.sae = sae
         self.settings = settings
         self.ops = ops
         self.screen = screen
+        self.latents = latents
         self.mean = torch.zeros_like(sae.flat)
         self.square = torch.zeros_like(sae.flat)
         self.steps = 0
 
     @torch.no_grad()
     def update(self, gradient: Tensor, lr: float) -> float:
-        """Apply a gradient laid out like `sae.flat`; returns its norm before clipping. If that is not finite, nothing is changed."""
+        """Apply a gradient laid out like `sae.flat`; returns the norm of the whole one, before clipping. If that is not finite,
+        nothing is changed."""
         sae, ops, settings = self.sae, self.ops, self.settings
         W_enc, b_enc, W_dec, b_dec = sae.views(gradient)
         squares, parallel_F = ops.gradient_squares(W_dec, sae.W_dec.detach())
-        squares = squares + ops.gradient_squares(W_enc, None)[0]
-        norm = math.sqrt(squares.item() + b_enc.double().square().sum().item() + b_dec.double().square().sum().item())
+        squares = squares + ops.gradient_squares(W_enc, None)[0] + b_enc.double().square().sum()
+        norm = math.sqrt(self.latents.all_reduce_sum(squares).item() + b_dec.double().square().sum().item())
         if not math.isfinite(norm):
             return norm
         clip = min(1.0, settings.clip / (norm + 1e-6))

@@ -4,8 +4,9 @@
     evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
     evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
     consistency.<arm>.<differs>.<metric>                mean over pairs; `.low`, `.high`: its interval over seeds, where there is one
-    consistency.<arm>.<differs>.<null>.<metric>         what that metric would be by chance
-    consensus.<name>, rediscovery.<whose>.<metric>      features found in several chains, and in SAEs that never had a core
+    consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
+    consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like, where an arm has one k only
+    consensus.<name>, rediscovery.<arm>.<whose>.<metric>  features found in several chains, and in SAEs that never had a core
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def consistency_numbers(comparison: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, group in comparison["summary"]["groups"].items():
         found |= dict(_spreads(f"consistency.{name.replace('/', '.')}", group))
-    return found
+    of_one_k: dict[str, list[float]] = defaultdict(list)
+    for pair in comparison.get("pairs", ()):
+        if pair["k_a"] == pair["k_b"]:
+            for score in ("pw_mcc", "overlap", "activation"):
+                _take(of_one_k, f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}.{score}", pair[score])
+    return found | {name: sum(some) / len(some) for name, some in of_one_k.items()}
 
 
 def consensus_numbers(consensus: dict[str, Any]) -> dict[str, float]:
@@ -79,7 +85,7 @@ def consensus_numbers(consensus: dict[str, Any]) -> dict[str, float]:
 def _spreads(place: str, tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Leaves of nested dicts; a spread, a dict with a mean, counts as its mean, with the interval's ends beside it."""
     for name, value in tree.items():
-        where = f"{place}.{name}"
+        where = f"{place}.{name.replace('/', '.')}"
         if isinstance(value, dict) and "mean" in value and not isinstance(value["mean"], dict):
             if value["mean"] is not None:
                 yield where, value["mean"]

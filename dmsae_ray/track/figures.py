@@ -33,14 +33,18 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def matrices(comparison: dict[str, Any]) -> tuple[list[str], list[list[float | None]], list[list[float | None]]]:
+def matrices(
+    comparison: dict[str, Any], arm: str | None = None
+) -> tuple[list[str], list[list[float | None]], list[list[float | None]]]:
     """Labels, PW-MCC and 99th percentile of the covariance null of comparison.json, as symmetric matrices with None where there is
-    no pair (the diagonal among them)."""
-    labels = list(comparison["chains"])
+    no pair (the diagonal among them). arm: of these chains only; None: of all."""
+    labels = [label for label in comparison["chains"] if arm is None or comparison["arms"][label] == arm]
     at = {label: position for position, label in enumerate(labels)}
     values: list[list[float | None]] = [[None] * len(labels) for _ in labels]
     nulls: list[list[float | None]] = [[None] * len(labels) for _ in labels]
     for pair in comparison["pairs"]:
+        if pair["a"] not in at or pair["b"] not in at:
+            continue
         for i, j in ((at[pair["a"]], at[pair["b"]]), (at[pair["b"]], at[pair["a"]])):
             values[i][j] = pair["pw_mcc"]
             nulls[i][j] = null_value(pair, "covariance")

@@ -40,8 +40,11 @@ def ended_ms(record: dict[str, Any]) -> int:
 
 
 def cycle_points(record: dict[str, Any]) -> Iterator[Point]:
-    """Every number of a completion record as `cycle/<name>`, with step = cycle. Lists count by their length."""
-    for name, value in flatten({key: value for key, value in record.items() if key not in NOT_MEASURED}):
+    """Every number of a completion record as `cycle/<name>`, with step = cycle; a prefix's as `cycle/prefix.<name>.<number>`. Other lists
+    count by their length."""
+    measured = {key: value for key, value in record.items() if key not in (*NOT_MEASURED, "prefixes")}
+    prefixes = {prefix["name"]: prefix for prefix in record.get("prefixes") or ()}
+    for name, value in flatten(measured | {"prefix": prefixes}):
         if isinstance(value, list):
             value = len(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):

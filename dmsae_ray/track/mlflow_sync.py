@@ -28,12 +28,16 @@ from typing import Any
 
 import pandas
 
-from dmsae_ray.track import figures, tables
+from dmsae_ray.track import figures
 from dmsae_ray.track.chain_runs import ChainRuns, SweepRun, TrackedChain
 from dmsae_ray.track.measurements import flatten
 from dmsae_ray.track.run_store import STORE_ERRORS, Point, RunStore, TrackingError, now_ms, one_line
+from dmsae_ray.track.tables import chain_row, summary
 
 logger = logging.getLogger(__name__)
+
+Columns = dict[str, list[Any]]
+"""A table as columns of plain values."""
 
 
 class MlflowTracker:
@@ -61,7 +65,7 @@ class MlflowTracker:
         self._sweep: SweepRun | None = None
         """None until the store was read, and again after a sync that was cut short: what was under way may or may not have arrived"""
         self._chain_runs: list[ChainRuns] = []
-        self._comparison: tuple[dict[str, Any], tuple[Path, ...]] | None = None
+        self._results: tuple[dict[str, Any], dict[str, Columns], dict[str, float], tuple[Path, ...]] | None = None
         self._warned = self._closed = False
 
     def sync(self) -> bool:
@@ -80,10 +84,12 @@ class MlflowTracker:
             self._warned = False
             return True
 
-    def log_comparison(self, comparison: dict[str, Any], files: Iterable[Path] = ()) -> bool:
-        """Log the sweep's comparison (comparison.json as a dict) and these files on the sweep run, now or with a later sync."""
+    def log_results(
+        self, comparison: dict[str, Any], tables: dict[str, Columns], numbers: dict[str, float], files: Iterable[Path] = ()
+    ) -> bool:
+        """Log the sweep's results on its run, now or with a later sync: comparison.json as a dict, tables by name, named numbers, files."""
         with self._lock:
-            self._comparison = (comparison, tuple(Path(file) for file in files))
+            self._results = (comparison, tables, numbers, tuple(Path(file) for file in files))
         return self.sync()
 
     def close(self, status: str = "FINISHED") -> None:
@@ -108,9 +114,9 @@ class MlflowTracker:
         sweep, self._sweep = self._sweep or self._open(), None  # stays None if this is cut short
         for runs in self._chain_runs:
             runs.update(unfinished)
-        if self._comparison is not None:
-            self._log_comparison(sweep.run_id, *self._comparison)
-            self._comparison = None
+        if self._results is not None:
+            self._log_results(sweep.run_id, *self._results)
+            self._results = None
         self._sweep = sweep
         return sweep
 
@@ -129,29 +135,33 @@ class MlflowTracker:
         self._chain_runs = [ChainRuns(store, sweep, chain) for chain in self._chains]
         return sweep
 
-    def _log_comparison(self, run_id: str, comparison: dict[str, Any], files: tuple[Path, ...]) -> None:
-        """Tables, matrix, figures and summary numbers, once for each comparison that differs from the last."""
-        rows = [tables.chain_row(chain.label, chain.folder, chain.cycles) for chain in self._chains]
-        stamp = hashlib.sha256(json.dumps([comparison, tables.chain_columns(rows)], sort_keys=True).encode()).hexdigest()[:16]
+    def _log_results(
+        self, run_id: str, comparison: dict[str, Any], tables: dict[str, Columns], numbers: dict[str, float], files: tuple[Path, ...]
+    ) -> None:
+        """Everything once for each results that differ from the last."""
+        rows = [chain_row(chain.label, chain.folder, chain.cycles) for chain in self._chains]
+        stamp = hashlib.sha256(json.dumps([comparison, tables, numbers], sort_keys=True, default=str).encode()).hexdigest()[:16]
         client = self._store.client
+        if self._store.get_tag(run_id, "results") == stamp:
+            return
         for path in files:
             client.log_artifact(run_id, str(path))
-        if self._store.get_tag(run_id, "comparison") == stamp:
-            return
-        client.log_dict(run_id, comparison, "comparison.json")
-        self._log_table(run_id, tables.chain_columns(rows), "tables/chains.json")
-        self._log_table(run_id, tables.pair_columns(comparison["pairs"]), "tables/pairs.json")
+        for name, columns in tables.items():
+            if next(iter(columns.values()), None):  # a table without rows has no types to show
+                self._log_table(run_id, columns, f"tables/{name}.json")
         labels, matrix, nulls = figures.matrices(comparison)
         client.log_text(run_id, matrix_csv(labels, matrix), "tables/consistency.csv")
         failed = [entry["label"] for entry in comparison.get("failed", [])]
         client.log_figure(run_id, figures.consistency_matrix(labels, matrix, nulls, failed), "consistency.png")
         client.log_figure(run_id, figures.core_sizes(rows), "core_sizes.png")
-        # The step counts comparisons: a sweep whose failed chain was mended is compared again.
-        step = int(self._store.get_tag(run_id, "comparisons") or 0)
-        numbers = tables.summary(comparison)
-        self._store.append(run_id, [Point(f"compare/{name}", value, step, now_ms()) for name, value in numbers.items()])
-        self._store.tag(run_id, "comparisons", str(step + 1))
-        self._store.tag(run_id, "comparison", stamp)
+        # The step counts results: a sweep whose failed chain was mended is compared again.
+        step, now = int(self._store.get_tag(run_id, "times") or 0), now_ms()
+        points = [Point(f"compare/{name}", value, step, now) for name, value in summary(comparison).items()]
+        # MLflow takes no ~ in a metric's name, and groups charts by what stands before a slash.
+        points += [Point(f"results/{name.replace('~', ' vs ')}", value, step, now) for name, value in numbers.items()]
+        self._store.append(run_id, points)
+        self._store.tag(run_id, "times", str(step + 1))
+        self._store.tag(run_id, "results", stamp)
 
     def _log_table(self, run_id: str, columns: dict[str, list[Any]], file: str) -> None:
         """Log a table for MLflow's table view. log_table adds rows to a table that is there, so one that is there is overwritten in the

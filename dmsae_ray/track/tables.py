@@ -1,4 +1,4 @@
-"""The two tables of a sweep, chains and pairs, as plain rows: what the terminal, the report and MLflow all show."""
+"""The tables of a sweep as plain columns: what the terminal, the report and MLflow all show."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmsae_ray.compare.pair import NULLS
+from dmsae_ray.compare.rediscovery import SETS as REDISCOVERED
+from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES
 from dmsae_ray.distill.folder import ChainFolder
 
 
@@ -78,11 +81,72 @@ def chain_columns(rows: list[ChainRow]) -> dict[str, list[Any]]:
 
 def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The pairs of comparison.json as columns of plain values, nulls included."""
-    names = ["a", "b", "differs", "size_a", "size_b", "shared", "overlap", "pw_mcc", "mmcs_ab", "mmcs_ba", "pw_mcc_dictionary"]
+    names = [
+        "a", "b", "group", "differs", "size_a", "size_b", "shared", "overlap", "pw_mcc", "mmcs_ab", "mmcs_ba", "activation",
+        "activation_pairs", "activation_left_out", "pw_mcc_dictionary",
+    ]  # fmt: skip
     columns = {name: [pair.get(name) for pair in pairs] for name in names}
-    for null in ("covariance", "matched_density", "cycle0"):
-        for name in ("available", "mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "density_gap", "reason"):
+    numbers = ["mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99", "density_gap"]
+    for null in NULLS:
+        for name in ("available", *numbers, "reason"):
             columns[f"{null} {name}"] = [null_of(pair, null).get(name) for pair in pairs]
+        columns[f"{null} dictionary"] = [((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs]
+    return columns
+
+
+def evaluation_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """evaluation.json, a row per cycle: everything but curves and lists. Prefixes are columns of their own, `prefix 0 fvu`."""
+    flat = []
+    for row in rows:
+        one = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for prefix in row.get("prefixes") or ():
+            one |= {f"prefix {prefix['name']} {name}": value for name, value in prefix.items() if name != "name"}
+        flat.append(one)
+    names = list(dict.fromkeys(name for one in flat for name in one))
+    return {name: [one.get(name) for one in flat] for name in names}
+
+
+def expectation_columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """expectations.json."""
+    return {name: [entry[name] for entry in entries] for name in ("claim", "outcome", "value_name", "value", "relation", "bound_name", "bound", "why")}
+
+
+def feature_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
+    """The groups of consensus.json."""
+    groups = consensus["groups"] if consensus else []
+    names = ("id", "in_seeds", "in_chains", "reproducibility", "elsewhere", "cosine", "score", "density", "in_core")
+    columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in names}
+    for place, end in enumerate(("low", "high")):
+        columns[f"reproducibility {end}"] = [group["interval"][place] for group in groups]
+    columns["members"] = [" ".join(f"{member['chain']}.{member['latent']}" for member in group["members"]) for group in groups]
+    return columns
+
+
+def rediscovery_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
+    """How much of the cores each plain SAE has, beside free latents as dense."""
+    rows = (consensus or {}).get("rediscovery") or []
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("chain", "arm", "seed", "k")}
+    for whose in REDISCOVERED:
+        for name in ("found", "mmcs", "size"):
+            columns[f"{whose} {name}"] = [(row.get(whose) or {}).get(name) for row in rows]
+    return columns
+
+
+def group_columns(comparison: dict[str, Any]) -> dict[str, list[Any]]:
+    """The groups of comparison.json's summary as columns of plain values: what is measured, each with mean and interval, and the means
+    of its nulls."""
+    groups = comparison["summary"]["groups"]
+    columns: dict[str, list[Any]] = {"group": list(groups)}
+    columns |= {name: [group[name] for group in groups.values()] for name in ("pairs", "of", "scored", "seeds")}
+    for score in SCORES:
+        spreads = [group[score] or {} for group in groups.values()]
+        columns[score] = [spread.get("mean") for spread in spreads]
+        intervals = [spread.get("interval") or [None, None] for spread in spreads]
+        columns |= {f"{score} {end}": [interval[i] for interval in intervals] for i, end in enumerate(("low", "high"))}
+    for null in NULLS:
+        found = [group["nulls"][null] for group in groups.values()]
+        columns |= {f"{null} {name}": [one[name] for one in found] for name in ("available", "above")}
+        columns |= {f"{null} {name}": [(one[name] or {}).get("mean") for one in found] for name in NULL_NUMBERS}
     return columns
 
 
@@ -101,11 +165,11 @@ def summary(comparison: dict[str, Any]) -> dict[str, float]:
     """Numbers that stand for the whole sweep; a mean over nothing is left out, not reported as 0 or 1."""
     pairs = comparison["pairs"]
     numbers = {"chains": len(comparison["chains"]), "failed": len(comparison.get("failed", [])), "pairs": len(pairs)}
-    for name in ("pw_mcc", "overlap", "mmcs_ab", "mmcs_ba", "pw_mcc_dictionary"):
+    for name in ("pw_mcc", "overlap", "mmcs_ab", "mmcs_ba", "activation", "pw_mcc_dictionary"):
         values = [pair[name] for pair in pairs if pair.get(name) is not None]
         if values:
             numbers |= {f"{name}_mean": sum(values) / len(values), f"{name}_min": min(values)}
-    for name in ("covariance", "matched_density", "cycle0"):
+    for name in NULLS:
         judged = [(pair["pw_mcc"], null_value(pair, name)) for pair in pairs if pair.get("pw_mcc") is not None]
         judged = [(value, null) for value, null in judged if null is not None]
         numbers[f"{name}_available"] = len(judged)

@@ -68,7 +68,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
     table = _table(
         "Pairs of cores",
         ["a", "b", "differs"],
-        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle-0 sets", "MMCS a>b/b>a", "dict. PW-MCC"],
+        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle 0", "activ.", "MMCS", "dict. PW-MCC"],
     )
     for pair in pairs:
         sizes = "/".join("?" if pair.get(name) is None else str(pair[name]) for name in ("size_a", "size_b"))
@@ -78,10 +78,16 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
         cells = [
             pair["a"], pair["b"], pair.get("differs") or "-", sizes, number(pair.get("overlap")), number(value),
             number(above[0]), _density(pair), number(null_value(pair, "cycle0")),
-            f"{number(pair.get('mmcs_ab'))}/{number(pair.get('mmcs_ba'))}", number(pair.get("pw_mcc_dictionary")),
+            number(pair.get("activation")), number(_mmcs(pair)), number(pair.get("pw_mcc_dictionary")),
         ]  # fmt: skip
         table.add_row(*(Text(cell, style="bold" if stands_out and position == 5 else "") for position, cell in enumerate(cells)))
     return table
+
+
+def _mmcs(pair: dict[str, Any]) -> float | None:
+    """Mean of both directions; pairs.json in MLflow has the two."""
+    both = [pair.get(name) for name in ("mmcs_ab", "mmcs_ba")]
+    return None if None in both else sum(both) / 2
 
 
 def _density(pair: dict[str, Any]) -> str:
@@ -101,19 +107,136 @@ def pairs_note(comparison: dict[str, Any]) -> Text:
         lines.append(
             "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, and distillation "
             "adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, since the free latents nearest "
-            "in density differ by a factor of G."
+            "in density differ by a factor of G. Activ.: mean correlation of matched latents' activations on held-out rows."
         )
     lines.append(f"Compared: {compared} of {compared + len(failed)} chains" + ("." if not failed else "; failed:"))
     lines += [f"  {entry['label']}: {entry['reason']}" for entry in failed]
     return Text("\n".join(lines), style="dim")
 
 
-def report(rows: Sequence[ChainRow], comparison: dict[str, Any] | None) -> Group:
-    """Both tables with their notes. comparison: comparison.json; None: not made yet."""
+def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
+    """One line per group of pairs: means over its pairs, with the interval over seeds where there is one."""
+    table = _table("Agreement by what differs", ["group"], ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."])
+    for name, group in groups.items():
+        nulls = [(group["nulls"][null].get("p99") or {}).get("mean") for null in ("covariance", "matched_density", "cycle0")]
+        interval = (group.get("pw_mcc") or {}).get("interval")
+        cells = [
+            name, str(group["pairs"]), number(_mean(group, "pw_mcc")), "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+            *map(number, nulls), number(_mean(group, "overlap")), number(_mean(group, "activation")),
+        ]  # fmt: skip
+        table.add_row(*map(Text, cells))
+    return table
+
+
+GROUPS_NOTE = (
+    "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed and k. Nulls are means over "
+    "the pairs that have them. The interval resamples seeds; below four seeds there is none."
+)
+
+
+def _mean(group: dict[str, Any], score: str) -> float | None:
+    return (group.get(score) or {}).get("mean")
+
+
+def consensus_text(consensus: dict[str, Any]) -> Text:
+    """How many features recur, and how many are found where no core ever was."""
+    groups, seeds = consensus["groups"], len(consensus["seeds"])
+    repeated, everywhere = sum(g["in_seeds"] >= 2 for g in groups), sum(g["in_seeds"] == seeds for g in groups)
+    lines = [
+        f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in two seeds or more, "
+        f"{everywhere} in all; consensus core of {consensus['core_size']}."
+    ]
+    for arm, found in (consensus.get("rediscovery_summary") or {}).items():
+        shares = [
+            f"{found[whose]['found']['mean']:.0%} of {what}"
+            for whose, what in (
+                ("consensus", "the consensus core"), ("matched_consensus", "free latents as dense as its members"), ("cores", "all cores' latents"),
+                ("matched", "free latents as dense as these"),
+            )
+            if found[whose]["found"] is not None
+        ]  # fmt: skip
+        if shares and "/" not in arm:
+            lines.append(f"Found again in {found['saes']} SAEs of arm {arm}, of other seeds and without a core: {', '.join(shares)}.")
+    return Text("\n".join(lines))
+
+
+def expectations_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """What was expected before the run, and what came."""
+    table = _table("Expected before the run", ["outcome", "claim"], ["value", "expected"])
+    for entry in entries:
+        bound = "" if entry["bound"] is None else f"{entry['relation']} {entry['bound']:.3g}"
+        style = {"hit": "green", "miss": "red"}.get(entry["outcome"])
+        cells = [entry["outcome"], entry["claim"], "n/a" if entry["value"] is None else f"{entry['value']:.3g}", bound or entry["why"]]
+        table.add_row(*map(Text, cells), style=style)
+    return table
+
+
+MANY_PAIRS = 20
+"""Pairs beyond which only their groups are shown: the page and comparison.json have them all."""
+
+
+def report(
+    rows: Sequence[ChainRow], comparison: dict[str, Any] | None, consensus: dict[str, Any] | None = None,
+    expectations: Sequence[dict[str, Any]] = (),
+) -> Group:  # fmt: skip
+    """All tables with their notes. comparison, consensus: what their files hold; None: not made yet."""
     parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
     if comparison is not None:
-        parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
+        if len(comparison["pairs"]) <= MANY_PAIRS:
+            parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
+        else:
+            parts += [groups_table(comparison["summary"]["groups"]), Text(GROUPS_NOTE, style="dim"), pairs_note(comparison)]
+    if consensus is not None and consensus["groups"]:
+        parts += [Text(""), consensus_text(consensus)]
+    if expectations:
+        parts += [Text(""), expectations_table(expectations)]
     return Group(*parts)
+
+
+SIDE_BY_SIDE = ("evaluation.", "consensus.", "chains.")
+"""Numbers of two sweeps that are shown beside each other; those of agreement are compared as cores."""
+
+
+def across_tables(names: tuple[str, str], comparison: dict[str, Any], ours: dict[str, float], theirs: dict[str, float]) -> Group:
+    """Two sweeps: how far their cores agree, and the numbers that both have."""
+    table = _table("Numbers of both sweeps", ["number"], [*names, "difference"])
+    for name in (name for name in ours if name in theirs and name.startswith(SIDE_BY_SIDE)):
+        table.add_row(name, f"{ours[name]:.4g}", f"{theirs[name]:.4g}", f"{ours[name] - theirs[name]:+.3g}")
+    groups = comparison["summary"]["groups"]
+    agreement: list[RenderableType] = [groups_table(groups), Text(GROUPS_NOTE, style="dim")]
+    if not groups:
+        agreement = [Text(f"Agreement across the two sweeps is not available: {comparison['summary']['reason']}.")]
+    return Group(*agreement, Text(""), table)
+
+
+def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
+    """What `python -m dmsae_ray.evaluate` measured, a line per SAE: the whole one, then its prefixes. rows: evaluation-<tokens>.json."""
+    whole = _table(
+        "SAEs on held-out text",
+        ["chain", "cycle"],
+        ["tokens", "core size", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"],
+    )
+    prefixes = _table("Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec.", "KL"])
+    for row in rows:
+        core_size = next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)
+        whole.add_row(
+            row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(core_size),
+            number(row["l0"], 1), number(row["core_l0"], 1),
+            *(number(row[name], 3) for name in ("fvu", "loss_recovered_zero", "kl")),
+            number(row["core_explained"]), number(row["dead_share"], 3),
+        )  # fmt: skip
+        # Without the zero before the point six prefixes of three measures fit on a line.
+        cells = (
+            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_zero", "kl")
+        )
+        prefixes.add_row(row["label"], str(row["cycle"]), *cells)
+    return Group(whole, Text(EVALUATION_NOTE, style="dim"), Text(""), prefixes)
+
+
+EVALUATION_NOTE = (
+    "Loss rec.: 1 is the model's own loss, 0 its loss with zeros at the hook; KL: nats a token by which its predictions move; core "
+    "expl.: explained variance of the core alone as a share of the whole SAE's."
+)
 
 
 def plain_text(renderable: RenderableType, width: int = WIDTH) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
-import xxhash
+from conftest import digest_of_rows
 from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
 
 TRAINER = "ray::RayTrainWorker"
@@ -78,7 +77,7 @@ def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small
     victim.wait_for(lambda: [other for other in victim.find(TRAINER) if other.pid != worker.pid])
     victim.finish()
     (cycle,) = cycles(output)
-    assert record(cycle)["resumes"] == [{"step": struck.checkpoint, "generation": 1, "workers": 1}]
+    assert record(cycle)["resumes"] == [{"step": struck.checkpoint, "generation": 1, "workers": 1, "parallel": "ddp"}]
     assert results(cycle) == results(small_sweep.output / cycle.relative_to(output))
     assert [point["step"] for point in curve(cycle)] == list(range(32))
     assert temporaries(output) == []
@@ -115,29 +114,6 @@ def undisturbed(small_sweep, tmp_path_factory) -> Path:
 def left_behind(output: Path) -> list[str]:
     """Every file of the chain, and whatever Ray's own bookkeeping left."""
     return sorted(str(path.relative_to(output)) for part in ("chains", "ray") for path in (output / part).rglob("*") if path.is_file())
-
-
-def digest_of_rows(output: Path, cycle: int) -> str:
-    """What `data_digest` must be if exactly rows 0 .. STEPS * BATCH - 1 of the cycle's order were trained on, each once.
-
-    The shards are read here without the stream, one row group at a time.
-    """
-    from dmsae_ray.activations.order import Order
-
-    (folder,) = (output / "data").glob("*")
-    groups = [(path, group) for path in sorted(folder.glob("shards/train-*.parquet")) for group in range(4)]
-    order = Order(n_units=len(groups), unit_rows=512, batch=BATCH, lanes=LANES, data_seed=0, cycle=cycle)
-    n, total, taken = BATCH // LANES, 0, set()
-    for step in range(STEPS):
-        round_, row = divmod(step * n, 512)
-        for lane, unit in enumerate(order.units(round_)):
-            path, group = groups[unit]
-            rows = pq.ParquetFile(path).read_row_group(group).column(0).to_pylist()
-            wanted = order.rows(round_, unit)[row : row + n].tolist()
-            taken.update((unit, place) for place in wanted)
-            total += xxhash.xxh3_64_intdigest(b"".join(rows[place] for place in wanted), seed=step * LANES + lane)
-    assert len(taken) == STEPS * BATCH
-    return f"{total % 2**64:016x}"
 
 
 def moments(seed: int, n: int) -> list[tuple[int, str, float, str]]:
@@ -185,7 +161,7 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         if whom == "driver":
             victim, drivers = Victim(output, *args), drivers + 1
         # What the next worker group starts from. It tells of its start only in a checkpoint of its own, or in the record.
-        again = [{"step": struck.checkpoint, "generation": drivers, "workers": 1}] if struck.checkpoint else []
+        again = [{"step": struck.checkpoint, "generation": drivers, "workers": 1, "parallel": "ddp"}] if struck.checkpoint else []
         expected[number] = struck.resumes + again
     victim.finish()
     assert len(cycles(output)) == 2
@@ -194,7 +170,7 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         assert record(cycle)["resumes"] == expected[number] and record(there)["resumes"] == []
         assert results(cycle) == results(there)
         assert curve(cycle) == curve(there)
-        assert record(cycle)["data_digest"] == digest_of_rows(output, number)
+        assert record(cycle)["data_digest"] == digest_of_rows(output, number, STEPS, BATCH, LANES)
     assert sum(map(len, expected.values())) >= 2
     assert left_behind(output) == left_behind(undisturbed)
 
@@ -214,7 +190,7 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
             struck = Standing.of(cycles(output)[0])
             assert victim.alive and 0 < struck.checkpoint <= struck.logged < STEPS and not struck.saved
             second.kill()
-        expected, told = [{"step": struck.checkpoint, "generation": 1, "workers": 2}], struck.checkpoint
+        expected, told = [{"step": struck.checkpoint, "generation": 1, "workers": 2, "parallel": "ddp"}], struck.checkpoint
     victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint > max(told, 40))
     workers = trainers(victim)
     assert len(workers) == before
@@ -226,9 +202,10 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
     again.finish()
     (cycle,) = cycles(output)
     there, here = record(undisturbed / cycle.relative_to(output)), record(cycle)
-    assert here["resumes"] == [*expected, {"step": struck.checkpoint, "generation": 2, "workers": after}] and here["workers"] == after
+    resumed = {"step": struck.checkpoint, "generation": 2, "workers": after, "parallel": "ddp"}
+    assert here["resumes"] == [*expected, resumed] and here["workers"] == after
     # Exactly the next row, whoever takes it.
-    assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0)
+    assert here["data_digest"] == there["data_digest"] == digest_of_rows(output, 0, STEPS, BATCH, LANES)
     # The same global batches and the same global gate; only the order of sums differs.
     for name in ("fvu", "l0", "theta", "loss_recovered_zero"):
         assert here[name] == pytest.approx(there[name], rel=0.02), name

@@ -20,7 +20,8 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import read_unit
 from dmsae_ray.activations.shard import as_tensor
 from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
-from dmsae_ray.config import Config, SweepCommand, load
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.config import Config
 from dmsae_ray.distill.aggregator import Aggregator
 from dmsae_ray.distill.attribution import AttributionSettings
 from dmsae_ray.distill.chain import score_shards
@@ -105,11 +106,11 @@ def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_a
         assert alone[name] == shared[name], name
 
 
-def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1) -> ChainPlan:
+def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1, **train) -> ChainPlan:
     """The sweep's first chain, again, on this dataset, into another output folder."""
     tree = load(SweepCommand, ["--config", str(sweep.output.parent / "small.yaml")]).section_dict()
     tree |= {"output": str(output), "sweep": {"seeds": [0], "k": [8], "cycles": cycles}}
-    config = Config(**(tree | {"cluster": tree["cluster"] | {"workers": workers}}))
+    config = Config(**(tree | {"cluster": tree["cluster"] | {"workers": workers}, "train": tree["train"] | train}))
     lock = OutputLock(config.home)
     (plan,) = plan_chains(config, dataset, lock.lease())
     plan.folder.describe(plan.key, plan.label, plan.fields)
@@ -248,11 +249,19 @@ def wait_for_tasks(wanted) -> list:
     return found
 
 
-def test_two_ddp_workers_train_and_attribute_together(cluster, small_sweep, tmp_path):
-    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=2, workers=2)
+@pytest.mark.parametrize("train", [{"parallel": "ddp"}, {"parallel": "gather"}, {"parallel": "latent", "micro_batch": 100}],
+                         ids=["ddp", "gather", "latent"])  # fmt: skip
+def test_two_workers_train_and_attribute_together(cluster, small_sweep, tmp_path, train):
+    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=2, workers=2, **train)
     records = plan.folder.records()
     assert len(records) == 2, plan.folder.failure()
-    alone = json.loads((small_sweep.chains()["seed0-k8"] / "cycle_00" / "record.json").read_text())
+    assert (records[0]["parallel"], records[0]["micro_batch"]) == (train["parallel"], train.get("micro_batch"))
+    cycle = small_sweep.chains()["seed0-k8"] / "cycle_00"
+    alone = json.loads((cycle / "record.json").read_text())
+    if train["parallel"] == "gather":  # to the last bit
+        found = MatryoshkaSAE.load(plan.folder.cycle(0).sae)[0].state_dict()
+        expected = MatryoshkaSAE.load(cycle / "sae.safetensors")[0].state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # The same global batches and the same global gate; only the order of sums differs.
     assert records[0]["data_digest"] == alone["data_digest"]
     assert records[0]["fvu"] == pytest.approx(alone["fvu"], rel=0.02)

@@ -53,7 +53,7 @@ def test_an_exact_reconstruction_explains_all_and_recovers_all_loss(lm, batch):
     tally = Tally()
     tally_batch(tally, identity_sae(lm.d), lm, ids, lengths, SCALE)
     references = reference_losses(lm, [batch], torch.zeros(lm.d))
-    metrics, density = scores_of(tally, 0, references)
+    metrics, density = scores_of(tally, identity_sae(lm.d), references)
     assert metrics["fvu"] < 1e-10 and metrics["evaluation_tokens"] == references["tokens"] == tokens_of(lm, ids, lengths)
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_clean"], rel=1e-5)
     assert metrics["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
@@ -78,9 +78,9 @@ def test_ablation_keeps_what_stands_at_every_bos(lm, batch):
 
 
 def test_an_sae_of_nothing_recovers_nothing(lm, batch):
-    tally = Tally()
-    tally_batch(tally, MatryoshkaSAE(lm.d, [64], 0, "batchtopk"), lm, *batch, SCALE)
-    metrics, _ = scores_of(tally, 0, reference_losses(lm, [batch], torch.zeros(lm.d)))
+    tally, nothing = Tally(), MatryoshkaSAE(lm.d, [64], 0, "batchtopk")
+    tally_batch(tally, nothing, lm, *batch, SCALE)
+    metrics, _ = scores_of(tally, nothing, reference_losses(lm, [batch], torch.zeros(lm.d)))
     assert metrics["loss_recovered_zero"] == pytest.approx(0, abs=1e-4)
     assert metrics["l0"] == 0 and metrics["dead_share"] == 1 and metrics["fvu"] > 1
 

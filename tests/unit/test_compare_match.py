@@ -5,6 +5,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from dmsae_ray.compare.match import cosines, hungarian, largest_cosines, mmcs, overlap, pw_mcc, shared_pairs, unit
@@ -63,6 +65,23 @@ def test_equals_brute_force_and_scipy():
         assert pw_mcc(hungarian(A_ND, B_MD)) == pytest.approx(best, abs=1e-12)
         left, right = linear_sum_assignment(1 - C_NM)
         assert pw_mcc(hungarian(A_ND, B_MD)) == pytest.approx(C_NM[left, right].mean(), abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(0, 7), m=st.integers(0, 7), d=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+def test_pw_mcc_is_the_best_assignment_whatever_the_sizes(n, m, d, seed):
+    rng = np.random.default_rng(seed)
+    A_ND, B_MD = rng.standard_normal((n, d)), rng.standard_normal((m, d))
+    found, size = pw_mcc(hungarian(A_ND, B_MD)), min(n, m)
+    if not size:
+        assert found is None
+        return
+    C_NM = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in B_MD] for a in A_ND])
+    assert found == pytest.approx(C_NM[linear_sum_assignment(C_NM, maximize=True)].mean(), abs=1e-9)
+    small, large = (C_NM, m) if n <= m else (C_NM.T, n)
+    if large <= 5:
+        assert found == pytest.approx(max(small[range(size), order].mean() for order in permutations(range(large), size)), abs=1e-9)
+    assert pw_mcc(hungarian(B_MD, A_ND)) == pytest.approx(found, abs=1e-9)
 
 
 def test_shared_needs_both_matchings_and_both_cosines():

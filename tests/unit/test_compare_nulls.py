@@ -2,24 +2,28 @@
 
 import numpy as np
 import pytest
+import torch
+from compared_chains import latents as latents_of
+from compared_chains import rows as some_rows
 
-from dmsae_ray.compare.match import hungarian, mmcs, pw_mcc
-from dmsae_ray.compare.nulls import (
-    Densities,
-    Gaussian,
-    Latents,
-    covariance_null,
-    cycle0_null,
-    draw_matched,
-    matched_density_null,
-)
+from dmsae_ray.compare.activation import DRAWS, agreement, standardised
+from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
+from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
+from dmsae_ray.compare.density import Densities, FreeDraws, draw_matched, matched_density_null
+from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc
 
 D = 12
+ROWS_RD = some_rows(400, d=D)
 
 
-def latents(count, seed, d=D):
+def latents(count, seed, d=D, **kwargs):
     rng = np.random.default_rng(seed)
-    return Latents(rng.standard_normal((count, d)), rng.standard_normal((count, d)))
+    return latents_of(rng.standard_normal((count, d)), rng.standard_normal((count, d)), **kwargs)
+
+
+def covariance_null(gaussian, size, whole_a, whole_b, draws, cosine, seed):
+    null = CovarianceNull(gaussian, draws, cosine, seed)
+    return null.of(size, null.to_whole(whole_a), null.to_whole(whole_b))
 
 
 def random_covariance(seed=0):
@@ -39,10 +43,7 @@ def test_two_random_sets_lie_within_the_null():
     rng = np.random.default_rng(3)
     whole = rng.standard_normal((200, D)) @ root_DD.T
     null = covariance_null(Gaussian.of(cov_DD), (25, 40), whole, whole, 100, 0.7, seed=0)
-    scores = [
-        pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T))
-        for _ in range(100)
-    ]
+    scores = [pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T)) for _ in range(100)]
     assert null.available and null.draws == 100 and null.size == (25, 40)
     assert null.mean == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / np.sqrt(100) * 1.5)
     assert np.mean(np.array(scores) <= null.p99) >= 0.93
@@ -101,48 +102,130 @@ def test_free_latents_are_alive_and_outside_the_core():
     assert densities.core_C.tolist() == [0.3, 0.1]  # a silent member counts with the smallest density there is
 
 
-def split(core, free):
-    density_F = np.array([*core, *free])
-    return Densities.split(density_F, np.arange(len(core)))
+def with_densities(some, core, free):
+    """The SAE with these densities, the core's first; ids of the core."""
+    some.density_N[:] = torch.tensor([*core, *free])
+    return some, torch.arange(len(core))
+
+
+def density_null(a, b, draws=20, rows_RD=ROWS_RD, seed=0):
+    """a, b: (SAE, ids of its core)."""
+    drawn = [FreeDraws.of(sae, ids, draws, seed, rows_RD) for sae, ids in (a, b)]
+    return matched_density_null(*drawn, a[0].W_dec_ND, b[0].W_dec_ND, 0.7)
 
 
 def test_matched_density_null_never_draws_the_core():
     # The cores are equal and the free latents orthogonal to each other: every draw must score 0.
     eye = np.eye(24)
-    a = Latents(np.concatenate([eye[:4], eye[4:14]]), np.concatenate([eye[:4], eye[4:14]]))
-    b = Latents(np.concatenate([eye[:4], eye[14:24]]), np.concatenate([eye[:4], eye[14:24]]))
-    densities = split([0.1] * 4, [0.1] * 10)
-    null = matched_density_null(a, b, densities, densities, 20, 0.7, 0)
+    a, b = ((latents_of(np.concatenate([eye[:4], free])), torch.arange(4)) for free in (eye[4:14], eye[14:24]))
+    null = density_null(a, b, 2 * DRAWS, some_rows(5000, d=24))
     assert null.available and null.mean == 0 and null.overlap_mean == 0 and null.mmcs_mean == 0
-    assert null.density_gap == pytest.approx(1) and null.size == (4, 4) and null.draws == 20
+    assert null.density_gap == pytest.approx(1) and null.size == (4, 4) and null.draws == 2 * DRAWS
+    assert abs(null.activation_mean) < 0.03 and null.activation_draws == DRAWS, "the cores' own latents would score 1"
+
+
+def test_draws_made_once_give_what_each_draw_gives_alone():
+    """The plain reference: every draw's latents taken from the SAEs and matched."""
+    (a, ids_a), (b, ids_b) = (latents(60, 0, theta=0.2), torch.arange(0, 12, 2)), (latents(50, 1), torch.arange(9))
+    for sae in (a, b):
+        sae.density_N[:] = torch.rand(sae.size, generator=torch.Generator().manual_seed(sae.size)) + 0.01
+    left, right = (FreeDraws.of(sae, ids, DRAWS + 5, 3, ROWS_RD) for sae, ids in ((a, ids_a), (b, ids_b)))
+    scores, overlaps, activations = [], [], []
+    for i in range(DRAWS + 5):
+        A, B = (drawn.latents.take(drawn.places[i]) for drawn in (left, right))
+        decoder = hungarian(A.W_dec_ND, B.W_dec_ND)
+        scores.append(pw_mcc(decoder))
+        overlaps.append(overlap(hungarian(A.W_enc_ND, B.W_enc_ND), decoder, 0.2))
+        activations.append(agreement(standardised(A, ROWS_RD), standardised(B, ROWS_RD), decoder).mean)
+    null = matched_density_null(left, right, a.W_dec_ND, b.W_dec_ND, 0.2)
+    assert (null.mean, null.p99) == pytest.approx((np.mean(scores), np.quantile(scores, 0.99)), abs=1e-12)
+    assert null.overlap_mean == pytest.approx(np.mean(overlaps)) and null.overlap_mean > 0
+    assert null.activation_mean == pytest.approx(np.mean(activations[:DRAWS]), abs=1e-6)
+    assert null.mmcs_mean < mmcs(left.latents.W_dec_ND, left.latents.W_dec_ND)
+
+
+def test_saes_that_began_alike_are_not_drawn_alike():
+    a, b = (with_densities(latents(210, 0), [0.1] * 10, [0.1] * 200) for _ in "ab")
+    b[0].density_N[50] = 0.11
+    one, other, again = (FreeDraws.of(*some, 20, 0, ROWS_RD) for some in (a, b, a))
+    ids = [drawn.latents.W_dec_ND[drawn.places[0]] for drawn in (one, other, again)]
+    assert torch.equal(ids[0], ids[2]) and not torch.equal(ids[0], ids[1])
+
+
+def test_two_random_sets_lie_within_the_matched_density_null():
+    """Cores that are drawn as the null draws score as it does."""
+    a, b = latents(400, 0), latents(400, 1)
+    rng = np.random.default_rng(5)
+    null = density_null((a, rng.permutation(400)[:12]), (b, rng.permutation(400)[:12]), draws=100)
+    scores, activations = [], []
+    for _ in range(60):
+        A, B = (some.take(rng.permutation(400)[:12]) for some in (a, b))
+        matching = hungarian(A.W_dec_ND, B.W_dec_ND)
+        scores.append(pw_mcc(matching))
+        activations.append(agreement(standardised(A, ROWS_RD), standardised(B, ROWS_RD), matching).mean)
+    assert null.available and null.density_gap == pytest.approx(1)
+    for own, mean, draws in ((scores, null.mean, 100), (activations, null.activation_mean, DRAWS)):
+        assert abs(np.mean(own) - mean) < 3 * np.std(own) * np.sqrt(1 / 60 + 1 / draws)
+    assert np.mean(np.array(scores) <= null.p99) >= 0.93
 
 
 def test_a_wide_density_gap_is_flagged_with_its_numbers():
-    a, b = latents(14, 0), latents(14, 1)
-    near, far = split([0.1] * 4, [0.1] * 10), split([0.3] * 4, [0.1] * 10)
-    null = matched_density_null(a, b, near, far, 20, 0.7, 0)
+    near = with_densities(latents(14, 0), [0.1] * 4, [0.1] * 10)
+    null = density_null(near, with_densities(latents(14, 1), [0.3] * 4, [0.1] * 10))
     assert not null.available and "factor of 3" in null.reason
     assert null.density_gap == pytest.approx(3) and null.mean is not None and null.overlap_mean is not None
-    assert matched_density_null(a, b, near, split([0.19] * 4, [0.1] * 10), 20, 0.7, 0).available
+    assert density_null(near, with_densities(latents(14, 1), [0.19] * 4, [0.1] * 10)).available
 
 
 def test_too_few_living_free_latents():
-    a, b = latents(14, 0), latents(14, 1)
-    enough, few = split([0.1] * 4, [0.1] * 10), split([0.1] * 4, [0.1] * 3 + [0.0] * 7)
-    null = matched_density_null(a, b, enough, few, 20, 0.7, 0)
+    enough, few = (with_densities(latents(14, i), [0.1] * 4, free) for i, free in enumerate(([0.1] * 10, [0.1] * 3 + [0.0] * 7)))
+    null = density_null(enough, few)
     assert not null.available and "second SAE has 3 free latents" in null.reason and null.mean is None
+
+
+def ranked(some):
+    return Ranked(some, standardised(some, ROWS_RD))
 
 
 def test_cycle0_takes_the_top_and_cuts_the_cores_alike():
     start_a, start_b = latents(6, 0), latents(3, 1)
     core_a, core_b = latents(4, 2), latents(5, 3)
-    null = cycle0_null(start_a, start_b, core_a, core_b, 0.7)
-    assert null.available and null.size == (4, 3) and null.draws == 1
+    null = cycle0_null(*map(ranked, (start_a, start_b, core_a, core_b)), 0.7, mmcs_mean=0.4)
+    assert null.available and null.size == (4, 3) and null.draws == 1 and null.mmcs_mean == 0.4
     assert null.mean == null.p99 == pw_mcc(hungarian(start_a.W_dec_ND[:4], start_b.W_dec_ND))
     assert null.core_pw_mcc_same_size == pw_mcc(hungarian(core_a.W_dec_ND, core_b.W_dec_ND[:3]))
-    assert null.mmcs_mean is None
-    whole = latents(30, 4).W_dec_ND
-    assert cycle0_null(start_a, start_b, core_a, core_b, 0.7, whole, whole).mmcs_mean == pytest.approx(
-        (mmcs(start_a.W_dec_ND[:4], whole) + mmcs(start_b.W_dec_ND, whole)) / 2
-    )
-    assert not cycle0_null(latents(0, 0), start_b, core_a, core_b, 0.7).available
+    cut = [ranked(core_a), ranked(core_b.take(slice(3)))]
+    assert cycle0_null(*cut, *cut, 0.7, None).activation_mean == pytest.approx(null.core_activation_same_size, abs=1e-7)
+    told = cycle0_null(*map(ranked, (start_a, start_b, core_a, core_b)), 0.7, None, reason="began with a core")
+    assert (told.available, told.reason, told.mean) == (False, "began with a core", null.mean)
+    assert not cycle0_null(*map(ranked, (latents(0, 0), start_b, core_a, core_b)), 0.7, None).available
+
+
+def test_equal_sets_of_cycle_0_agree_in_everything():
+    start = ranked(latents(6, 0))
+    null = cycle0_null(start, start, start, start, 0.7, None)
+    for value in (null.mean, null.overlap_mean, null.activation_mean, null.core_pw_mcc_same_size, null.core_activation_same_size):
+        assert value == pytest.approx(1, abs=1e-6)
+
+
+def test_draws_are_shared_between_pairs_of_equal_sizes(monkeypatch):
+    """The cost driver: one set of draws per sizes, in either order, and a result that no earlier pair changes."""
+    calls = []
+    monkeypatch.setattr("dmsae_ray.compare.covariance.hungarian", lambda A, B: calls.append(1) or hungarian(A, B))
+    null = CovarianceNull(Gaussian.of(np.eye(D)), 10, 0.7, 0)
+    first = null.of((4, 7), 0.5, 0.3)
+    other = null.of((7, 4), 0.1, 0.1)
+    assert len(calls) == 10 and (first.mean, first.p99) == (other.mean, other.p99)
+    assert (first.mmcs_mean, first.size, other.size) == (0.4, (4, 7), (7, 4))
+    null.of((5, 5), 0, 0)
+    assert len(calls) == 20 and CovarianceNull(Gaussian.of(np.eye(D)), 10, 0.7, 0).of((5, 5), 0, 0) == null.of((5, 5), 0, 0)
+    whole = null.dictionary((30, 20))
+    assert len(calls) == 31 and null.dictionary((30, 20)) == whole and len(calls) == 31
+    assert whole.draws == 1 and 0 < whole.mean < 1
+
+
+def test_the_covariance_of_rows():
+    rows_RD = some_rows(5000, d=D) @ torch.from_numpy(np.linalg.cholesky(random_covariance()).T).float() + 3
+    gaussian = Gaussian.of_rows(rows_RD)
+    found_DD = gaussian.vectors_DD @ np.diag(gaussian.deviation_D**2) @ gaussian.vectors_DD.T
+    assert found_DD == pytest.approx(np.cov(rows_RD.double().numpy().T, bias=True), rel=1e-6)

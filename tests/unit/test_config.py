@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.config import Config, CorpusPart, HarvestCommand, SweepCommand, fields_key, load
+from dmsae_ray.command import HarvestCommand, SweepCommand, load
+from dmsae_ray.config import Config, CorpusPart, fields_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -146,7 +147,8 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
     assert same == fields_key(base.chain_fields(0, 16, "data"))
     for argv in (["--sweep.seeds", "0,1,2"], ["--sweep.k", "8,16"], ["--train.log_steps", "7"], ["--sweep.cycles", "6"],
                  ["--output", "/elsewhere"], ["--name", "other"], ["--cluster.concurrent", "1"], ["--compare.draws", "50"],
-                 ["--cluster.workers", "2"], ["--cluster.object_store_mb", "64"], ["--train.screen", "fp32"], ["--train.checkpoint_steps", "7"]):  # fmt: skip
+                 ["--cluster.workers", "2"], ["--cluster.object_store_mb", "64"], ["--train.screen", "fp32"], ["--train.checkpoint_steps", "7"],
+                 ["--train.parallel", "latent"], ["--train.micro_batch", "64"]):  # fmt: skip
         assert key(*argv) == same, argv
     for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
                  ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"], ["--selection.size", "0.5"], ["--sae.core_transfer", "init"],

@@ -1,11 +1,10 @@
-import threading
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from reference_sae import reference_mask
+from thread_ranks import on_ranks
 
 from dmsae_ray.sae.collective import Alone
 from dmsae_ray.sae.gate import kth_largest, select
@@ -15,42 +14,13 @@ from dmsae_ray.sae.settings import SAESettings
 OPS = {"torch": TorchPairs(), "compiled": NativePairs()}
 
 
-class Shared:
-    """What the ranks of one test see of each other."""
-
-    def __init__(self, world):
-        self.parts = [None] * world
-        self.barrier = threading.Barrier(world, timeout=10)
-
-
-class ThreadCollective:
-    """Ranks as threads of one process."""
-
-    def __init__(self, shared, rank):
-        self.shared, self.rank, self.world = shared, rank, len(shared.parts)
-
-    def all_gather(self, tensor):
-        self.shared.parts[self.rank] = tensor.clone()
-        self.shared.barrier.wait()
-        parts = list(self.shared.parts)
-        self.shared.barrier.wait()
-        assert len({part.shape for part in parts}) == 1
-        return parts
-
-    def all_reduce_sum(self, tensor):
-        return torch.stack(self.all_gather(tensor)).sum(dim=0)
-
-    def all_reduce_max(self, tensor):
-        return torch.stack(self.all_gather(tensor)).amax(dim=0)
-
-
-def gate(p_BF, settings, core_size, comm=None, token_index_B=None, kernels="compiled"):
+def gate(p_BF, settings, core_size, comm=None, token_index_B=None, kernels="compiled", latent_ids_F=None):
     """Kept pairs as a mask, when every pair is a candidate, and the smallest kept value."""
     rows, width = p_BF.shape
     row_N, latent_N = (index.int() for index in torch.ones_like(p_BF).nonzero(as_tuple=True))
     n_exempt = core_size if settings.core_gate == "relu" else 0
     pairs, smallest = select(
-        row_N, latent_N, p_BF.flatten(), rows, n_exempt, settings, OPS[kernels], comm or Alone(), token_index_B
+        row_N, latent_N, p_BF.flatten(), rows, n_exempt, settings, OPS[kernels], comm or Alone(), token_index_B, latent_ids_F
     )
     mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
     mask_BF[pairs.row_N.long(), pairs.latent_N.long()] = True
@@ -61,20 +31,30 @@ def gate(p_BF, settings, core_size, comm=None, token_index_B=None, kernels="comp
 
 def gate_over_ranks(p_BF, settings, core_size, rows_of_ranks):
     """The mask of the whole batch, from ranks that hold the given rows each."""
-    shared = Shared(len(rows_of_ranks))
-    results = [None] * len(rows_of_ranks)
 
-    def work(rank, rows):
-        results[rank] = gate(p_BF[rows], settings, core_size, ThreadCollective(shared, rank), rows)
+    def work(comm):
+        rows = rows_of_ranks[comm.rank]
+        return gate(p_BF[rows], settings, core_size, comm, rows)
 
-    threads = [threading.Thread(target=work, args=item) for item in enumerate(rows_of_ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = on_ranks(len(rows_of_ranks), work)
     mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
     for rows, (mask, _) in zip(rows_of_ranks, results, strict=True):
         mask_BF[rows] = mask
+    assert len({smallest for _, smallest in results}) == 1
+    return mask_BF, results[0][1]
+
+
+def gate_over_latents(p_BF, settings, core_size, ids_of_ranks):
+    """The same from ranks that hold the given latents of all rows each."""
+
+    def work(comm):
+        ids = ids_of_ranks[comm.rank]
+        return gate(p_BF[:, ids].contiguous(), settings, int((ids < core_size).sum()), comm, latent_ids_F=ids)
+
+    results = on_ranks(len(ids_of_ranks), work)
+    mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
+    for ids, (mask, _) in zip(ids_of_ranks, results, strict=True):
+        mask_BF[:, ids] = mask
     assert len({smallest for _, smallest in results}) == 1
     return mask_BF, results[0][1]
 
@@ -92,18 +72,21 @@ def cases(draw):
         core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
     )  # fmt: skip
     order = torch.tensor(draw(st.permutations(range(tokens))))
-    return p_BF, settings, core_size, list(order.split(tokens // world))
+    owner = torch.tensor(draw(st.lists(st.integers(0, world - 1), min_size=width, max_size=width)))
+    ids_of_ranks = [(owner == rank).nonzero().flatten() for rank in range(world)]
+    return p_BF, settings, core_size, list(order.split(tokens // world)), ids_of_ranks
 
 
 @hypothesis_settings(max_examples=250, deadline=None)
 @given(cases())
 def test_selection_is_the_sort_based_definition_on_any_ranks(case):
-    p_BF, settings, core_size, rows_of_ranks = case
+    p_BF, settings, core_size, rows_of_ranks, ids_of_ranks = case
     expected, smallest = reference_mask(p_BF, settings.k, core_size, settings.core_gate, settings.core_budget)
     for mask_BF, least in (
         gate(p_BF, settings, core_size),
         gate(p_BF, settings, core_size, kernels="torch"),
         gate_over_ranks(p_BF, settings, core_size, rows_of_ranks),
+        gate_over_latents(p_BF, settings, core_size, ids_of_ranks),
     ):
         assert torch.equal(mask_BF, expected)
         assert least == smallest

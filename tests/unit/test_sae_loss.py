@@ -87,7 +87,7 @@ def test_gradients_are_those_of_autograd(seed, core_transfer, kernels):
 
 @st.composite
 def any_case(draw):
-    """Any shape, group sizes, core, gate, empty rows, none to all of the free latents dead, in float64 or float32."""
+    """Any shape, group sizes, core, gate, micro-batch, empty rows, none to all of the free latents dead, in float64 or float32."""
     d, width, batch = draw(st.integers(1, 40)), draw(st.integers(4, 70)), draw(st.integers(1, 20))
     core_size = draw(st.integers(0, width - 4))
     fractions = draw(st.sampled_from([(0.3,), (0.1, 0.2), (1 / 32, 1 / 16, 1 / 8, 1 / 4), (0.5, 0.4), (0.01, 0.02)]))
@@ -99,6 +99,7 @@ def any_case(draw):
         core_decoder_init=draw(st.sampled_from(["encoder", "random"])), dead_window_tokens=1000,
         auxk_k=draw(st.sampled_from([None, 1, 3, 100])), auxk_alpha=draw(st.sampled_from([0.0, 1 / 32, 1.0])),
         kernels=draw(st.sampled_from(["compiled", "torch"])), screen=draw(st.sampled_from(["bf16", "fp32"])),
+        micro_batch=draw(st.sampled_from([None, None, 1, 3, 8])),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     core = torch.randn(core_size, d, dtype=dtype, generator=generator)

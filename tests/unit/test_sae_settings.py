@@ -32,7 +32,7 @@ def test_learning_rate_warms_up_from_zero_and_decays_to_one_step_above_zero():
     ("field", "value"),
     [("k", 0), ("k", 9), ("core_gate", "topk"), ("prefix_fractions", (0.5, 0.6)), ("prefix_fractions", ()), ("lr", 0.0),
      ("decay_steps", 7), ("auxk_k", 0), ("threshold_beta", 1.0), ("core_decoder_init", "zero"), ("core_budget", "free"),
-     ("core_transfer", "thaw")],
+     ("core_transfer", "thaw"), ("parallel", "pipeline"), ("micro_batch", 0)],
 )  # fmt: skip
 def test_a_senseless_setting_is_named(field, value):
     with pytest.raises(ValueError, match=field):

@@ -15,6 +15,7 @@ from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
+from dmsae_ray.track.tables import chain_columns, chain_row, pair_columns
 
 CYCLES, STEPS = 2, 40
 CONFIG = {
@@ -240,18 +241,21 @@ def test_failed_chain_says_why_until_it_is_mended(sweep, request):
     assert "failed" not in runs["chain", "-1"].data.tags and "failed" not in runs["cycle", "-1/0"].data.tags
 
 
-def test_comparison_can_be_downloaded_and_is_replaced(sweep, output, request, tmp_path):
+def test_results_can_be_downloaded_and_are_replaced(sweep, output, request, tmp_path):
     key, (make, folders) = request.node.name, sweep
     finish(folders[0])
     comparison = {"format_version": 1, "chains": ["seed0-k16"], "failed": [{"label": "seed1-k16", "reason": "x"}], "pairs": []}
     tracker = make()
-    assert tracker.log_comparison(comparison)
+    table = {"pairs": pair_columns([]), "chains": chain_columns([])}
+    assert tracker.log_results(comparison, table, {})
     finish(folders[1])
     names = ["seed0-k16", "seed1-k16"]
     report = tmp_path / "report.txt"
     report.write_text("report")
     comparison = {"format_version": 1, "chains": names, "failed": [], "pairs": [pair(*names)]}
-    assert tracker.log_comparison(comparison, [report])
+    rows = [chain_row(label, folder, CYCLES) for label, folder in zip(names, folders, strict=True)]
+    results = comparison, {"pairs": pair_columns(comparison["pairs"]), "chains": chain_columns(rows)}, {"consistency.base~relu.arm.pw_mcc": 0.25}
+    assert tracker.log_results(*results, [report])
     run = runs_of(tracker, key)["sweep", ""]
     got = lambda name: open(tracker._store.client.download_artifacts(run.info.run_id, name, str(tmp_path)), "rb").read()  # noqa: E731
     pairs, chains = json.loads(got("tables/pairs.json")), json.loads(got("tables/chains.json"))
@@ -260,12 +264,12 @@ def test_comparison_can_be_downloaded_and_is_replaced(sweep, output, request, tm
     assert dict(zip(chains["columns"], chains["data"][0], strict=True))["core sizes"] == "49>70"
     assert got("tables/consistency.csv").decode().splitlines()[1] == "seed0-k16,,0.800000"
     assert got("consistency.png").startswith(b"\x89PNG") and got("core_sizes.png").startswith(b"\x89PNG")
-    assert json.loads(got("comparison.json")) == comparison and got("report.txt") == b"report"
+    assert got("report.txt") == b"report" and run.data.metrics["results/consistency.base vs relu.arm.pw_mcc"] == 0.25
     assert run.data.metrics["compare/pw_mcc_min"] == 0.8 and run.data.metrics["compare/share_above_covariance"] == 1.0
     assert run.data.metrics["compare/matched_density_available"] == 0 and "compare/share_above_matched_density" not in run.data.metrics
     assert "tables/pairs.json" in run.data.tags["mlflow.loggedArtifacts"]
     before = rows_in(output)
-    assert tracker.log_comparison(comparison)
+    assert tracker.log_results(*results, [report])
     assert rows_in(output) == before
 
 

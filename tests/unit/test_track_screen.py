@@ -25,7 +25,7 @@ def pair(a="seed0-k16", b="seed1-k16", **changes):
     gone = null | {"available": False, "p99": None, "density_gap": 3.14}
     nulls = {"covariance": null, "matched_density": gone, "cycle0": null | {"p99": 0.55}}
     values = {"size_a": 83, "size_b": 84, "differs": "seed", "overlap": 0.61, "shared": 51, "pw_mcc": 0.77, "mmcs_ab": 0.81,
-              "mmcs_ba": 0.82, "pw_mcc_dictionary": 0.44, "nulls": nulls}  # fmt: skip
+              "mmcs_ba": 0.81, "activation": 0.66, "pw_mcc_dictionary": 0.44, "nulls": nulls}  # fmt: skip
     return {"a": a, "b": b} | values | changes
 
 
@@ -45,8 +45,8 @@ def test_tables_fit_and_say_what_is_missing():
     assert chain.split() == ["seed0-k16", "49>70>81>83", "0.83>0.90", "16.1", "10.4", "0.160", "0.944", "0.012", "12.3k", "done"]
     first = next(line for line in lines if line.startswith("seed0-k16 ") and "/" in line)
     second = next(line for line in lines if line.startswith("seed10-k128 "))
-    assert first.split("  ")[0] == "seed0-k16" and "n/a (x3.1)" in first and "0.81/0.82" in first and "0.77" in first
-    assert "n/a/0.82" in second and second.count("n/a") >= 4 and "1083/1084" in second
+    assert first.split("  ")[0] == "seed0-k16" and "n/a (x3.1)" in first and "0.77" in first and "0.81" in first and "0.66" in first
+    assert "0.81" not in second and second.count("n/a") >= 5 and "1083/1084" in second
     assert "Compared: 3 of 4 chains; failed:" in text and "seed1-k32: loss is nan" in text
 
 
@@ -111,6 +111,13 @@ def test_figures_draw_for_any_number_of_chains(n, tmp_path):
     assert (tmp_path / "consistency.png").read_bytes().startswith(b"\x89PNG")
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert ("0.77" in texts) == (n >= 2) and ("p99 0.31" in texts) == (n == 3)
+
+
+def test_a_matrix_of_one_arm():
+    labels = ["seed0-k16", "seed1-k16", "seed0-k16-random"]
+    found = comparison(labels, [pair(), pair(b="seed0-k16-random", pw_mcc=0.1)]) | {"arms": dict(zip(labels, ("base", "base", "random")))}
+    assert figures.matrices(found, "base")[:2] == (labels[:2], [[None, 0.77], [0.77, None]])
+    assert figures.matrices(found)[1][0] == [None, 0.77, 0.1] and figures.matrices(found, "random")[1] == [[None]]
 
 
 @pytest.mark.parametrize("n", [0, 5])

@@ -81,8 +81,8 @@ def kept_pairs(draw):
 
 
 @hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
-@given(kept_pairs(), st.booleans())
-def check_sparse(case, padded):
+@given(kept_pairs(), st.booleans(), st.booleans())
+def check_sparse(case, padded, add):
     x_BD, b_D, W_FD, b_F, pairs, ends, n_frozen, normal = case
     ops, (width, d), n = new_ops(), W_FD.shape, len(pairs.row_N)
     centred_BD, _ = PLAIN.centre(x_BD, b_D, False)
@@ -99,15 +99,15 @@ def check_sparse(case, padded):
     close(gradient_N[:n], expected_N)
     close(loss_B, expected_B)
 
-    found, expected = ([normal(width - n_frozen, d), normal(width), normal(width, d)] for _ in range(2))
+    before = [normal(width - n_frozen, d), normal(width), normal(width, d)]
+    found, expected, again = ([tensor.clone() for tensor in before] for _ in range(3))
     for which, kept, given_N, into in ((ops, ours, gradient_N, found), (PLAIN, pairs, expected_N, expected)):
         start_F1, order_N = which.by_latent(kept.latent_N, width)
-        which.weight_gradients(expected_S, centred_BD, kept, given_N, start_F1, order_N, ends, n_frozen, 0.37, *into)
+        which.weight_gradients(expected_S, centred_BD, kept, given_N, start_F1, order_N, ends, n_frozen, 0.37, *into, add=add)
     for ours_, theirs in zip(found, expected, strict=True):
         close(ours_, theirs)
-    again = [torch.empty_like(tensor) for tensor in found]
     start_F1, order_N = ops.by_latent(ours.latent_N, width)
-    ops.weight_gradients(expected_S, centred_BD, ours, gradient_N, start_F1, order_N, ends, n_frozen, 0.37, *again)
+    ops.weight_gradients(expected_S, centred_BD, ours, gradient_N, start_F1, order_N, ends, n_frozen, 0.37, *again, add=add)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits every time"
 
 

@@ -1,0 +1,127 @@
+"""Reading an experiment: a YAML file, overridden by the command line. Every mistake is one line that names file or flag, and field."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from dmsae_ray.config import Config, problem_lines
+
+
+class _YamlFile(PydanticBaseSettingsSource):
+    """The file named by `--config`, as the source below the command line."""
+
+    path: Path | None = None
+
+    def get_field_value(self, field, field_name):  # required by the base class, unused: __call__ gives all at once
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return {} if self.path is None else read_yaml(self.path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as a dict. Raises ValueError naming the file if it cannot be read."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: must hold a mapping of sections, not a {type(tree).__name__}")
+    return tree
+
+
+def default_config_path() -> Path:
+    """The quickstart that is shipped with the package."""
+    return Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+class Command(Config):
+    """An experiment read from a file and the command line."""
+
+    config: Path = Field(default_factory=default_config_path)
+    """YAML file with the experiment"""
+    verbose: CliImplicitFlag[bool] = False
+    """show everything Ray prints as well"""
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
+        return (init_settings, _YamlFile(settings_cls))
+
+
+class SweepCommand(Command):
+    """python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree."""
+
+    status: CliImplicitFlag[bool] = False
+    """say what is done, running and failed, and stop"""
+    clean: CliImplicitFlag[bool] = False
+    """remove what no finished result needs, and stop (with --dry-run: only say what)"""
+    dry_run: CliImplicitFlag[bool] = False
+    """with --clean: remove nothing"""
+
+
+class ReportCommand(Command):
+    """python -m dmsae_ray.report: make all results of a sweep again from its chains' files, without training."""
+
+    fresh: CliImplicitFlag[bool] = False
+    """compute every pair and describe every feature anew, also where that was done for the same cores"""
+    numbers: CliImplicitFlag[bool] = False
+    """print every named number as well: what study.expect may refer to"""
+    against: Path | None = None
+    """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it"""
+
+
+class EvaluateCommand(Command):
+    """python -m dmsae_ray.evaluate: measure saved SAEs on held-out text, without training.
+
+    evaluate.tokens and evaluate.sequences_per_batch of the command line say what to measure on; chains are those that the file
+    describes, with the evaluation that it describes.
+    """
+
+    chain: str | None = None
+    """label or key of a chain; empty: every finished chain"""
+    all: CliImplicitFlag[bool] = False
+    """every finished cycle, also of chains that are not finished, not the last one only"""
+
+
+class HarvestCommand(Command):
+    """python -m dmsae_ray.harvest: write the activation shards and stop."""
+
+    verify: CliImplicitFlag[bool] = False
+    """read every shard again, say what is bad, and stop"""
+    repair: CliImplicitFlag[bool] = False
+    """verify, delete what is bad, and make only that again"""
+
+
+def load(command: type[Config], argv: list[str]) -> Config:
+    """Configuration from `--config` and the command line.
+
+    Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, default=None)
+    path = first.parse_known_args(argv)[0].config or default_config_path()
+    _YamlFile.path = path
+    try:
+        return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
+    except ValidationError as error:
+        raise ValueError(explain(error, path)) from None
+    except SettingsError as error:
+        raise ValueError(f"command line: {error}") from None
+    finally:
+        _YamlFile.path = None
+
+
+def explain(error: ValidationError, path: Path) -> str:
+    """A validation error as a message a person can act on."""
+    return f"{path} (with the command line's overrides):\n  " + "\n  ".join(problem_lines(error))

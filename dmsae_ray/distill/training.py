@@ -1,0 +1,151 @@
+"""One SAE in training, fed with batches: its trainer, how far it is, its curve and its checkpoint.
+
+Letters: B tokens of this rank's batch, D model dimension.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.stream import MASK
+from dmsae_ray.distill.core import Core
+from dmsae_ray.distill.folder import CycleFolder
+from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.files import replacing
+from dmsae_ray.sae.collective import Collective
+from dmsae_ray.sae.loss import LossModule
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.step import StepReport, Trainer
+
+
+@dataclass
+class Progress:
+    """Where a cycle's training stands; what the checkpoint holds beside the trainer's state."""
+
+    position: tuple[int, int] = (0, 0)
+    """(round, row) of the next batch in the cycle's order: the weights contain every batch before it, once"""
+    digest: int = 0
+    """of all rows trained on, see stream.Batches"""
+    curve: list[dict] = field(default_factory=list)
+    resumes: list[dict] = field(default_factory=list)
+    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers and
+    what they share"""
+
+
+class Training:
+    """One chain's cycle in training; goes on from the checkpoint if there is one. Every rank has one."""
+
+    def __init__(self, plan: ChainPlan, cycle: int, core: Core | None, dataset: ActivationDataset, comm: Collective, device: torch.device):
+        """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
+        self.plan, self.comm, self.device, self.folder = plan, comm, device, plan.folder.cycle(cycle)
+        settings = plan.sae_settings(dataset.manifest.d)
+        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(device)
+        self.trainer = Trainer(sae, settings, comm, _averaging(sae, settings, comm))  # which may hold only a part of it
+        self.order = plan.order(dataset, cycle)
+        self.so_far = Progress()
+        if self.folder.checkpoint.exists():
+            state = load_checkpoint(self.folder)
+            self.trainer.load_state_dict(state["trainer"])
+            self.so_far = Progress(**json.loads(state["progress"]))
+        self.first = self.order.step_at(*self.so_far.position)
+        """the first step still to be done"""
+        if self.first:
+            self.so_far.resumes.append(
+                {"step": self.first, "generation": plan.lease.generation, "workers": comm.world, "parallel": plan.config.train.parallel}
+            )
+        if comm.rank == 0:
+            plan.lease.check()
+            self.folder.curve.write_text("".join(json.dumps(point) + "\n" for point in self.so_far.curve))
+        self.began: float | None = None
+        self.ended = self.waited = 0.0
+        """when the last step ended; seconds waited for batches, both since `began`"""
+        self.first_batch_s: float | None = None
+
+    def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> StepReport | None:
+        """Train on the global batch of this number; its figures where they are logged, on rank 0. Raises Diverged.
+
+        waited: seconds that the batch was waited for.
+        """
+        train = self.plan.config.train
+        if self.began is None:
+            self.began, self.first_batch_s = time.monotonic() - waited, waited
+        self.waited += waited
+        report = self.trainer.step(x_BD, token_index_B, log=step % train.log_steps == 0 or step == self.plan.steps - 1)
+        self.ended = time.monotonic()
+        return report if self.comm.rank == 0 else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of this run of the cycle, waiting included."""
+        done = self.trainer.steps_done - self.first
+        return done * self.plan.config.train.batch / (self.ended - self.began) if done else 0.0
+
+    def log(self, report: StepReport) -> None:
+        """A point of the curve. Only on rank 0."""
+        point = asdict(report) | {"tokens_per_s": round(self.tokens_per_s, 1)}
+        self.so_far.curve.append(point)
+        self.plan.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
+        with open(self.folder.curve, "a") as file:
+            file.write(json.dumps(point) + "\n")
+
+    def count(self, digest: int) -> None:
+        """Take in the digest, over all ranks, of rows trained on since it was last asked for."""
+        self.so_far.digest = (self.so_far.digest + digest) & MASK
+
+    def checkpoint(self, step: int) -> None:
+        """Everything a bit-identical continuation needs, on any number of workers. All ranks call it together, digests counted."""
+        self.so_far.position = self.order.position(step)
+        state = self.trainer.state_dict()
+        if self.comm.rank == 0:
+            self.plan.lease.check()
+            with replacing(self.folder.checkpoint) as temporary:
+                torch.save({"trainer": state, "progress": json.dumps(asdict(self.so_far))}, temporary)
+
+    def record(self, together: int) -> dict:
+        """What the completion record says of training. together: chains that shared the stream."""
+        plan, done = self.plan, self.trainer.steps_done - self.first
+        return {
+            "steps": plan.steps, "tokens": plan.steps * plan.config.train.batch, "resumes": self.so_far.resumes,
+            "workers": self.comm.world, "parallel": plan.config.train.parallel, "micro_batch": plan.config.train.micro_batch,
+            "lockstep": together,
+            "data_digest": f"{self.so_far.digest:016x}", "rows_dropped": plan.config.train.tokens - plan.steps * plan.config.train.batch,
+            "tokens_per_s": round(self.tokens_per_s, 1) if done else None,
+            "data_wait_share": round(self.waited / (self.ended - self.began), 4) if done else None,
+            "first_batch_s": round(self.first_batch_s, 3) if done else None,
+            "theta_training": float(self.trainer.threshold),
+        }  # fmt: skip
+
+
+def first_step(plan: ChainPlan, cycle: int, dataset: ActivationDataset) -> int:
+    """Where a cycle's training will go on."""
+    folder = plan.folder.cycle(cycle)
+    if not folder.checkpoint.exists():
+        return 0
+    return plan.order(dataset, cycle).step_at(*json.loads(load_checkpoint(folder)["progress"])["position"])
+
+
+def load_checkpoint(folder: CycleFolder) -> dict:
+    """Raises ValueError naming the file if it is damaged."""
+    try:
+        return torch.load(folder.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
+
+
+def _averaging(sae: MatryoshkaSAE, settings: SAESettings, comm: Collective) -> torch.nn.Module | None:
+    """The loss wrapped in DistributedDataParallel, where several workers average their gradients."""
+    if comm.world == 1 or settings.parallel != "ddp":
+        return None
+    import ray.train.torch
+
+    # Buffers (the frozen core rows) are equal on all ranks by construction. The gradient lies in the bucket, not in a copy of it.
+    return ray.train.torch.prepare_model(
+        LossModule(sae, settings, comm), parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+    )

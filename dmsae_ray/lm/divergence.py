@@ -1,0 +1,52 @@
+"""What other values at a model's hook do to its predictions: their cross-entropy, and their divergence from the clean ones.
+
+B sequences, T tokens, D width of the residual stream, R targets (r of them at a time), V vocabulary, Q values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from dmsae_ray.lm.model import Cut, LanguageModel
+
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits that exist at a time. On a CPU, 4 MB stay in its cache: with all of a batch at once everything but the product itself
+took 2 to 8 times as long. A GPU's launches are worth 256 rows of the largest vocabularies (256 MB in fp32)."""
+
+
+@torch.no_grad()
+def divergence(
+    lm: LanguageModel, cut: Cut, values: Iterable[torch.Tensor], ids_BT: torch.Tensor, lengths_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each value [B, T, D] at the hook: loss_Q and kl_Q, fp64 on the CPU, in nats, summed over the targets, which are the `rows`.
+
+        loss = sum over targets of  -log q(target)        kl = sum over targets of  sum_v p(v) (log p(v) - log q(v))
+
+    p: next-token distribution of the model as it is; q: with the value at its hook. `loss` is that of `LanguageModel.loss`. The
+    lower blocks are those of the cut, the upper ones run once for p and once for each value, and the vocabulary is gone through
+    in chunks of rows, so that no distribution is kept: at 256k words one batch of them would be gigabytes.
+    values: taken one at a time; an iterator may make each when it is asked for.
+    """
+    predicts_Bt = lm.rows(ids_BT, lengths_B)[:, 1:].to(lm.device)
+    targets_R = ids_BT.to(lm.device, torch.int64)[:, 1:][predicts_Bt]
+
+    def at_targets(value_BTD: torch.Tensor) -> torch.Tensor:
+        stream_BTD = lm.stream(cut, value_BTD)
+        return stream_BTD[:, :-1][predicts_Bt.to(stream_BTD.device)]
+
+    clean_RD = at_targets(cut.value_BTD)
+    streams = [at_targets(value_BTD) for value_BTD in values]
+    loss_Q = torch.zeros(len(streams), dtype=torch.float64)
+    kl_Q = torch.zeros_like(loss_Q)
+    rows = max(1, LOGITS_AT_ONCE.get(clean_RD.device.type, 1 << 20) // lm.vocabulary)
+    for first in range(0, len(targets_R), rows):
+        chunk = slice(first, first + rows)
+        log_p_rV = torch.log_softmax(lm.unembed(clean_RD[chunk]).float(), dim=1)
+        p_rV, targets_r1 = log_p_rV.exp(), targets_R[chunk, None].to(log_p_rV.device)
+        for q, stream_RD in enumerate(streams):
+            log_q_rV = torch.log_softmax(lm.unembed(stream_RD[chunk]).float(), dim=1)
+            loss_Q[q] -= float(log_q_rV.gather(1, targets_r1).double().sum())
+            kl_Q[q] += float(torch.linalg.vecdot(p_rV, log_p_rV - log_q_rV).double().sum())
+    return loss_Q, kl_Q

@@ -1,0 +1,175 @@
+"""Comparing finished chains: from their folders to `comparison.json`.
+
+A pair is computed once for its two cores and settings and kept in `pairs/<key>.json` of the output folder: a chain more asks for its
+own pairs only, and what was computed before a sweep was stopped is not lost.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.compare.chain import ChainIdentity, ChainResult
+from dmsae_ray.compare.comparer import Comparer
+from dmsae_ray.compare.latents import Latents
+from dmsae_ray.compare.pair import CompareSettings, PairResult
+from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sample
+from dmsae_ray.compare.summary import summarise
+from dmsae_ray.config import CompareConfig, Config, fields_key
+from dmsae_ray.distill.core import Core
+from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.select import load_scores, rank
+from dmsae_ray.files import file_sha256, write_json
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.track.progress import duration
+
+FORMAT_VERSION = 2
+"""Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""
+KEPT_BYTES = 4 << 30
+"""Chains up to this size together stay in memory between their pairs; two always do."""
+QUIET_S = 30.0
+"""Longest time in which nothing is said of how far it is."""
+LATENTS_ENCODED = 8
+"""Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents of twenty draws."""
+
+
+def compare_chains(
+    config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]
+) -> dict:
+    """The finished ones of these chains, every pair that `pairing.pairs_within` names or a sample of them, each score beside its nulls.
+
+    Written to `folder`, and reused while the cores are the same. Raises ValueError if two chains have everything in common.
+    """
+    chains = {plan.label: plan for plan in plans if plan.finished()}
+    pairs = pairs_within([identity(plan) for plan in chains.values()])
+    failed = [{"label": p.label, "reason": (p.folder.failure() or {}).get("reason", "not finished")} for p in plans if not p.finished()]
+    return _comparison(config.compare, dataset, chains, pairs, config.home / "pairs", folder / "comparison.json", say, failed)
+
+
+def compare_across(
+    config: Config, dataset: ActivationDataset, left: Sequence[ChainPlan], right: Sequence[ChainPlan], names: tuple[str, str], path: Path,
+    say: Callable[[str], None],
+) -> dict:  # fmt: skip
+    """Two sweeps, as `compare_chains` compares one: pairs between them of one arm and k, of equal and of different seeds.
+
+    names: of the sweeps, which come before their chains' labels (`first:seed0-k16`). dataset: whose held-out rows activations are
+    compared on, each chain dividing them by its own scale. A chain that is in both is not compared with itself; with no pair left the
+    summary says so. Written to `path`. Raises ValueError if the two names are one.
+    """
+    if names[0] == names[1]:
+        raise ValueError(f"both sweeps are called {names[0]}: give each a name of its own")
+    sides = [{f"{name}:{plan.label}": plan for plan in plans if plan.finished()} for name, plans in zip(names, (left, right), strict=True)]
+    pairs = pairs_across(*([identity(plan, label) for label, plan in side.items()] for side in sides))
+    failed = [
+        {"label": f"{name}:{plan.label}", "reason": (plan.folder.failure() or {}).get("reason", "not finished")}
+        for name, plans in zip(names, (left, right), strict=True) for plan in plans if not plan.finished()
+    ]  # fmt: skip
+    return _comparison(config.compare, dataset, sides[0] | sides[1], pairs, config.home / "pairs", path, say, failed)
+
+
+def _comparison(
+    config: CompareConfig, dataset: ActivationDataset, chains: dict[str, ChainPlan], pairs: list[Pairing], kept: Path, path: Path,
+    say: Callable[[str], None], failed: list[dict],
+) -> dict:  # fmt: skip
+    keys = {label: key_of(plan) for label, plan in chains.items()}
+    key = fields_key(
+        {
+            "format": FORMAT_VERSION, "settings": config.model_dump(mode="json"), "rows": dataset.manifest.key, "chains": keys,
+            "arms": {label: plan.arm for label, plan in chains.items()}, "failed": failed,
+        }
+    )  # fmt: skip
+    if path.exists() and (known := json.loads(path.read_text())).get("key") == key:
+        return known
+    of = Counter(pair.group for pair in pairs)
+    if config.pairs == "sample":
+        pairs = sample(pairs, config.sample, config.seed)
+    results, seconds = _results(config, dataset, chains, keys, pairs, kept, say)
+    comparison = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "chains": list(chains),
+        "arms": {label: plan.arm for label, plan in chains.items()},
+        "failed": failed,
+        "sample": config.sample,
+        "pairs": [result.to_dict() for result in results],
+        "summary": summarise(results, of, seed=config.seed).to_dict(),
+        "seconds_per_pair": sum(seconds) / len(seconds) if seconds else None,
+    }
+    write_json(path, comparison)
+    return comparison
+
+
+def _results(
+    config: CompareConfig, dataset: ActivationDataset, chains: dict[str, ChainPlan], keys: dict[str, str], pairs: list[Pairing], kept: Path,
+    say: Callable[[str], None],
+) -> tuple[list[PairResult], list[float]]:  # fmt: skip
+    """The pairs' results and the seconds that each took, when it was computed."""
+    settings = CompareSettings(draws=config.draws, cosine=config.cosine, max_latents=config.max_latents, seed=config.seed)
+    files = {pair: kept / f"{_pair_key(settings, dataset, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
+    missing = [pair for pair in pairs if not files[pair].exists()]
+    if missing:
+        again = f", {len(pairs) - len(missing)} more are known" if len(missing) < len(pairs) else ""
+        say(f"compare: {len(missing)} pairs of cores, {settings.draws} draws of each null{again}")
+        kept.mkdir(parents=True, exist_ok=True)
+        # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
+        comparer = Comparer(dataset.calibration_rows(), settings)
+        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(
+            lambda label: comparer.side(chain_result(chains[label], label))
+        )
+        said = start = time.perf_counter()
+        for done, pair in enumerate(missing, 1):
+            began = time.perf_counter()
+            result = comparer.pair(load(pair.a.label), load(pair.b.label))
+            now = time.perf_counter()
+            write_json(files[pair], {"seconds": now - began, "pair": result.to_dict()})
+            if now - said > QUIET_S and done < len(missing):
+                say(f"compare: {done} of {len(missing)} pairs, {duration((now - start) / done * (len(missing) - done))} left")
+                said = now
+    known = [json.loads(files[pair].read_text()) for pair in pairs]
+    # What is known may have been computed under other labels.
+    return [PairResult.from_dict(one["pair"]).of(pair) for one, pair in zip(known, pairs, strict=True)], [one["seconds"] for one in known]
+
+
+def _pair_key(settings: CompareSettings, dataset: ActivationDataset, a: str, b: str) -> str:
+    return fields_key({"format": FORMAT_VERSION, "settings": vars(settings), "rows": dataset.manifest.key, "a": a, "b": b})
+
+
+def key_of(plan: ChainPlan) -> str:
+    """Stands for all that is read of a chain: its files are of one run, so two of them, which hold every kind of its numbers, will do."""
+    return "-".join(file_sha256(plan.folder.cycle(cycle).core)[:16] for cycle in (0, plan.cycles - 1))
+
+
+def _kept_chains(plans: Sequence[ChainPlan], rows: int) -> int:
+    largest = 1
+    for plan in plans:
+        record = plan.folder.records()[plan.cycles - 1]
+        largest = max(largest, 2 * plan.folder.cycle(0).sae.stat().st_size + LATENTS_ENCODED * record["core_out"] * 4 * rows)
+    return max(2, KEPT_BYTES // largest)
+
+
+def identity(plan: ChainPlan, label: str | None = None) -> ChainIdentity:
+    """What a chain is compared as; label: another name than the plan's."""
+    fields = dict(plan.fields)
+    seed, data_seed, part, k = (fields.pop(name) for name in ("seed", "data_seed", "part", "k"))
+    return ChainIdentity(
+        label=label or plan.label, arm=plan.arm, seed=seed, data_seed=data_seed,
+        part=None if part is None else (part["part"], part["parts"]), k=k, rest=fields_key(fields),
+    )  # fmt: skip
+
+
+def chain_result(plan: ChainPlan, label: str | None = None) -> ChainResult:
+    """What comparison needs of one chain: its last core and SAE, and cycle 0's SAE and candidates by score."""
+    last, first = plan.folder.cycle(plan.cycles - 1), plan.folder.cycle(0)
+    core = Core.load(last.core)
+    sae, stored = MatryoshkaSAE.load(last.sae)
+    start, stored_at_start = MatryoshkaSAE.load(first.sae)
+    return ChainResult(
+        chain=identity(plan, label), core=core, sae=Latents.of(sae, stored["density"], core.scale), core_ids_C=core.latent_ids_C,
+        start=Latents.of(start, stored_at_start["density"], core.scale), start_ids_N=rank(load_scores(first.scores)).ids_N,
+        start_has_core=start.core_size > 0,
+    )  # fmt: skip

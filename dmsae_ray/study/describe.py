@@ -1,0 +1,54 @@
+"""The features of a sweep's cores, described by a Ray task: where the language model's GPU is, not where the driver runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.config import Config, fields_key
+from dmsae_ray.distill.core import Core
+from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.files import file_sha256
+from dmsae_ray.study.features import ChainCore, features_key, write_features
+
+
+def describe(
+    config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], consensus: dict | None, path: Path,
+    connect: Callable[[], object], say: Callable[[str], None], fresh: bool = False,
+) -> dict | None:  # fmt: skip
+    """features.json of these finished chains; None, and no file, if there are none.
+
+    connect: joins or starts Ray, called only if there is something to do. fresh: do it though the file holds already.
+    """
+    if not plans:
+        path.unlink(missing_ok=True)
+        return None
+    cores = {plan.label: plan.folder.cycle(plan.cycles - 1).core for plan in plans}
+    stamp = None if consensus is None else fields_key(consensus)
+    key = features_key(config.features, dataset.manifest.key, {label: file_sha256(core) for label, core in cores.items()}, stamp)
+    if not fresh and path.exists() and (known := json.loads(path.read_text())).get("key") == key:
+        return known
+    connect()
+    import ray
+
+    say(f"features: reading {config.features.tokens:,} held-out tokens for where they fire and what they do to the loss")
+    chains = [ChainCore(plan.label, Core.load(cores[plan.label]), plan.folder.cycle(plan.cycles - 1).sae) for plan in plans]
+    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2)(_describe)
+    ray.get(task.remote(config, dataset.store.url, chains, consensus, path, key))
+    return json.loads(path.read_text())
+
+
+def _describe(config: Config, dataset: str, chains: list[ChainCore], consensus: dict | None, path: Path, key: str) -> None:
+    import torch
+
+    from dmsae_ray.lm.model import LanguageModel, load_tokenizer
+
+    torch.set_num_threads(config.harvest.threads)
+    device = "cuda" if config.harvest.gpus_per_actor else "cpu"
+    opened = ActivationDataset(dataset)
+    write_features(
+        path, LanguageModel.of(config.model, device), opened.held_out("evaluation"), opened.manifest.scale,
+        load_tokenizer(config.model.name, config.model.revision), chains, consensus, config.features, key, device,
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Another sweep, found by its results folder: what it was, and its chains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dmsae_ray.command import read_yaml
+from dmsae_ray.config import Config, problem_lines
+from dmsae_ray.distill.plan import ChainPlan, plan_all
+
+
+@dataclass(frozen=True)
+class OtherSweep:
+    """A finished sweep, to look at."""
+
+    folder: Path
+    """its results folder"""
+    config: Config
+    plans: list[ChainPlan]
+    numbers: dict[str, float]
+    """numbers.json"""
+
+    @staticmethod
+    def open(folder: Path) -> OtherSweep:
+        """folder: `<output>/sweeps/<name>-<key>`. Raises ValueError, naming what is missing, if it is none, or of another version."""
+        folder = folder.expanduser().absolute()
+        missing = [name for name in ("config.yaml", "chains.json", "numbers.json") if not (folder / name).exists()]
+        if missing:
+            raise ValueError(
+                f"--against {folder}: not a sweep's results folder (lacks {', '.join(missing)}); give one of the folders in "
+                "<output>/sweeps, or make its results with python -m dmsae_ray.report"
+            )
+        tree = read_yaml(folder / "config.yaml") | {"output": str(folder.parents[1])}
+        try:
+            config = Config(**tree)
+        except ValidationError as error:
+            raise ValueError(f"{folder / 'config.yaml'}: written by another version ({'; '.join(problem_lines(error))})") from error
+        chains = {chain["label"]: chain["key"] for chain in json.loads((folder / "chains.json").read_text())}
+        described = [path for key in chains.values() if (path := config.home / "chains" / key / "chain.json").exists()]
+        if not described:
+            raise ValueError(f"--against {folder}: none of its chains is in {config.home / 'chains'} any more")
+        dataset = json.loads(described[0].read_text())["fields"]["dataset"]
+        plans = plan_all(config, "", dataset, None)
+        if {plan.label: plan.key for plan in plans} != chains:
+            raise ValueError(f"--against {folder}: its chains were made by another version of this program, whose fields mean something else")
+        return OtherSweep(folder, config, plans, json.loads((folder / "numbers.json").read_text()))

@@ -1,0 +1,133 @@
+"""The view of features that several chains found, and of their re-discovery by SAEs that never had a core."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import plotly.graph_objects as go
+
+from dmsae_ray.track.page.arms import Style
+from dmsae_ray.track.page.artifacts import Artifacts, unique
+from dmsae_ray.track.page.chart import Chart, figure, totals
+from dmsae_ray.track.page.spread import over_seeds
+from dmsae_ray.track.page.table import Column, Table
+from dmsae_ray.track.page.view import Note, Part, View
+
+LEAD = (
+    "Which features do independent chains find again? Latents of different chains that name each other as best match, by encoder and by "
+    "decoder, form one feature. Its reproducibility is the share of seeds that have it in their core."
+)
+
+
+def view(artifacts: Artifacts) -> View:
+    """The view; in place of what is missing stands why."""
+    consensus = artifacts.consensus
+    parts: list[Part] = []
+    if not consensus.get("groups"):
+        parts.append(Note(f"There is no consensus to show: {artifacts.reasons['consensus.json']}."))
+    else:
+        described = {feature["id"] for feature in artifacts.features.get("features", [])}
+        parts.append(_by_seeds(consensus))
+        parts.append(_groups(consensus, described))
+        parts += _rediscovery(consensus)
+    return View("consensus", "Consensus", LEAD, parts)
+
+
+def _by_seeds(consensus: dict[str, Any]) -> Chart:
+    seeds = list(range(1, len(consensus["seeds"]) + 1))
+    traces: list[Any] = []
+    for inside, name, pattern in ((True, "in the consensus core", ""), (False, "not in it", "/")):
+        counts = Counter(group["in_seeds"] for group in consensus["groups"] if group["in_core"] == inside)
+        numbers = [counts.get(number, 0) for number in seeds]
+        traces.append(
+            go.Bar(
+                x=[str(number) for number in seeds], y=numbers, name=name,
+                marker={"color": Style.number(0 if inside else 7).colour, "pattern": {"shape": pattern, "size": 5}},
+                hovertemplate="%{y} features in %{x} of " + str(len(seeds)) + " seeds<extra>" + name + "</extra>",
+            )
+        )  # fmt: skip
+    of_all = Counter(group["in_seeds"] for group in consensus["groups"])
+    heights = [of_all.get(number, 0) for number in seeds]
+    traces.append(totals([str(number) for number in seeds], heights, [f"{height:,}" for height in heights]))
+    made = figure(traces, barmode="stack", bargap=0.25)
+    made.update_xaxes(title_text=f"seeds (of {len(seeds)}) whose core has the feature", type="category", showgrid=False)
+    made.update_yaxes(title_text="features")
+    return Chart(
+        "chart-consensus",
+        "How many seeds have a feature",
+        f"Right is reproducible, left is found by one seed only. The consensus core holds {consensus['core_size']} features.",
+        {(): made},
+    )
+
+
+def _groups(consensus: dict[str, Any], described: set[str]) -> Table | Note:
+    rows = [group for group in consensus["groups"] if len(group["members"]) > 1]
+    alone = len(consensus["groups"]) - len(rows)
+    if not rows:
+        return Note(f"No feature was found by more than one chain; {alone} latents stand alone.")
+    columns = [
+        Column("Feature", lambda group: group["id"]),
+        Column("Seeds", lambda group: group["in_seeds"], "count", f"of {len(consensus['seeds'])}"),
+        Column("Reproducibility", lambda group: group["reproducibility"], "share", help="share of seeds whose core has it"),
+        Column("Low", lambda group: group["interval"][0], "share", help="lower end of the 95 % interval"),
+        Column("High", lambda group: group["interval"][1], "share", help="upper end of the 95 % interval"),
+        Column("Chains", lambda group: group["in_chains"], "count", f"of {len(consensus['chains'])}"),
+        Column("Cosine", lambda group: group["cosine"], "share", help="mean decoder cosine of its members"),
+        Column("Attribution share", lambda group: group["score"], "share", help="mean share of its chain's core attribution"),
+        Column("Density", lambda group: group["density"], "percent", "of tokens"),
+        Column("In consensus core", lambda group: group["in_core"], "yes_no"),
+    ]
+    caption = "Features found by more than one chain." + (f" {alone} latents found by one chain alone are left out here." if alone else "")
+    if described:
+        caption += " Their contexts stand in the feature browser."
+    return Table("table-consensus", caption, columns, rows)
+
+
+SETS = {
+    "consensus": "consensus core", "matched_consensus": "free latents, as frequent as its members", "cores": "single chains' cores",
+    "matched": "free latents, as frequent as those",
+}  # fmt: skip
+
+
+def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:
+    found = [
+        {"chain": row["chain"], "arm": row["arm"], "seed": row["seed"], "k": row["k"], "set": words, **row[name]}
+        for row in consensus.get("rediscovery") or []
+        for name, words in SETS.items()
+        if row.get(name)
+    ]
+    if not found:
+        return [Note("Re-discovery was not measured: there are no SAEs without a core in this sweep, or no consensus core.")]
+    columns = [
+        Column("Chain", lambda row: row["chain"]),
+        Column("Arm", lambda row: row["arm"]),
+        Column("k", lambda row: row["k"], "count", "latents per token"),
+        Column("Looked for", lambda row: row["set"]),
+        Column("Found", lambda row: row["found"], "share", help="share with a latent at encoder and decoder cosine 0.7 or more"),
+        Column("MMCS", lambda row: row["mmcs"], "share", help="mean of the best decoder cosine"),
+        Column("Latents looked for", lambda row: row.get("size"), "count"),
+        Column("Density gap", lambda row: row.get("density_gap"), "share", "factor", help="how far the matched latents' densities are off"),
+    ]
+    caption = "Are the features there in SAEs that never had a core? Read the consensus core against free latents that fire as often."
+    return [_rediscovery_summary(found), Table("table-rediscovery", caption, columns, found)]
+
+
+def _rediscovery_summary(found: list[dict[str, Any]]) -> Table:
+    rows = []
+    for arm, name in unique((row["arm"], row["set"]) for row in found):
+        members = [row for row in found if (row["arm"], row["set"]) == (arm, name)]
+        for measure, words in (("found", "found"), ("mmcs", "MMCS")):
+            spread = over_seeds((row["seed"], row[measure]) for row in members)
+            if spread:
+                rows.append({"arm": arm, "set": name, "measure": words, "spread": spread})
+    columns = [
+        Column("Arm", lambda row: row["arm"]),
+        Column("Looked for", lambda row: row["set"]),
+        Column("Measure", lambda row: row["measure"]),
+        Column("Mean", lambda row: row["spread"].mean, "share"),
+        Column("Low", lambda row: row["spread"].low, "share"),
+        Column("High", lambda row: row["spread"].high, "share"),
+        Column("Low and high are", lambda row: row["spread"].words()),
+    ]
+    return Table("table-rediscovery-summary", "Re-discovery by arm, over the seeds of the SAEs that were searched.", columns, rows)

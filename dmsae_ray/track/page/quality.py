@@ -1,0 +1,233 @@
+"""The view of what SAEs are worth: sparsity, variance explained and the model's loss, arm beside arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from dmsae_ray.track.page.arms import Style
+from dmsae_ray.track.page.artifacts import Artifacts, unique
+from dmsae_ray.track.page.chart import Chart, Choice, figure, plain
+from dmsae_ray.track.page.numerals import shown
+from dmsae_ray.track.page.spread import Spread, over_seeds
+from dmsae_ray.track.page.table import Column, Table
+from dmsae_ray.track.page.view import Grid, Note, Part, View
+
+LEAD = (
+    "What does distillation cost, and what does it give? All SAEs are evaluated on the same held-out tokens, each at the last cycle of its "
+    "chain. Points are means over seeds; bars are 95 % intervals from four seeds on, below that the range of the seeds."
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a row."""
+
+    field: str
+    name: str
+    kind: str
+    """a format of numerals.py"""
+    unit: str
+    read: str
+    """what it is, which way is better: a sentence"""
+
+
+MAIN = (
+    Measure("l0", "L0", "tenths", "latents per token", "Mean number of active latents, core included: it should be k."),
+    Measure("fvu", "FVU", "share", "share of variance", "Share of the variance not explained. Lower is better."),
+    Measure("loss_recovered_zero", "Loss recovered", "share", "share", "1: the model's own loss; 0: its loss with the stream set to zero."),
+    Measure("kl", "KL", "nats", "nats per token", "From the model's own predictions to the spliced ones. Lower is better."),
+)
+FURTHER = (
+    Measure("loss_recovered_mean", "Loss recovered, mean ablation", "share", "share", "0: its loss with the stream set to its mean."),
+    Measure("core_l0", "Core L0", "tenths", "latents per token", "Active latents of the core."),
+    Measure("free_l0", "Free L0", "tenths", "latents per token", "Active latents outside the core."),
+    Measure("core_explained", "Explained by the core", "share", "share", "Share of the explained variance carried by the core alone."),
+    Measure("core_share", "Attribution of the core", "share", "share", "Share of the attribution carried by the incoming core."),
+    Measure("dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens."),
+    Measure("loss_spliced", "Loss, spliced", "nats", "nats per token", "The model's loss on the reconstruction."),
+)
+PREFIX = (MAIN[1], MAIN[2], FURTHER[0], MAIN[3], MAIN[0])
+
+
+def view(artifacts: Artifacts) -> View:
+    """The view; in place of what is missing stands why."""
+    rows = artifacts.last
+    parts: list[Part] = []
+    if not rows:
+        parts.append(Note(f"There is nothing to evaluate: {artifacts.reasons.get('evaluation.json') or 'no chain has finished'}."))
+    else:
+        parts += [Grid([_against_k(rows, measure) for measure in MAIN]), _further(rows), _prefixes(rows), _spreads(rows), _chains(rows)]
+    return View("quality", "Quality", LEAD, parts)
+
+
+def spreads(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> dict[tuple[str, int], Spread]:
+    """By arm and k: a value over seeds."""
+    made = {}
+    for arm, k in unique((row["arm"], row["k"]) for row in rows):
+        spread = over_seeds((row["seed"], value(row)) for row in rows if (row["arm"], row["k"]) == (arm, k))
+        if spread:
+            made[arm, k] = spread
+    return made
+
+
+def _error_bars(spreads: Sequence[Spread]) -> dict[str, Any]:
+    return {
+        "symmetric": False, "array": [spread.high - spread.mean for spread in spreads],
+        "arrayminus": [spread.mean - spread.low for spread in spreads], "thickness": 1.5, "width": 4,
+    }  # fmt: skip
+
+
+def _said(arm: str, where: str, spread: Spread, measure: Measure) -> str:
+    low, high = shown(spread.low, measure.kind), shown(spread.high, measure.kind)
+    ends = "" if spread.seeds == 1 else f" [{low}, {high}], {spread.words()}"
+    return f"<b>{plain(arm)}</b>, {where}<br>{measure.name} {shown(spread.mean, measure.kind)}{ends}<br>{spread.chains} chains"
+
+
+def _trace(arm: str, place: int, x: Sequence[str], points: Sequence[Spread], where: Sequence[str], measure: Measure) -> go.Scatter:
+    style = Style.number(place)
+    return go.Scatter(
+        x=list(x), y=[point.mean for point in points], error_y=_error_bars(points), name=plain(arm), meta=arm, mode="lines+markers",
+        line=style.line(), marker=style.marker(), hovertemplate="%{text}<extra></extra>",
+        text=[_said(arm, at, point, measure) for at, point in zip(where, points, strict=True)],
+    )  # fmt: skip
+
+
+def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> go.Figure | None:
+    found = spreads(rows, lambda row: row.get(measure.field))
+    if not found:
+        return None
+    traces = []
+    # The arm's place among all arms, so that it looks the same in every chart.
+    for place, arm in enumerate(unique(row["arm"] for row in rows)):
+        at = sorted(k for name, k in found if name == arm)
+        if at:
+            points = [found[arm, k] for k in at]
+            traces.append(_trace(arm, place, [str(k) for k in at], points, [f"k = {k}" for k in at], measure))
+    made = figure(traces, height=height, scattermode="group", scattergap=0.75, meta={"read": measure.read})
+    made.update_yaxes(range=_range(found.values()))
+    made.update_xaxes(title_text="k, latents per token", type="category", categoryorder="array", categoryarray=[str(k) for k in _ks(rows)])
+    made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
+    return made
+
+
+def _range(points: Iterable[Spread]) -> list[float]:
+    """What the vertical axis shows: grouped traces would start it at 0, where differences of a loss recovered cannot be seen."""
+    points = list(points)
+    low, high = min(point.low for point in points), max(point.high for point in points)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return [low - margin, high + margin]
+
+
+def _ks(rows: Sequence[dict[str, Any]]) -> list[int]:
+    return sorted({row["k"] for row in rows})
+
+
+def _against_k(rows: Sequence[dict[str, Any]], measure: Measure) -> Chart | Note:
+    made = _k_figure(rows, measure, 340)
+    if made is None:
+        return Note(f"{measure.name} was not measured in this sweep.")
+    return Chart(f"chart-{measure.field.replace('_', '-')}", f"{measure.name} against k", measure.read, {(): made})
+
+
+def _further(rows: Sequence[dict[str, Any]]) -> Chart | Note:
+    figures: dict[tuple[str, ...], go.Figure | str] = {
+        (measure.name,): _k_figure(rows, measure, 380) or f"{measure.name} was not measured in this sweep." for measure in FURTHER
+    }
+    if not any(isinstance(made, go.Figure) for made in figures.values()):
+        return Note("No further measure was made.")
+    choice = Choice("Measure", [measure.name for measure in FURTHER])
+    return Chart("chart-further", "Further measures against k", FURTHER[0].read, figures, [choice])
+
+
+def prefix_of(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row's entry of one prefix; {} if it has none."""
+    return next((entry for entry in row.get("prefixes") or [] if entry["name"] == name), {})
+
+
+def _prefixes(rows: Sequence[dict[str, Any]]) -> Chart | Note:
+    rows = [row for row in rows if row.get("prefixes")]
+    if not rows:
+        return Note("Prefixes were not evaluated in this sweep.")
+    names = unique(entry["name"] for row in rows for entry in row["prefixes"])
+    names = [name for name in names if name == "core"] + sorted((name for name in names if name != "core"), key=int)
+    figures: dict[tuple[str, ...], go.Figure | str] = {}
+    for k in _ks(rows):
+        at_k = [row for row in rows if row["k"] == k]
+        for measure in PREFIX:
+            figures[f"{k}", measure.name] = _prefix_figure(rows, at_k, names, measure)
+    return Chart(
+        "chart-prefixes",
+        "By prefix: the core alone, then group after group",
+        "How much of the whole SAE (right) the core alone (left) and the smallest prefixes give.",
+        figures,
+        [Choice("k", [str(k) for k in _ks(rows)]), Choice("Measure", [measure.name for measure in PREFIX])],
+    )
+
+
+def _prefix_figure(
+    rows: Sequence[dict[str, Any]], at_k: Sequence[dict[str, Any]], names: Sequence[str], measure: Measure
+) -> go.Figure | str:
+    """One measure over the prefixes at one k; `rows`: of all k, for the arms' places."""
+    traces: list[go.Scatter] = []
+    points: list[Spread] = []
+    for place, arm in enumerate(unique(row["arm"] for row in rows)):
+        members = [row for row in at_k if row["arm"] == arm]
+        found = {name: over_seeds((row["seed"], prefix_of(row, name).get(measure.field)) for row in members) for name in names}
+        at = [name for name in names if found[name]]
+        if at:
+            words, spreads_at = [_prefix_name(name) for name in at], [found[name] for name in at]
+            traces.append(_trace(arm, place, words, spreads_at, words, measure))
+            points += spreads_at
+    if not traces:
+        return f"{measure.name} of the prefixes was not measured."
+    made = figure(traces, height=400, scattermode="group", scattergap=0.75)
+    made.update_yaxes(range=_range(points))
+    made.update_xaxes(type="category", categoryorder="array", categoryarray=[_prefix_name(name) for name in names])
+    made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
+    return made
+
+
+def _prefix_name(name: str) -> str:
+    return "core alone" if name == "core" else f"to group {name}"
+
+
+def _spreads(rows: Sequence[dict[str, Any]]) -> Table | Note:
+    found = [
+        {"arm": arm, "k": k, "measure": measure, "spread": spread}
+        for measure in (*MAIN, *FURTHER)
+        for (arm, k), spread in spreads(rows, lambda row, field=measure.field: row.get(field)).items()
+    ]
+    columns = [
+        Column("Arm", lambda row: row["arm"]),
+        Column("k", lambda row: row["k"], "count", "latents per token"),
+        Column("Measure", lambda row: row["measure"].name),
+        Column("Unit", lambda row: row["measure"].unit),
+        Column("Mean", lambda row: row["spread"].mean, "nats"),
+        Column("Low", lambda row: row["spread"].low, "nats"),
+        Column("High", lambda row: row["spread"].high, "nats"),
+        Column("Low and high are", lambda row: row["spread"].words()),
+        Column("Chains", lambda row: row["spread"].chains, "count"),
+    ]
+    if not found:
+        return Note("No chain has one of these measures.")
+    return Table("table-spreads", "The numbers of the charts above: mean over seeds by arm and k.", columns, found)
+
+
+def _chains(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = [
+        Column("Chain", lambda row: row["chain"]),
+        Column("Arm", lambda row: row["arm"]),
+        Column("Core from", lambda row: row.get("from"), why=lambda row: "starts without another chain's core"),
+        Column("Seed", lambda row: row["seed"], "count"),
+        Column("k", lambda row: row["k"], "count", "latents per token"),
+        Column("Cycle", lambda row: row["cycle"], "count"),
+        *(
+            Column(measure.name, lambda row, field=measure.field: row.get(field), measure.kind, measure.unit, measure.read)
+            for measure in (*MAIN, *FURTHER)
+        ),
+    ]
+    return Table("table-quality", "Every chain at its last finished cycle, on held-out tokens.", columns, rows)

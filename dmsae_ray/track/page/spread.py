@@ -1,0 +1,52 @@
+"""One number per group of chains, with what is known about its uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmsae_ray.compare.interval import COVERAGE, RESAMPLES, SEEDS_FOR_INTERVAL
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds. Several chains of one seed count as one: they are not independent."""
+
+    mean: float
+    """mean over seeds of the seed's mean"""
+    low: float
+    """lower end: of the interval, or smallest seed"""
+    high: float
+    """upper end"""
+    kind: str
+    """`95 % interval` of the mean by resampling seeds; below four seeds `range`; `one seed`"""
+    seeds: int
+    """how many seeds"""
+    chains: int
+    """how many values"""
+
+    def words(self) -> str:
+        """What `low` and `high` are."""
+        return self.kind if self.seeds == 1 else f"{self.kind} over {self.seeds} seeds"
+
+
+def over_seeds(values: Iterable[tuple[int, float | None]]) -> Spread | None:
+    """values: (seed, number) of each chain; those without a number are left out. None if none has one."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in values:
+        if value is not None and np.isfinite(value):
+            by_seed.setdefault(seed, []).append(value)
+    if not by_seed:
+        return None
+    means_S = np.array([np.mean(by_seed[seed]) for seed in sorted(by_seed)])
+    mean, seeds, chains = float(means_S.mean()), len(means_S), sum(map(len, by_seed.values()))
+    if seeds < SEEDS_FOR_INTERVAL:
+        kind = "one seed" if seeds == 1 else "range"
+        return Spread(mean, float(means_S.min()), float(means_S.max()), kind, seeds, chains)
+    # The generator starts anew for every number: a page of the same folder is the same page.
+    times_RS = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(times_RS @ means_S / seeds, [tail, 1 - tail])
+    return Spread(mean, float(low), float(high), f"{COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)

@@ -1,0 +1,224 @@
+"""The first view: what was run, what came out in plain words, what was expected, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from dmsae_ray.track.page.arms import words
+from dmsae_ray.track.page.artifacts import BASE, Artifacts, unique
+from dmsae_ray.track.page.consistency import beyond_chance, null_value
+from dmsae_ray.track.page.numerals import shown, whole
+from dmsae_ray.track.page.spread import Spread, over_seeds
+from dmsae_ray.track.page.table import Column, Table
+from dmsae_ray.track.page.view import Note, Part, Raw, View
+
+LEAD = (
+    "Which features of the model are really there, and which are an accident of one training run? Chains distil Matryoshka SAEs into a "
+    "core of latents; cores that independent chains agree on, beyond chance, are evidence."
+)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number and the sentence that says what it is."""
+
+    id: str
+    label: str
+    value: Any
+    kind: str
+    sentence: str
+
+    def html(self) -> str:
+        return (
+            f'<li class="card" id="card-{self.id}"><span class="label">{escape(self.label)}</span>'
+            f'<strong data-value="{escape(whole(self.value))}" title="{escape(whole(self.value))}">{escape(shown(self.value, self.kind))}'
+            f"</strong><span>{escape(self.sentence)}</span></li>"
+        )
+
+
+def view(artifacts: Artifacts) -> View:
+    """The view; in place of what is missing stands why."""
+    headlines = [line for line in (make(artifacts) for make in HEADLINES) if line is not None]
+    parts: list[Part] = [Raw(f'<ul class="cards">{"".join(line.html() for line in headlines)}</ul>')]
+    parts.append(_expectations(artifacts))
+    parts.append(_arms(artifacts))
+    parts.append(_failed(artifacts))
+    parts.append(_run(artifacts))
+    return View("summary", "Summary", LEAD, parts)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _ends(spread: Spread, kind: str) -> str:
+    return "one seed" if spread.seeds == 1 else f"{spread.words()}: {shown(spread.low, kind)} to {shown(spread.high, kind)}"
+
+
+def _chains_headline(artifacts: Artifacts) -> Headline:
+    finished, failed = len(unique(row["chain"] for row in artifacts.last)), len(artifacts.failed)
+    base = [row for row in artifacts.last if row["arm"] == BASE]
+    ks = sorted({row["k"] for row in base})
+    grid = f"{_plural(len({row['seed'] for row in base}), 'seed')} at k = {', '.join(map(str, ks))}"
+    sentence = f"The distilled grid has {grid}." if base else "None of the distilled grid has finished."
+    sentence += f" {_plural(failed, 'chain')} failed." if failed else " None failed."
+    return Headline("chains", "Chains finished", finished, "count", sentence)
+
+
+def _core_headline(artifacts: Artifacts) -> Headline | None:
+    spread = over_seeds((row["seed"], row.get("core_out")) for row in artifacts.last if row["arm"] == BASE)
+    if spread is None:
+        return None
+    return Headline("core", "Latents in a core", spread.mean, "tenths", f"Mean over base chains, last cycle; {_ends(spread, 'tenths')}.")
+
+
+def _agreement_headline(artifacts: Artifacts) -> Headline | None:
+    group = artifacts.comparison.get("summary", {}).get("groups", {}).get(f"{BASE}/seed")
+    if not group or not group.get("pw_mcc"):
+        return None
+    found = group["pw_mcc"]
+    ends = found["interval"] or (found["min"], found["max"])
+    what = "95 % interval" if found["interval"] else "range of pairs"
+    sentence = f"PW-MCC of cores that differ in their seed; {what}: {shown(ends[0], 'share')} to {shown(ends[1], 'share')}."
+    bars = [bar for bar in (null_value(pair, "covariance", "p99") for pair in artifacts.comparison["pairs"]) if bar is not None]
+    if bars:
+        sentence += f" Chance alone reaches at most {shown(max(bars), 'share')}."
+    return Headline("agreement", "Agreement across seeds", found["mean"], "share", sentence)
+
+
+def _chance_headline(artifacts: Artifacts) -> Headline | None:
+    pairs = [pair for pair in artifacts.comparison.get("pairs", []) if artifacts.comparison["arms"][pair["a"]] == BASE]
+    pairs = [pair for pair in pairs if artifacts.comparison["arms"][pair["b"]] == BASE]
+    judged = [verdict for verdict in map(beyond_chance, pairs) if verdict is not None]
+    if not judged:
+        return None
+    sentence = f"{sum(judged)} of {_plural(len(judged), 'pair')} of base cores exceed the p99 of every null of chance they have."
+    return Headline("chance", "Pairs beyond chance", sum(judged) / len(judged), "percent", sentence)
+
+
+def _consensus_headline(artifacts: Artifacts) -> Headline | None:
+    consensus = artifacts.consensus
+    if not consensus.get("groups"):
+        return None
+    everywhere = sum(group["in_seeds"] == len(consensus["seeds"]) for group in consensus["groups"])
+    seeds = _plural(len(consensus["seeds"]), "seed")
+    sentence = f"Features in the consensus core of {_plural(len(consensus['chains']), 'chain')}; {everywhere} stand in all {seeds}."
+    return Headline("consensus", "Consensus features", consensus["core_size"], "count", sentence)
+
+
+def _loss_headline(artifacts: Artifacts) -> Headline | None:
+    spread = over_seeds((row["seed"], row.get("loss_recovered_zero")) for row in artifacts.last if row["arm"] == BASE)
+    if spread is None:
+        return None
+    sentence = f"Of the model's loss survives when the stream is replaced by the SAE (1: all); {_ends(spread, 'share')}."
+    return Headline("loss", "Loss recovered", spread.mean, "share", sentence)
+
+
+HEADLINES: Sequence[Callable[[Artifacts], Headline | None]] = (
+    _chains_headline, _core_headline, _agreement_headline, _chance_headline, _consensus_headline, _loss_headline,
+)  # fmt: skip
+
+SIGNS = {"hit": "✓ hit", "miss": "✗ miss", "not available": "– not available"}
+
+
+def _expectations(artifacts: Artifacts) -> Table | Note:
+    if not artifacts.expectations:
+        return Note(f"No expectations to check: {artifacts.reasons['expectations.json']}.")
+    columns = [
+        Column("Claim", lambda row: row["claim"], "prose"),
+        Column("Outcome", lambda row: SIGNS[row["outcome"]]),
+        Column("Quantity", lambda row: row["value_name"], "prose"),
+        Column("Value", lambda row: row["value"], "nats", why=lambda row: row.get("why")),
+        Column("Has to be", lambda row: row["relation"]),
+        Column("Bound", lambda row: row["bound"], "nats", why=lambda row: row.get("why")),
+        Column("which is", lambda row: row["bound_name"], "prose"),
+        Column("Remark", lambda row: row.get("why"), "prose"),
+    ]
+    counts = ", ".join(f"{sum(row['outcome'] == outcome for row in artifacts.expectations)} {outcome}" for outcome in SIGNS)
+    caption = f"What was expected, stated before the run, and what came out: {counts}."
+    return Table(
+        "table-expectations", caption, columns, artifacts.expectations, lambda row: f"outcome-{row['outcome'].replace(' ', '-')}"
+    )  # fmt: skip
+
+
+def _arms(artifacts: Artifacts) -> Table | Note:
+    if not artifacts.rows:
+        return Note(f"There are no results yet: {artifacts.reasons.get('evaluation.json')}.")
+    rows = []
+    for arm in artifacts.arms:
+        members = [row for row in artifacts.rows if row["arm"] == arm]
+        rows.append(
+            {
+                "arm": arm,
+                "chains": len({row["chain"] for row in members}),
+                "seeds": sorted({row["seed"] for row in members}),
+                "k": sorted({row["k"] for row in members}),
+                "cycles": max(row["cycle"] for row in members) + 1,
+            }
+        )
+    columns = [
+        Column("Arm", lambda row: row["arm"]),
+        Column("What it is", lambda row: words(row["arm"]), "prose"),
+        Column("Chains", lambda row: row["chains"], "count"),
+        Column("Seeds", lambda row: row["seeds"]),
+        Column("k", lambda row: row["k"], unit="latents per token"),
+        Column("Cycles", lambda row: row["cycles"], "count"),
+    ]
+    return Table("table-arms", "The groups of chains that stand side by side.", columns, rows)
+
+
+def _failed(artifacts: Artifacts) -> Table | Note:
+    if not artifacts.failed:
+        return Note("No chain failed." if artifacts.comparison else f"Failures are not known: {artifacts.reasons['comparison.json']}.")
+    columns = [Column("Chain", lambda row: row["label"]), Column("Why it failed", lambda row: row["reason"], "prose")]
+    return Table("table-failed", "Chains that did not finish; no number on this page holds anything of them.", columns, artifacts.failed)
+
+
+FACTS = (
+    ("Language model", ("model", "name"), ""),
+    ("Residual stream at", ("model", "hook"), ""),
+    ("Text", ("corpus", "source"), ""),
+    ("SAE width", ("sae", "width"), "latents"),
+    ("Gate of the core", ("sae", "core_gate"), ""),
+    ("Core passes on as", ("sae", "core_transfer"), ""),
+    ("Training", ("train", "tokens"), "tokens a cycle"),
+    ("Batch", ("train", "batch"), "tokens"),
+    ("Learning rate", ("train", "lr"), ""),
+    ("Attribution", ("attribution", "tokens"), "held-out tokens"),
+    ("Share a core carries (tau)", ("attribution", "tau"), ""),
+    ("Selected by", ("selection", "by"), ""),
+    ("Seeds", ("sweep", "seeds"), ""),
+    ("k", ("sweep", "k"), "latents per token"),
+    ("Cycles", ("sweep", "cycles"), ""),
+    ("Data of the seeds", ("sweep", "data"), ""),
+    ("Null draws", ("compare", "draws"), ""),
+)
+"""What of the configuration a reader wants to know first: (name, field, unit)."""
+MEASURED = (
+    ("Evaluated on", "evaluation_tokens", "count", "held-out tokens"),
+    ("The model's own loss", "loss_clean", "nats", "nats per token"),
+)
+"""What every evaluation has in common: (name, field of a row, format, unit)."""
+
+
+def _run(artifacts: Artifacts) -> Raw | Note:
+    if not artifacts.config:
+        return Note(f"What was run is not known: {artifacts.reasons['config.yaml']}.")
+    entries = []
+    for name, (section, field), unit in FACTS:
+        value = (artifacts.config.get(section) or {}).get(field)
+        if value is not None:
+            seen = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value, "text")
+            entries.append((name, whole(value), f"{seen} {unit}".strip()))
+    for name, field, kind, unit in MEASURED:
+        value = next((row[field] for row in artifacts.rows if row.get(field) is not None), None)
+        if value is not None:
+            entries.append((name, whole(value), f"{shown(value, kind)} {unit}"))
+    items = "".join(
+        f'<div><dt>{escape(name)}</dt><dd data-value="{escape(full)}" title="{escape(full)}">{escape(seen)}</dd></div>'
+        for name, full, seen in entries
+    )
+    return Raw(f'<h3>What was run</h3><dl class="facts" id="facts">{items}</dl>')

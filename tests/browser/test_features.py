@@ -1,0 +1,181 @@
+"""The feature browser, with a thousand features."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from dom import number, value
+from playwright.sync_api import expect
+
+IDS = "[...document.querySelectorAll('#feature-list li')].map((item) => item.dataset.id)"
+
+
+def ids(page) -> list[str]:
+    return page.evaluate(IDS)
+
+
+@pytest.fixture
+def page(sweep):
+    """The browser as it opens: nothing searched, nothing filtered."""
+    page = sweep.go("features")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    return page
+
+
+@pytest.fixture
+def features(artifact):
+    return artifact("features")["features"]
+
+
+def by(features, key):
+    """As the browser sorts: falling, what is missing last, then by share of attribution, then by id."""
+    return [f["id"] for f in sorted(features, key=lambda f: (f[key] is None, -(f[key] or 0), -f["score"], int(f["id"][1:])))]
+
+
+def test_all_features_are_listed_by_reproducibility(page, features):
+    assert ids(page) == by(features, "reproducibility")
+    expect(page.locator("#feature-count")).to_have_text("1000 features")
+
+
+@pytest.mark.parametrize("key", ["score", "density", "cosine"])
+def test_sort(page, features, key):
+    page.select_option("#feature-sort", key)
+    assert ids(page) == by(features, key)
+
+
+def test_sort_by_id(page, features):
+    page.select_option("#feature-sort", "id")
+    assert ids(page) == [f["id"] for f in features]
+
+
+def test_filters(page, features):
+    page.select_option("#feature-kind", "core")
+    assert set(ids(page)) == {f["id"] for f in features if f["kind"] == "core"}
+    page.select_option("#feature-kind", "")
+    page.select_option("#feature-chain", "seed2-k16")
+    assert set(ids(page)) == {f["id"] for f in features if "seed2-k16" in f["chains"]}
+    page.locator("#feature-least").fill("0.75")
+    wanted = {f["id"] for f in features if "seed2-k16" in f["chains"] and f["reproducibility"] >= 0.75}
+    assert set(ids(page)) == wanted
+    expect(page.locator("#feature-count")).to_have_text(f"{len(wanted)} of 1000 features")
+    expect(page.locator("#feature-least-shown")).to_have_text("75 %")
+
+
+@pytest.mark.parametrize("words", ["needle-7", "<script> said", "NAÏVE", "東京", "f0123", "f012"])
+def test_search_finds_texts_across_tokens_and_ids(page, features, words):
+    page.fill("#feature-search", words)
+    texts = {f["id"]: "\n".join([f["id"], *("".join(c["tokens"]) for c in f["contexts"])]).lower() for f in features}
+    assert set(ids(page)) == {id for id, text in texts.items() if words.lower() in text}
+    if words == "needle-7":
+        assert ids(page) == ["f007"]
+        expect(page.locator("#feature-detail h3")).to_contain_text("f007")
+    if words == "f0123":
+        expect(page.locator("#feature-detail .note")).to_contain_text("No feature fits")
+
+
+def test_search_answers_at_once(page):
+    seconds = page.evaluate(
+        """() => ["n", "ne", "nee", "", "<", "zebra", ""].map((words) => {
+          const start = performance.now();
+          const field = document.getElementById("feature-search");
+          field.value = words;
+          field.dispatchEvent(new Event("input", { bubbles: true }));
+          document.getElementById("feature-list").offsetHeight;  // layout included
+          return (performance.now() - start) / 1000;
+        })"""
+    )
+    print(f"search among 1000 features: slowest {max(seconds):.3f} s, mean {sum(seconds) / len(seconds):.3f} s")
+    assert max(seconds) < 1
+
+
+def test_detail_is_the_artifact(sweep, features):
+    for place in (12, 7, 503):
+        feature = features[place]
+        page = sweep.go(f"feature={feature['id']}")
+        detail = page.locator("#feature-detail")
+        expect(detail.locator("h3")).to_contain_text(feature["id"])
+        facts = [number(text) for text in detail.locator(".facts .number").evaluate_all("(found) => found.map((one) => one.dataset.value)")]
+        assert facts == [feature[name] for name in ("reproducibility", "score", "density", "cosine", "max_activation")]
+        contexts = detail.locator(".contexts .context").evaluate_all(
+            "(found) => found.map((text) => [...text.children].map((token) => [token.textContent, Number(token.dataset.value), token.title]))"
+        )
+        assert len(contexts) == 8
+        for shown, context in zip(contexts, feature["contexts"], strict=True):
+            readable = [token.replace("\n", "↵").replace("\t", "⇥") for token in context["tokens"]]
+            assert [text for text, _, _ in shown] == readable
+            assert [activation for _, activation, _ in shown] == context["activations"]
+            assert all(title.startswith(f"{text} · activation ") for text, _, title in shown)
+        assert detail.locator(".token.peak").count() == 8
+        deltas = detail.locator("#feature-effects .number").evaluate_all("(found) => found.map((one) => Number(one.dataset.value))")
+        assert deltas == [effect["delta"] for effect in feature["effects"]]
+        partners = detail.locator("#feature-partners tbody tr") if feature["partners"] else []
+        assert (partners.count() if feature["partners"] else 0) == len(feature["partners"])
+        if feature["partners"]:
+            first = partners.first.locator(".number").evaluate_all("(found) => found.map((one) => Number(one.dataset.value))")
+            assert first == [feature["partners"][0][name] for name in ("latent", "cosine", "score", "density")]
+
+
+def test_shade_says_how_active(sweep, features):
+    page = sweep.go("feature=f012")
+    feature = features[12]
+    strengths = page.locator(".contexts .context").first.evaluate(
+        "(text) => [...text.children].map((token) => [Number(token.dataset.value), token.style.getPropertyValue('--strength')])"
+    )
+    for activation, strength in strengths:
+        assert strength == "" if activation == 0 else float(strength) == pytest.approx(activation / feature["max_activation"])
+
+
+def test_texts_of_the_corpus_stay_texts(sweep):
+    page = sweep.go("feature=f007")
+    detail = page.locator("#feature-detail")
+    assert detail.locator("script, b, i").count() == 0
+    assert "<i>upon" in detail.inner_text()
+
+
+def test_a_feature_that_is_never_active_says_so(sweep):
+    page = sweep.go("feature=f002")
+    notes = page.locator("#feature-detail .note").all_inner_texts()
+    assert notes[:2] == ["It was active on none of the tokens looked at.", "No effect on the loss was measured for it."]
+
+
+def test_keyboard(page):
+    order = ids(page)
+
+    def chosen() -> str:
+        return page.get_attribute('#feature-list [aria-selected="true"]', "data-id")
+
+    assert chosen() == order[0]
+    page.keyboard.press("j")
+    page.keyboard.press("ArrowDown")
+    assert chosen() == order[2]
+    page.keyboard.press("k")
+    assert chosen() == order[1]
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    assert chosen() == order[0], "the first has none before it"
+    page.keyboard.press("/")
+    page.keyboard.type("needle-7")
+    assert chosen() == "f007" and page.input_value("#feature-search") == "needle-7", "letters typed into the field stay there"
+    page.keyboard.press("Escape")
+    assert page.input_value("#feature-search") == "" and len(ids(page)) == 1000
+    assert chosen() == "f007" and page.evaluate("document.activeElement.id") == "feature-list"
+    page.keyboard.press("End")
+    assert chosen() == order[-1]
+    assert page.get_attribute("#feature-list", "aria-activedescendant") == f"option-{order[-1]}"
+    box, frame = page.locator(f"#option-{order[-1]}").bounding_box(), page.locator("#feature-list").bounding_box()
+    assert frame["y"] <= box["y"] and box["y"] + box["height"] <= frame["y"] + frame["height"] + 1, "the chosen one is in sight"
+    assert page.url.endswith(f"#feature={order[-1]}")
+
+
+def test_click_and_link(sweep, page):
+    page.locator("#feature-list li").nth(3).click()
+    chosen = ids(page)[3]
+    expect(page.locator("#feature-detail h3")).to_contain_text(chosen)
+    assert page.url.endswith(f"#feature={chosen}"), "the address leads back to it"
+    page = sweep.go("feature=f999")
+    expect(page.locator("#feature-detail h3")).to_contain_text("f999")
+    assert value(page, "#feature-detail .facts .number") > 0
+    page = sweep.go("feature=f4711")
+    expect(page.locator("#feature-detail")).to_have_text(re.compile("no feature f4711"))

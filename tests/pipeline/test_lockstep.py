@@ -1,0 +1,82 @@
+"""Chains that advance on one stream come to what each comes to alone, through the front door."""
+
+import json
+import shutil
+
+import pytest
+from conftest import core_bytes, data_digests, digest_of_rows, run_command, sae_tensors
+
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.config import Config
+from dmsae_ray.distill.trials import in_lockstep
+from dmsae_ray.housekeeping import planned
+
+
+def groups_of(*argv):
+    command = load(SweepCommand, ["--sweep.seeds", "0,1", "--sweep.k", "8,16,32", *argv])
+    return [[plan.label for plan in group] for group in in_lockstep(planned(Config(**command.section_dict())))]
+
+
+def test_groups_share_their_batches():
+    assert groups_of("--cluster.lockstep", "1") == [[f"seed{seed}-k{k}"] for seed in (0, 1) for k in (8, 16, 32)]
+    assert sorted(groups_of("--cluster.lockstep", "2")) == [
+        ["seed0-k32"], ["seed0-k8", "seed0-k16"], ["seed1-k32"], ["seed1-k8", "seed1-k16"],
+    ]  # fmt: skip
+    # One order of data for all: seeds advance together, too.
+    (everyone,) = groups_of("--cluster.lockstep", "6", "--sweep.data_seed", "3")
+    assert len(everyone) == 6
+
+
+def by_label(output, found: dict[str, bytes]) -> dict[str, bytes]:
+    """The same by the chain's label instead of its key."""
+    labels = {path.parent.name: json.loads(path.read_text())["label"] for path in (output / "chains").glob("*/chain.json")}
+    return {place.replace(key, label): value for place, value in found.items() for key, label in labels.items() if key in place}
+
+
+def everything(output, label):
+    found = {}
+    for what in (core_bytes, sae_tensors, data_digests):
+        found |= {place: value for place, value in by_label(output, what(output)).items() if f"/{label}/" in place}
+    return found
+
+
+def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small_sweep, tmp_path):
+    """Three sparsities of a seed: one has its first cycle, one has nothing, one has a damaged checkpoint."""
+    output, argv = tmp_path / "out", ["--sweep.seeds", "0", "--sweep.k", "8,16,24", "--cluster.lockstep", "3"]
+    for part in ("data", "tokens"):
+        shutil.copytree(small_sweep.output / part, output / part)
+    ahead = small_sweep.chains()["seed0-k8"]
+    shutil.copytree(ahead, output / "chains" / ahead.name)
+    shutil.rmtree(output / "chains" / ahead.name / "cycle_01")
+    small = small_sweep.output.parent / "small.yaml"
+    plans = planned(load(SweepCommand, ["--config", str(small), "--output", str(output), *argv]))
+    (broken,) = [plan.folder for plan in plans if plan.label == "seed0-k24"]
+    broken.cycle(0).path.mkdir(parents=True)
+    broken.cycle(0).checkpoint.write_bytes(b"half a checkpoint")
+    run = run_command(output, *argv)
+    assert run.code == 1 and "lockstep" in run.out, run.out
+    assert str(broken.cycle(0).checkpoint) in broken.failure()["reason"] and "damaged" in broken.failure()["reason"]
+    assert "Compared: 2 of 3 chains" in run.out
+    assert everything(output, "seed0-k8") == everything(small_sweep.output, "seed0-k8") != {}
+    together = {
+        record["label"]: [json.loads((path.parent / f"cycle_{cycle:02d}/record.json").read_text())["lockstep"] for cycle in (0, 1)]
+        for path in (output / "chains").glob("*/chain.json") for record in [json.loads(path.read_text())] if "k24" not in record["label"]
+    }  # fmt: skip
+    assert together == {"seed0-k8": [1, 2], "seed0-k16": [1, 2]}, "alone until the other one had caught up"
+    for chain in (output / "chains").glob("*/cycle_01"):
+        for cycle in (0, 1):
+            digest = json.loads((chain.parent / f"cycle_{cycle:02d}/record.json").read_text())["data_digest"]
+            assert digest == digest_of_rows(output, cycle, 32, 512, 8), "one order of data: the same rows in the same cycle"
+
+
+@pytest.mark.slow
+def test_lockstep_gives_every_chain_the_bits_it_has_alone(small_sweep, tmp_path):
+    outputs = [tmp_path / name / "out" for name in ("alone", "together")]
+    for output, most in zip(outputs, ("1", "4")):
+        for part in ("data", "tokens"):
+            shutil.copytree(small_sweep.output / part, output / part)
+        # Both seeds on one order of data: four chains on one stream.
+        run = run_command(output, "--sweep.k", "8,16", "--sweep.data_seed", "5", "--cluster.lockstep", most)
+        assert run.code == 0, run.out
+    for label in ("seed0-k8", "seed1-k8", "seed0-k16", "seed1-k16"):
+        assert everything(outputs[0], label) == everything(outputs[1], label) != {}

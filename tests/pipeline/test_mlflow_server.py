@@ -1,0 +1,156 @@
+"""The study's results on a real MLflow server, asked through its API and looked at in its own page."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.error import URLError
+
+import mlflow
+import pytest
+from chromium import launched
+from conftest import environment, results, run_command
+from playwright.sync_api import expect
+
+
+class Server:
+    """`mlflow server` on a database of its own."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = open(folder / "server.log", "w")
+        # Started by its own Python and in a group of its own: its workers end with it.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}", "--artifacts-destination",
+             str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            env=environment(MLFLOW_DISABLE_TELEMETRY="true"), stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 180
+        while not self._healthy():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.stop()
+                pytest.fail((folder / "server.log").read_text())
+            time.sleep(0.2)
+
+    def _healthy(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.url}/health", timeout=2).read() == b"OK"
+        except (URLError, OSError):
+            return False
+
+    def api(self, path: str, **body) -> dict:
+        request = urllib.request.Request(
+            f"{self.url}/api/2.0/mlflow/{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
+        return json.load(urllib.request.urlopen(request, timeout=30))
+
+    def runs(self, experiment: str, query: str) -> dict[str, dict]:
+        """Runs by name."""
+        found = self.api("runs/search", experiment_ids=[experiment], filter=query, max_results=200).get("runs", [])
+        return {run["info"]["run_name"]: run for run in found}
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(timeout=30)
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def server(study, tmp_path_factory):
+    """A server that has the whole study, logged by a run of the command that had nothing else left to do."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copy(study[0].parent / "small.yaml", folder / "small.yaml")
+    shutil.copytree(study[0], folder / "out", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "mlflow_home"))
+    server = Server(folder)
+    run = run_command(folder / "out", "--track.uri", server.url)
+    assert run.code == 0 and "ray: " not in run.out, run.out
+    yield server, folder / "out"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def experiment(server):
+    (found,) = [one for one in server[0].api("experiments/search", max_results=10)["experiments"] if one["name"] == "dmsae_ray"]
+    return found["experiment_id"]
+
+
+def tags_of(run: dict) -> dict[str, str]:
+    return {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
+
+
+def metrics_of(run: dict) -> dict[str, float]:
+    return {metric["key"]: metric["value"] for metric in run["data"]["metrics"]}
+
+
+def test_runs_are_found_by_stage_arm_seed_and_k(server, experiment):
+    here, output = server
+    chains = here.runs(experiment, "tags.`dmsae.kind` = 'chain'")
+    rows = {row["chain"]: row for row in json.loads((results(output) / "evaluation.json").read_text())["rows"] if row["last"]}
+    assert chains.keys() == rows.keys()
+    for label, run in chains.items():
+        row, tags = rows[label], tags_of(run)
+        assert [tags[name] for name in ("stage", "arm", "seed", "k", "chain")] == [row["stage"], row["arm"], str(row["seed"]), str(row["k"]), label]
+        assert run["info"]["status"] == "FINISHED"
+        metrics = metrics_of(run)
+        assert metrics["cycle/fvu"] == pytest.approx(row["fvu"]) and metrics["cycle/core_size"] == row["core_out"]
+        assert metrics["cycle/prefix.0.kl"] == pytest.approx(row["prefixes"][1 if row["core_in"] else 0]["kl"])
+    # What the compare view lines up: the same cycle of the plain grid, over seeds.
+    found = here.runs(experiment, "tags.arm = 'base' and tags.stage = 'distill' and tags.k = '8' and tags.cycle = '1'")
+    assert sorted(found) == ["seed0-k8 cycle 1", "seed1-k8 cycle 1"]
+    params = [{param["key"]: param["value"] for param in run["data"]["params"]} for run in found.values()]
+    assert {one["seed"] for one in params} == {"0", "1"} and {one["cycle"] for one in params} == {"1"}
+    placebo = {p["key"]: p["value"] for p in chains["seed0-k8-random"]["data"]["params"]}
+    assert placebo["selection.by"] == "random", "an arm's run has the arm's own parameters"
+
+
+def test_tables_pictures_and_the_page_are_there_and_equal_the_files(server, experiment, tmp_path):
+    here, output = server
+    (run,) = here.runs(experiment, "tags.stage = 'sweep'").values()
+    run_id, folder = run["info"]["run_id"], results(output)
+    client = mlflow.MlflowClient(here.url)
+    # Asked for through the tracking server alone: an artifact that it cannot give would not be in its page either.
+    got = {entry.path for entry in client.list_artifacts(run_id)}
+    assert {"report.html", "report.txt", "consistency.png", "core_sizes.png", "evaluation.json", "comparison.json", "consensus.json",
+            "features.json", "expectations.json", "numbers.json", "tables"} <= got  # fmt: skip
+    assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_bytes() == (folder / "report.html").read_bytes()
+    assert Path(client.download_artifacts(run_id, "consistency.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(here.url)  # load_table downloads by it, whatever client it is asked of
+    try:
+        tables = {name: client.load_table(experiment, f"tables/{name}.json", run_ids=[run_id])
+                  for name in ("chains", "pairs", "evaluation", "expectations", "features", "groups", "rediscovery")}  # fmt: skip
+    finally:
+        mlflow.set_tracking_uri(before)
+    pairs = json.loads((folder / "comparison.json").read_text())["pairs"]
+    assert tables["pairs"]["pw_mcc"].tolist() == pytest.approx([pair["pw_mcc"] for pair in pairs])
+    assert len(tables["evaluation"]) == len(json.loads((folder / "evaluation.json").read_text())["rows"])
+    assert tables["expectations"]["outcome"].tolist() == ["hit", "hit", "miss", "not available"]
+    assert tables["features"]["id"].tolist() == [group["id"] for group in json.loads((folder / "consensus.json").read_text())["groups"]]
+    assert tables["rediscovery"]["chain"].tolist() == ["seed100-k8-plain"] and "base/seed" in tables["groups"]["group"].tolist()
+    numbers = json.loads((folder / "numbers.json").read_text())
+    assert metrics_of(run)["results/consistency.base.seed.pw_mcc"] == pytest.approx(numbers["consistency.base.seed.pw_mcc"])
+
+
+def test_the_compare_view_of_its_page_shows_both_seeds(server, experiment):
+    here, _ = server
+    chains = here.runs(experiment, "tags.arm = 'base' and tags.`dmsae.kind` = 'chain'")
+    ids = [run["info"]["run_id"] for run in chains.values()]
+    with launched() as browser:
+        page, errors = browser.new_page(viewport={"width": 1500, "height": 1000}), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{here.url}/#/experiments/{experiment}/runs")
+        expect(page.get_by_text("small", exact=True).first).to_be_visible(timeout=60_000)
+        page.goto(f"{here.url}/#/compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([experiment])}")
+        for label in chains:
+            expect(page.get_by_text(label, exact=True).first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("cycle/core_size").first).to_be_attached(timeout=60_000)
+        assert errors == []

@@ -1,0 +1,74 @@
+"""Loss and divergence of other values at the hook, in chunks of rows, against whole logits; for every kind of place and model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from language_models import IDS_BT, LENGTHS, PLACES, T, at, load
+
+from dmsae_ray.lm import divergence as module
+from dmsae_ray.lm.divergence import divergence
+
+
+def values_of(cut):
+    """Three values that move the predictions by less and less, and the clean one."""
+    noise_BTD = torch.randn(cut.value_BTD.shape, generator=torch.Generator().manual_seed(1)) * cut.value_BTD.std()
+    return [torch.zeros_like(cut.value_BTD), cut.value_BTD + noise_BTD, cut.value_BTD + 0.1 * noise_BTD, cut.value_BTD]
+
+
+def by_whole_logits(lm, cut, value_BTD):
+    """Both sums from all logits at once, target by target."""
+    with torch.no_grad():
+        log_p_BTV, log_q_BTV = (torch.log_softmax(lm.logits(cut, value).double(), dim=2) for value in (cut.value_BTD, value_BTD))
+    loss, kl = 0.0, 0.0
+    for b, length in enumerate(LENGTHS.tolist()):
+        for t in range(1, length):
+            if IDS_BT[b, t] != lm.bos_id:
+                log_p_V, log_q_V = log_p_BTV[b, t - 1], log_q_BTV[b, t - 1]
+                loss -= float(log_q_V[IDS_BT[b, t]])
+                kl += float((log_p_V.exp() * (log_p_V - log_q_V)).sum())
+    return loss, kl
+
+
+@pytest.mark.parametrize("architecture, kind", PLACES)
+def test_sums_are_those_of_whole_logits(architecture, kind, monkeypatch):
+    """Rows in chunks of seven, so that there are many and the last is short; at the first and at the last block."""
+    for layer in (0, 3) if architecture == "tiny" else (0, 2):
+        lm = load(architecture, at(kind, layer))
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": 7 * lm.vocabulary})
+        cut = lm.cut(IDS_BT)
+        before_BTD, values = cut.value_BTD.clone(), values_of(cut)
+        loss_Q, kl_Q = divergence(lm, cut, iter(values), IDS_BT, LENGTHS)
+        assert loss_Q.dtype == kl_Q.dtype == torch.float64 and torch.equal(cut.value_BTD, before_BTD)
+        for value_BTD, loss, kl in zip(values, loss_Q.tolist(), kl_Q.tolist(), strict=True):
+            expected_loss, expected_kl = by_whole_logits(lm, cut, value_BTD)
+            assert loss == pytest.approx(expected_loss, rel=1e-5) and kl == pytest.approx(expected_kl, rel=1e-4, abs=1e-4)
+            assert loss == pytest.approx(float(lm.loss(cut, value_BTD, IDS_BT, LENGTHS).detach()), rel=1e-5)
+        assert kl_Q[3] == 0 and kl_Q[1] > 5 * kl_Q[2] > 0
+
+
+def test_how_rows_are_cut_changes_no_sum(monkeypatch):
+    lm = load("tiny", at("hook_resid_post"))
+    cut = lm.cut(IDS_BT)
+    found = []
+    for rows in (1, 50, 10_000):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": rows * lm.vocabulary})
+        found.append(torch.stack(divergence(lm, cut, values_of(cut), IDS_BT, LENGTHS)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-5)
+
+
+def test_where_nothing_counts_sums_are_zero():
+    lm = load("tiny", at("hook_resid_post"))
+    cut = lm.cut(IDS_BT)
+    loss_Q, kl_Q = divergence(lm, cut, values_of(cut), IDS_BT, torch.ones(len(IDS_BT), dtype=torch.int64))
+    assert loss_Q.tolist() == kl_Q.tolist() == [0.0] * 4
+
+
+def test_what_stands_at_padding_changes_nothing():
+    lm = load("tiny", at("hook_resid_post"))
+    cut = lm.cut(IDS_BT)
+    other_BTD = cut.value_BTD.clone()
+    other_BTD[torch.arange(T) >= LENGTHS[:, None]] = 100.0
+    one, other = (divergence(lm, cut, [value_BTD], IDS_BT, LENGTHS) for value_BTD in (cut.value_BTD, other_BTD))
+    assert torch.equal(torch.stack(one), torch.stack(other))
