@@ -39,10 +39,20 @@ class Dead:
     most: int
     """on one rank"""
     ranks: Collective = Alone()
+    exists_K: Tensor | None = None
+    """which of latent_K are dead latents at all, where only the device knows how many there are; None: all"""
 
 
-def find_dead(dead_F: Tensor, group_ends: list[int], ranks: Collective) -> Dead:
-    """dead_F: which of this rank's latents are dead."""
+def find_dead(dead_F: Tensor, group_ends: list[int], ranks: Collective, at_most: int | None = None) -> Dead:
+    """dead_F: which of this rank's latents are dead.
+
+    at_most: a bound on their number; with it (one rank only) nothing waits for the device, and places that are not needed name the
+    last latent, which is a free one.
+    """
+    if at_most is not None:
+        latent_K = torch.nonzero_static(dead_F, size=at_most, fill_value=-1).squeeze(1)
+        exists_K = latent_K >= 0
+        return Dead(torch.where(exists_K, latent_K, len(dead_F) - 1), torch.zeros_like(latent_K), len(group_ends), at_most, at_most, ranks, exists_K)
     latent_K = dead_F.nonzero().squeeze(1)
     group_K = torch.bucketize(latent_K, torch.tensor(group_ends, device=dead_F.device), right=True)
     counts = [len(latent_K)]
@@ -70,6 +80,9 @@ def add_aux(
 
     W_enc_KD, b_enc_K, W_dec_KD = encoder_FD[dead_K], b_enc_F[dead_K], W_dec_FD[dead_K]
     sum_W_enc_KD, sum_b_enc_K, sum_W_dec_KD = torch.zeros_like(W_enc_KD), torch.zeros_like(b_enc_K), torch.zeros_like(W_dec_KD)
+    if dead.exists_K is not None:
+        b_enc_K = torch.where(dead.exists_K, b_enc_K, -torch.inf)  # is then no token's largest, and gets no gradient
+        inverse = torch.where(dead.exists_K.any(), inverse, 0)
     loss = torch.zeros((), dtype=residual_BD.dtype, device=residual_BD.device)
     chunk = max(1, CHUNK // dead.count)
     for centred_RD, residual_RD in zip(centred_BD.split(chunk), residual_BD.split(chunk), strict=True):

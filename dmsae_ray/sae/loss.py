@@ -63,6 +63,9 @@ class Outcome:
     """pairs of these rows and this rank's latents that were screened in"""
     retries: int
     """scans of the screen beyond the first"""
+    wrong: int = 0
+    short: bool = False
+    """this and `wrong`: see `gate.Kept`. On the device alone (guess a tensor) all numbers are 0-dim tensors, and latent_N ends in padding"""
 
 
 class LossModule(nn.Module):
@@ -110,13 +113,13 @@ class LossModule(nn.Module):
 
     @torch.no_grad()
     def compute(
-        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, guess: float | None = None,
-        gradient: Tensor | None = None,
+        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, guess: float | Tensor | None = None,
+        gradient: Tensor | None = None, dead_at_most: int | None = None,
     ) -> tuple[Tensor, Tensor, Outcome]:  # fmt: skip
         """The loss of the rows that this rank computes with, its gradient [P], and the outcome.
 
         x_BD: this rank's rows. silent_F: tokens since each latent last fired, before this batch. token_index_B, guess: see `gate`.
-        gradient: where to put it, by default a buffer that the next call overwrites.
+        gradient: where to put it, by default a buffer that the next call overwrites. dead_at_most: see `find_dead`.
         """
         sae, settings, comm, ops = self.sae, self.settings, self.comm, self.ops
         b_enc_F, b_dec_D = sae.b_enc.detach(), sae.b_dec.detach()
@@ -143,7 +146,7 @@ class LossModule(nn.Module):
         dead_F = silent_F >= settings.dead_window_tokens
         dead_F[: sae.core_size] = False
         loss_aux = torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)
-        dead = find_dead(dead_F, sae.group_ends, self.latents)
+        dead = find_dead(dead_F, sae.group_ends, self.latents, dead_at_most)
         if dead.count and settings.auxk_alpha:
             loss_aux = add_aux(
                 centred_BD, residual_BD, dead, sae.encoder_rows(), b_enc_F, sae.W_dec.detach(), sae.n_frozen, settings.aux_latents,
@@ -152,8 +155,9 @@ class LossModule(nn.Module):
         # b_dec is in every prefix's reconstruction; the encoder subtracts it.
         grad_b_dec -= self.latents.all_reduce_sum(ops.weighted_rows(grad_b_enc, sae.encoder_rows()))
         outcome = Outcome(
-            loss_rec, loss_aux, x_BD, residual_BD, pairs.latent_N, silent_F, dead_F, kept.smallest, kept.bound, candidates, kept.retries
-        )
+            loss_rec, loss_aux, x_BD, residual_BD, pairs.latent_N, silent_F, dead_F, kept.smallest, kept.bound, candidates, kept.retries,
+            kept.wrong, kept.short,
+        )  # fmt: skip
         return (loss_rec + settings.auxk_alpha * loss_aux).to(x_BD.dtype), gradient, outcome
 
     def _reconstruction(

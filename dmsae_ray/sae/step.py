@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,27 +143,39 @@ class Trainer:
         if self.steps_done == 0:
             self._start(x_BD, token_index_B)
 
-        # The smallest bound of the last batches; none known, or one of them 0: the gate guesses from the batch.
-        guess = GUESS * min(self._bounds, default=0.0) or None
+        advance = self._advance
+        if self.loss.ops.fused and self.comm.world == 1 and settings.micro_batch is None:
+            from dmsae_ray.sae import device_step  # needs triton
+
+            advance = partial(device_step.advance, self)
+        outcome, loss_rec, loss_aux, grad_norm = advance(x_BD, token_index_B)
+        total = loss_rec + settings.auxk_alpha * loss_aux
+        self._commit(outcome, total)
+        if not log:
+            return None
+        return self._report(outcome, total, loss_rec, loss_aux, grad_norm)
+
+    def _advance(self, x_BD: Tensor, token_index_B: Tensor | None) -> tuple[Outcome, float, float, float]:
+        """Gradient and update: the outcome, the two parts of the loss over the global batch, the gradient's norm."""
+        guess = self.guess() or None
         if self.model is None:
             _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess)
         else:
             loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess)
         parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
         loss_rec, loss_aux = (self.loss.rows.all_reduce_sum(parts) / self.loss.rows.world).tolist()
-        total = loss_rec + settings.auxk_alpha * loss_aux
-        self._check(total)
+        self.check(loss_rec + self.settings.auxk_alpha * loss_aux)
         if self.model is not None:
             self.loss.flat.grad = None
             loss.backward()  # reduces the gradient over ranks
             gradient = self.loss.flat.grad
-        grad_norm = self.adam.update(gradient, settings.learning_rate(self.steps_done))
-        if not math.isfinite(grad_norm):
-            raise Diverged(f"the gradient of step {self.steps_done} has norm {grad_norm}")
-        self._commit(outcome, total)
-        if not log:
-            return None
-        return self._report(outcome, total, loss_rec, loss_aux, grad_norm)
+        grad_norm = self.adam.update(gradient, self.settings.learning_rate(self.steps_done))
+        self.check_norm(grad_norm)
+        return outcome, loss_rec, loss_aux, grad_norm
+
+    def guess(self) -> float:
+        """What the gate's bound of the next batch will exceed, from those of the last; 0: none is known, or one was 0."""
+        return GUESS * min(self._bounds, default=0.0)
 
     @torch.no_grad()
     def _start(self, x_BD: Tensor, token_index_B: Tensor | None) -> None:
@@ -172,13 +185,18 @@ class Trainer:
             raise Diverged("the first batch holds values that are not finite")
         self.sae.b_dec.copy_(geometric_median(x_TD))
 
-    def _check(self, loss: float) -> None:
+    def limit(self) -> float:
+        """A loss beyond this has exploded."""
+        return math.inf if self.first_loss is None else EXPLODED * max(self.first_loss, 1 / len(self.sae.group_ends))
+
+    def check_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient of step {self.steps_done} has norm {norm}")
+
+    def check(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise Diverged(f"the loss of step {self.steps_done} is {loss}")
-        if self.first_loss is None:
-            return
-        limit = EXPLODED * max(self.first_loss, 1 / len(self.sae.group_ends))
-        if loss > limit:
+        if loss > self.limit():
             raise Diverged(f"the loss of step {self.steps_done} is {loss:.3g}, the first was {self.first_loss:.3g}")
 
     def _commit(self, outcome: Outcome, loss: float) -> None:

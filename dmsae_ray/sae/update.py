@@ -39,14 +39,22 @@ class Adam:
     def update(self, gradient: Tensor, lr: float) -> float:
         """Apply a gradient laid out like `sae.flat`; returns the norm of the whole one, before clipping. If that is not finite,
         nothing is changed."""
+        squares, parallel_F = self.squares(gradient)
+        norm = math.sqrt(squares.item())
+        if math.isfinite(norm):
+            self.apply(gradient, parallel_F, min(1.0, self.settings.clip / (norm + 1e-6)), lr)
+        return norm
+
+    def squares(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of squares (0-dim, float64) of the gradient without what is parallel to decoder rows, and that as factors of them [F]."""
+        W_enc, b_enc, W_dec, b_dec = self.sae.views(gradient)
+        squares, parallel_F = self.ops.gradient_squares(W_dec, self.sae.W_dec.detach())
+        squares = squares + self.ops.gradient_squares(W_enc, None)[0] + b_enc.double().square().sum()
+        return self.latents.all_reduce_sum(squares) + b_dec.double().square().sum(), parallel_F
+
+    def apply(self, gradient: Tensor, parallel_F: Tensor, clip: float | Tensor, lr: float, **where: Tensor) -> None:
+        """The pass that changes weights and state. where: `go` of `TritonPairs.adam`."""
         sae, ops, settings = self.sae, self.ops, self.settings
-        W_enc, b_enc, W_dec, b_dec = sae.views(gradient)
-        squares, parallel_F = ops.gradient_squares(W_dec, sae.W_dec.detach())
-        squares = squares + ops.gradient_squares(W_enc, None)[0] + b_enc.double().square().sum()
-        norm = math.sqrt(self.latents.all_reduce_sum(squares).item() + b_dec.double().square().sum().item())
-        if not math.isfinite(norm):
-            return norm
-        clip = min(1.0, settings.clip / (norm + 1e-6))
         self.steps += 1
         step = AdamStep(
             settings.beta1, settings.beta2, settings.eps, lr / (1 - settings.beta1**self.steps),
@@ -54,14 +62,12 @@ class Adam:
         )  # fmt: skip
         rounded = self.screen.trained_latents()
         for name, W, g, m, v in zip(
-            TRAINED, sae.views(sae.flat), (W_enc, b_enc, W_dec, b_dec), sae.views(self.mean),
-            sae.views(self.square), strict=True,
+            TRAINED, sae.views(sae.flat), sae.views(gradient), sae.views(self.mean), sae.views(self.square), strict=True
         ):  # fmt: skip
             decoder = name == "W_dec"
-            ops.adam(W, g, m, v, parallel_F if decoder else None, clip, step, decoder, rounded if name == "W_enc" else None)
+            ops.adam(W, g, m, v, parallel_F if decoder else None, clip, step, decoder, rounded if name == "W_enc" else None, **where)
         torch.autograd.graph.increment_version(sae.flat)  # kernels write behind torch's back
         self.screen.updated()
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """The live tensors: save or copy them before the next update."""

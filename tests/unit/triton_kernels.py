@@ -17,14 +17,16 @@ if DEVICE == "cpu":
 
 import test_sae_gate  # noqa: E402
 import test_sae_screen  # noqa: E402
+import test_sae_step  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from reference_sae import reference_mask  # noqa: E402
 
-from dmsae_ray.sae import device_gate, triton_pairs  # noqa: E402
+from dmsae_ray.sae import device_gate, loss, triton_pairs  # noqa: E402
 from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
 from dmsae_ray.sae.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
+from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
 from dmsae_ray.sae.settings import SAESettings  # noqa: E402
 
@@ -305,7 +307,7 @@ def test_a_product_that_is_off_by_more_than_its_margin_is_an_error(on_device):
 @st.composite
 def tied_cases(draw):
     """Values of few distinct numbers, for any budget, core, and order of the tokens."""
-    p_BF, settings, core_size, rows_of_ranks = draw(test_sae_gate.cases())
+    p_BF, settings, core_size, rows_of_ranks, *_ = draw(test_sae_gate.cases())
     order = torch.cat(rows_of_ranks)
     return p_BF, settings, core_size, order
 
@@ -335,3 +337,91 @@ def check_selection(case, padding):
 
 def test_selection_is_the_sort_based_definition():
     check_selection()
+
+
+@pytest.fixture
+def in_training(monkeypatch):
+    """Trainers get these kernels; `ops` are the last one's."""
+    made = []
+
+    def pairs_on(device, kernels, dtype):
+        made.append(PLAIN if kernels == "torch" else new_ops())
+        return made[-1]
+
+    monkeypatch.setattr(loss, "pairs_on", pairs_on)
+    if DEVICE == "cuda":
+        real = MatryoshkaSAE.init
+        monkeypatch.setattr(MatryoshkaSAE, "init", staticmethod(lambda *arguments: real(*arguments).cuda()))
+        monkeypatch.setattr(test_sae_step, "batches", lambda *a, real=test_sae_step.batches, **k: real(*a, **k).cuda())
+    return made
+
+
+CASES = {
+    "plain": {},
+    "core trained": {"core_transfer": "init"},
+    "core exempt": {"core_gate": "relu"},
+    "budget exempt, many dead": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 16, "auxk_k": 2},
+    "no AuxK": {"auxk_alpha": 0.0, "dead_window_tokens": 16, "screen": "fp32"},
+    "micro-batches": {"micro_batch": 7},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_plain_torch(case, in_training):
+    settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", clip=0.3)
+    settings = dataclasses.replace(settings, **CASES[case])
+    ours = test_sae_step.new_trainer(settings=settings)
+    theirs = test_sae_step.new_trainer(settings=dataclasses.replace(settings, kernels="torch"))
+    assert (ours.loss.ops.name, theirs.loss.ops.name) == ("triton", "torch")
+    order_B = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    for x_BD in test_sae_step.batches(7):
+        found, expected = (vars(trainer.step(x_BD, order_B, log=True)) for trainer in (ours, theirs))
+        for name in ("candidates", "retries"):
+            found.pop(name), expected.pop(name)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    if case == "budget exempt, many dead":
+        assert found["loss_aux"] > 0 and ours.loss.ops.dead_places[1] > 0
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert torch.equal(found["silent"], expected["silent"]) and found["adam"]["steps"] == 7
+    assert found["threshold_sum"] == pytest.approx(expected["threshold_sum"], rel=1e-4)
+    for name, tensor in expected["sae"].items():
+        torch.testing.assert_close(found["sae"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monkeypatch):
+    for value, step in ((math.nan, 0), (math.nan, 3), (math.inf, 3)):
+        test_sae_step.test_a_batch_that_is_not_finite_stops_before_any_weight_changes(value, step)
+    test_sae_step.test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkeypatch)
+    test_sae_step.test_logging_changes_no_state_and_reports_the_batch()
+    monkeypatch.setattr(test_sae_step, "batches", lambda count, real=test_sae_step.batches: real(count)[:12])
+    straight, first = (test_sae_step.new_trainer() for _ in range(2))
+    x = test_sae_step.batches(12)
+    for x_BD in x[:8]:
+        straight.step(x_BD)
+    for x_BD in x[:5]:
+        first.step(x_BD)
+    second = test_sae_step.new_trainer(seed=5)
+    second.load_state_dict(first.state_dict())
+    for x_BD in x[5:8]:
+        second.step(x_BD)
+    test_sae_step.assert_same(second.state_dict(), straight.state_dict())
+    assert all(ops.name == "triton" for ops in in_training)
+
+
+def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_training, monkeypatch):
+    settings = dataclasses.replace(test_sae_step.SETTINGS, k=12, screen="bf16", dead_window_tokens=32)
+    roomy = test_sae_step.new_trainer(settings=settings)
+    tight = test_sae_step.new_trainer(settings=settings)
+    for trainer in (roomy, tight):
+        with torch.no_grad():
+            trainer.sae.b_enc[20:] = -5.0  # dead after two steps
+    for step, x_BD in enumerate(test_sae_step.batches(4)):
+        monkeypatch.setattr(device_gate, "PLACES", 4)
+        roomy.step(x_BD)
+        monkeypatch.setattr(device_gate, "PLACES", 0)
+        tight.loss.ops.places, tight.loss.ops.dead_places = 20, (tight.silent_F, 0)
+        tight.step(x_BD)
+        assert tight.loss.ops.places > 20 and tight.loss.ops.dead_places[1] == 128
+        assert tight.adam.steps == step + 1
+    test_sae_step.assert_same(roomy.state_dict(), tight.state_dict())
