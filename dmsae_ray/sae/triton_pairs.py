@@ -49,6 +49,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
 
 def _row_block(d: int) -> dict[str, int]:
     block = triton.next_power_of_2(d)
+    if block > LONGEST_ROW:
+        raise ValueError(f"d {d} is more than the {LONGEST_ROW} of the Triton kernels: set train.kernels to torch")
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 

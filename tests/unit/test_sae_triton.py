@@ -25,8 +25,9 @@ def run(*command, **environment):
     return done.stdout
 
 
-def test_kernels_do_what_torch_does():
-    run("-m", "pytest", "-q", "-n", "0", "triton_kernels.py")
+@pytest.mark.parametrize("part", ["training or places", "not (training or places)"])
+def test_kernels_do_what_torch_does(part):
+    run("-m", "pytest", "-q", "-n", "0", "triton_kernels.py", "-k", part)
 
 
 def test_kernels_compile_for_an_h100_and_a_step_asks_the_device_for_nothing(tmp_path):
@@ -38,6 +39,6 @@ def test_kernels_compile_for_an_h100_and_a_step_asks_the_device_for_nothing(tmp_
     for entry in kernels:
         assert entry["spilled"] == entry["stack"] == 0, entry
         assert entry["shared"] <= 227 * 1024, entry
-        if entry["kernel"] == "append":
+        if entry["kernel"] == "append" and "bf16" in entry["types"]:
             # Two programs on a multiprocessor (64 Ki registers, 227 KiB): one multiplies while the other hands on its pairs.
             assert entry["tensor_cores"] and entry["registers"] * entry["warps"] * 32 * 2 <= 1 << 16 and entry["shared"] * 2 <= 227 * 1024, entry

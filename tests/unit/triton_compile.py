@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import re
-import sys
+from itertools import accumulate
 
 import torch
 import triton
@@ -18,9 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
-from dmsae_ray.sae import triton_pairs
-from dmsae_ray.sae.pairs import AdamStep, Candidates, Margin, Pairs
-from dmsae_ray.sae.triton_pairs import TritonPairs
+from dmsae_ray.sae import device_step, loss, triton_pairs
+from dmsae_ray.sae.pairs import Pairs
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings, group_sizes
+from dmsae_ray.sae.step import Trainer
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -66,40 +68,36 @@ class Compiler:
         }
 
 
-def operations(B, D, F, C, N, low):
-    """Every operation once, with so many rows, columns, latents, candidates and pairs."""
-    ops, f32 = TritonPairs(), {"device": "meta"}
-    x_BD, b_D, W_FD, b_F = torch.empty(B, D, **f32), torch.empty(D, **f32), torch.empty(F, D, **f32), torch.empty(F, **f32)
-    ends = [F // 32, F // 8, F // 4, F // 2, F]
-    centred_BD, rows = ops.centre(x_BD, b_D, low)
-    latents = ops.round(W_FD, low)
-    left, right = (rows.low_ND, latents.low_ND) if low else (centred_BD, W_FD)
-    margin = Margin(rows.norm_N, rows.norm_N, 0.0, 1e-6, 1e-30)
-    cut, go, wanted = torch.empty((), **f32), torch.empty((), dtype=torch.int32, **f32), torch.empty((), dtype=torch.int64, **f32)
-    found, _ = ops.append(left, right, b_F, latents, margin, cut, 0, C, go)
-    ops.sure_level(left, right, b_F, latents, margin, 0, wanted, go)
-    ops.kth_largest(found.approx_N, wanted)
-    value_C, _ = ops.refined(centred_BD, W_FD, b_F, found, cut, 0)
-    pairs = Pairs(torch.empty(B + 1, dtype=torch.int64, **f32), found.row_N[:N], found.latent_N[:N], value_C[:N])
-    S_BGD = torch.empty(B, len(ends), D, **f32)
-    gradient_N, _ = ops.decode(x_BD, b_D, W_FD, pairs, ends, S_BGD)
-    start_F1, order_N = ops.by_latent(pairs.latent_N, F)
-    ops.weight_gradients(S_BGD, centred_BD, pairs, gradient_N, start_F1, order_N, ends, 0, 0.1, W_FD, b_F, W_FD)
-    ops.gradient_squares(W_FD, None)
-    _, parallel_F = ops.gradient_squares(W_FD, W_FD)
-    step = AdamStep(0.9, 0.999, 1e-8, 1e-4, 1.1)
-    ops.adam(W_FD, W_FD, W_FD, W_FD, parallel_F, cut, step, True, None, go)
-    ops.adam(W_FD, W_FD, W_FD, W_FD, None, cut, step, False, latents, go)
-    ops.adam(b_F, b_F, b_F, b_F, None, cut, step, False, None, go)
+def step(d, width, batch, k, core, **fields):
+    """A training step's launches: with dead latents, a core, and a guess."""
+    settings = SAESettings(d=d, width=width, batch=batch, k=k, kernels="compiled", **fields)
+    sizes = group_sizes(width - core, settings.prefix_fractions)
+    with torch.device("meta"):
+        sae = MatryoshkaSAE(d, [core + end for end in accumulate(sizes)], core, settings.core_gate)
+    trainer = Trainer(sae, settings)
+    assert trainer.loss.ops.name == "triton"
+    outcome, numbers = device_step.launch_step(trainer, torch.empty(batch, d, device="meta"), torch.arange(batch, device="meta"), 128)
+    assert numbers.device.type == "meta" and len(outcome.latent_N) == k * batch + (core * batch if settings.core_gate == "relu" else 0)
+
+
+def micro_batches(d, width):
+    """Gradients that are added to those of an earlier part of the batch."""
+    with torch.device("meta"):
+        x_BD, W_FD, b_F, S_BGD = torch.empty(8, d), torch.empty(width, d), torch.empty(width), torch.empty(8, 5, d)
+        row_N, start_F1 = torch.empty(9, dtype=torch.int32), torch.empty(width + 1, dtype=torch.int64)
+        pairs = Pairs(torch.empty(9, dtype=torch.int64), row_N, row_N, torch.empty(9))
+        ends = [width // 16, width // 8, width // 4, width // 2, width]
+        triton_pairs.TritonPairs().weight_gradients(S_BGD, x_BD, pairs, pairs.value_N, start_F1, row_N, ends, 0, 1.0, W_FD, b_F, W_FD, add=True)
 
 
 def main():
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
     compiler = triton_pairs.launch = Compiler()
-    operations(2048, 2304, 65536, 4 * 40 * 2048, 40 * 2048, low=True)
-    if "--all" in sys.argv:
-        operations(1024, 100, 1000, 5000, 3000, low=False)
+    loss.pairs_on = lambda device, kernels, dtype: triton_pairs.TritonPairs()
+    step(2304, 65536, 2048, 40, core=200, screen="bf16")  # the paper's
+    step(100, 1000, 512, 40, core=30, screen="fp32", core_gate="relu", core_transfer="init")
+    micro_batches(2304, 65536)
     for entry in compiler.seen.values():
         print(json.dumps(entry))
 

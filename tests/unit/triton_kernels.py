@@ -65,8 +65,8 @@ def close(found, expected, tolerance=2e-5):
 @st.composite
 def kept_pairs(draw):
     """A small SAE's weights, a batch and kept pairs: rows without any, rows and latents with very many, any groups, a frozen core."""
-    rows, d = draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 32, 45, 70]))
-    width = draw(st.sampled_from([4, 13, 300]))
+    rows, d = draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 32, 45]))
+    width = draw(st.sampled_from([4, 13, 50]))
     ends = sorted(draw(st.lists(st.integers(1, width), max_size=4))) + [width]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     share_B1 = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.02, 0.3, 1.0]), min_size=rows, max_size=rows)))[:, None]
@@ -82,7 +82,7 @@ def kept_pairs(draw):
     return normal(rows, d), normal(d), normal(width, d), normal(width), pairs, ends, draw(st.integers(0, width)), normal
 
 
-@hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
 @given(kept_pairs(), st.booleans(), st.booleans())
 def check_sparse(case, padded, add):
     x_BD, b_D, W_FD, b_F, pairs, ends, n_frozen, normal = case
@@ -108,9 +108,10 @@ def check_sparse(case, padded, add):
         which.weight_gradients(expected_S, centred_BD, kept, given_N, start_F1, order_N, ends, n_frozen, 0.37, *into, add=add)
     for ours_, theirs in zip(found, expected, strict=True):
         close(ours_, theirs)
-    start_F1, order_N = ops.by_latent(ours.latent_N, width)
-    ops.weight_gradients(expected_S, centred_BD, ours, gradient_N, start_F1, order_N, ends, n_frozen, 0.37, *again, add=add)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits every time"
+    if DEVICE == "cuda":  # the interpreter has no other order than one
+        start_F1, order_N = ops.by_latent(ours.latent_N, width)
+        ops.weight_gradients(expected_S, centred_BD, ours, gradient_N, start_F1, order_N, ends, n_frozen, 0.37, *again, add=add)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits every time"
 
 
 def test_values_decode_and_gradients():
@@ -269,11 +270,11 @@ def test_kept_pairs_are_the_defined_ones(kind, on_device):
 
 
 def test_a_good_guess_needs_one_scan_and_bad_ones_a_second(on_device):
-    sae, settings, x_BD = test_sae_screen.case("gaussian", 0, d=64, width=160, batch=32, k=4, core=0)
+    sae, settings, x_BD = test_sae_screen.case("gaussian", 0, d=64, width=96, batch=24, k=3, core=0)
     with torch.no_grad():
         sae.W_enc.div_(sae.W_enc.norm(dim=1, keepdim=True))
     first, p_BF = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", None)
-    assert first.retries == 1 and first.candidates < 2.5 * 4 * 32 and 0.9 * first.smallest < first.bound <= first.smallest
+    assert first.retries == 1 and first.candidates < 2.5 * 3 * 24 and 0.9 * first.smallest < first.bound <= first.smallest
     good, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 0.97 * first.bound)
     assert good.retries == 0 and good.bound == first.bound
     low, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 1e-6)
@@ -312,7 +313,7 @@ def tied_cases(draw):
     return p_BF, settings, core_size, order
 
 
-@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
 @given(tied_cases(), st.integers(0, 3))
 def check_selection(case, padding):
     p_BF, settings, core_size, order = case
@@ -374,7 +375,7 @@ def test_training_is_that_of_plain_torch(case, in_training):
     theirs = test_sae_step.new_trainer(settings=dataclasses.replace(settings, kernels="torch"))
     assert (ours.loss.ops.name, theirs.loss.ops.name) == ("triton", "torch")
     order_B = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    for x_BD in test_sae_step.batches(7):
+    for x_BD in test_sae_step.batches(4):
         found, expected = (vars(trainer.step(x_BD, order_B, log=True)) for trainer in (ours, theirs))
         for name in ("candidates", "retries"):
             found.pop(name), expected.pop(name)
@@ -382,7 +383,7 @@ def test_training_is_that_of_plain_torch(case, in_training):
     if case == "budget exempt, many dead":
         assert found["loss_aux"] > 0 and ours.loss.ops.dead_places[1] > 0
     found, expected = ours.state_dict(), theirs.state_dict()
-    assert torch.equal(found["silent"], expected["silent"]) and found["adam"]["steps"] == 7
+    assert torch.equal(found["silent"], expected["silent"]) and found["adam"]["steps"] == 4
     assert found["threshold_sum"] == pytest.approx(expected["threshold_sum"], rel=1e-4)
     for name, tensor in expected["sae"].items():
         torch.testing.assert_close(found["sae"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -390,20 +391,19 @@ def test_training_is_that_of_plain_torch(case, in_training):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monkeypatch):
-    for value, step in ((math.nan, 0), (math.nan, 3), (math.inf, 3)):
-        test_sae_step.test_a_batch_that_is_not_finite_stops_before_any_weight_changes(value, step)
+    test_sae_step.test_a_batch_that_is_not_finite_stops_before_any_weight_changes(math.nan, 1)
     test_sae_step.test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkeypatch)
+    monkeypatch.setattr(test_sae_step, "batches", lambda count, real=test_sae_step.batches: real(count)[:3])
     test_sae_step.test_logging_changes_no_state_and_reports_the_batch()
-    monkeypatch.setattr(test_sae_step, "batches", lambda count, real=test_sae_step.batches: real(count)[:12])
     straight, first = (test_sae_step.new_trainer() for _ in range(2))
-    x = test_sae_step.batches(12)
-    for x_BD in x[:8]:
+    x = test_sae_step.batches(3)
+    for x_BD in x:
         straight.step(x_BD)
-    for x_BD in x[:5]:
+    for x_BD in x[:2]:
         first.step(x_BD)
     second = test_sae_step.new_trainer(seed=5)
     second.load_state_dict(first.state_dict())
-    for x_BD in x[5:8]:
+    for x_BD in x[2:]:
         second.step(x_BD)
     test_sae_step.assert_same(second.state_dict(), straight.state_dict())
     assert all(ops.name == "triton" for ops in in_training)
@@ -416,7 +416,7 @@ def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_tr
     for trainer in (roomy, tight):
         with torch.no_grad():
             trainer.sae.b_enc[20:] = -5.0  # dead after two steps
-    for step, x_BD in enumerate(test_sae_step.batches(4)):
+    for step, x_BD in enumerate(test_sae_step.batches(3)):
         monkeypatch.setattr(device_gate, "PLACES", 4)
         roomy.step(x_BD)
         monkeypatch.setattr(device_gate, "PLACES", 0)
