@@ -207,7 +207,7 @@ class TrainConfig(Section):
     screen: Literal["auto", "bf16", "fp32"] = "auto"
     """precision of the product that finds a batch's candidates, exact values decide among them; `auto`: the faster one. Never changes a result"""
     kernels: Literal["auto", "compiled", "torch"] = "auto"
-    """sparse operations of a step: `compiled` C kernels (CPU), plain `torch`, or `auto`, compiled where there is a C compiler; differ in the order of sums"""
+    """sparse operations of a step: `compiled` (C on CPUs, Triton on GPUs), plain `torch`, or `auto`, compiled where possible; differ in the order of sums"""
     parallel: Literal["ddp", "gather", "latent"] = "ddp"
     """what the workers of a chain share: `ddp`, each computes its rows' gradient and they are summed; `gather`, rows and kept pairs are exchanged and each computes the whole gradient; `latent`, each holds and trains a part of the latents; differ in the order of sums"""
     micro_batch: int | None = Field(None, ge=1)

@@ -2,6 +2,7 @@
 
     make bench                                          all shapes, writes jobs/bench_step.md
     .venv-peers/bin/python jobs/bench_step.py --shapes 256/4096/1024/32 --repeats 15
+    python jobs/bench_step.py --device cuda             ours on a GPU beside its lower bounds (bench_device.py)
 
 One process, the same batches, threads and shapes for every row; repetitions are interleaved and medians shown, so the ratios
 hold where a shared machine's speed drifts. Batches are sparse mixtures of directions with log-normal norms and a few outlier
@@ -314,7 +315,8 @@ def versions() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D/WIDTH/BATCH/K")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="D/WIDTH/BATCH/K")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="rows to measure; the fp32 product always is")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
@@ -322,8 +324,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        import bench_device  # imports this module
+
+        print(bench_device.report(tuple(arguments.shapes or bench_device.SHAPES), arguments.repeats))
+        return
     torch.set_num_threads(arguments.threads)
-    shapes = [Shape.parse(text) for text in arguments.shapes]
+    shapes = [Shape.parse(text) for text in arguments.shapes or SHAPES]
     if arguments.memory_of:
         measure(shapes[0], [arguments.memory_of], repeats=1, warmup=2)
         print(json.dumps({"peak_mib": high_water()}))

@@ -52,7 +52,8 @@ def find_dead(dead_F: Tensor, group_ends: list[int], ranks: Collective, at_most:
     if at_most is not None:
         latent_K = torch.nonzero_static(dead_F, size=at_most, fill_value=-1).squeeze(1)
         exists_K = latent_K >= 0
-        return Dead(torch.where(exists_K, latent_K, len(dead_F) - 1), torch.zeros_like(latent_K), len(group_ends), at_most, at_most, ranks, exists_K)
+        latent_K = torch.where(exists_K, latent_K, len(dead_F) - 1)
+        return Dead(latent_K, torch.zeros_like(latent_K), len(group_ends), at_most, at_most, ranks, exists_K)
     latent_K = dead_F.nonzero().squeeze(1)
     group_K = torch.bucketize(latent_K, torch.tensor(group_ends, device=dead_F.device), right=True)
     counts = [len(latent_K)]

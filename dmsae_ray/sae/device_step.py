@@ -2,8 +2,8 @@
 
 From the batch to the new weights nothing waits for the device: lists are as long as they can get (device_gate.py, `find_dead`),
 and the update's kernels read from the device whether they may change anything. A step that must not count (the loss or the
-gradient is not finite, the loss exploded, a margin was wrong, candidates or dead latents had too few places) so leaves weights and state as they were,
-though the host learns of it only at the end.
+gradient is not finite, the loss exploded, a margin was wrong, candidates or dead latents had too few places) so leaves weights
+and state as they were, though the host learns of it only at the end.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def advance(trainer: Trainer, x_BD: Tensor, token_index_B: Tensor | None) -> tup
         assert go, "a step that was not allowed to count has a reason"
         ops.dead_places = outcome.silent_F, _rounded_up(near_dead)
         outcome = dataclasses.replace(
-            outcome, latent_N=outcome.latent_N[:n_kept], smallest=smallest, bound=bound, candidates=candidates, retries=retries, wrong=0, short=False
-        )
+            outcome, latent_N=outcome.latent_N[:n_kept], smallest=smallest, bound=bound, candidates=candidates, retries=retries,
+            wrong=0, short=False,
+        )  # fmt: skip
         return outcome, loss_rec, loss_aux, norm
 
 

@@ -111,9 +111,9 @@ class TritonPairs(TorchPairs):
         approx_C = b_enc_F.new_zeros(capacity)
         count = torch.zeros((), dtype=torch.int32, device=left_BD.device)
         launch(
-            triton_screen.append, self._tiles(left_BD, right_FD), left_BD, right_FD, b_enc_F, margin.row_a_B, margin.row_c_B, latents.norm_N,
-            latents.error_N, cut, _always(count) if go is None else go, key_C, approx_C, count, n_rows, width, left_BD.shape[1],
-            n_exempt, capacity, margin.rounding, margin.absolute, **TILE[left_BD.dtype],
+            triton_screen.append, self._tiles(left_BD, right_FD), left_BD, right_FD, b_enc_F, margin.row_a_B, margin.row_c_B,
+            latents.norm_N, latents.error_N, cut, _always(count) if go is None else go, key_C, approx_C, count, n_rows, width,
+            left_BD.shape[1], n_exempt, capacity, margin.rounding, margin.absolute, **TILE[left_BD.dtype],
         )  # fmt: skip
         key_C, order_C = key_C.sort()
         row_C = torch.div(key_C, width, rounding_mode="floor").int()
@@ -121,7 +121,8 @@ class TritonPairs(TorchPairs):
         at_C = approx_C[order_C]
         # Not stored by the kernel, whose registers are dear. Margins are so much wider than need be that roundings do not matter.
         r, j = row_C.clamp(max=n_rows - 1), latent_C.clamp(max=width - 1)
-        margin_C = margin.row_a_B[r] * latents.norm_N[j] + margin.row_c_B[r] * latents.error_N[j] + (margin.rounding * at_C.abs() + margin.absolute)
+        margin_C = margin.row_a_B[r] * latents.norm_N[j] + margin.row_c_B[r] * latents.error_N[j]
+        margin_C += margin.rounding * at_C.abs() + margin.absolute
         found = Candidates(row_C, latent_C, at_C, margin_C)
         if before is not None:
             found = Candidates(*(torch.where(go != 0, new, old) for new, old in zip(found, before[0], strict=True)))
@@ -129,8 +130,9 @@ class TritonPairs(TorchPairs):
         return found, count
 
     def sure_level(
-        self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, n_exempt: int, wanted: Tensor, go: Tensor
-    ) -> Tensor:
+        self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, n_exempt: int, wanted: Tensor,
+        go: Tensor,
+    ) -> Tensor:  # fmt: skip
         """The largest number of few bits that at least `wanted` values are sure to reach (0: not so many are surely positive), 0-dim.
 
         The product is made anew, and all pairs counted: for batches that the guess did not fit. go: where it holds a 0, nothing
@@ -170,8 +172,8 @@ class TritonPairs(TorchPairs):
     def _sampled(a_ND, W_FD, bias_F, row_N, latent_N, approx_N=None, margin_N=None, cut=None, wrong=None, n_exempt=0) -> Tensor:
         n, value_N = len(row_N), W_FD.new_empty(len(row_N))
         launch(
-            triton_sparse.sampled, (triton.cdiv(n, SAMPLED["PAIRS"]),), a_ND, W_FD, bias_F, row_N, latent_N, approx_N, margin_N, cut, value_N,
-            wrong, n, len(a_ND), n_exempt, W_FD.shape[1], **SAMPLED,
+            triton_sparse.sampled, (triton.cdiv(n, SAMPLED["PAIRS"]),), a_ND, W_FD, bias_F, row_N, latent_N, approx_N, margin_N, cut,
+            value_N, wrong, n, len(a_ND), n_exempt, W_FD.shape[1], **SAMPLED,
         )  # fmt: skip
         return value_N
 
@@ -211,8 +213,8 @@ class TritonPairs(TorchPairs):
         block = min(triton.next_power_of_2(d), SPARSE)
         squares = torch.empty(n_rows, triton.cdiv(d, block), dtype=torch.float64, device=x_BD.device)
         launch(
-            triton_sparse.decode, squares.shape, x_BD.contiguous(), b_dec_D, W_dec_FD, bag_start, pairs.latent_N, pairs.value_N, S_BGD, squares,
-            d, G=n_groups, BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
+            triton_sparse.decode, squares.shape, x_BD.contiguous(), b_dec_D, W_dec_FD, bag_start, pairs.latent_N, pairs.value_N, S_BGD,
+            squares, d, G=n_groups, BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
         )  # fmt: skip
         return self._sampled(S_BGD.view(-1, d), W_dec_FD, None, bag_N, pairs.latent_N), squares.sum(dim=1)
 
@@ -222,9 +224,9 @@ class TritonPairs(TorchPairs):
         width, d = W_dec.shape
         block = min(triton.next_power_of_2(d), SPARSE)
         launch(
-            triton_sparse.weight_gradients, (width, triton.cdiv(d, block)), S_BGD, centred_BD, start_F1, order_N, pairs.row_N, pairs.value_N,
-            gradient_N, self._group_ends(group_ends, S_BGD.device), W_enc, b_enc, W_dec, scale, n_frozen, d, G=S_BGD.shape[1], ADD=add,
-            BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
+            triton_sparse.weight_gradients, (width, triton.cdiv(d, block)), S_BGD, centred_BD, start_F1, order_N, pairs.row_N,
+            pairs.value_N, gradient_N, self._group_ends(group_ends, S_BGD.device), W_enc, b_enc, W_dec, scale, n_frozen, d,
+            G=S_BGD.shape[1], ADD=add, BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
         )  # fmt: skip
 
     def gradient_squares(self, gradient_ND, W_ND) -> tuple[Tensor, Tensor | None]:
@@ -235,8 +237,9 @@ class TritonPairs(TorchPairs):
         return squares.sum(), parallel_N
 
     def adam(
-        self, W, gradient, mean, square, parallel_N, clip: float | Tensor, adam: AdamStep, unit, rounded: Rounded | None, go: Tensor | None = None
-    ) -> None:
+        self, W, gradient, mean, square, parallel_N, clip: float | Tensor, adam: AdamStep, unit, rounded: Rounded | None,
+        go: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """As `TorchPairs.adam`. clip may be on the device. go: where it holds a 0, nothing is changed."""
         rows, d = W.shape if W.ndim == 2 else (triton.cdiv(len(W), FLAT), FLAT)
         clip = clip.to(W.dtype) if isinstance(clip, Tensor) else W.new_full((), clip)

@@ -87,7 +87,8 @@ def micro_batches(d, width):
         row_N, start_F1 = torch.empty(9, dtype=torch.int32), torch.empty(width + 1, dtype=torch.int64)
         pairs = Pairs(torch.empty(9, dtype=torch.int64), row_N, row_N, torch.empty(9))
         ends = [width // 16, width // 8, width // 4, width // 2, width]
-        triton_pairs.TritonPairs().weight_gradients(S_BGD, x_BD, pairs, pairs.value_N, start_F1, row_N, ends, 0, 1.0, W_FD, b_F, W_FD, add=True)
+        ops = triton_pairs.TritonPairs()
+        ops.weight_gradients(S_BGD, x_BD, pairs, pairs.value_N, start_F1, row_N, ends, 0, 1.0, W_FD, b_F, W_FD, add=True)
 
 
 def main():

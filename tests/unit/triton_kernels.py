@@ -6,7 +6,6 @@ Without a GPU they run in triton's interpreter, which has to be chosen before tr
 import dataclasses
 import math
 import os
-from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
 from dmsae_ray.sae.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
-from dmsae_ray.sae.settings import SAESettings  # noqa: E402
 
 PLAIN = TorchPairs()
 ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)
@@ -59,7 +57,8 @@ def small_tiles(monkeypatch):
 
 def close(found, expected, tolerance=2e-5):
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0))
+    size = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * size)
 
 
 @st.composite
@@ -264,8 +263,9 @@ def on_device(monkeypatch):
 def test_kept_pairs_are_the_defined_ones(kind, on_device):
     for seed, mode in ((list(test_sae_screen.KINDS).index(kind) % 3, "bf16"), (3, ["bf16", "fp32"][len(kind) % 2])):
         sae, settings, x_BD = test_sae_screen.case(
-            kind, seed, d=70, width=60, batch=16, k=[3, 7, 30, 50][seed], core=[0, 5, 9, 4][seed], core_gate=["batchtopk", "relu"][seed == 3]
-        )
+            kind, seed, d=70, width=60, batch=16, k=[3, 7, 30, 50][seed], core=[0, 5, 9, 4][seed],
+            core_gate=["batchtopk", "relu"][seed == 3],
+        )  # fmt: skip
         test_sae_screen.check(sae, settings, x_BD, "triton", mode, [0.3, None, math.inf, 30.0][seed])
 
 
