@@ -24,8 +24,8 @@ def _put_rounded(value, row, at, inside, low, norm, error, d):
     else:
         bits = value.to(tl.int32, bitcast=True)
         # To the nearest, ties to even; NaN stays NaN. By hand, because the interpreter's conversion truncates.
-        half = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x400000, 0x7FFF + ((bits >> 16) & 1))
-        high = (bits + half) >> 16
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        high = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, nearest)
         tl.store(low + row * d + at, high.to(tl.int16), mask=inside)
         tl.store(error + row, _norm(value - (high << 16).to(tl.float32, bitcast=True)).to(tl.float32))
 
