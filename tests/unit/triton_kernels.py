@@ -142,6 +142,7 @@ def test_rows_are_rounded_and_centred(shape):
     x_ND[0, 0] = 1 + 2.0**-8  # halfway between two bf16 numbers, as is the next
     if shape[0] > 4:
         x_ND[0, 1], x_ND[1, 0], x_ND[2, 0], x_ND[3, 0] = 1 + 3 * 2.0**-8, math.nan, -math.inf, 3.4e38
+        x_ND.view(torch.int32)[1, 1] = 0x7FFFFFFF  # NaN, too; rounding its bits up would make it a zero
     b_D = torch.randn(shape[1], generator=generator).to(DEVICE)
     for low in (True, False):
         for (ours_ND, ours), (theirs_ND, theirs) in (
