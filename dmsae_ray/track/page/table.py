@@ -60,7 +60,7 @@ class Table:
         return (
             f'<div class="table{" long" if field else ""}">{field}'
             f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{self.id}-caption">'
-            f'<table id="{self.id}"><caption id="{self.id}-caption">{escape(self.caption)}</caption>'
+            f'<table id="{self.id}"><caption id="{self.id}-caption"><span>{escape(self.caption)}</span></caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
         )
 
