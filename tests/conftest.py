@@ -21,6 +21,7 @@ sae: {width: 256}
 train: {tokens: 16_384, batch: 512, lr: 3.0e-3, checkpoint_steps: 8, log_steps: 4}
 attribution: {tokens: 4096, sequences_per_shard: 4}
 evaluate: {tokens: 4096}
+features: {tokens: 2048, contexts: 3, spread: 1, most: 12}
 sweep: {seeds: [0, 1], k: [8], cycles: 2}
 compare: {draws: 50}
 """
@@ -96,7 +97,6 @@ def small_sweep(tmp_path_factory) -> Sweep:
 
 
 ARMS = """
-features: {tokens: 2048, contexts: 3, spread: 1, most: 12}
 cluster: {lockstep: 2}
 study:
   arms:

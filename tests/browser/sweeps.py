@@ -62,7 +62,8 @@ def evaluation_rows(
             "core_in": before, "core_out": after, "kept": before - left if cycle else 0, "entered": entered, "left": left,
             "jaccard": 1 - (left + entered) / (before + entered) if cycle else None, "origins": dict(origins),
             "core_share": 0.6 if before else 0.0,
-            "l0": k - rng.uniform(0, 0.3), "core_l0": core_l0, "free_l0": k - core_l0, "fvu": fvu,
+            "l0": k - rng.uniform(0, 0.3), "core_l0": core_l0, "core_density": core_l0 / before if before else None,
+            "free_l0": k - core_l0, "fvu": fvu,
             "dead_share": float(rng.uniform(0.01, 0.04)),
             "loss_clean": 3.1832072953525543, "loss_zero": 9.50877520087297, "loss_mean": 9.776217972325153,
             "loss_spliced": 9.50877520087297 - recovered * (9.50877520087297 - 3.1832072953525543),
@@ -77,7 +78,9 @@ def evaluation_rows(
         edges = np.linspace(-5, 0, 26)
         core = np.histogram(np.clip(rng.normal(-1.2, 0.5, after), -5, 0), edges)[0]
         free = np.histogram(np.clip(rng.normal(-2.4, 0.7, 2048 - after), -5, 0), edges)[0]
-        row["density_histogram"] = {"edges": edges.tolist(), "core": core.tolist(), "free": free.tolist()}
+        row["density_histogram"] = {
+            "edges": edges.tolist(), "core": core.tolist(), "free": free.tolist(), "silent": {"core": 0, "free": int(rng.integers(0, 40))}
+        }  # fmt: skip
         rows.append(row)
     return rows
 
@@ -146,7 +149,8 @@ def comparison(rng: np.random.Generator, rows: list[dict[str, Any]], failed: lis
         members = [p for p in pairs if (p["arm_a"], p["arm_b"], p["differs"]) == name]
         key = f"{name[0]}/{name[2]}" if name[0] == name[1] else f"{name[0]}~{name[1]}/{name[2]}"
         seeds = {p["seed_a"] for p in members} | {p["seed_b"] for p in members}
-        groups[key] = {"pairs": len(members), "scored": sum(p["pw_mcc"] is not None for p in members), "seeds": len(seeds)}
+        scored = sum(p["pw_mcc"] is not None for p in members)
+        groups[key] = {"pairs": len(members), "of": len(members), "scored": scored, "seeds": len(seeds)}
         for score in ("pw_mcc", "overlap", "activation"):
             values = [p[score] for p in members if p[score] is not None]
             mean = float(np.mean(values)) if values else 0.0
@@ -192,11 +196,13 @@ def features(rng: np.random.Generator, chains: list[str], seeds: int, number: in
                 "cosine": float(rng.uniform(0.7, 1)) if len(members) > 1 else None,
                 "partners": [
                     {"chain": chain, "latent": int(rng.integers(0, 90)), "index": int(rng.integers(0, 26)),
-                     "cosine": float(rng.uniform(0.7, 1)), "score": float(rng.exponential(0.03)), "density": float(10 ** rng.uniform(-4, -0.5))}
+                     "cosine": float(rng.uniform(0.7, 1)), "score": float(rng.exponential(0.03)),
+                     "density": float(10 ** rng.uniform(-4, -0.5))}
                     for chain in members[1:]
                 ],
                 "representative": {"chain": members[0], "latent": int(rng.integers(0, 90))},
                 "max_activation": 0.0 if silent else peak,
+                "mean_loss_change": None if silent else float(rng.normal(0, 0.1)),
                 "contexts": [] if silent else [context(rng, tokens, peak * (1 - 0.05 * rank)) for rank in range(contexts)],
                 "effects": [] if silent else [effect(rng) for _ in range(8)],
             }

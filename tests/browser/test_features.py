@@ -17,10 +17,17 @@ def ids(page) -> list[str]:
 
 @pytest.fixture
 def page(sweep):
-    """The browser as it opens: nothing searched, nothing filtered."""
+    """The browser as it opens: nothing searched, nothing filtered, the first one chosen."""
     page = sweep.go("features")
-    page.reload()
-    page.wait_for_selector("html[data-ready]")
+    page.evaluate(
+        """() => {
+          const form = document.querySelector("#browser form");
+          form.reset();
+          form.dispatchEvent(new Event("input", { bubbles: true }));
+          document.querySelector("#feature-list li").click();
+          document.activeElement.blur();
+        }"""
+    )
     return page
 
 
@@ -97,9 +104,9 @@ def test_detail_is_the_artifact(sweep, features):
         detail = page.locator("#feature-detail")
         expect(detail.locator("h3")).to_contain_text(feature["id"])
         facts = [number(text) for text in detail.locator(".facts .number").evaluate_all("(found) => found.map((one) => one.dataset.value)")]
-        assert facts == [feature[name] for name in ("reproducibility", "score", "density", "cosine", "max_activation")]
+        assert facts == [feature[name] for name in ("reproducibility", "score", "density", "cosine", "max_activation", "mean_loss_change")]
         contexts = detail.locator(".contexts .context").evaluate_all(
-            "(found) => found.map((text) => [...text.children].map((token) => [token.textContent, Number(token.dataset.value), token.title]))"
+            "(texts) => texts.map((text) => [...text.children].map((one) => [one.textContent, Number(one.dataset.value), one.title]))"
         )
         assert len(contexts) == 8
         for shown, context in zip(contexts, feature["contexts"], strict=True):

@@ -13,7 +13,8 @@ SAYS = {
         "consensus": "no consensus over chains has been made", "cores": "No chain has a second core",
     },
     "unscored": {
-        "summary": "What was run is not known", "consensus": "no consensus over chains has been made", "features": "no features have been described",
+        "summary": "What was run is not known", "consensus": "no consensus over chains has been made",
+        "features": "no features have been described",
     },
     "bare": {
         "summary": "Failures are not known", "consistency": "comparison.json is not there", "cores": "No finished cycle selected a core",

@@ -65,6 +65,11 @@ def test_narrow_screens_do_not_scroll_sideways(open_page, width):
     for view in VIEWS:
         page = watched.go(view)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+        link = page.locator("nav a[aria-current]").bounding_box()
+        assert -1 <= link["x"] and link["x"] + link["width"] <= width + 1, f"the navigation does not show where one is: {view}"
+        for caption in page.locator(".view.current caption span").all():
+            box = caption.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width, f"a caption of {view} runs out of sight"
         for plot in page.locator(".view.current .plot").all():
             assert plot.evaluate("(plot) => plot.querySelector('.main-svg').clientWidth") <= width
 

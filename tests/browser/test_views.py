@@ -66,7 +66,8 @@ def test_consistency_table_is_the_comparison(sweep, artifact):
         bars = [null["p99"] for name, null in pair["nulls"].items() if name != "cycle0" and null["available"]]
         assert row["Beyond chance"] == ("yes" if all(pair["pw_mcc"] > bar for bar in bars) else "no")
     groups = artifact("comparison")["summary"]["groups"]
-    assert len(table(page, "table-groups")) == sum(name in group for group in groups.values() for name in ("pw_mcc", "overlap", "activation"))
+    scores = ("pw_mcc", "overlap", "activation")
+    assert len(table(page, "table-groups")) == sum(name in group for group in groups.values() for name in scores)
     first = table(page, "table-groups")[0]
     group = groups[first["Group"]]["pw_mcc"]
     assert [float(first[name]) for name in ("Mean", "Low", "High")] == [group["mean"], *group["interval"]]
@@ -118,7 +119,8 @@ def test_consensus(sweep, artifact):
     sets = ("consensus", "matched_consensus", "cores", "matched")
     assert len(shown) == len(sets) * len(consensus["rediscovery"])
     assert [float(row["Found"]) for row in shown[:4]] == [consensus["rediscovery"][0][name]["found"] for name in sets]
-    mean = np.mean([np.mean([row["cores"]["found"] for row in consensus["rediscovery"] if row["seed"] == seed]) for seed in (10, 11, 12, 13)])
+    of_seed = [[row["cores"]["found"] for row in consensus["rediscovery"] if row["seed"] == seed] for seed in (10, 11, 12, 13)]
+    mean = np.mean([np.mean(values) for values in of_seed])
     assert float(table(page, "table-rediscovery-summary")[4]["Mean"]) == pytest.approx(mean, abs=1e-15)
 
 
@@ -179,6 +181,12 @@ def test_quality(sweep, artifact):
     shown = table(page, "table-quality")
     found = {row["Chain"]: (float(row["FVU"]), float(row["KL"]), number(row["Explained by the core"])) for row in shown}
     assert len(shown) == len(last) and found == {row["chain"]: (row["fvu"], row["kl"], row["core_explained"]) for row in last}
+    choose(page, "chart-arms", k="32", Measure="KL")
+    points = {(trace["meta"]["arm"], trace["meta"]["of"]): trace["x"] for trace in traces(page, "chart-arms")}
+    for arm in ("base", "random", "relu", "plain"):
+        values = [row["kl"] for row in last if (row["arm"], row["k"]) == (arm, 32)]
+        assert points[arm, "chains"] == values and points[arm, "mean"] == [pytest.approx(np.mean(values))]
+    assert ("transfer", "mean") not in points, "it has no SAE at this k"
     choose(page, "chart-further", Measure="Dead")
     plain = next(trace for trace in traces(page, "chart-further") if trace["meta"] == "plain")
     assert plain["y"][0] == pytest.approx(np.mean([row["dead_share"] for row in last if (row["arm"], row["k"]) == ("plain", 16)]))
@@ -201,4 +209,7 @@ def test_density(sweep, artifact):
     assert (sum(core["y"]), sum(free["y"])) == pytest.approx((1, 1))
     shown = table(page, "table-density")
     counts = {row["chain"]: [sum(row["density_histogram"][part]) for part in ("core", "free")] for row in last}
-    assert {row["Chain"]: [int(row[f"{part}, counted"]) for part in ("Core", "Free")] for row in shown} == counts and len(shown) == len(last)
+    assert {row["Chain"]: [int(row[f"{part}, counted"]) for part in ("Core", "Free")] for row in shown} == counts
+    assert len(shown) == len(last)
+    silent = {row["chain"]: row["density_histogram"]["silent"]["free"] for row in last}
+    assert {row["Chain"]: int(row["Free, silent"]) for row in shown} == silent

@@ -110,7 +110,10 @@ def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:
         Column("Density gap", lambda row: row.get("density_gap"), "share", "factor", help="how far the matched latents' densities are off"),
     ]
     caption = "Are the features there in SAEs that never had a core? Read the consensus core against free latents that fire as often."
-    return [_rediscovery_summary(found), Table("table-rediscovery", caption, columns, found)]
+    notes = [
+        Note(f"Not searched: {row['chain']}, which {row['reason']}.") for row in consensus.get("rediscovery_left_out") or []
+    ]  # fmt: skip
+    return [_rediscovery_summary(found), Table("table-rediscovery", caption, columns, found), *notes]
 
 
 def _rediscovery_summary(found: list[dict[str, Any]]) -> Table:

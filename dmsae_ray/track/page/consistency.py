@@ -58,6 +58,10 @@ def view(artifacts: Artifacts) -> View:
         parts.append(Note(f"There is nothing to compare: {artifacts.reasons['comparison.json']}."))
     else:
         parts.append(_matrix(artifacts.comparison, [row["chain"] for row in artifacts.last]))
+        if artifacts.comparison.get("sample"):
+            of = sum(group.get("of") or group["pairs"] for group in artifacts.comparison["summary"]["groups"].values())
+            most = artifacts.comparison["sample"]
+            parts.append(Note(f"{len(pairs):,} of {of:,} pairs were compared: of each group at most {most}, drawn by a fixed seed."))
         parts.append(_groups(artifacts.comparison) or Note("No group of pairs has a score."))
         parts.append(_pairs(pairs))
     return View("consistency", "Consistency", LEAD, parts)
@@ -160,7 +164,7 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
     names = {"pw_mcc": "PW-MCC", "overlap": "overlap", "activation": "activation", "mmcs": "MMCS"}
     names["pw_mcc_dictionary"] = "PW-MCC, whole SAEs"
     rows = [
-        {"group": key, "score": words, "pairs": group["pairs"], "scored": group["scored"], "seeds": group["seeds"], **_ends(group[name])}
+        {"group": key, "score": words, **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")}, **_ends(group[name])}
         for key, group in comparison.get("summary", {}).get("groups", {}).items()
         for name, words in names.items()
         if group.get(name)
@@ -173,6 +177,7 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
         Column("High", lambda row: row["high"], "share"),
         Column("Low and high are", lambda row: row["what"]),
         Column("Pairs", lambda row: row["pairs"], "count"),
+        Column("Of", lambda row: row["of"], "count", help="pairs there were; more if a sample was compared"),
         Column("Scored", lambda row: row["scored"], "count", help="pairs whose cores could be compared"),
         Column("Seeds", lambda row: row["seeds"], "count"),
     ]

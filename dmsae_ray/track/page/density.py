@@ -86,7 +86,8 @@ def _bars(histogram: dict[str, list[float]]) -> go.Figure:
         )  # fmt: skip
     made = figure(traces, height=420, barmode="overlay")
     ticks = list(range(int(np.floor(edges[0])), 1))
-    made.update_xaxes(title_text="density (share of tokens, logarithmic)", tickvals=ticks, ticktext=[percent(10.0**tick) for tick in ticks])
+    words = [f"{100 * 10.0**tick:g} %" for tick in ticks]
+    made.update_xaxes(title_text="density (share of tokens, logarithmic)", tickvals=ticks, ticktext=words)
     made.update_yaxes(title_text="share of the latents", rangemode="tozero")
     return made
 
@@ -108,13 +109,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     def half(part: str) -> Any:
         return lambda row: median(row["density_histogram"]["edges"], row["density_histogram"][part])
 
+    def silent(part: str) -> Any:
+        return lambda row: row["density_histogram"].get("silent", {}).get(part)
+
     columns = [
         Column("Chain", lambda row: row["chain"]),
         Column("Arm", lambda row: row["arm"]),
         Column("k", lambda row: row["k"], "count", "latents per token"),
         Column("Core, counted", lambda row: sum(row["density_histogram"]["core"]), "count", "latents"),
         Column("Core, median", half("core"), "percent", "of tokens", why=lambda row: "no core latent was counted"),
+        Column("Core, silent", silent("core"), "count", "latents"),
         Column("Free, counted", lambda row: sum(row["density_histogram"]["free"]), "count", "latents"),
         Column("Free, median", half("free"), "percent", "of tokens", why=lambda row: "no free latent was counted"),
+        Column("Free, silent", silent("free"), "count", "latents"),
     ]
-    return Table("table-density", "Latents that fired, and the density that half of them stay below.", columns, rows)
+    caption = "Latents that fired, the density that half of them stay below, and those that never fired."
+    return Table("table-density", caption, columns, rows)

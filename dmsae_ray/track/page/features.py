@@ -24,6 +24,8 @@ def view(artifacts: Artifacts) -> View:
     if not features:
         parts.append(Note(f"There are no features to look at: {artifacts.reasons['features.json']}."))
     else:
+        if artifacts.features.get("left_out"):
+            parts.append(Note(f"{artifacts.features['left_out']:,} latents of the smallest attribution are left out (features.most)."))
         parts.append(Raw(_browser(unique(chain for feature in features for chain in feature["chains"]))))
     return View("features", "Features", LEAD, parts)
 

@@ -22,6 +22,10 @@ LEAD = (
 )
 
 
+ARMS_AGAINST_K = 6
+"""With more arms, those that have a single k are left to the chart of arms side by side: their points would hide the lines."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One number of a row."""
@@ -45,12 +49,14 @@ FURTHER = (
     Measure("loss_recovered_mean", "Loss recovered, mean ablation", "share", "share", "0: its loss with the stream set to its mean."),
     Measure("core_l0", "Core L0", "tenths", "latents per token", "Active latents of the core."),
     Measure("free_l0", "Free L0", "tenths", "latents per token", "Active latents outside the core."),
+    Measure("core_density", "Density of the core", "share", "share of tokens", "On how many tokens a latent of the core is active."),
     Measure("core_explained", "Explained by the core", "share", "share", "Share of the explained variance carried by the core alone."),
     Measure("core_share", "Attribution of the core", "share", "share", "Share of the attribution carried by the incoming core."),
     Measure("dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens."),
     Measure("loss_spliced", "Loss, spliced", "nats", "nats per token", "The model's loss on the reconstruction."),
 )
 PREFIX = (MAIN[1], MAIN[2], FURTHER[0], MAIN[3], MAIN[0])
+ARMS = (MAIN[1], MAIN[2], MAIN[3], MAIN[0], *FURTHER)
 
 
 def view(artifacts: Artifacts) -> View:
@@ -60,7 +66,8 @@ def view(artifacts: Artifacts) -> View:
     if not rows:
         parts.append(Note(f"There is nothing to evaluate: {artifacts.reasons.get('evaluation.json') or 'no chain has finished'}."))
     else:
-        parts += [Grid([_against_k(rows, measure) for measure in MAIN]), _further(rows), _prefixes(rows), _spreads(rows), _chains(rows)]
+        parts += [Grid([_against_k(rows, measure) for measure in MAIN]), _arms(rows), _further(rows), _prefixes(rows)]
+        parts += [_spreads(rows), _chains(rows)]
     return View("quality", "Quality", LEAD, parts)
 
 
@@ -72,6 +79,12 @@ def spreads(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], fl
         if spread:
             made[arm, k] = spread
     return made
+
+
+def _place(rows: Sequence[dict[str, Any]], arm: str) -> int:
+    """An arm's place among all, by which it looks the same in every chart; those with a line over k come first, and differ most."""
+    several = {name for name in unique(row["arm"] for row in rows) if len({row["k"] for row in rows if row["arm"] == name}) > 1}
+    return sorted(unique(row["arm"] for row in rows), key=lambda name: name not in several).index(arm)
 
 
 def _error_bars(spreads: Sequence[Spread]) -> dict[str, Any]:
@@ -97,16 +110,18 @@ def _trace(arm: str, place: int, x: Sequence[str], points: Sequence[Spread], whe
 
 
 def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> go.Figure | None:
-    found = spreads(rows, lambda row: row.get(measure.field))
+    arms, found = unique(row["arm"] for row in rows), spreads(rows, lambda row: row.get(measure.field))
+    if len(arms) > ARMS_AGAINST_K:
+        several = {arm for arm in arms if len({row["k"] for row in rows if row["arm"] == arm}) > 1}
+        found = {key: spread for key, spread in found.items() if key[0] in several} or found
     if not found:
         return None
     traces = []
-    # The arm's place among all arms, so that it looks the same in every chart.
-    for place, arm in enumerate(unique(row["arm"] for row in rows)):
+    for arm in arms:
         at = sorted(k for name, k in found if name == arm)
         if at:
             points = [found[arm, k] for k in at]
-            traces.append(_trace(arm, place, [str(k) for k in at], points, [f"k = {k}" for k in at], measure))
+            traces.append(_trace(arm, _place(rows, arm), [str(k) for k in at], points, [f"k = {k}" for k in at], measure))
     made = figure(traces, height=height, scattermode="group", scattergap=0.75, meta={"read": measure.read})
     made.update_yaxes(range=_range(found.values()))
     made.update_xaxes(title_text="k, latents per token", type="category", categoryorder="array", categoryarray=[str(k) for k in _ks(rows)])
@@ -130,7 +145,52 @@ def _against_k(rows: Sequence[dict[str, Any]], measure: Measure) -> Chart | Note
     made = _k_figure(rows, measure, 340)
     if made is None:
         return Note(f"{measure.name} was not measured in this sweep.")
-    return Chart(f"chart-{measure.field.replace('_', '-')}", f"{measure.name} against k", measure.read, {(): made})
+    read = measure.read
+    if len(made.data) < len(unique(row["arm"] for row in rows)):
+        read += " Arms of a single k stand below, side by side."
+    made.layout.meta = None
+    return Chart(f"chart-{measure.field.replace('_', '-')}", f"{measure.name} against k", read, {(): made})
+
+
+def _arms(rows: Sequence[dict[str, Any]]) -> Chart | Note:
+    """A line per arm at one k: mean, its bar, and every chain."""
+    figures: dict[tuple[str, ...], go.Figure | str] = {
+        (str(k), measure.name): _arms_figure(rows, k, measure) for k in _ks(rows) for measure in ARMS
+    }
+    if not any(isinstance(made, go.Figure) for made in figures.values()):
+        return Note("Arms cannot be set side by side: nothing was measured.")
+    choices = [Choice("k", [str(k) for k in _ks(rows)]), Choice("Measure", [measure.name for measure in ARMS])]
+    return Chart("chart-arms", "Arms side by side at one k", ARMS[0].read, figures, choices)
+
+
+def _arms_figure(rows: Sequence[dict[str, Any]], k: int, measure: Measure) -> go.Figure | str:
+    traces: list[go.Scatter] = []
+    for arm in unique(row["arm"] for row in rows):
+        members = [row for row in rows if (row["arm"], row["k"]) == (arm, k) and row.get(measure.field) is not None]
+        spread = over_seeds((row["seed"], row[measure.field]) for row in members)
+        if spread is None:
+            continue
+        style, y = Style.number(_place(rows, arm)), plain(arm)
+        traces.append(
+            go.Scatter(
+                x=[row[measure.field] for row in members], y=[y] * len(members), mode="markers", meta={"arm": arm, "of": "chains"},
+                marker={"color": style.colour, "symbol": "line-ns-open", "size": 13}, opacity=0.6, hovertemplate="%{text}<extra></extra>",
+                text=[f"{plain(row['chain'])}<br>{measure.name} {shown(row[measure.field], measure.kind)}" for row in members],
+            )
+        )  # fmt: skip
+        traces.append(
+            go.Scatter(
+                x=[spread.mean], y=[y], error_x=_error_bars([spread]), mode="markers", marker=style.marker(10),
+                meta={"arm": arm, "of": "mean"}, text=[_said(arm, f"k = {k}", spread, measure)], hovertemplate="%{text}<extra></extra>",
+            )
+        )  # fmt: skip
+    if not traces:
+        return f"No arm has {measure.name} at k = {k}."
+    read = f"{measure.read} Symbols are means with their bars, strokes are single chains."
+    made = figure(traces, height=110 + 14 * len(traces), showlegend=False, meta={"read": read})
+    made.update_yaxes(type="category", autorange="reversed")
+    made.update_xaxes(title_text=f"{measure.name} ({measure.unit})")
+    return made
 
 
 def _further(rows: Sequence[dict[str, Any]]) -> Chart | Note:
@@ -174,13 +234,13 @@ def _prefix_figure(
     """One measure over the prefixes at one k; `rows`: of all k, for the arms' places."""
     traces: list[go.Scatter] = []
     points: list[Spread] = []
-    for place, arm in enumerate(unique(row["arm"] for row in rows)):
+    for arm in unique(row["arm"] for row in rows):
         members = [row for row in at_k if row["arm"] == arm]
         found = {name: over_seeds((row["seed"], prefix_of(row, name).get(measure.field)) for row in members) for name in names}
         at = [name for name in names if found[name]]
         if at:
             words, spreads_at = [_prefix_name(name) for name in at], [found[name] for name in at]
-            traces.append(_trace(arm, place, words, spreads_at, words, measure))
+            traces.append(_trace(arm, _place(rows, arm), words, spreads_at, words, measure))
             points += spreads_at
     if not traces:
         return f"{measure.name} of the prefixes was not measured."

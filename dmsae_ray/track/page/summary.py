@@ -135,8 +135,9 @@ def _expectations(artifacts: Artifacts) -> Table | Note:
         Column("Has to be", lambda row: row["relation"]),
         Column("Bound", lambda row: row["bound"], "nats", why=lambda row: row.get("why")),
         Column("which is", lambda row: row["bound_name"], "prose"),
-        Column("Remark", lambda row: row.get("why"), "prose"),
     ]
+    if any(row.get("why") for row in artifacts.expectations):
+        columns.append(Column("Remark", lambda row: row.get("why"), "prose"))
     counts = ", ".join(f"{sum(row['outcome'] == outcome for row in artifacts.expectations)} {outcome}" for outcome in SIGNS)
     caption = f"What was expected, stated before the run, and what came out: {counts}."
     return Table(
@@ -161,7 +162,7 @@ def _arms(artifacts: Artifacts) -> Table | Note:
         )
     columns = [
         Column("Arm", lambda row: row["arm"]),
-        Column("What it is", lambda row: words(row["arm"]), "prose"),
+        Column("What it is", lambda row: words(row["arm"], artifacts.config), "prose"),
         Column("Chains", lambda row: row["chains"], "count"),
         Column("Seeds", lambda row: row["seeds"]),
         Column("k", lambda row: row["k"], unit="latents per token"),

@@ -9,8 +9,8 @@ from typing import Any
 
 from dmsae_ray.track.page.numerals import MISSING, NOTHING, WRITTEN, shown, whole
 
-ROWS_FOR_FILTER = 20
-"""Longer tables get a field that filters their rows."""
+ROWS_FOR_FILTER = 25
+"""Longer tables scroll, and get a field that filters their rows."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class Table:
         )
         # A region that scrolls has to be reachable by keyboard.
         return (
-            f'<div class="table">{field}<div class="scroll" tabindex="0" role="region" aria-labelledby="{self.id}-caption">'
-            f'<table id="{self.id}"><caption id="{self.id}-caption">{escape(self.caption)}</caption>'
+            f'<div class="table{" long" if field else ""}">{field}'
+            f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{self.id}-caption">'
+            f'<table id="{self.id}"><caption id="{self.id}-caption"><span>{escape(self.caption)}</span></caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
         )
 
@@ -88,5 +89,10 @@ def _cell(column: Column, row: dict[str, Any]) -> str:
         (f' class="{" ".join(filter(None, classes))}"' if any(classes) else "")
         + f' data-value="{escape(whole(value))}"'
         + (f' title="{escape(title)}"' if title else "")
-        + f">{escape(seen)}"
+        + f">{_breakable(seen)}"
     )
+
+
+def _breakable(seen: str) -> str:
+    """Escaped; dotted names, which have no spaces, may break after their dots."""
+    return escape(seen) if " " in seen or seen[:1].isdigit() else escape(seen).replace(".", ".<wbr>")

@@ -25,7 +25,10 @@ function drawChart(place) {
   const narrow = place.clientWidth < 520;
   const layout = { ...figure.layout, template, ...(narrow ? { margin: { l: 44, r: 8, t: 12, b: 44 } } : {}) };
   // plotly keeps and changes what it is given: it gets a copy of the data.
-  Plotly.react(place, structuredClone(figure.data), structuredClone(layout), plotConfig);
+  const data = structuredClone(figure.data);
+  // On a phone a colour bar would take the width of the cells, which state their values.
+  if (narrow) for (const trace of data) if (trace.type === "heatmap") trace.showscale = false;
+  Plotly.react(place, data, structuredClone(layout), plotConfig);
   place.dataset.theme = theme();
 }
 

@@ -7,6 +7,7 @@ let currentFeature = null;
 const share = (value) => (value == null ? "n/a" : value.toFixed(3));
 const significant = (value, digits = 3) =>
   value == null ? "n/a" : value !== 0 && Math.abs(value) < 1e-4 ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits)));
+const signed = (value) => (value > 0 ? "+" : "") + significant(value);
 const percent = (value) => (value == null ? "n/a" : `${significant(100 * value, 2)} %`);
 const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 const compareIds = new Intl.Collator("en", { numeric: true }).compare;
@@ -104,6 +105,7 @@ function featureDetail(feature) {
       fact("Density", number(feature.density, percent(feature.density)), " of tokens"),
       fact("Cosine of members", number(feature.cosine, share(feature.cosine))),
       fact("Largest activation", number(feature.max_activation, significant(feature.max_activation))),
+      fact("Loss without it", number(feature.mean_loss_change, signed(feature.mean_loss_change)), " nats per token of the texts below"),
       fact("Shown latent", `${feature.representative.latent} of ${feature.representative.chain}`),
     ),
     element("h4", {}, "Where it is active"),
@@ -129,7 +131,7 @@ function contextList(feature) {
       text.append(span);
     }
     const peak = context.activations[context.peak];
-    const where = element("span", { class: "where" }, number(peak, significant(peak)), ` at token ${context.document_token} of its document`);
+    const where = element("span", { class: "where" }, number(peak, significant(peak)), ` at token ${context.document_token} of its document${context.spread ? ", one of its weaker texts" : ""}`);
     list.append(element("li", {}, text, where));
   }
   return list;
@@ -145,8 +147,7 @@ function smallTable(id, caption, headings, rows) {
 function effectTable(feature) {
   const rows = feature.effects.map((effect) => {
     const text = element("span", { class: "context" }, visible(effect.before), element("mark", {}, visible(effect.token)), visible(effect.after));
-    const sign = effect.delta > 0 ? "+" : "";
-    return [text, number(effect.delta, sign + significant(effect.delta)), effect.delta > 0 ? "▲ harder to predict" : "▼ easier to predict"];
+    return [text, number(effect.delta, signed(effect.delta)), effect.delta > 0 ? "▲ harder to predict" : "▼ easier to predict"];
   });
   return smallTable("feature-effects", "Tokens whose loss changes most without the feature", ["Token in its text", "Change (nats)", "Without it the token is"], rows);
 }

@@ -7,8 +7,12 @@ function route() {
   const view = views.find((candidate) => candidate.id === `view-${name}`) ?? views[0];
   for (const other of views) other.classList.toggle("current", other === view);
   for (const link of document.querySelectorAll("nav a")) {
-    if (`view-${link.hash.slice(1)}` === view.id) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (`view-${link.hash.slice(1)}` === view.id) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+    } else {
+      link.removeAttribute("aria-current");
+    }
   }
   drawCharts(view);
   if (view.id === "view-features" && browser) {
