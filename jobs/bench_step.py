@@ -2,7 +2,7 @@
 
     make bench                                          all shapes, writes jobs/bench_step.md
     .venv-peers/bin/python jobs/bench_step.py --shapes 256/4096/1024/32 --repeats 15
-    python jobs/bench_step.py --device cuda             ours on a GPU beside its lower bounds (bench_device.py)
+    python jobs/bench_step.py --device cuda --output jobs/bench_step_gpu.md      on a GPU (bench_device.py says how)
 
 One process, the same batches, threads and shapes for every row; repetitions are interleaved and medians shown, so the ratios
 hold where a shared machine's speed drifts. Batches are sparse mixtures of directions with log-normal norms and a few outlier
@@ -83,10 +83,10 @@ def batches(shape: Shape, count: int = 4) -> list[torch.Tensor]:
 Step = Callable[[torch.Tensor], dict | None]
 
 
-def product(shape: Shape, dtype: torch.dtype) -> Step:
+def product(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Step:
     """x @ W_enc^T alone, in memory that is there already."""
-    W = torch.nn.functional.normalize(torch.randn(shape.width, shape.d), dim=1).to(dtype)
-    out = torch.empty(shape.batch, shape.width, dtype=dtype)
+    W = torch.nn.functional.normalize(torch.randn(shape.width, shape.d), dim=1).to(device, dtype)
+    out = torch.empty(shape.batch, shape.width, dtype=dtype, device=device)
     cast = {}
 
     def step(x):
@@ -108,30 +108,24 @@ def shrink_dead(W_enc: torch.Tensor) -> None:
         W_enc[::10] *= 0.01
 
 
-def ours(shape: Shape, screen: str, dead: bool, kernels: str = "compiled") -> Step:
+def ours(shape: Shape, screen: str, dead: bool, kernels: str = "compiled", device: str = "cpu") -> Step:
     settings = settings_of(shape, screen=screen, kernels=kernels)
     sae = MatryoshkaSAE.init(settings, None, seed=0)
     if dead:
         shrink_dead(sae.W_enc)
-    trainer = Trainer(sae, settings)
-    caught = {}
-    compute = trainer.loss.compute
-
-    def watched(*arguments):
-        result = compute(*arguments)
-        caught["outcome"] = result[2]
-        return result
-
-    trainer.loss.compute = watched
+    trainer = Trainer(sae.to(device), settings)
+    if dead:
+        trainer.silent_F[::10] = NEVER  # and so they stay: they never fire
 
     def step(x):
-        if dead:
-            trainer.silent_F[::10] = NEVER
         trainer.step(x)
-        outcome = caught["outcome"]
-        assert int(outcome.dead_F.sum()) == (len(range(0, shape.width, 10)) if dead else 0)
-        return {"candidates": outcome.candidates / outcome.latent_N.numel(), "retries": outcome.retries}
 
+    def extra(x):
+        report = trainer.step(x, log=True)
+        assert round(report.dead_share * shape.width) == (len(range(0, shape.width, 10)) if dead else 0)
+        return {"candidates": report.candidates, "retries": report.retries}
+
+    step.extra = extra
     return step
 
 
@@ -141,13 +135,18 @@ def dense(shape: Shape) -> Step:
     return lambda x: trainer.step(x) and None
 
 
-def dictionary_learning(shape: Shape, dead: bool) -> Step:
+def autocast(device: str) -> torch.autocast:
+    """As both systems' training loops have it; on CPUs they run in full precision."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu")
+
+
+def dictionary_learning(shape: Shape, dead: bool, device: str = "cpu") -> Step:
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 
     sizes = group_sizes(shape.width, SAESettings.__dataclass_fields__["prefix_fractions"].default)
     trainer = MatryoshkaBatchTopKTrainer(
         steps=10**6, activation_dim=shape.d, dict_size=shape.width, k=shape.k, layer=0, lm_name="none", warmup_steps=0,
-        group_fractions=[size / shape.width for size in sizes], lr=TINY_LR, threshold_start_step=NEVER, seed=0, device="cpu",
+        group_fractions=[size / shape.width for size in sizes], lr=TINY_LR, threshold_start_step=NEVER, seed=0, device=device,
     )  # fmt: skip
     trainer.dead_feature_threshold = NEVER
     if dead:
@@ -158,40 +157,45 @@ def dictionary_learning(shape: Shape, dead: bool) -> Step:
         nonlocal count
         if dead:
             trainer.num_tokens_since_fired[::10] = NEVER
-        trainer.update(count, x)
+        with autocast(device):
+            trainer.update(count, x)
         count += 1
 
     return step
 
 
-def sae_lens(shape: Shape, dead: bool) -> Step:
+def sae_lens(shape: Shape, dead: bool, device: str = "cpu") -> Step:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     from sae_lens import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
     widths = list(accumulate(group_sizes(shape.width, SAESettings.__dataclass_fields__["prefix_fractions"].default)))
-    config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.width, k=shape.k, matryoshka_widths=widths)
+    config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.width, k=shape.k, matryoshka_widths=widths, device=device)
     sae = MatryoshkaBatchTopKTrainingSAE(config)
     if dead:
         shrink_dead(sae.W_enc.data.t())
     optimizer = torch.optim.Adam(sae.parameters(), lr=TINY_LR)
-    mask = torch.zeros(shape.width, dtype=torch.bool)
+    mask = torch.zeros(shape.width, dtype=torch.bool, device=device)
     mask[::10] = dead
-    silent = torch.zeros(shape.width)
+    silent = torch.zeros(shape.width, device=device)
+    scaler = torch.amp.GradScaler(device, enabled=device != "cpu")
     count = 0
 
     def step(x):  # as SAETrainer._train_step
         nonlocal count
         sae.train()
-        output = sae.training_forward_pass(TrainStepInput(x, {}, mask, count, False))
+        with autocast(device):
+            output = sae.training_forward_pass(TrainStepInput(x, {}, mask, count, False))
         with torch.no_grad():
             fired = output.feature_acts.bool().float().sum(-2).bool()
             silent.add_(1)
             silent[fired] = 0
-        output.loss.backward()
+        scaler.scale(output.loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         count += 1
 
@@ -244,13 +248,14 @@ def measure(shape: Shape, names: list[str], repeats: int, warmup: int = 3) -> tu
                 continue  # a third of the repetitions, one to warm up
             x = xs[repeat % len(xs)]
             start = time.perf_counter()
-            extra = step(x)
+            step(x)
             elapsed = time.perf_counter() - start
             if elapsed > SLOW_S:
                 slow.add(name)
             if repeat >= 0:
                 seconds[name].append(elapsed)
-                extras[name].append(extra or {})
+                if hasattr(step, "extra"):  # of another step, which need not be timed
+                    extras[name].append(step.extra(x))
     results = {}
     for name, times in seconds.items():
         extra = {key: statistics.mean(e[key] for e in extras[name]) for key in (extras[name][0] if extras[name] else {})}
@@ -324,10 +329,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    command = ("python jobs/bench_step.py " + " ".join(sys.argv[1:])).strip()
     if arguments.device == "cuda":
         import bench_device  # imports this module
 
-        print(bench_device.report(tuple(arguments.shapes or bench_device.SHAPES), arguments.repeats))
+        text = bench_device.report(tuple(arguments.shapes or bench_device.SHAPES), arguments.repeats)
+        print(text)
+        if arguments.output:
+            arguments.output.write_text(f"# Cost of one training step on a GPU\n\nMade by `{command}`.\n\n{text}\n")
         return
     torch.set_num_threads(arguments.threads)
     shapes = [Shape.parse(text) for text in arguments.shapes or SHAPES]
@@ -340,10 +349,9 @@ def main() -> None:
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         parser.error(f"unknown rows {unknown}; there are {list(ROWS)}")
-    command = "python jobs/bench_step.py " + " ".join(sys.argv[1:])
     parts = [
         "# Cost of one training step", "",
-        f"Made by `{command.strip()}` (`make bench` prepares the environment).", "",
+        f"Made by `{command}` (`make bench` prepares the environment).", "",
         f"{machine()}, {arguments.threads} threads; {versions()}. Medians of {arguments.repeats} interleaved repetitions (a "
         f"third of them where a step takes over {SLOW_S:g} s); spread = (largest - smallest) / median.",
     ]  # fmt: skip

@@ -26,7 +26,7 @@ DEAD = 0.05
 GPUS = (1, 2, 4, 8)
 COLUMNS = {
     "weights": ("weights",), "Adam": ("Adam",), "gradient": ("gradient",), "bf16 copy": ("screen's copy",),
-    "prefix errors": ("prefix errors",), "rows": ("rows",), "screen, pairs": ("screened product", "pairs"),
+    "prefix errors": ("prefix errors",), "rows": ("rows",), "pairs": ("screened product", "pairs"),
     "AuxK, rest": ("AuxK", "counters"),
 }  # fmt: skip
 
@@ -51,7 +51,7 @@ def table(settings: SAESettings) -> list[str]:
         for world in GPUS if parallel == "ddp" else GPUS[1:]:
             for micro_batch in (None, 256):
                 chosen = dataclasses.replace(settings, parallel=parallel, micro_batch=micro_batch)
-                held = footprint(chosen, CORE, world, dead=dead // world if parallel == "latent" else dead)
+                held = footprint(chosen, CORE, world, dead=dead // world if parallel == "latent" else dead, fused=True)
                 trained, n_groups = trained_numbers(settings), len(settings.prefix_fractions) + 1
                 facts = StepFacts(pairs=settings.k * settings.batch // world, dead=0)
                 sent = sum(bytes_per_step(chosen, world, trained, n_groups, facts).values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -73,7 +74,7 @@ class Stream:
 
 
 class Batches:
-    """An iterator over batches, each [B / W, D] fp32 on the stream's device, divided by the scale; the next one may overwrite it."""
+    """An iterator over batches, each [B / W, D] fp32 on the stream's device, divided by the scale. On a CPU the next one may overwrite it."""
 
     def __init__(self, stream: Stream, order: Order, start: int, stop: int):
         self.order, self.start, self.stop = order, start, stop
@@ -82,7 +83,7 @@ class Batches:
         step * lanes + lane. The sum over ranks does not depend on their number; it says exactly which rows were given, and in which
         batch and lane, whatever the way they came."""
         self._stream, self._lanes = stream, order.lanes_of(stream.rank, stream.world)
-        self._files: list[str] = []
+        self._files: deque[list[str]] = deque(maxlen=2)  # of the batches given last
         self._plan = self._rounds() if start < stop else []
         wanted = [stream.units[unit] for _, units in self._plan for unit in units]
         self._blocks = Ahead(functools.partial(_blocks, stream, order, wanted), depth=1)
@@ -91,9 +92,9 @@ class Batches:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self._batches
 
-    def shard_of(self, row: int) -> str:
-        """The shard that this row of the batch given last came from."""
-        return self._stream.dataset.store.where(self._files[row // self.order.lane_rows])
+    def shard_of(self, row: int, behind: int = 0) -> str:
+        """The shard that this row of the batch given last came from, or of the one before (behind 1)."""
+        return self._stream.dataset.store.where(self._files[-1 - behind][row // self.order.lane_rows])
 
     def close(self) -> None:
         """Stop reading; also done by reading to the end."""
@@ -135,7 +136,7 @@ class Batches:
                 digest = sum(pick.gather(out_ND) for pick, out_ND in zip(some, stored_ND.split(n)))
                 self.digest = (self.digest + digest) & MASK
                 batch_BD[first * n : (first + len(some)) * n].copy_(as_float_ND[: len(some) * n]).div_(manifest.scale)
-            self._files = [pick.file for pick in picks]
+            self._files.append([pick.file for pick in picks])
             yield batch_BD
 
     def _on_device(self) -> Iterator[torch.Tensor]:
@@ -161,7 +162,8 @@ class Batches:
         manifest = self._stream.dataset.manifest
         current.wait_event(copied)
         stored_BD.record_stream(current)
-        self.digest, self._files = (self.digest + digest) & MASK, files
+        self.digest = (self.digest + digest) & MASK
+        self._files.append(files)
         return stored_BD.view(DTYPES[manifest.dtype]).float().div_(manifest.scale)
 
     def _pinned(self) -> Iterator[tuple]:

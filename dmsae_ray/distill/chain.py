@@ -117,7 +117,6 @@ class Worker:
         if not members:
             return
         start, steps = min(chain.training.first for chain in members), members[0].plan.steps
-        checkpoint_steps = members[0].plan.config.train.checkpoint_steps
         batches = self._batches(members[0].training.order, start, steps)
         token_index_B = torch.from_numpy(batches.order.token_index(self.rank, self.world)).to(self.device)
         since = time.monotonic()
@@ -128,12 +127,12 @@ class Worker:
                     try:
                         chain.step(step, x_BD, token_index_B, waited)
                     except Diverged as error:  # all ranks come here together
-                        raise self._diverged(error, chain, x_BD, batches, step) from error
+                        raise self._diverged(error, chain, batches, step - error.behind) from error
             members = [chain for chain in members if chain in self.chains]
             if not members:
                 return
             taking = [chain for chain in members if chain.training.first <= step]
-            due = (step + 1) % checkpoint_steps == 0 or step + 1 == steps
+            due = members[0].training.checkpoint_due(step)
             # Rows are counted for those that trained on them, so before another member takes its first batch.
             if due or any(chain.training.first == step + 1 for chain in members):
                 self.count_rows(batches, taking)
@@ -179,10 +178,9 @@ class Worker:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def _diverged(self, error: Diverged, chain: Chain, x_BD: torch.Tensor, batches: Batches, step: int) -> Exception:
+    def _diverged(self, error: Diverged, chain: Chain, batches: Batches, step: int) -> Exception:
         """Tell bad data from a bad run."""
-        bad_B = (~torch.isfinite(x_BD).all(dim=1)).nonzero().flatten()
-        mine = [batches.shard_of(int(row)) for row in bad_B]
+        mine = [batches.shard_of(row, error.behind) for row in error.rows]
         everyone: list = [None] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(everyone, mine)

@@ -78,8 +78,14 @@ class Training:
             self.began, self.first_batch_s = time.monotonic() - waited, waited
         self.waited += waited
         report = self.trainer.step(x_BD, token_index_B, log=step % train.log_steps == 0 or step == self.plan.steps - 1)
+        if self.checkpoint_due(step):
+            self.trainer.settle()  # where it is known what to do if it raises
         self.ended = time.monotonic()
         return report if self.comm.rank == 0 else None
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether one follows this step."""
+        return (step + 1) % self.plan.config.train.checkpoint_steps == 0 or step + 1 == self.plan.steps
 
     @property
     def tokens_per_s(self) -> float:

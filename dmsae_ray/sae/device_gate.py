@@ -12,6 +12,8 @@ made again with more.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ from dmsae_ray.sae.gate import Kept, check_margins
 from dmsae_ray.sae.pairs import Pairs, Rounded
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.triton_pairs import TritonPairs
+
+if TYPE_CHECKING:
+    from dmsae_ray.sae.triton_pairs import TritonPairs
 
 PLACES = 4
 """Places for candidates, per pair that can be kept by BatchTopK. 1.2 to 2.1 are used on the CPU's bench (jobs/bench_step.md)."""

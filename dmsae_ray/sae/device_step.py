@@ -1,86 +1,224 @@
-"""Gradient and update of one worker on a CUDA device, with one look at its numbers, when all is launched.
+"""Steps of one worker on a CUDA device, launched one ahead of those that the host has seen the numbers of.
 
-From the batch to the new weights nothing waits for the device: lists are as long as they can get (device_gate.py, `find_dead`),
-and the update's kernels read from the device whether they may change anything. A step that must not count (the loss or the
-gradient is not finite, the loss exploded, a margin was wrong, candidates or dead latents had too few places) so leaves weights
-and state as they were, though the host learns of it only at the end.
+From the batch to the new weights nothing waits for the device: lists are as long as they can get (device_gate.py, `find_dead`), what
+one step hands to the next stays on the device (`Carried`), and the update's kernels read there whether they may change anything. A
+step that must not count (the loss or the gradient is not finite, the loss exploded, a margin was wrong, candidates or dead latents had
+too few places) so leaves weights and Adam's state as they were, as do those launched after it. The host learns of it one step later,
+while the device is at work on the next: it then raises, or launches again what had too few places.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.gate import check_margins
+from dmsae_ray.sae.gate import GUESS, check_margins
 from dmsae_ray.sae.loss import Outcome
-
-if TYPE_CHECKING:
-    from dmsae_ray.sae.step import Trainer
+from dmsae_ray.sae.step import EXPLODED, RECENT, Diverged, Trainer
 
 ROUND_DEAD = 128
-"""Places for dead latents come in such numbers: fewer shapes, and memory that is used again. They are a function of the state, since
-the products over dead latents may sum in another order in another shape."""
+"""Places for dead latents come in such numbers: fewer shapes, and memory that is used again."""
 
 
-def advance(trainer: Trainer, x_BD: Tensor, token_index_B: Tensor | None) -> tuple[Outcome, float, float, float]:
-    """As `Trainer._advance`. Raises `Diverged` or `ScreenError`; nothing is changed then."""
-    ops, settings = trainer.loss.ops, trainer.settings
-    known_F, dead_places = ops.dead_places
-    if known_F is not trainer.silent_F:  # the first step, or one from a checkpoint
-        dead_places = _rounded_up(int(_near_dead(trainer, trainer.silent_F)))
-    while True:
-        outcome, numbers = launch_step(trainer, x_BD, token_index_B, dead_places)
-        loss_rec, loss_aux, norm, smallest, bound, *counts = numbers.tolist()
-        candidates, retries, wrong, short, n_kept, n_dead, near_dead, go = map(int, counts)
-        loss = loss_rec + settings.auxk_alpha * loss_aux
-        if not go:
-            trainer.adam.steps -= 1
-        if math.isfinite(loss) and (short or n_dead > dead_places):  # a batch with NaN has whole rows as candidates
-            ops.places = max(ops.places, candidates * 5 // 4 if short else 0)
-            dead_places = max(dead_places, _rounded_up(n_dead))
-            continue
-        check_margins(wrong)
-        trainer.check(loss)
-        trainer.check_norm(norm)
-        assert go, "a step that was not allowed to count has a reason"
-        ops.dead_places = outcome.silent_F, _rounded_up(near_dead)
-        outcome = dataclasses.replace(
-            outcome, latent_N=outcome.latent_N[:n_kept], smallest=smallest, bound=bound, candidates=candidates, retries=retries,
-            wrong=0, short=False,
+class Carried(NamedTuple):
+    """What a step gets from the one before, on the device."""
+
+    silent_F: Tensor
+    """tokens since each latent last fired"""
+    bounds_R: Tensor
+    """proven bounds of the last gates, `inf` where there were fewer"""
+    limit: Tensor
+    """a loss beyond has exploded; float64, 0-dim"""
+    go: Tensor
+    """False: a step before must not count, so this may not; 0-dim"""
+
+
+class Numbers(NamedTuple):
+    """What the host wants to know of a step."""
+
+    loss_rec: float
+    loss_aux: float
+    norm: float
+    """of the gradient"""
+    smallest: float
+    bound: float
+    candidates: int
+    retries: int
+    wrong: int
+    short: bool
+    n_kept: int
+    n_dead: int
+    near_dead: int
+    """free latents that are dead if they stay silent until the last step that is launched before these numbers are seen"""
+    counts: bool
+    """whether the step changed anything"""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A launched step."""
+
+    x_BD: Tensor
+    token_index_B: Tensor | None
+    before: Carried
+    dead_places: int
+    outcome: Outcome
+    numbers: Tensor
+    """on the way to the host"""
+    arrived: torch.cuda.Event | None
+
+    def seen(self) -> Numbers:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss_rec, loss_aux, norm, smallest, bound, *counts = self.numbers.tolist()
+        return Numbers(loss_rec, loss_aux, norm, smallest, bound, *map(int, counts))
+
+
+class Steps:
+    """The steps of a trainer with one rank, whole batches and fused pair operations.
+
+    The trainer's counters are those of the steps seen; its weights and Adam's state may hold those in flight as well.
+    """
+
+    LATE = 1
+    """steps that may be in flight while their numbers are not wanted"""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._flights: deque[Flight] = deque()
+        self._carried: Carried | None = None
+        self._places: deque[int] = deque()  # for dead latents, in the steps to be launched next
+
+    def reset(self, dead_places: int | None) -> None:
+        """The trainer's state was set from outside. dead_places: what `dead_places` was there, if it is known."""
+        self._flights.clear()
+        self._carried = None
+        self._places = deque([] if dead_places is None else [dead_places])
+
+    def dead_places(self) -> int:
+        """Places for dead latents in the next step, once all were seen. A part of the training's state: products over dead latents may
+        sum in another order in another shape."""
+        assert not self._flights
+        self._begin()
+        return self._places[0]
+
+    def launch(self, x_BD: Tensor, token_index_B: Tensor | None) -> None:
+        self._begin()
+        self._launch(x_BD, token_index_B, self._places.popleft())
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights)
+
+    def _begin(self) -> None:
+        """What the first steps get from the host."""
+        if self._carried is not None:
+            return
+        trainer = self.trainer
+        silent_F = trainer.silent_F
+        new = {"device": silent_F.device}
+        self._carried = Carried(
+            silent_F, torch.full((RECENT,), math.inf, **new), torch.tensor(trainer.limit(), dtype=torch.float64, **new),
+            torch.ones((), dtype=torch.bool, **new),
         )  # fmt: skip
-        return outcome, loss_rec, loss_aux, norm
+        for batches in range(len(self._places) + 1, self.LATE + 2):
+            self._places.append(_rounded_up(int(near_dead(trainer, silent_F, batches))))
+
+    def _launch(self, x_BD: Tensor, token_index_B: Tensor | None, dead_places: int) -> None:
+        trainer, before = self.trainer, self._carried
+        step = trainer.steps_done + len(self._flights)
+        outcome, numbers, self._carried = launch_step(trainer, x_BD, token_index_B, before, step, dead_places)
+        arrived = None
+        if numbers.is_cuda:
+            on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = on_host.copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._flights.append(Flight(x_BD, token_index_B, before, dead_places, outcome, numbers, arrived))
+
+    def see(self) -> tuple[Outcome, float, float, float]:
+        """Take in the first step in flight; what `Trainer._advance` returns.
+
+        Raises `Diverged` or `ScreenError`; no step is in flight then, and the trainer is where it was before that one.
+        """
+        trainer, flight = self.trainer, self._flights[0]
+        seen = flight.seen()
+        if not seen.counts:
+            undone = self._undo()
+            # A batch with NaN has whole rows as candidates: more places are of no use.
+            few = seen.short or seen.n_dead > flight.dead_places
+            if not (few and math.isfinite(trainer.loss_of(seen.loss_rec, seen.loss_aux))):
+                self._places.extendleft(each.dead_places for each in reversed(undone))
+                self._raise(seen, flight, behind=len(undone) - 1)
+            if seen.short:
+                trainer.loss.ops.places = max(trainer.loss.ops.places, seen.candidates * 5 // 4)
+            self._launch(flight.x_BD, flight.token_index_B, max(flight.dead_places, _rounded_up(seen.n_dead)))
+            for later in undone[1:]:
+                self._launch(later.x_BD, later.token_index_B, later.dead_places)
+            return self.see()
+        self._flights.popleft()
+        self._places.append(_rounded_up(seen.near_dead))
+        outcome = replace(
+            flight.outcome, latent_N=flight.outcome.latent_N[: seen.n_kept], smallest=seen.smallest, bound=seen.bound,
+            candidates=seen.candidates, retries=seen.retries, wrong=0, short=False,
+        )  # fmt: skip
+        return outcome, seen.loss_rec, seen.loss_aux, seen.norm
+
+    def _raise(self, seen: Numbers, flight: Flight, behind: int) -> NoReturn:
+        check_margins(seen.wrong)
+        try:
+            self.trainer.check(self.trainer.loss_of(seen.loss_rec, seen.loss_aux))
+            self.trainer.check_norm(seen.norm)
+        except Diverged as error:
+            error.concerns(flight.x_BD, behind)
+            raise
+        raise AssertionError(f"a step that did not count has a reason: {seen}")
+
+    def _undo(self) -> list[Flight]:
+        """Forget the steps in flight, none of which changed anything, and return them."""
+        undone = list(self._flights)
+        self._flights.clear()
+        self._carried = undone[0].before
+        self.trainer.adam.steps -= len(undone)
+        return undone
 
 
 @torch.no_grad()
-def launch_step(trainer: Trainer, x_BD: Tensor, token_index_B: Tensor | None, dead_places: int) -> tuple[Outcome, Tensor]:
-    """The outcome, and the numbers that the host wants to see [13]. Asks the device for nothing."""
+def launch_step(
+    trainer: Trainer, x_BD: Tensor, token_index_B: Tensor | None, before: Carried, step: int, dead_places: int
+) -> tuple[Outcome, Tensor, Carried]:
+    """The outcome, `Numbers` [13] and what the next step gets. Asks the device for nothing."""
     settings, loss = trainer.settings, trainer.loss
-    guess = x_BD.new_full((), trainer.guess() or math.inf)
-    _, gradient, outcome = loss.compute(x_BD, trainer.silent_F, token_index_B, guess, None, dead_places)
+    _, gradient, outcome = loss.compute(x_BD, before.silent_F, token_index_B, GUESS * before.bounds_R.min(), None, dead_places)
     total = outcome.loss_rec + settings.auxk_alpha * outcome.loss_aux.double()
     squares, parallel_F = trainer.adam.squares(gradient)
     norm = squares.sqrt()
     n_dead = outcome.dead_F.sum() if settings.auxk_alpha else torch.zeros_like(squares)
-    go = total.isfinite() & (total <= trainer.limit()) & norm.isfinite() & (outcome.wrong == 0) & ~outcome.short & (n_dead <= dead_places)
+    go = before.go & total.isfinite() & (total <= before.limit) & norm.isfinite()
+    go = go & (outcome.wrong == 0) & ~outcome.short & (n_dead <= dead_places)
     clip = (settings.clip / (norm + 1e-6)).clamp(max=1.0)
-    trainer.adam.apply(gradient, parallel_F, clip, settings.learning_rate(trainer.steps_done), go=go.int())
-    n_kept = (outcome.latent_N < trainer.sae.width).sum()
-    numbers = (
+    trainer.adam.apply(gradient, parallel_F, clip, settings.learning_rate(step), go=go.int())
+    numbers = Numbers(
         outcome.loss_rec, outcome.loss_aux, norm, outcome.smallest, outcome.bound, outcome.candidates, outcome.retries, outcome.wrong,
-        outcome.short, n_kept, n_dead, _near_dead(trainer, outcome.silent_F), go,
+        outcome.short, (outcome.latent_N < trainer.sae.width).sum(), n_dead, near_dead(trainer, outcome.silent_F, Steps.LATE + 1), go,
     )  # fmt: skip
-    return outcome, torch.stack([number.double() for number in numbers])
+    after = Carried(
+        outcome.silent_F, torch.cat([before.bounds_R[1:], outcome.bound.view(1)]),
+        before.limit if step else (EXPLODED * total).clamp(min=EXPLODED / len(trainer.sae.group_ends)), go,
+    )  # fmt: skip
+    return outcome, torch.stack([number.double() for number in numbers]), after
 
 
-def _near_dead(trainer: Trainer, silent_F: Tensor) -> Tensor:
-    """Free latents that one more silent batch makes dead, 0-dim: as many places are wanted in the next step."""
+def near_dead(trainer: Trainer, silent_F: Tensor, batches: int) -> Tensor:
+    """Free latents that are dead after so many batches more if they stay silent, 0-dim. None are asked for where there is no AuxK."""
     settings = trainer.settings
-    near_F = silent_F[trainer.sae.core_size :] + settings.batch >= settings.dead_window_tokens
-    return near_F.sum() if settings.auxk_alpha else near_F.sum() * 0
+    near_F = silent_F[trainer.sae.core_size :] + batches * settings.batch >= settings.dead_window_tokens
+    return near_F.sum() * bool(settings.auxk_alpha)
 
 
 def _rounded_up(n: int) -> int:

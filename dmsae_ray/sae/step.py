@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +39,15 @@ RECENT = 8
 
 class Diverged(RuntimeError):
     """Training cannot go on: a batch, the loss or the gradient is not finite, or the loss exploded. No weight was changed."""
+
+    behind = 0
+    """batches given to the trainer since the one meant"""
+    rows: tuple[int, ...] = ()
+    """this rank's rows of that batch that are not finite"""
+
+    def concerns(self, x_BD: Tensor, behind: int = 0) -> None:
+        """Note the batch meant."""
+        self.behind, self.rows = behind, tuple((~torch.isfinite(x_BD).all(dim=1)).nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,10 @@ class Trainer:
     `sae` is what this rank trains: the one given, or with `settings.parallel` latent its part of it, a copy; `whole` is the whole
     one on every rank. `step` raises `Diverged` on all ranks together. A batch changes the state only if its step succeeds, but for
     b_dec in the first step.
+
+    On a CUDA device (one rank, whole batches) steps are launched one ahead of those whose numbers were seen, so that it never waits:
+    `step` then raises for the batch before its own, and the counters here are one step late. `settle` takes in the last; `step` with
+    `log`, `whole` and `state_dict` do so first.
     """
 
     def __init__(
@@ -119,6 +131,11 @@ class Trainer:
         """values that have gone into it"""
         self.first_loss: float | None = None
         self._bounds: deque[float] = deque(maxlen=RECENT)  # not part of the state: they decide speed only
+        self._ahead = None
+        if self.loss.ops.fused and comm.world == 1 and settings.micro_batch is None:
+            from dmsae_ray.sae import device_step  # which imports this module
+
+            self._ahead = device_step.Steps(self)
 
     @property
     def threshold(self) -> float:
@@ -140,31 +157,45 @@ class Trainer:
             raise ValueError(
                 f"a batch must be {sae.b_dec.dtype} of shape {expected}, got {x_BD.dtype} of shape {tuple(x_BD.shape)}"
             )
-        if self.steps_done == 0:
-            self._start(x_BD, token_index_B)
+        if self._ahead is not None:
+            if self.steps_done == self._ahead.in_flight == 0:
+                self._start(x_BD, token_index_B)
+            self._ahead.launch(x_BD, token_index_B)
+            seen = self._see(0 if log else self._ahead.LATE)
+        else:
+            try:
+                if self.steps_done == 0:
+                    self._start(x_BD, token_index_B)
+                seen = self._advance(x_BD, token_index_B)
+            except Diverged as error:
+                error.concerns(x_BD)
+                raise
+            self._commit(*seen)
+        return self._report(*seen) if log else None
 
-        advance = self._advance
-        if self.loss.ops.fused and self.comm.world == 1 and settings.micro_batch is None:
-            from dmsae_ray.sae import device_step  # needs triton
+    def settle(self) -> None:
+        """Wait until every batch given is trained on. Raises as `step` does."""
+        if self._ahead is not None:
+            self._see(0)
 
-            advance = partial(device_step.advance, self)
-        outcome, loss_rec, loss_aux, grad_norm = advance(x_BD, token_index_B)
-        total = loss_rec + settings.auxk_alpha * loss_aux
-        self._commit(outcome, total)
-        if not log:
-            return None
-        return self._report(outcome, total, loss_rec, loss_aux, grad_norm)
+    def _see(self, leave: int) -> tuple[Outcome, float, float, float] | None:
+        """Take in the launched steps but the last `leave`; what `_advance` would have returned, of the last one taken in."""
+        seen = None
+        while self._ahead.in_flight > leave:
+            seen = self._ahead.see()
+            self._commit(*seen)
+        return seen
 
     def _advance(self, x_BD: Tensor, token_index_B: Tensor | None) -> tuple[Outcome, float, float, float]:
         """Gradient and update: the outcome, the two parts of the loss over the global batch, the gradient's norm."""
-        guess = self.guess() or None
+        guess = GUESS * min(self._bounds, default=0.0) or None
         if self.model is None:
             _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess)
         else:
             loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess)
         parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
         loss_rec, loss_aux = (self.loss.rows.all_reduce_sum(parts) / self.loss.rows.world).tolist()
-        self.check(loss_rec + self.settings.auxk_alpha * loss_aux)
+        self.check(self.loss_of(loss_rec, loss_aux))
         if self.model is not None:
             self.loss.flat.grad = None
             loss.backward()  # reduces the gradient over ranks
@@ -172,10 +203,6 @@ class Trainer:
         grad_norm = self.adam.update(gradient, self.settings.learning_rate(self.steps_done))
         self.check_norm(grad_norm)
         return outcome, loss_rec, loss_aux, grad_norm
-
-    def guess(self) -> float:
-        """What the gate's bound of the next batch will exceed, from those of the last; 0: none is known, or one was 0."""
-        return GUESS * min(self._bounds, default=0.0)
 
     @torch.no_grad()
     def _start(self, x_BD: Tensor, token_index_B: Tensor | None) -> None:
@@ -199,10 +226,14 @@ class Trainer:
         if loss > self.limit():
             raise Diverged(f"the loss of step {self.steps_done} is {loss:.3g}, the first was {self.first_loss:.3g}")
 
-    def _commit(self, outcome: Outcome, loss: float) -> None:
+    def loss_of(self, loss_rec: float, loss_aux: float) -> float:
+        """The whole loss, of its parts over the global batch."""
+        return loss_rec + self.settings.auxk_alpha * loss_aux
+
+    def _commit(self, outcome: Outcome, loss_rec: float, loss_aux: float, grad_norm: float) -> None:
         """Take in what the batch showed, once its step has succeeded."""
         if self.first_loss is None:
-            self.first_loss = loss
+            self.first_loss = self.loss_of(loss_rec, loss_aux)
         self.silent_F = outcome.silent_F
         if self.steps_done > self.settings.threshold_start_step:
             beta = self.settings.threshold_beta
@@ -213,7 +244,7 @@ class Trainer:
         self.steps_done += 1
 
     @torch.no_grad()
-    def _report(self, outcome: Outcome, loss: float, loss_rec: float, loss_aux: float, grad_norm: float) -> StepReport:
+    def _report(self, outcome: Outcome, loss_rec: float, loss_aux: float, grad_norm: float) -> StepReport:
         n_tokens, x_BD, rows, latents = self.settings.batch, outcome.x_BD, self.loss.rows, self.loss.latents
         mean_D = rows.all_reduce_sum(x_BD.sum(dim=0)) / n_tokens
         squares = torch.stack([outcome.residual_BD.square().sum(), (x_BD - mean_D).square().sum()])
@@ -226,7 +257,7 @@ class Trainer:
         return StepReport(
             step=self.steps_done - 1,
             lr=self.settings.learning_rate(self.steps_done - 1),
-            loss=loss,
+            loss=self.loss_of(loss_rec, loss_aux),
             loss_rec=loss_rec,
             loss_aux=loss_aux,
             fvu=error / variance if variance > 0 else math.nan,
@@ -246,6 +277,7 @@ class Trainer:
 
         All ranks call it together.
         """
+        self.settle()
         if self._shard is None:
             return self.sae
         sae = MatryoshkaSAE(
@@ -264,6 +296,7 @@ class Trainer:
         Like a module's, the tensors are the live ones (with parallel `latent` copies on the CPU): save or copy them before the
         next step.
         """
+        self.settle()
         sae, adam, silent_F = self.sae.state_dict(), self.adam.state_dict(), self.silent_F
         if self._shard is not None:
             sae = self._whole_weights()
@@ -278,7 +311,7 @@ class Trainer:
             "threshold_sum": self.threshold_sum,
             "threshold_steps": self.threshold_steps,
             "first_loss": self.first_loss,
-        }
+        } | ({} if self._ahead is None else {"dead_places": self._ahead.dead_places()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict` of a trainer with the same settings, of any mode and number of ranks. Raises ValueError if it
@@ -307,3 +340,5 @@ class Trainer:
         self.threshold_steps = state["threshold_steps"]
         self.first_loss = state["first_loss"]
         self._bounds.clear()
+        if self._ahead is not None:
+            self._ahead.reset(state.get("dead_places"))

@@ -63,8 +63,6 @@ class TritonPairs(TorchPairs):
     def __init__(self) -> None:
         self.places = 0
         """for candidates; raised by whoever finds that they were too few"""
-        self.dead_places: tuple[Tensor | None, int] = None, 0
-        """for dead latents in the next step, if its counters are this tensor (device_step.py)"""
         self._ends: dict[tuple, Tensor] = {}
 
     def round(self, rows_ND: Tensor, low: bool) -> Rounded:

@@ -245,21 +245,26 @@ def test_a_batch_that_is_not_finite_stops_before_any_weight_changes(value, at_st
     before = copy.deepcopy(trainer.state_dict())
     bad = x[at_step].clone()
     bad[3, 2] = value
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged) as raised:
         trainer.step(bad)
+        trainer.settle()
+    assert (raised.value.rows, raised.value.behind) == ((3,), 0)
     assert_same(trainer.state_dict(), before)
     trainer.step(x[at_step])  # a good batch still goes through, as if nothing had been
+    trainer.settle()
 
 
 def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkeypatch):
     trainer = new_trainer()
     x = batches(3)
     trainer.step(x[0])
+    trainer.settle()
     with torch.no_grad():
         trainer.sae.b_dec += 100
     before = copy.deepcopy(trainer.state_dict())
     with pytest.raises(Diverged, match="step 1"):
         trainer.step(x[1])
+        trainer.settle()
     assert_same(trainer.state_dict(), before)
 
     trainer = new_trainer()
@@ -272,8 +277,10 @@ def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkey
         return loss, gradient, outcome
 
     monkeypatch.setattr(trainer.loss, "compute", overflowing)
-    with pytest.raises(Diverged, match="gradient"):
+    with pytest.raises(Diverged, match="gradient") as raised:
         trainer.step(x[1])
+        trainer.settle()
+    assert raised.value.rows == ()
     assert_same(trainer.state_dict(), before)
 
 

@@ -22,7 +22,7 @@ from dmsae_ray.sae import device_step, loss, triton_pairs
 from dmsae_ray.sae.pairs import Pairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, group_sizes
-from dmsae_ray.sae.step import Trainer
+from dmsae_ray.sae.step import RECENT, Trainer
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -76,7 +76,11 @@ def step(d, width, batch, k, core, **fields):
         sae = MatryoshkaSAE(d, [core + end for end in accumulate(sizes)], core, settings.core_gate)
     trainer = Trainer(sae, settings)
     assert trainer.loss.ops.name == "triton"
-    outcome, numbers = device_step.launch_step(trainer, torch.empty(batch, d, device="meta"), torch.arange(batch, device="meta"), 128)
+    x_BD, order_B = torch.empty(batch, d, device="meta"), torch.arange(batch, device="meta")
+    with torch.device("meta"):
+        carried = device_step.Carried(torch.zeros_like(trainer.silent_F), torch.ones(RECENT), torch.ones(()).double(), torch.tensor(True))
+    for number in range(2):
+        outcome, numbers, carried = device_step.launch_step(trainer, x_BD, order_B, carried, number, 128)
     assert numbers.device.type == "meta" and len(outcome.latent_N) == k * batch + (core * batch if settings.core_gate == "relu" else 0)
 
 

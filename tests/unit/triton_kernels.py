@@ -3,6 +3,7 @@
 Without a GPU they run in triton's interpreter, which has to be chosen before triton is imported.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -15,6 +16,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import test_sae_gate  # noqa: E402
+import test_sae_memory  # noqa: E402
 import test_sae_screen  # noqa: E402
 import test_sae_step  # noqa: E402
 from hypothesis import given  # noqa: E402
@@ -22,11 +24,13 @@ from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from reference_sae import reference_mask  # noqa: E402
 
-from dmsae_ray.sae import device_gate, loss, triton_pairs  # noqa: E402
+from dmsae_ray.sae import device_gate, device_step, loss, triton_pairs  # noqa: E402
 from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
+from dmsae_ray.sae.memory import footprint  # noqa: E402
 from dmsae_ray.sae.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
+from dmsae_ray.sae.step import Diverged, Trainer  # noqa: E402
 
 PLAIN = TorchPairs()
 ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)
@@ -384,7 +388,7 @@ def test_training_is_that_of_plain_torch(case, in_training):
             found.pop(name), expected.pop(name)
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
     if case == "budget exempt, many dead":
-        assert found["loss_aux"] > 0 and ours.loss.ops.dead_places[1] > 0
+        assert found["loss_aux"] > 0 and ours.state_dict()["dead_places"] > 0
     found, expected = ours.state_dict(), theirs.state_dict()
     assert torch.equal(found["silent"], expected["silent"]) and found["adam"]["steps"] == 4
     assert found["threshold_sum"] == pytest.approx(expected["threshold_sum"], rel=1e-4)
@@ -412,19 +416,91 @@ def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monke
     assert all(ops.name == "triton" for ops in in_training)
 
 
+def test_steps_launched_ahead_are_those_taken_one_by_one(in_training):
+    settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", dead_window_tokens=32, auxk_k=2)
+    ahead, one_by_one = (test_sae_step.new_trainer(settings=settings) for _ in range(2))
+    x = test_sae_step.batches(7)
+    for step, x_BD in enumerate(x[:5]):
+        ahead.step(x_BD)
+        one_by_one.step(x_BD)
+        one_by_one.settle()
+        assert (ahead.steps_done, one_by_one.steps_done) == (step, step + 1)
+    state = copy.deepcopy(ahead.state_dict())
+    test_sae_step.assert_same(state, one_by_one.state_dict())
+    assert ahead.steps_done == 5 and state["dead_places"] == 128
+
+    # From its state training goes on with as many places, whatever the latents at hand would ask for.
+    resumed = test_sae_step.new_trainer(settings=settings, seed=5)
+    resumed.load_state_dict(state | {"dead_places": 256})
+    assert resumed.state_dict()["dead_places"] == 256
+    resumed.step(x[5])
+    assert resumed.state_dict()["dead_places"] == 128
+    resumed.load_state_dict({name: value for name, value in state.items() if name != "dead_places"})  # a CPU's
+    for x_BD in x[5:]:
+        resumed.step(x_BD)
+        ahead.step(x_BD)
+    test_sae_step.assert_same(resumed.state_dict(), ahead.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
+    straight, trainer = test_sae_step.new_trainer(), test_sae_step.new_trainer()
+    x = test_sae_step.batches(5)
+    bad = x[2].clone()
+    bad[3, 2] = bad[9, 0] = math.nan
+    for x_BD in (*x[:2], bad):
+        trainer.step(x_BD)
+    with pytest.raises(Diverged, match="step 2") as raised:
+        trainer.step(x[3])
+    assert (raised.value.rows, raised.value.behind, trainer.steps_done) == ((3, 9), 1, 2)
+    for x_BD in x:
+        straight.step(x_BD)
+    for x_BD in x[2:]:  # a good one in its place, and all goes on
+        trainer.step(x_BD)
+    test_sae_step.assert_same(trainer.state_dict(), straight.state_dict())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="reads the CPU's allocator")
+def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
+    monkeypatch.setitem(triton_pairs.TILE, torch.float32, {"ROWS": 256, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 2})
+    monkeypatch.setattr(triton_pairs, "SPARSE", 128)
+    settings = dataclasses.replace(test_sae_memory.SETTINGS, d=64, width=256, k=4, batch=128, screen="fp32")  # bf16 would be widened here
+    sae, x = test_sae_memory.new_sae(settings), test_sae_memory.batches(2, settings).unbind()
+    made = []
+
+    def run():
+        made.append(Trainer(sae, settings))
+        for x_BD in x:
+            made[0].step(x_BD)
+
+    measured = test_sae_memory.peak(test_sae_memory.allocations(run))
+    expected = footprint(settings, test_sae_memory.CORE, world=1, low_screen=False, fused=True)
+    expected.pop("weights"), expected.update(rows=expected["rows"] - settings.batch * settings.d * 4)  # there before
+    assert 0.8 * sum(expected.values()) < measured < 1.1 * sum(expected.values()), (measured, expected)
+
+
 def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_training, monkeypatch):
     settings = dataclasses.replace(test_sae_step.SETTINGS, k=12, screen="bf16", dead_window_tokens=32)
-    roomy = test_sae_step.new_trainer(settings=settings)
-    tight = test_sae_step.new_trainer(settings=settings)
+    roomy, tight = (test_sae_step.new_trainer(settings=settings) for _ in range(2))
     for trainer in (roomy, tight):
         with torch.no_grad():
             trainer.sae.b_enc[20:] = -5.0  # dead after two steps
+    launched = []
+    launch = device_step.launch_step
+    monkeypatch.setattr(device_step, "launch_step", lambda *arguments: launched.append(arguments[4]) or launch(*arguments))
     for step, x_BD in enumerate(test_sae_step.batches(3)):
         monkeypatch.setattr(device_gate, "PLACES", 4)
         roomy.step(x_BD)
+        launched.clear()
         monkeypatch.setattr(device_gate, "PLACES", 0)
-        tight.loss.ops.places, tight.loss.ops.dead_places = 20, (tight.silent_F, 0)
+        tight.loss.ops.places = 20
+        if step == 0:
+            tight._ahead.dead_places()  # counts them
+        tight._ahead._places[0] = 0
         tight.step(x_BD)
-        assert tight.loss.ops.places > 20 and tight.loss.ops.dead_places[1] == 128
+        # A step is seen, and found short, when the next is launched: both are launched again, as often as it takes.
+        assert launched == [0] if step == 0 else launched[:3] == [step, step - 1, step] and launched[-1] == step
         assert tight.adam.steps == step + 1
-    test_sae_step.assert_same(roomy.state_dict(), tight.state_dict())
+    tight.settle()
+    assert tight.loss.ops.places > 20 and tight._ahead.dead_places() == 128
+    test_sae_step.assert_same({**roomy.state_dict(), "dead_places": 128}, tight.state_dict())
