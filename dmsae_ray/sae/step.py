@@ -209,7 +209,9 @@ class Trainer:
         """Set b_dec from the whole first batch, in the batch's own order, so that every rank gets the same bits."""
         x_TD = all_rows(self.comm, x_BD, order_of(self.comm, token_index_B, x_BD.device))
         if not torch.isfinite(x_TD).all():
-            raise Diverged("the first batch holds values that are not finite")
+            error = Diverged("the first batch holds values that are not finite")
+            error.concerns(x_BD)
+            raise error
         self.sae.b_dec.copy_(geometric_median(x_TD))
 
     def limit(self) -> float:
