@@ -48,7 +48,7 @@ test-all: test-unit test-parallel test-browser
 	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
-	timeout 180 $(TEST) -n 2 tests/unit
+	timeout 180 $(TEST) -n 2 --dist worksteal tests/unit
 
 # The page of a sweep in a real, headless Chromium (apt-get install chromium, or CHROMIUM=/path/to/it); says NOT RUN without one.
 test-browser: $(READY)
