@@ -42,7 +42,7 @@ ui: $(READY)
 # `make test` runs all but the tests marked slow; pipeline and fault tests share one undisturbed sweep there, and each
 # target below makes its own. `make test-all` leaves nothing out.
 test: test-unit test-parallel test-browser
-	timeout 960 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
+	timeout 900 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
 
 test-all: test-unit test-parallel test-browser
 	$(TEST) --durations=12 tests/pipeline tests/faults

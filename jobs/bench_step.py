@@ -65,8 +65,8 @@ class Shape:
         return f"{self.d}/{self.width}/{self.batch}/{self.k}"
 
 
-def batches(shape: Shape, count: int = 4) -> list[torch.Tensor]:
-    """Mean squared norm 1; norms are log-normal, and one row in 500 is fifteen times as long."""
+def batches(shape: Shape, count: int = 4, outlier: float = 15) -> list[torch.Tensor]:
+    """Mean squared norm 1; norms are log-normal, and one row in 500 is `outlier` times as long."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(4 * shape.d, shape.d, generator=generator), dim=1)
     result = []
@@ -74,7 +74,7 @@ def batches(shape: Shape, count: int = 4) -> list[torch.Tensor]:
         on = torch.rand(shape.batch, 4 * shape.d, generator=generator) < 0.02
         x = (torch.rand(shape.batch, 4 * shape.d, generator=generator) * on) @ directions
         norms = torch.exp(0.3 * torch.randn(shape.batch, 1, generator=generator))
-        norms[torch.rand(shape.batch, 1, generator=generator) < 0.002] *= 15
+        norms[torch.rand(shape.batch, 1, generator=generator) < 0.002] *= outlier
         x = x * norms + 0.3 * directions[0]
         result.append(x / x.square().sum(dim=1).mean().sqrt())
     return result

@@ -37,9 +37,9 @@ class Run:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A user's environment: nothing that a test process or another cluster left behind."""
+    """A user's environment: nothing that a test process left behind, and a cluster of one's own, whatever else runs here."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "MLFLOW_", "DMSAE_"))}
-    return kept | {"PYTHONUNBUFFERED": "1"} | extra
+    return kept | {"PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"} | extra
 
 
 def command(output: Path, *args: str, module: str = "sweep") -> list[str]:

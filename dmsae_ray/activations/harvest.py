@@ -16,6 +16,7 @@ from dmsae_ray.activations.maker import ShardMaker, Target
 from dmsae_ray.activations.plan import ShardPlan, plan_shards
 from dmsae_ray.activations.shard import ShardEntry, ShardError, read_rows
 from dmsae_ray.activations.store import Store, StoreError
+from dmsae_ray.causes import causes
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.corpus.mixture import mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, prepare_tokens
@@ -194,11 +195,7 @@ class Harvest:
 
 def _own(error: BaseException) -> BaseException:
     """What an actor of ours raised, without Ray's wrapping; the error itself if it was none of ours."""
-    chain, cause = [], error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    for link in chain:
+    for link in causes(error):
         if isinstance(link, StoreError | ShardError | ValueError) and type(link).__module__.split(".")[0] != "ray":
             return type(link)(str(link)) if not hasattr(link, "cause") else ValueError(str(link.cause))
     return error

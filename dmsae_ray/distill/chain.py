@@ -25,6 +25,7 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.store import StoreError
 from dmsae_ray.activations.stream import MASK, Batches, Stream
+from dmsae_ray.causes import causes
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill import attribution as attribution_
 from dmsae_ray.distill.core import Core
@@ -438,12 +439,9 @@ def score_shards(sae, lm, batches, scale, settings, aggregator, ledger, rank: in
 
 def _cause(error: BaseException, kinds: tuple[type, ...]) -> Exception | None:
     """The first of these kinds in a chain of causes, also where Ray wrapped what a task of its own raised."""
-    chain, next_ = [], error
-    while next_ is not None and next_ not in chain:
-        chain.append(next_)
-        next_ = getattr(next_, "cause", None) or next_.__cause__ or next_.__context__
-    for link in chain:
+    links = causes(error, contexts=True)
+    for link in links:
         # A read task's error reaches us only as the text of its traceback.
         if found := re.search(r"^[\w.]*(ShardError|StoreError|Missing): (.+)$", str(link), re.MULTILINE):
             return (ShardError if found[1] == "ShardError" else StoreError)(found[2])
-    return next((link for link in chain if isinstance(link, kinds)), None)
+    return next((link for link in links if isinstance(link, kinds)), None)

@@ -105,19 +105,21 @@ def select_on_device(
     # Ties at the threshold, by token, then latent: each row is told how many of its own stay.
     tied_C = (free_C == threshold) & (threshold > 0)
     left = budget - (free_C > threshold).sum()
-    spare = n_rows  # where padding is counted
-    tied_B = torch.zeros(n_rows + 1, dtype=torch.int64, device=row_C.device).index_add_(0, row_C, tied_C.long())[:spare]
+    first_B1 = torch.searchsorted(row_C, torch.arange(n_rows + 1, dtype=torch.int32, device=row_C.device))  # padding is behind the last
+    tied_C1 = torch.cat([row_C.new_zeros(1, dtype=torch.int64), tied_C.cumsum(0)])
+    tied_B1 = tied_C1[first_B1]
+    tied_B = tied_B1.diff()
     order_B = slice(None) if token_index_B is None else token_index_B.to(row_C.device)
     by_token = torch.zeros_like(tied_B)
     by_token[order_B] = tied_B
     before = by_token.cumsum(0) - by_token
     stay_B = (left - before[order_B]).clamp(min=0)
-    first_B = tied_B.cumsum(0) - tied_B
-    place_C = tied_C.cumsum(0) - 1 - first_B[row_C.clamp(max=n_rows - 1)]
-    dropped_C = tied_C & (place_C >= stay_B[row_C.clamp(max=n_rows - 1)])
+    of_C = row_C.clamp(max=n_rows - 1)
+    place_C = tied_C1[:-1] - tied_B1[of_C]
+    dropped_C = tied_C & (place_C >= stay_B[of_C])
 
     kept_C = positive_C & ((value_C >= threshold) | core_C) & ~dropped_C
-    places = kept_places(settings, n_rows, n_exempt)
+    places = min(kept_places(settings, n_rows, n_exempt), len(row_C))
     # Kept pairs move to the front; all others go to one place behind the last, which is cut off.
     to_C = torch.where(kept_C, kept_C.cumsum(0) - 1, places)
     ends = row_C.new_full((places + 1,), n_rows), latent_C.new_full((places + 1,), settings.width), value_C.new_zeros(places + 1)

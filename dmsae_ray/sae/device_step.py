@@ -109,7 +109,8 @@ class Steps:
 
     def launch(self, x_BD: Tensor, token_index_B: Tensor | None) -> None:
         self._begin()
-        self._launch(x_BD, token_index_B, self._places.popleft())
+        self._launch(x_BD, token_index_B, self._places[0])
+        self._places.popleft()
 
     @property
     def in_flight(self) -> int:

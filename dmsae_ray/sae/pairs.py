@@ -224,7 +224,7 @@ class TorchPairs:
         z_BK.nan_to_num_(nan=0.0, posinf=torch.inf).clamp_min_(0)
         if most >= z_BK.shape[1]:
             return
-        least_B1 = z_BK.topk(most, dim=1).values[:, -1:]
+        least_B1 = z_BK.topk(most, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
         tied_BK = z_BK == least_B1
         left_B1 = most - (z_BK > least_B1).sum(dim=1, keepdim=True)
         z_BK.masked_fill_((z_BK < least_B1) | (tied_BK & (tied_BK.cumsum(dim=1) > left_B1)), 0)
@@ -421,8 +421,12 @@ def pairs_on(device: torch.device | str, kernels: str = "auto", dtype: torch.dty
     """The operations for tensors on this device: C kernels on CPUs, Triton's on CUDA devices (float32 only), else plain torch.
 
     kernels: `auto` (a warning says so where plain torch has to do), `compiled` (raises native.NotBuilt where impossible), `torch`.
+    Raises ValueError for a CUDA device that is not the current one, where kernels would be started.
     """
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
+    if kind == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise ValueError(f"the SAE is on {device}, the current device is cuda:{torch.cuda.current_device()}: call torch.cuda.set_device first")
     if kernels == "torch" or (kernels == "auto" and kind not in ("cpu", "cuda")):
         return TorchPairs()
     try:

@@ -148,7 +148,8 @@ class Trainer:
         """Train on one batch. x_BD: this rank's rows, divided by the dataset's scale, an equal share of the global batch.
 
         token_index_B: place of each row in the global batch (int64; by default ranks follow one another); with it the result
-        does not depend on which rank holds which row. log: return the step's figures (on all ranks alike, since they are
+        does not depend on which rank holds which row. On a CUDA device neither may be overwritten before the next call has
+        returned. log: return the step's figures (on all ranks alike, since they are
         summed over ranks); this changes no state. Raises `Diverged`, or ValueError if the batch does not fit the settings.
         """
         settings, sae = self.settings, self.sae

@@ -25,8 +25,8 @@ TILE = {
 SPARSE = 512
 """Most columns of one program that adds up rows."""
 
-AHEAD = 4
-"""Rows that such a program asks memory for at a time."""
+LONG, SHORT = 16, 4
+"""Rows that such a program asks memory for at a time, while there are so many, and after that."""
 
 SAMPLED = {"PAIRS": 16, "BLOCK": 128, "num_warps": 4}
 """Pairs of one program that computes values. BLOCK is part of the definition of a value on this device."""
@@ -212,7 +212,7 @@ class TritonPairs(TorchPairs):
         squares = torch.empty(n_rows, triton.cdiv(d, block), dtype=torch.float64, device=x_BD.device)
         launch(
             triton_sparse.decode, squares.shape, x_BD.contiguous(), b_dec_D, W_dec_FD, bag_start, pairs.latent_N, pairs.value_N, S_BGD,
-            squares, d, G=n_groups, BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
+            squares, d, G=n_groups, BLOCK=block, LONG=LONG, SHORT=SHORT, num_warps=_sparse_warps(block),
         )  # fmt: skip
         return self._sampled(S_BGD.view(-1, d), W_dec_FD, None, bag_N, pairs.latent_N), squares.sum(dim=1)
 
@@ -224,7 +224,7 @@ class TritonPairs(TorchPairs):
         launch(
             triton_sparse.weight_gradients, (width, triton.cdiv(d, block)), S_BGD, centred_BD, start_F1, order_N, pairs.row_N,
             pairs.value_N, gradient_N, self._group_ends(group_ends, S_BGD.device), W_enc, b_enc, W_dec, scale, n_frozen, d,
-            G=S_BGD.shape[1], ADD=add, BLOCK=block, UNROLL=AHEAD, num_warps=_sparse_warps(block),
+            G=S_BGD.shape[1], ADD=add, BLOCK=block, LONG=LONG, SHORT=SHORT, num_warps=_sparse_warps(block),
         )  # fmt: skip
 
     def gradient_squares(self, gradient_ND, W_ND) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,9 @@
 
 Pairs are sorted by row, then latent; a list may end in padding, whose row is the number of rows. All matrices are contiguous,
 float32; d is a row's length. `pairs.TorchPairs` says what each kernel computes.
+
+One program adds up all rows of a bag, however many: a row of large norm has thousands of pairs, a latent that is always on has a pair
+with every row. So it asks memory for LONG rows at a time while there are so many, then for SHORT ones; the order of sums is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ def sampled(
         wanted = wanted & ~(near + reach < tl.where(j < n_exempt, 0.0, tl.load(bound)))
     left, right = a + r.to(tl.int64)[:, None] * d, W + j.to(tl.int64)[:, None] * d
     sums = tl.zeros([PAIRS, BLOCK], tl.float32)
-    for start in range(0, d, BLOCK):
+    end = d * tl.max(wanted.to(tl.int32), axis=0)
+    for start in range(0, end, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = wanted[:, None] & (column < d)
         sums += tl.load(left + column, mask=inside, other=0.0) * tl.load(right + column, mask=inside, other=0.0)
@@ -45,8 +49,20 @@ def sampled(
 
 
 @triton.jit
+def _add_rows(total, W_dec, latent, value, i, last, d, at, N: tl.constexpr):
+    """total + value * W_dec[latent] of pairs i, i + 1, ..., N of them, before `last`."""
+    for n in tl.static_range(N):
+        there = i + n < last
+        j = tl.load(latent + i + n, mask=there, other=0).to(tl.int64)
+        factor = tl.load(value + i + n, mask=there, other=0.0)
+        total += factor * tl.load(W_dec + j * d + at, mask=at < tl.where(there, d, 0), other=0.0)
+    return total
+
+
+@triton.jit
 def decode(
-    x, b_dec, W_dec, bag_start, latent, value, S, squares, d, G: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    x, b_dec, W_dec, bag_start, latent, value, S, squares, d, G: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
+    SHORT: tl.constexpr,
 ):  # fmt: skip
     """S[row, g] = sum over h >= g of row's error with prefix h, and `squares` of the errors by row and block of columns.
 
@@ -60,12 +76,11 @@ def decode(
     first = tl.load(bag_start + row * G)
     for g in range(G):
         last = tl.load(bag_start + row * G + g + 1)
-        for i in range(first, last, UNROLL):
-            for n in tl.static_range(UNROLL):
-                there = i + n < last
-                j = tl.load(latent + i + n, mask=there, other=0).to(tl.int64)
-                factor = tl.load(value + i + n, mask=there, other=0.0)
-                error += factor * tl.load(W_dec + j * d + at, mask=at < tl.where(there, d, 0), other=0.0)
+        whole = first + (last - first) // LONG * LONG
+        for i in range(first, whole, LONG):
+            error = _add_rows(error, W_dec, latent, value, i, whole, d, at, LONG)
+        for i in range(whole, last, SHORT):
+            error = _add_rows(error, W_dec, latent, value, i, last, d, at, SHORT)
         tl.store(S + (row * G + g) * d + at, error, mask=inside)
         total += error.to(tl.float64) * error.to(tl.float64)
         first = last
@@ -78,9 +93,27 @@ def decode(
 
 
 @triton.jit
+def _add_pairs(
+    decoder, encoder, bias, S, centred, order, row, value, gradient, scale, group, i, last, d, columns, at, G: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """The three sums of one latent's gradients with its pairs i, i + 1, ..., N of them, before `last`."""
+    for n in tl.static_range(N):
+        there = i + n < last
+        pair = tl.load(order + i + n, mask=there, other=0)
+        r = tl.load(row + pair, mask=there, other=0).to(tl.int64)
+        by_value = scale * tl.load(value + pair, mask=there, other=0.0)
+        by_gradient = scale * tl.load(gradient + pair, mask=there, other=0.0)
+        decoder += by_value * tl.load(S + (r * G + group) * d + at, mask=at < tl.where(there, d, 0), other=0.0)
+        encoder += by_gradient * tl.load(centred + r * d + at, mask=at < tl.where(there, columns, 0), other=0.0)
+        bias += by_gradient
+    return decoder, encoder, bias
+
+
+@triton.jit
 def weight_gradients(
     S, centred, start, order, row, value, gradient, group_end, W_enc, b_enc, W_dec, scale, n_frozen, d,
-    G: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    G: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one latent, BLOCK columns of them: scale * sums over its pairs, which are order[start[latent]], ...
 
@@ -95,16 +128,15 @@ def weight_gradients(
     columns = tl.where(j >= n_frozen, d, 0)  # of the encoder's gradient
     decoder, encoder, bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), 0.0
     first, last = tl.load(start + j), tl.load(start + j + 1)
-    for i in range(first, last, UNROLL):
-        for n in tl.static_range(UNROLL):
-            there = i + n < last
-            pair = tl.load(order + i + n, mask=there, other=0)
-            r = tl.load(row + pair, mask=there, other=0).to(tl.int64)
-            by_value = scale * tl.load(value + pair, mask=there, other=0.0)
-            by_gradient = scale * tl.load(gradient + pair, mask=there, other=0.0)
-            decoder += by_value * tl.load(S + (r * G + group) * d + at, mask=at < tl.where(there, d, 0), other=0.0)
-            encoder += by_gradient * tl.load(centred + r * d + at, mask=at < tl.where(there, columns, 0), other=0.0)
-            bias += by_gradient
+    whole = first + (last - first) // LONG * LONG
+    for i in range(first, whole, LONG):
+        decoder, encoder, bias = _add_pairs(
+            decoder, encoder, bias, S, centred, order, row, value, gradient, scale, group, i, whole, d, columns, at, G, LONG
+        )  # fmt: skip
+    for i in range(whole, last, SHORT):
+        decoder, encoder, bias = _add_pairs(
+            decoder, encoder, bias, S, centred, order, row, value, gradient, scale, group, i, last, d, columns, at, G, SHORT
+        )  # fmt: skip
     if ADD:
         decoder += tl.load(W_dec + j * d + at, mask=inside, other=0.0)
         encoder += tl.load(W_enc + (j - n_frozen) * d + at, mask=at < columns, other=0.0)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,40 +120,6 @@ def frozen(process: psutil.Process) -> Iterator[None]:
             process.resume()
         except psutil.NoSuchProcess:
             pass
-
-
-@contextmanager
-def ray_head(cpus: int) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
-    """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's environment.
-
-    It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is ended by
-    process id: `ray stop` ends every Ray process of the machine.
-    """
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets in it have names of at most 107 bytes
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
-             "--include-dashboard=false", f"--temp-dir={folder}"]  # fmt: skip
-    log = Path(folder) / "head.log"
-    with open(log, "w") as file:
-        head = psutil.Popen(start, env=environment(**env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        end = time.monotonic() + 90
-        while "Ray runtime started" not in log.read_text():
-            assert head.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
-        yield f"127.0.0.1:{port}", psutil.Process(head.pid), env
-    finally:
-        processes = [*head.children(recursive=True), head]
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
-        psutil.wait_procs(processes, timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporaries(output: Path) -> list[str]:

@@ -28,7 +28,7 @@ def cluster():
             patch.setenv(name, value)
         here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
         # One CPU for each stream's consumer and one for all that read, as a sweep leaves it to Ray Data.
-        ray.init(num_cpus=STREAMS + 1, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False, runtime_env=here)
+        ray.init(address="local", num_cpus=STREAMS + 1, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False, runtime_env=here)
         yield
         ray.shutdown()
 

@@ -39,7 +39,7 @@ def cluster():
         patch.setenv("RAY_AUTH_MODE", "disabled")
         # Workers import the loop below from this file, and the package from this checkout.
         here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
-        ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here)
+        ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here)
         yield
         ray.shutdown()
 
@@ -95,7 +95,9 @@ def attribute_with(sweep, out: Path, settings: ScoreSettings, workers: int, trou
     return ray.get(aggregator.select.remote(tuple(ledger))), counts
 
 
-@pytest.mark.parametrize("settings", [ScoreSettings(), ScoreSettings("quantile", until_jaccard=0.95)], ids=["mean_abs", "quantile-in-stages"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(ScoreSettings(), id="mean_abs", marks=pytest.mark.slow),
+                 pytest.param(ScoreSettings("quantile", until_jaccard=0.95), id="quantile-in-stages")])  # fmt: skip
 def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_and_a_dead_actor(cluster, small_sweep, tmp_path, settings):
     alone, _ = attribute_with(small_sweep, tmp_path / "one", settings, 1, trouble=False)
     shared, counts = attribute_with(small_sweep, tmp_path / "three", settings, 3, trouble=True)
@@ -249,12 +251,14 @@ def wait_for_tasks(wanted) -> list:
     return found
 
 
-@pytest.mark.parametrize("train", [{"parallel": "ddp"}, {"parallel": "gather"}, {"parallel": "latent", "micro_batch": 100}],
-                         ids=["ddp", "gather", "latent"])  # fmt: skip
+@pytest.mark.parametrize(
+    "train", [pytest.param({"parallel": "ddp"}, id="ddp"), pytest.param({"parallel": "gather"}, id="gather", marks=pytest.mark.slow),
+              pytest.param({"parallel": "latent", "micro_batch": 100}, id="latent")])  # fmt: skip
 def test_two_workers_train_and_attribute_together(cluster, small_sweep, tmp_path, train):
-    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=2, workers=2, **train)
+    cycles = 2 if train["parallel"] == "latent" else 1  # a core is dealt over workers there
+    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=cycles, workers=2, **train)
     records = plan.folder.records()
-    assert len(records) == 2, plan.folder.failure()
+    assert len(records) == cycles, plan.folder.failure()
     assert (records[0]["parallel"], records[0]["micro_batch"]) == (train["parallel"], train.get("micro_batch"))
     cycle = small_sweep.chains()["seed0-k8"] / "cycle_00"
     alone = json.loads((cycle / "record.json").read_text())

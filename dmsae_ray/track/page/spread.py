@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmsae_ray.compare.interval import COVERAGE, RESAMPLES, SEEDS_FOR_INTERVAL
+from dmsae_ray.compare import interval
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,9 @@ def over_seeds(values: Iterable[tuple[int, float | None]]) -> Spread | None:
         return None
     means_S = np.array([np.mean(by_seed[seed]) for seed in sorted(by_seed)])
     mean, seeds, chains = float(means_S.mean()), len(means_S), sum(map(len, by_seed.values()))
-    if seeds < SEEDS_FOR_INTERVAL:
+    if seeds < interval.SEEDS_FOR_INTERVAL:
         kind = "one seed" if seeds == 1 else "range"
         return Spread(mean, float(means_S.min()), float(means_S.max()), kind, seeds, chains)
-    # The generator starts anew for every number: a page of the same folder is the same page.
-    times_RS = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(times_RS @ means_S / seeds, [tail, 1 - tail])
-    return Spread(mean, float(low), float(high), f"{COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)
+    # The same draws for every number: a page of the same folder is the same page.
+    low, high = interval.over_seeds(means_S, range(seeds), range(seeds), seed=0)
+    return Spread(mean, low, high, f"{interval.COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)

@@ -1,0 +1,60 @@
+"""A Ray head that tests start and end without touching any other on the machine."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from conftest import environment
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def without(env: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in env.items() if key != name}
+
+
+@contextmanager
+def ray_head(cpus: int, dashboard: int | None = None) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
+    """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's environment.
+
+    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none.
+
+    It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is ended by
+    process id: `ray stop` ends every Ray process of the machine.
+    """
+    folder, port = tempfile.mkdtemp(prefix="ray-"), free_port()  # short: sockets in it have names of at most 107 bytes
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
+             *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]), f"--temp-dir={folder}"]  # fmt: skip
+    log = Path(folder) / "head.log"
+    with open(log, "w") as file:
+        head = psutil.Popen(start, env=without(environment(**env), "RAY_ADDRESS"), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert head.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}", psutil.Process(head.pid), env
+    finally:
+        processes = [*head.children(recursive=True), head]
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(processes, timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
