@@ -28,10 +28,10 @@ def without(env: dict[str, str], name: str) -> dict[str, str]:
 
 
 @contextmanager
-def ray_head(cpus: int, dashboard: int | None = None) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
+def ray_head(cpus: int, dashboard: int | None = None, **variables: str) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
     """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's environment.
 
-    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none.
+    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none. variables: of its environment.
 
     It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is ended by
     process id: `ray stop` ends every Ray process of the machine.
@@ -42,7 +42,7 @@ def ray_head(cpus: int, dashboard: int | None = None) -> Iterator[tuple[str, psu
              *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]), f"--temp-dir={folder}"]  # fmt: skip
     log = Path(folder) / "head.log"
     with open(log, "w") as file:
-        head = psutil.Popen(start, env=without(environment(**env), "RAY_ADDRESS"), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        head = psutil.Popen(start, env=without(environment(**env, **variables), "RAY_ADDRESS"), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         end = time.monotonic() + 90
         while "Ray runtime started" not in log.read_text():

@@ -17,9 +17,9 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def head():
     """A Ray head with two logical CPUs that asks for a token; gives its dashboard port and a client's environment."""
-    port = free_port()
-    with ray_head(cpus=2, dashboard=port) as (address, _, env):
-        yield port, environment(**env, RAY_ADDRESS=address, PATH=f"{BIN}:/usr/bin:/bin")
+    port, path = free_port(), f"{BIN}:/usr/bin:/bin"
+    with ray_head(cpus=2, dashboard=port, PATH=path) as (address, _, env):
+        yield port, environment(**env, RAY_ADDRESS=address, PATH=path)
 
 
 def test_a_submitted_job_gives_the_same_cores_in_a_lasting_folder(head, small_sweep, tmp_path):
