@@ -41,10 +41,12 @@ ui: $(READY)
 
 # `make test` runs all but the tests marked slow; pipeline and fault tests share one undisturbed sweep there, and each
 # target below makes its own. `make test-all` leaves nothing out.
-test: test-unit test-parallel test-browser
+test: test-unit test-browser
+	timeout 120 $(TEST) tests/parallel
 	timeout 900 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
 
-test-all: test-unit test-parallel test-browser
+test-all: test-unit test-browser
+	$(TEST) tests/parallel
 	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
@@ -54,9 +56,11 @@ test-unit: $(READY)
 test-browser: $(READY)
 	timeout 180 $(TEST) tests/browser
 
-# Several processes over gloo, without Ray: what must not depend on their number.
+# Several processes over gloo, without Ray, and chains in lockstep: what must not depend on their number. `make test` leaves
+# out the longest one of lockstep.
 test-parallel: $(READY)
 	timeout 120 $(TEST) tests/parallel
+	timeout 480 $(TEST) tests/pipeline/test_lockstep.py
 
 test-pipeline: $(READY)
 	timeout 900 $(TEST) tests/pipeline

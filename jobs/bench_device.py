@@ -4,7 +4,7 @@ The step cannot be faster than the bf16 encoder product alone, nor than moving w
 is written and read once, the number itself and both of Adam's means are read and written once, and the encoder's bf16 copy is read
 and written once. The bandwidth for the latter is that of copying 1 GiB on the same device. The larger of the two is the roofline.
 
-Other systems run under bf16 autocast, the fastest way that their training loops offer. Every row is measured alone, after a warm-up,
+Other systems run under bf16 autocast, which their training loops offer. Every row is measured alone, after a warm-up,
 as blocks of steps from an idle device to an idle device. Outlier rows are OUTLIER times as long as the others, not fifteen times as in
 the CPU's shapes: at this width a few such rows would take most of a batch's pairs. The profile names the kernels that take most of the
 device's time, how long the device had nothing to do, and every call that made the host wait.

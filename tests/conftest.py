@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,12 @@ def environment(**extra: str) -> dict[str, str]:
     """A user's environment: nothing that a test process left behind, and a cluster of one's own, whatever else runs here."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "MLFLOW_", "DMSAE_"))}
     return kept | {"PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"} | extra
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def command(output: Path, *args: str, module: str = "sweep") -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,17 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from conftest import environment
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def without(env: dict[str, str], name: str) -> dict[str, str]:
-    return {key: value for key, value in env.items() if key != name}
+from conftest import environment, free_port
 
 
 @contextmanager
@@ -40,9 +29,11 @@ def ray_head(cpus: int, dashboard: int | None = None, **variables: str) -> Itera
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
              *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]), f"--temp-dir={folder}"]  # fmt: skip
+    of_head = environment(**env, **variables)
+    del of_head["RAY_ADDRESS"]  # it starts what others are to find
     log = Path(folder) / "head.log"
     with open(log, "w") as file:
-        head = psutil.Popen(start, env=without(environment(**env, **variables), "RAY_ADDRESS"), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        head = psutil.Popen(start, env=of_head, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         end = time.monotonic() + 90
         while "Ray runtime started" not in log.read_text():

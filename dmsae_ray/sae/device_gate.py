@@ -47,7 +47,7 @@ def gate_and_wait(
         candidates, retries, wrong, short = map(int, counts)
         if not short:
             break
-        ops.places = candidates * 5 // 4
+        ops.make_room(candidates)
     check_margins(wrong)
     start_B1, *lists = kept.pairs
     return Kept(Pairs(start_B1, *(part[: int(n)] for part in lists)), smallest, bound, candidates, retries)

@@ -157,7 +157,7 @@ class Steps:
                 self._places.extendleft(each.dead_places for each in reversed(undone))
                 self._raise(seen, flight, behind=len(undone) - 1)
             if seen.short:
-                trainer.loss.ops.places = max(trainer.loss.ops.places, seen.candidates * 5 // 4)
+                trainer.loss.ops.make_room(seen.candidates)
             self._launch(flight.x_BD, flight.token_index_B, max(flight.dead_places, _rounded_up(seen.n_dead)))
             for later in undone[1:]:
                 self._launch(later.x_BD, later.token_index_B, later.dead_places)

@@ -149,8 +149,8 @@ class Trainer:
 
         token_index_B: place of each row in the global batch (int64; by default ranks follow one another); with it the result
         does not depend on which rank holds which row. On a CUDA device neither may be overwritten before the next call has
-        returned. log: return the step's figures (on all ranks alike, since they are
-        summed over ranks); this changes no state. Raises `Diverged`, or ValueError if the batch does not fit the settings.
+        returned. log: return the step's figures (on all ranks alike, since they are summed over ranks); this changes no state.
+        Raises `Diverged`, or ValueError if the batch does not fit the settings.
         """
         settings, sae = self.settings, self.sae
         expected = (settings.batch // self.comm.world, settings.d)
@@ -158,20 +158,18 @@ class Trainer:
             raise ValueError(
                 f"a batch must be {sae.b_dec.dtype} of shape {expected}, got {x_BD.dtype} of shape {tuple(x_BD.shape)}"
             )
-        if self._ahead is not None:
-            if self.steps_done == self._ahead.in_flight == 0:
-                self._start(x_BD, token_index_B)
-            self._ahead.launch(x_BD, token_index_B)
-            seen = self._see(0 if log else self._ahead.LATE)
-        else:
+        if self.steps_done == 0 and (self._ahead is None or self._ahead.in_flight == 0):
+            self._start(x_BD, token_index_B)
+        if self._ahead is None:
             try:
-                if self.steps_done == 0:
-                    self._start(x_BD, token_index_B)
                 seen = self._advance(x_BD, token_index_B)
             except Diverged as error:
                 error.concerns(x_BD)
                 raise
             self._commit(*seen)
+        else:
+            self._ahead.launch(x_BD, token_index_B)
+            seen = self._see(0 if log else self._ahead.LATE)
         return self._report(*seen) if log else None
 
     def settle(self) -> None:

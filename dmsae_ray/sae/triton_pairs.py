@@ -62,8 +62,12 @@ class TritonPairs(TorchPairs):
 
     def __init__(self) -> None:
         self.places = 0
-        """for candidates; raised by whoever finds that they were too few"""
+        """for candidates"""
         self._ends: dict[tuple, Tensor] = {}
+
+    def make_room(self, candidates: int) -> None:
+        """There were so many, and too few places: the next time there are enough."""
+        self.places = max(self.places, candidates * 5 // 4)
 
     def round(self, rows_ND: Tensor, low: bool) -> Rounded:
         return self._prepare(rows_ND, None, None, low)
@@ -93,7 +97,7 @@ class TritonPairs(TorchPairs):
             n = int(count)
             if n <= places:
                 return Candidates(*(part[:n] for part in found))
-            self.places = n * 5 // 4
+            self.make_room(n)
 
     def append(
         self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, cut: Tensor, n_exempt: int,

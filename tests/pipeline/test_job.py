@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, core_bytes, environment
-from ray_head import free_port, ray_head
+from conftest import command, core_bytes, environment, free_port
+from ray_head import ray_head
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

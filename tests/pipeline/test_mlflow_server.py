@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from urllib.error import URLError
 import mlflow
 import pytest
 from chromium import launched
-from conftest import environment, results, run_command
+from conftest import environment, free_port, results, run_command
 from playwright.sync_api import expect
 
 
@@ -23,9 +22,7 @@ class Server:
     """`mlflow server` on a database of its own."""
 
     def __init__(self, folder: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = open(folder / "server.log", "w")
         # Started by its own Python and in a group of its own: its workers end with it.
