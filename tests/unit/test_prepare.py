@@ -226,7 +226,7 @@ def say(line):
 prepare.prepare_tokens(CorpusConfig.model_validate_json(sys.argv[1]), load_tokenizer("tiny"), 32, 0, Path(sys.argv[2]), say)
 """
     killed, calm = tmp_path / "killed", tmp_path / "calm"
-    done = subprocess.run([sys.executable, "-c", code, mixture.model_dump_json(), str(killed)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, mixture.model_dump_json(), str(killed)], timeout=600)
     assert done.returncode == -signal.SIGKILL
     left = {path.name for path in killed.iterdir()}
     assert len(left) == 3 and all(".tmp-" in name for name in left)
