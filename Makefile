@@ -13,7 +13,7 @@ TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
-	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
+	@echo "make test              all tests in a short form; make test-all adds the slow ones"
 	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                open MLflow on the quickstart's results"
@@ -47,12 +47,13 @@ test: test-unit test-browser
 	timeout 900 $(TEST) tests/parallel
 	timeout 3600 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
 
-test-all: test-unit test-browser
+test-all: test-browser
+	$(TEST) -n 2 --dist worksteal tests/unit
 	$(TEST) tests/parallel
 	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
-	timeout 1200 $(TEST) -n 2 --dist worksteal tests/unit
+	timeout 1200 $(TEST) -n 2 --dist worksteal -m "not slow" tests/unit
 
 # The page of a sweep in a real, headless Chromium (apt-get install chromium, or CHROMIUM=/path/to/it); says NOT RUN without one.
 test-browser: $(READY)
