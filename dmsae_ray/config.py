@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, tracking_uri
+from dmsae_ray.secret_url import SecretUrl, scrub
 
 CHAIN_FORMAT = 4
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
@@ -32,10 +33,10 @@ class Section(BaseModel):
 Share = Annotated[float, Field(gt=0, lt=1)]
 # Places are absolute as soon as a configuration is made: workers have another working folder, home and environment.
 Place = Annotated[Path, BeforeValidator(absolute)]
-FolderOrUrl = Annotated[str, BeforeValidator(folder_or_url)]
-Source = Annotated[str, BeforeValidator(lambda value: file_or_hub(value, "embedded"))]
+FolderOrUrl = Annotated[SecretUrl, BeforeValidator(folder_or_url)]
+Source = Annotated[SecretUrl, BeforeValidator(lambda value: file_or_hub(value, "embedded"))]
 ModelName = Annotated[str, BeforeValidator(lambda value: file_or_hub(value, "tiny"))]
-TrackingUri = Annotated[str, BeforeValidator(tracking_uri)]
+TrackingUri = Annotated[SecretUrl, BeforeValidator(tracking_uri)]
 
 
 class CorpusPart(Section):
@@ -54,7 +55,7 @@ class CorpusPart(Section):
 class CorpusConfig(Section):
     """Where the text comes from, how it is split and how it is cut into sequences."""
 
-    source: Source = "embedded"
+    source: Source = SecretUrl("embedded")
     """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
     text_field: str = "text"
     """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
@@ -597,7 +598,8 @@ class Config(BaseSettings):
 
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""
-        arm, tree = self.study.arms[name], Config.section_dict(self)
+        arm = self.study.arms[name]
+        tree = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in self.sections().items()}
         tree["study"] = {}
         for field, value in arm.fields.items():
             section, _, rest = field.partition(".")
@@ -613,8 +615,12 @@ class Config(BaseSettings):
         assert self.output is not None, "every configuration has one from its beginning"
         return self.output
 
+    def sections(self) -> dict[str, Any]:
+        """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs included."""
+        return {name: getattr(self, name) for name in Config.model_fields}
+
     def section_dict(self) -> dict[str, Any]:
-        """The experiment as plain JSON types (command flags excluded)."""
+        """The experiment as plain JSON types, as it is kept and logged (command flags excluded): secrets of URLs are masked."""
         return {name: json.loads(_dump_json(getattr(self, name))) for name in Config.model_fields}
 
     def data_seed_of(self, seed: int) -> int:
@@ -685,4 +691,4 @@ def problem_lines(error: ValidationError) -> list[str]:
             lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).splitlines()]
         else:
             lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
-    return lines
+    return [scrub(line) for line in lines]

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dmsae_ray.secret_url import MASK, SecretUrl, masked
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 """`name`, `owner/name` or, for a data set, `owner/name:configuration`."""
 SERVERS = ("databricks", "uc", "databricks-uc")
@@ -29,6 +31,12 @@ def not_empty(value: Any) -> Any:
     return value
 
 
+def _path(value: Any) -> str | None:
+    """The text of a name that may be a path; None for whatever is none, such as a URL that holds a secret. Raises ValueError if empty."""
+    text = str(value) if isinstance(value, SecretUrl) else not_empty(value)
+    return text if isinstance(text, str) and MASK not in masked(text) else None
+
+
 def absolute(value: Any) -> Any:
     """A path, `~` and the working folder written out. Raises ValueError if it is empty or names a user who is not there."""
     if not isinstance(not_empty(value), str | Path):
@@ -41,9 +49,10 @@ def absolute(value: Any) -> Any:
 
 def folder_or_url(value: Any) -> Any:
     """A folder, absolute; a URL stays as it is."""
-    if not isinstance(not_empty(value), str) or ("://" in value and not value.startswith("file://")):
+    text = _path(value)
+    if text is None or ("://" in text and not text.startswith("file://")):
         return value
-    return str(absolute(value.removeprefix("file://")))
+    return str(absolute(text.removeprefix("file://")))
 
 
 def file_or_hub(value: Any, shipped: str) -> Any:
@@ -52,29 +61,31 @@ def file_or_hub(value: Any, shipped: str) -> Any:
     Something on this machine comes before the hub. Decided here, where the name was given: another process may have a folder of that
     name in its own working folder. A pattern of files stays one, whatever characters the working folder's own name has.
     """
-    if not isinstance(not_empty(value), str) or value == shipped or "://" in value:
+    text = _path(value)
+    if text is None or text == shipped or "://" in text:
         return value
-    path = absolute(value)
+    path = absolute(text)
     if os.path.exists(path):
         return str(path)
-    if has_form_of_hub_id(value):
+    if has_form_of_hub_id(text):
         return value
-    if glob.has_magic(value):
-        user, slash, rest = value.partition("/")
-        start, rest = (Path(user).expanduser(), rest) if slash and user.startswith("~") else (Path.cwd(), value)
+    if glob.has_magic(text):
+        user, slash, rest = text.partition("/")
+        start, rest = (Path(user).expanduser(), rest) if slash and user.startswith("~") else (Path.cwd(), text)
         return str(Path(glob.escape(str(start))) / rest)
     return str(path)
 
 
 def tracking_uri(value: Any) -> Any:
     """An MLflow tracking URI whose database or folder, if it has one, is absolute."""
-    if not isinstance(not_empty(value), str) or value in SERVERS:
+    text = _path(value)
+    if text is None or text in SERVERS:
         return value
-    if found := re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:?][^?]*)(\?.*)?", value):
+    if found := re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:?][^?]*)(\?.*)?", text):
         return found[1] + str(absolute(found[2])) + (found[3] or "")
-    if found := re.fullmatch(r"file:(?://)?([^/].*)", value):
+    if found := re.fullmatch(r"file:(?://)?([^/].*)", text):
         return absolute(found[1]).as_uri()
-    return value if re.match(r"[a-z][a-z0-9+.-]*:", value) else str(absolute(value))
+    return value if re.match(r"[a-z][a-z0-9+.-]*:", text) else str(absolute(text))
 
 
 def default_output(name: str) -> Path:

@@ -17,7 +17,6 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
-from dmsae_ray.activations.store import NAME_AND_PASSWORD
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
-    config, verbose = Config(**command.section_dict()), command.verbose
+    config, verbose = Config(**command.sections()), command.verbose
     preflight(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
@@ -117,7 +116,7 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
                 # Without `output`: read from here the file means the folder in which it lies, wherever that has been moved to.
-                tree = {name: section for name, section in shown(self.config).items() if name != "output"}
+                tree = {name: section for name, section in self.config.section_dict().items() if name != "output"}
                 temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
@@ -221,9 +220,9 @@ class Sweep:
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
-            shown(self.config), [
+            self.config.section_dict(), [
                 TrackedChain(
-                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, shown(plan.config)
+                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, plan.config.section_dict()
                 ) for plan in plans
             ],
         )  # fmt: skip
@@ -244,15 +243,6 @@ def listed(plan: ChainPlan) -> dict:
     return {
         "label": plan.label, "key": plan.key, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycles": plan.cycles,
     }  # fmt: skip
-
-
-def shown(config: Config) -> dict:
-    """The configuration as it is kept and logged: without names and passwords that a URL may carry."""
-    tree = config.section_dict()
-    for field in ("store", "dataset"):
-        if tree["harvest"][field]:
-            tree["harvest"][field] = NAME_AND_PASSWORD.sub("//", tree["harvest"][field])
-    return tree
 
 
 class Every:

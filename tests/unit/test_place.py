@@ -20,7 +20,8 @@ from dmsae_ray.corpus.documents import is_hub, local_files
 from dmsae_ray.lm.source import local_folder
 for plan in pickle.load(sys.stdin.buffer):
     c = plan.config
-    sources = [part.source if is_hub(part.source) else [str(path) for path in local_files(part.source)] for part in c.corpus.parts]
+    sources = [part.source.reveal() for part in c.corpus.parts]
+    sources = [source if is_hub(source) else [str(path) for path in local_files(source)] for source in sources]
     print(c.home, plan.folder.path, plan.references, local_folder(c.model.name), sources, c.harvest.store, c.harvest.dataset, c.sae.core, c.track.uri)
 """
 
