@@ -18,6 +18,7 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.config import Config
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.files import write_json
+from dmsae_ray.ownership import ours_in
 from dmsae_ray.study.comparison import compare_chains
 from dmsae_ray.study.consensus import write_consensus
 from dmsae_ray.study.describe import describe
@@ -84,7 +85,7 @@ def write_results(
     if fresh:
         for name in ("comparison.json", "consensus.json", "features.json"):
             (folder / name).unlink(missing_ok=True)
-        for pair in (config.home / "pairs").glob("*.json"):
+        for pair in ours_in(config.home, "pairs"):
             pair.unlink()
     parts = Parts(folder, say)
     make = parts.make
