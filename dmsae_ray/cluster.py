@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmsae_ray.config import Config
+from dmsae_ray.stop import keeping_signals
 
 DATA_CPUS = 1
 DRIVER_CPUS = 0.01
@@ -55,6 +56,7 @@ def busy_chains(config: Config) -> int:
     return max(1, available_cpus() // (config.cluster.workers * config.train.threads))
 
 
+@keeping_signals
 def connect(config: Config, chains: int, verbose: bool) -> Capacity:
     """Join the cluster that is there, else start one on this machine.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 
@@ -10,6 +9,7 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
+from dmsae_ray.causes import disk_trouble
 from dmsae_ray.cluster import connect, disconnect
 from dmsae_ray.command import HarvestCommand, load
 from dmsae_ray.config import Config
@@ -17,12 +17,12 @@ from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import preflight
 from dmsae_ray.screen import Screen
-from dmsae_ray.sweep import INTERRUPTED, interrupt
+from dmsae_ray.stop import INTERRUPTED, stoppable
 
 
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 something is bad (--verify), 2 bad input, 130 interrupted (the same command continues)."""
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         command = load(HarvestCommand, sys.argv[1:] if argv is None else argv)
         return run(Config(**command.sections()), command)
@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(config: Config, command: HarvestCommand) -> int:
