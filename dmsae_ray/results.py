@@ -1,7 +1,7 @@
 """What a sweep's finished chains come to: every artifact of its folder, from evaluation to page. Reads what the chains left, trains
 nothing; each part is kept while what it was made from is the same.
 
-    chains.json  evaluation.json  comparison.json  consensus.json  consensus.safetensors  features.json
+    chains.json  data.json  evaluation.json  comparison.json  consensus.json  consensus.safetensors  features.json
     numbers.json  expectations.json  consistency.png  report.txt  report.html
 """
 
@@ -15,9 +15,11 @@ from typing import Any
 from rich.console import Group
 
 from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.outliers import write_data
 from dmsae_ray.config import Config
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.files import write_json
+from dmsae_ray.ownership import ours_in
 from dmsae_ray.study.comparison import compare_chains
 from dmsae_ray.study.consensus import write_consensus
 from dmsae_ray.study.describe import describe
@@ -40,8 +42,8 @@ from dmsae_ray.track.terminal import report, write_report
 
 PAGE = "report.html"
 FILES = (
-    "config.yaml", "chains.json", "evaluation.json", "comparison.json", "consensus.json", "consensus.safetensors", "features.json",
-    "numbers.json", "expectations.json", "consistency.png", "report.txt", PAGE,
+    "config.yaml", "chains.json", "data.json", "evaluation.json", "comparison.json", "consensus.json", "consensus.safetensors",
+    "features.json", "numbers.json", "expectations.json", "consistency.png", "report.txt", PAGE,
 )  # fmt: skip
 """All that may lie in a sweep's folder."""
 
@@ -78,8 +80,9 @@ def write_results(
     if fresh:
         for name in ("comparison.json", "consensus.json", "features.json"):
             (folder / name).unlink(missing_ok=True)
-        for pair in (config.home / "pairs").glob("*.json"):
+        for pair in ours_in(config.home, "pairs"):
             pair.unlink()
+    write_data(dataset, folder / "data.json")
     base = [plan for plan in plans if plan.arm == BASE and plan.finished()]
     evaluation = write_evaluation(plans, folder / "evaluation.json")
     comparison = compare_chains(config, dataset, [plan for plan in plans if has_core(plan)], folder, say)

@@ -7,7 +7,6 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
+from dmsae_ray.activations.outliers import notes
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
@@ -27,6 +27,7 @@ from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.ownership import scratch
 from dmsae_ray.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
@@ -115,7 +116,9 @@ class Sweep:
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(self.config.section_dict(), sort_keys=False))
+                # Without `output`: read from here the file means the folder in which it lies, wherever that has been moved to.
+                tree = {name: section for name, section in self.config.section_dict().items() if name != "output"}
+                temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
@@ -176,6 +179,8 @@ class Sweep:
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:
             self.say(f"harvest: {dataset} is complete and checked")
+        for line in notes(dataset):
+            self.say(line)
         folder = self.config.home / "data" / dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():
             from dmsae_ray.distill.references import measure_references
@@ -204,11 +209,9 @@ class Sweep:
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
-        scratch = self.config.home / "ray" / str(self.lease.generation)
-        shutil.rmtree(scratch.parent, ignore_errors=True)  # of drivers that were killed; nothing is ever read from there
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
-                run_chains(wave, capacity.concurrent, board, scratch)
+                run_chains(wave, capacity.concurrent, board, scratch(self.config.home, self.lease.generation))
                 left = [plan for plan in left if plan not in wave]
             for plan in left:
                 missing = [chain.label for chain in plan.needs() if not chain.finished()]

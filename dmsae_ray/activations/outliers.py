@@ -101,6 +101,21 @@ def warning(hook: str, outliers: Outliers, outlier_norm: float | None) -> str | 
     )
 
 
+def notes(dataset: ActivationDataset) -> list[str]:
+    """What a command says of a dataset's outliers: how many rows were left out, and what those that were not do; nothing where there is
+    nothing to say."""
+    facts = dataset_facts(dataset)
+    lines = []
+    if facts["dropped"]:
+        lines.append(
+            f"harvest: {facts['dropped']:,} rows of more than {facts['outlier_norm']:g} times the median norm are left out, here and in every "
+            "measurement (harvest.outlier_norm)"
+        )
+    if facts["warning"]:
+        lines.append(f"warning: {facts['warning']}")
+    return lines
+
+
 def write_data(dataset: ActivationDataset, path: Path) -> dict[str, Any]:
     """Write data.json; returns what stands in it."""
     facts = dataset_facts(dataset)
