@@ -299,7 +299,7 @@ class FeaturesConfig(Section):
     effects: int = Field(8, ge=0)
     """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
     sequences_per_batch: int = Field(32, ge=1)
-    """sequences in a forward pass; for effects each one's logits are held, 130 MB in fp32 at 128 tokens and a vocabulary of 256 000"""
+    """sequences in a forward pass; their logits are made in small parts, whatever the vocabulary"""
 
     @model_validator(mode="after")
     def _some_from_the_top(self) -> FeaturesConfig:

@@ -31,6 +31,7 @@ from dmsae_ray.ownership import scratch
 from dmsae_ray.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
@@ -41,7 +42,7 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 some chains failed, 2 bad input, 130 interrupted (the same command continues)."""
+    """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command continues)."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         config = load(SweepCommand, sys.argv[1:] if argv is None else argv)
@@ -87,12 +88,13 @@ class Finished:
     plans: list[ChainPlan]
     folder: Path
     results: Results
-    store: str
+    store: SecretUrl
     """MLflow tracking URI"""
 
     @property
     def done(self) -> bool:
-        return all(plan.finished() for plan in self.plans)
+        """Whether every chain is finished and every part of the results was made."""
+        return all(plan.finished() for plan in self.plans) and not self.results.failed
 
     def show(self, say: Screen) -> None:
         """The tables, and where everything is."""
