@@ -7,6 +7,7 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import signal
 import sys
@@ -19,7 +20,8 @@ import yaml
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.activations.store import NAME_AND_PASSWORD
-from dmsae_ray.cluster import Capacity, connect, disconnect
+from dmsae_ray.address import cluster_address
+from dmsae_ray.cluster import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.evaluate import references_path
@@ -107,9 +109,11 @@ class Sweep:
     def __init__(self, config: Config, lease: Lease, say: Screen, verbose: bool):
         self.config, self.lease, self.say, self.verbose = config, lease, say, verbose
         self.capacity: Capacity | None = None
+        self.training = True
 
     def run(self, train: bool = True, fresh: bool = False) -> Finished:
         """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew."""
+        self.training = train
         try:
             dataset = self.dataset(harvest=train)
             plans = plan_chains(self.config, dataset, self.lease)
@@ -152,13 +156,19 @@ class Sweep:
             if failure and failure["kind"] != "diverged":
                 plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
 
+    @functools.cached_property
+    def unfinished(self) -> int:
+        """Chains that are to be trained."""
+        return sum(not plan.finished() for plan in planned(self.config)) if self.training else 0
+
     def connect(self) -> Capacity:
         if self.capacity is None:
-            self.capacity = connect(self.config, len(planned(self.config)), self.verbose)
+            self.capacity = connect(self.config, self.unfinished, self.verbose, self.say)
             c, most = self.capacity, self.config.cluster.lockstep
             in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
+            held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
             self.say(
-                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs, {c.gpus:g} GPUs; {c.concurrent} chains "
+                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; {c.concurrent} chains "
                 f"at once{in_step}, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
             )
         return self.capacity
@@ -173,6 +183,10 @@ class Sweep:
         if dataset is None and not harvest:
             raise ValueError(f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m dmsae_ray.sweep first")
         if dataset is None:
+            # Before hours of tokenising: a cluster that is not there, or is too small.
+            if cluster_address(self.config) is not None:
+                self.connect()
+            check_fits_here(self.config, self.unfinished)
             work = Harvest(self.config, self.say)
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:
