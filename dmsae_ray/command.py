@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from dmsae_ray.config import Config, problem_lines
+from dmsae_ray.secret_url import scrub
 
 
 class _YamlFile(PydanticBaseSettingsSource):
@@ -112,12 +115,18 @@ def load(command: type[Config], argv: list[str]) -> Config:
     first.add_argument("--config", type=Path, default=None)
     path = first.parse_known_args(argv)[0].config or default_config_path()
     _YamlFile.path = path
+    said = io.StringIO()
     try:
-        return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
+        with contextlib.redirect_stderr(said):  # argparse repeats what it does not know, secrets of URLs included, below all of --help
+            return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
     except ValidationError as error:
         raise ValueError(explain(error, path)) from None
     except SettingsError as error:
-        raise ValueError(f"command line: {error}") from None
+        raise ValueError(f"command line: {scrub(str(error))}") from None
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        raise ValueError(f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)") from None
     finally:
         _YamlFile.path = None
 

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dmsae_ray.secret_url import SecretUrl, scrub
+
 CHAIN_FORMAT = 4
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
 
@@ -34,7 +36,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class CorpusPart(Section):
     """One source of a mixture."""
 
-    source: str
+    source: SecretUrl
     """as corpus.source"""
     weight: float = Field(gt=0, allow_inf_nan=False)
     """share of the mixture's tokens, relative to the other parts' weights"""
@@ -47,7 +49,7 @@ class CorpusPart(Section):
 class CorpusConfig(Section):
     """Where the text comes from, how it is split and how it is cut into sequences."""
 
-    source: str = "embedded"
+    source: SecretUrl = SecretUrl("embedded")
     """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
     text_field: str = "text"
     """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
@@ -128,9 +130,9 @@ class HarvestConfig(Section):
     """drop rows whose norm exceeds so many times the median norm of their shard; empty: keep all [D]"""
     outlier_reserve: Share = 0.05
     """with outlier_norm: rows planned beyond those that are kept, as a share, to fill the places of dropped ones"""
-    store: str | None = None
+    store: SecretUrl | None = None
     """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
-    dataset: str | None = None
+    dataset: SecretUrl | None = None
     """use the finished dataset in this folder or URL instead of harvesting; it must match the other fields"""
 
 
@@ -461,7 +463,7 @@ class ClusterConfig(Section):
 class TrackConfig(Section):
     """Where results are logged."""
 
-    uri: str | None = None
+    uri: SecretUrl | None = None
     """MLflow tracking URI; empty: a sqlite database in the output folder"""
     experiment: str = "dmsae_ray"
     """MLflow experiment"""
@@ -597,7 +599,8 @@ class Config(BaseSettings):
 
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""
-        arm, tree = self.study.arms[name], Config.section_dict(self)
+        arm = self.study.arms[name]
+        tree = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in self.sections().items()}
         tree["study"] = {}
         for field, value in arm.fields.items():
             section, _, rest = field.partition(".")
@@ -614,8 +617,12 @@ class Config(BaseSettings):
             return self.output.expanduser().absolute()
         return Path(os.environ.get("DMSAE_RAY_HOME") or Path.home() / "dmsae_ray").expanduser().absolute() / self.name
 
+    def sections(self) -> dict[str, Any]:
+        """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs included."""
+        return {name: getattr(self, name) for name in Config.model_fields}
+
     def section_dict(self) -> dict[str, Any]:
-        """The experiment as plain JSON types (command flags excluded)."""
+        """The experiment as plain JSON types, as it is kept and logged (command flags excluded): secrets of URLs are masked."""
         return {name: json.loads(_dump_json(getattr(self, name))) for name in Config.model_fields}
 
     def data_seed_of(self, seed: int) -> int:
@@ -686,4 +693,4 @@ def problem_lines(error: ValidationError) -> list[str]:
             lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).splitlines()]
         else:
             lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
-    return lines
+    return [scrub(line) for line in lines]

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: EvaluateCommand) -> int:
     """Raises ValueError on bad input before anything is measured."""
-    config = Config(**command.section_dict())
+    config = Config(**command.sections())
     saved = saved_saes(config, trained_with(command), command.chain, command.all)
     dataset = find_datasets(config, (config.model.hook,))[config.model.hook]
     if dataset is None:
@@ -67,7 +67,7 @@ def run(command: EvaluateCommand) -> int:
 def trained_with(command: EvaluateCommand) -> Config:
     """The experiment by which the chains were trained: with the file's evaluation, since that is part of what names a chain."""
     evaluate = EvaluateConfig(**read_yaml(command.config).get("evaluate") or {})
-    return Config(**command.section_dict() | {"evaluate": evaluate})
+    return Config(**command.sections() | {"evaluate": evaluate})
 
 
 @dataclass(frozen=True)

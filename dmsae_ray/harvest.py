@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         command = load(HarvestCommand, sys.argv[1:] if argv is None else argv)
-        return run(Config(**command.section_dict()), command)
+        return run(Config(**command.sections()), command)
     except (ValueError, OutputBusy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

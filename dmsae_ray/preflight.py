@@ -20,6 +20,7 @@ MARGIN = 1.2
 
 def preflight(config: Config) -> ModelInfo:
     """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
+    check_urls(config)
     check_mixture(config.corpus)
     info = model_info(config.model.name, config.model.revision)
     for hook in config.hooks:
@@ -29,6 +30,17 @@ def preflight(config: Config) -> ModelInfo:
     check_stream(config, info.d)
     check_disk(config, info)
     return info
+
+
+def check_urls(config: Config) -> None:
+    """No URL is one whose secret was masked, as a results folder's config.yaml has it. Raises ValueError naming the field."""
+    urls = {"harvest.store": config.harvest.store, "harvest.dataset": config.harvest.dataset, "track.uri": config.track.uri}
+    for field, url in (urls | {"corpus.source": part.source for part in config.corpus.parts}).items():
+        try:
+            if url is not None:
+                url.reveal()
+        except ValueError as error:
+            raise ValueError(f"{field} {error}") from None
 
 
 def check_stream(config: Config, d: int) -> None:

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: ReportCommand) -> int:
     """Raises ValueError on bad input before anything is computed."""
-    config = Config(**command.section_dict())
+    config = Config(**command.sections())
     other = None if command.against is None else OtherSweep.open(command.against)
     preflight(config)
     lock = OutputLock(config.home)

@@ -19,7 +19,6 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
-from dmsae_ray.activations.store import NAME_AND_PASSWORD
 from dmsae_ray.address import cluster_address
 from dmsae_ray.cluster import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
-    config, verbose = Config(**command.section_dict()), command.verbose
+    config, verbose = Config(**command.sections()), command.verbose
     preflight(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
@@ -120,7 +119,7 @@ class Sweep:
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
+                temporary.write_text(yaml.safe_dump(self.config.section_dict(), sort_keys=False))
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
@@ -235,9 +234,9 @@ class Sweep:
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
-            shown(self.config), [
+            self.config.section_dict(), [
                 TrackedChain(
-                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, shown(plan.config)
+                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, plan.config.section_dict()
                 ) for plan in plans
             ],
         )  # fmt: skip
@@ -258,15 +257,6 @@ def listed(plan: ChainPlan) -> dict:
     return {
         "label": plan.label, "key": plan.key, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycles": plan.cycles,
     }  # fmt: skip
-
-
-def shown(config: Config) -> dict:
-    """The configuration as it is kept and logged: without names and passwords that a URL may carry."""
-    tree = config.section_dict()
-    for field in ("store", "dataset"):
-        if tree["harvest"][field]:
-            tree["harvest"][field] = NAME_AND_PASSWORD.sub("//", tree["harvest"][field])
-    return tree
 
 
 class Every:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmsae_ray.corpus.hub import hub_commit, hub_rows
+from dmsae_ray.secret_url import masked
 
 EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -54,7 +55,7 @@ def load_documents(source: str, text_field: str = "text", revision: str | None =
         count += 1
         yield Document(name, text)
     if not count:
-        raise ValueError(f"corpus.source {source}: no document has any text in it; give a source with text")
+        raise ValueError(f"corpus.source {masked(source)}: no document has any text in it; give a source with text")
 
 
 def check_source(source: str, text_field: str) -> None:
@@ -103,12 +104,12 @@ def local_files(source: str) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not found:
-            raise ValueError(f"corpus.source {source}: the folder holds no {', '.join(SUFFIXES)} file")
+            raise ValueError(f"corpus.source {masked(source)}: the folder holds no {', '.join(SUFFIXES)} file")
         return found
     found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
     if not found:
         raise ValueError(
-            f"corpus.source {source}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to "
+            f"corpus.source {masked(source)}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to "
             f"{', '.join(SUFFIXES)} files, or a hub data set id such as owner/name"
         )
     for p in found:

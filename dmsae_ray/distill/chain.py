@@ -42,6 +42,7 @@ from dmsae_ray.sae.collective import Alone, TorchCollective
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.step import Diverged
 from dmsae_ray.sae.threshold import calibrate
+from dmsae_ray.secret_url import scrub
 
 OPEN_AT = 0.5
 """Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits costs some CPU."""
@@ -418,7 +419,7 @@ def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = N
     plan.lease.check()
     write_json(
         plan.folder.failed,
-        {"kind": kind, "reason": reason, "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": traceback.format_exc()},
+        {"kind": kind, "reason": scrub(reason), "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": scrub(traceback.format_exc())},
     )
 
 

@@ -18,6 +18,7 @@ from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.select import count_of
 from dmsae_ray.sae.settings import SAESettings, schedule
+from dmsae_ray.secret_url import SecretUrl
 
 INIT, SELECTION = 301, 302
 """Purposes of random draws, apart from those of activations/order.py and activations/harvest.py."""
@@ -46,7 +47,7 @@ class ChainPlan:
     config: Config
     seed: int
     k: int
-    dataset: str
+    dataset: SecretUrl | str
     """folder or URL of the activations"""
     dataset_key: str
     lease: Lease | None
@@ -233,7 +234,7 @@ def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> lis
     return plans
 
 
-def plan_all(config: Config, dataset: str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+def plan_all(config: Config, dataset: SecretUrl | str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
     """The same without a look at the dataset. Raises ValueError if a core file to start from cannot be read."""
     base = grid(config, BASE, dataset, dataset_key, lease)
     plans = list(base)
@@ -253,7 +254,7 @@ def plan_all(config: Config, dataset: str, dataset_key: str, lease: Lease | None
     return plans
 
 
-def grid(config: Config, arm: str, dataset: str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
     """One chain for every seed and k."""
     start = None
     if config.sae.core is not None:

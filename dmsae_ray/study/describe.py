@@ -11,6 +11,7 @@ from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.study.features import ChainCore, features_key, write_features
 
 
@@ -40,7 +41,7 @@ def describe(
     return json.loads(path.read_text())
 
 
-def _describe(config: Config, dataset: str, chains: list[ChainCore], consensus: dict | None, path: Path, key: str) -> None:
+def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], consensus: dict | None, path: Path, key: str) -> None:
     import torch
 
     from dmsae_ray.lm.model import LanguageModel, load_tokenizer

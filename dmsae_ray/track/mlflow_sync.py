@@ -28,6 +28,7 @@ from typing import Any
 
 import pandas
 
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.track import figures
 from dmsae_ray.track.chain_runs import ChainRuns, SweepRun, TrackedChain
 from dmsae_ray.track.measurements import flatten
@@ -49,7 +50,7 @@ class MlflowTracker:
 
     def __init__(
         self,
-        uri: str | None,
+        uri: SecretUrl | str | None,
         output: Path,
         experiment: str,
         sweep_key: str,
