@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, tracking_uri
 from dmsae_ray.secret_url import SecretUrl, scrub
 
 CHAIN_FORMAT = 4
@@ -31,12 +31,18 @@ class Section(BaseModel):
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+# Places are absolute as soon as a configuration is made: workers have another working folder, home and environment.
+Place = Annotated[Path, BeforeValidator(absolute)]
+FolderOrUrl = Annotated[SecretUrl, BeforeValidator(folder_or_url)]
+Source = Annotated[SecretUrl, BeforeValidator(lambda value: file_or_hub(value, "embedded"))]
+ModelName = Annotated[str, BeforeValidator(lambda value: file_or_hub(value, "tiny"))]
+TrackingUri = Annotated[SecretUrl, BeforeValidator(tracking_uri)]
 
 
 class CorpusPart(Section):
     """One source of a mixture."""
 
-    source: SecretUrl
+    source: Source
     """as corpus.source"""
     weight: float = Field(gt=0, allow_inf_nan=False)
     """share of the mixture's tokens, relative to the other parts' weights"""
@@ -49,7 +55,7 @@ class CorpusPart(Section):
 class CorpusConfig(Section):
     """Where the text comes from, how it is split and how it is cut into sequences."""
 
-    source: SecretUrl = SecretUrl("embedded")
+    source: Source = SecretUrl("embedded")
     """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
     text_field: str = "text"
     """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
@@ -87,7 +93,7 @@ class CorpusConfig(Section):
 class ModelConfig(Section):
     """The language model and the place in it whose activations are studied."""
 
-    name: str = "tiny"
+    name: ModelName = "tiny"
     """`tiny` (shipped with the package), a local folder, or a hub id such as google/gemma-2-2b"""
     revision: str | None = None
     """revision of a hub model"""
@@ -130,9 +136,9 @@ class HarvestConfig(Section):
     """drop rows whose norm exceeds so many times the median norm of their shard; empty: keep all [D]"""
     outlier_reserve: Share = 0.05
     """with outlier_norm: rows planned beyond those that are kept, as a share, to fill the places of dropped ones"""
-    store: SecretUrl | None = None
+    store: FolderOrUrl | None = None
     """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
-    dataset: SecretUrl | None = None
+    dataset: FolderOrUrl | None = None
     """use the finished dataset in this folder or URL instead of harvesting; it must match the other fields"""
 
 
@@ -151,17 +157,12 @@ class SAEConfig(Section):
     """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
-    core: Path | None = None
+    core: Place | None = None
     """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain Matryoshka SAE"""
     auxk_alpha: float = Field(1 / 32, ge=0)
     """weight of the loss that revives dead latents"""
     auxk_k: int | None = Field(None, ge=1)
     """dead latents used per token; empty: half the model dimension"""
-
-    @field_validator("core")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
 
     @field_validator("prefix_fractions")
     @classmethod
@@ -298,7 +299,7 @@ class FeaturesConfig(Section):
     effects: int = Field(8, ge=0)
     """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
     sequences_per_batch: int = Field(32, ge=1)
-    """sequences in a forward pass; for effects each one's logits are held, 130 MB in fp32 at 128 tokens and a vocabulary of 256 000"""
+    """sequences in a forward pass; their logits are made in small parts, whatever the vocabulary"""
 
     @model_validator(mode="after")
     def _some_from_the_top(self) -> FeaturesConfig:
@@ -367,7 +368,7 @@ class ArmConfig(Section):
             section, _, field = name.partition(".")
             if not (section in ARM_SECTIONS and field) and name not in [f"sweep.{field}" for field in ARM_SWEEP_FIELDS]:
                 raise ValueError(f"{name} cannot differ in an arm: chains are compared on the same data; may differ: {allowed}")
-        return value
+        return value | {name: absolute(core) for name, core in value.items() if name == "sae.core"}
 
 
 class ExpectConfig(Section):
@@ -463,7 +464,7 @@ class ClusterConfig(Section):
 class TrackConfig(Section):
     """Where results are logged."""
 
-    uri: SecretUrl | None = None
+    uri: TrackingUri | None = None
     """MLflow tracking URI; empty: a sqlite database in the output folder"""
     experiment: str = "dmsae_ray"
     """MLflow experiment"""
@@ -478,8 +479,8 @@ class Config(BaseSettings):
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """names the sweep, and its folder"""
-    output: Path | None = None
-    """lasting folder for everything made; empty: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>"""
+    output: Place | None = None
+    """lasting folder for everything made; left out: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>"""
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     harvest: HarvestConfig = HarvestConfig()
@@ -499,6 +500,14 @@ class Config(BaseSettings):
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
         # No environment variables: what a run used must be visible in its file and its command line (command.py adds those).
         return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_an_output(cls, tree: Any) -> Any:
+        # Settled here, in the driver: a worker has another home and another environment.
+        if not isinstance(tree, dict) or tree.get("output") is not None:
+            return tree
+        return tree | {"output": default_output(str(tree.get("name") or cls.model_fields["name"].default))}
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
@@ -612,10 +621,9 @@ class Config(BaseSettings):
 
     @property
     def home(self) -> Path:
-        """Absolute output folder; it never depends on the working directory unless `output` was given relative."""
-        if self.output is not None:
-            return self.output.expanduser().absolute()
-        return Path(os.environ.get("DMSAE_RAY_HOME") or Path.home() / "dmsae_ray").expanduser().absolute() / self.name
+        """Absolute output folder, the same in every process."""
+        assert self.output is not None, "every configuration has one from its beginning"
+        return self.output
 
     def sections(self) -> dict[str, Any]:
         """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs included."""

@@ -12,6 +12,7 @@ from dmsae_ray.corpus.mixture import check_mixture
 from dmsae_ray.distill.plan import ChainPlan, check_twins
 from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
+from dmsae_ray.ownership import refuse_strangers
 from dmsae_ray.sae import native
 
 MARGIN = 1.2
@@ -20,6 +21,7 @@ MARGIN = 1.2
 
 def preflight(config: Config) -> ModelInfo:
     """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
+    refuse_strangers(config.home)
     check_urls(config)
     check_mixture(config.corpus)
     info = model_info(config.model.name, config.model.revision)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
 import signal
 import sys
 import threading
@@ -29,9 +28,11 @@ from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.ownership import scratch
 from dmsae_ray.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
@@ -42,7 +43,7 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 some chains failed, 2 bad input, 130 interrupted (the same command continues)."""
+    """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command continues)."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         config = load(SweepCommand, sys.argv[1:] if argv is None else argv)
@@ -88,12 +89,13 @@ class Finished:
     plans: list[ChainPlan]
     folder: Path
     results: Results
-    store: str
+    store: SecretUrl
     """MLflow tracking URI"""
 
     @property
     def done(self) -> bool:
-        return all(plan.finished() for plan in self.plans)
+        """Whether every chain is finished and every part of the results was made."""
+        return all(plan.finished() for plan in self.plans) and not self.results.failed
 
     def show(self, say: Screen) -> None:
         """The tables, and where everything is."""
@@ -119,7 +121,9 @@ class Sweep:
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(self.config.section_dict(), sort_keys=False))
+                # Without `output`: read from here the file means the folder in which it lies, wherever that has been moved to.
+                tree = {name: section for name, section in self.config.section_dict().items() if name != "output"}
+                temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
@@ -218,11 +222,9 @@ class Sweep:
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
-        scratch = self.config.home / "ray" / str(self.lease.generation)
-        shutil.rmtree(scratch.parent, ignore_errors=True)  # of drivers that were killed; nothing is ever read from there
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
-                run_chains(wave, capacity.concurrent, board, scratch)
+                run_chains(wave, capacity.concurrent, board, scratch(self.config.home, self.lease.generation))
                 left = [plan for plan in left if plan not in wave]
             for plan in left:
                 missing = [chain.label for chain in plan.needs() if not chain.finished()]

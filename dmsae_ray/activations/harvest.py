@@ -23,6 +23,7 @@ from dmsae_ray.corpus.prepare import check_held_out, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.files import remove_leftovers
 from dmsae_ray.lm.model import load_tokenizer, model_info
+from dmsae_ray.ownership import ours_in
 
 SAY_SECONDS = 3.0
 """Shortest time between two lines of progress: thousands of shards would fill the screen."""
@@ -89,7 +90,8 @@ class Harvest:
         self.config, self.say, self.identity = config, say, Identity(config)
         h = config.harvest
         if h.store is None:
-            remove_leftovers(config.home / "data")  # nobody else writes there: this driver holds the folder
+            for folder in ours_in(config.home, "data"):
+                remove_leftovers(folder)  # nobody else writes there: this driver holds the folder
         self.tokens = config.home / "tokens" / self.identity.tokens_key
         tokenizer = load_tokenizer(config.model.name, config.model.revision)
         sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, h.seed, self.tokens, say)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.lm.divergence import token_losses
 from dmsae_ray.study.latents import Latents
 
 
@@ -68,10 +69,10 @@ def _remove(pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: flo
     after_PT = rows_PT & (active_PT.cumsum(dim=1) - active_PT > 0)
     if not remove:
         return Removals(z_PT, torch.zeros_like(z_PT), after_PT, rows_PT)
-    with_UT = lm.token_losses(cut, cut.value_BTD, ids_UT, lengths_U)
+    with_UT = token_losses(lm, cut, cut.value_BTD, ids_UT, lengths_U)
     removed = cut.take(place_P)
     value_PTD = removed.value_BTD - z_PT[:, :, None] * scale * W_dec_PD[:, None, :]
-    without_PT = lm.token_losses(removed, value_PTD, ids_UT[place_P], lengths_U[place_P])
+    without_PT = token_losses(lm, removed, value_PTD, ids_UT[place_P], lengths_U[place_P])
     # Attention is causal: what the two runs differ by before the latent fires is rounding.
     return Removals(z_PT, torch.where(after_PT, without_PT - with_UT[place_P], 0), after_PT, rows_PT)
 
