@@ -4,14 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
-# Every test process computes with one thread: two run side by side on two cores.
+# Every test process computes with one thread: two run side by side on two cores. Limits of time, here and in the tests, are for
+# hangs alone: several times what an idle machine takes, so that one whose cores others keep busy does not fail by time. The limit of
+# a single test is in pyproject.toml.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help setup sweep study report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
-	@echo "make test              unit, pipeline and fault tests without the slow ones; make test-all has them too"
+	@echo "make test              all tests in a short form; make test-all adds the slow ones"
 	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                open MLflow on the quickstart's results"
@@ -42,35 +44,36 @@ ui: $(READY)
 # `make test` runs all but the tests marked slow; pipeline and fault tests share one undisturbed sweep there, and each
 # target below makes its own. `make test-all` leaves nothing out.
 test: test-unit test-browser
-	timeout 120 $(TEST) tests/parallel
-	timeout 900 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
+	timeout 900 $(TEST) tests/parallel
+	timeout 3600 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
 
-test-all: test-unit test-browser
+test-all: test-browser
+	$(TEST) -n 2 --dist worksteal tests/unit
 	$(TEST) tests/parallel
 	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
-	timeout 180 $(TEST) -n 2 --dist worksteal tests/unit
+	timeout 1200 $(TEST) -n 2 --dist worksteal -m "not slow" tests/unit
 
 # The page of a sweep in a real, headless Chromium (apt-get install chromium, or CHROMIUM=/path/to/it); says NOT RUN without one.
 test-browser: $(READY)
-	timeout 180 $(TEST) tests/browser
+	timeout 900 $(TEST) tests/browser
 
 # Several processes over gloo, without Ray, and chains in lockstep: what must not depend on their number. `make test` leaves
 # out the longest one of lockstep.
 test-parallel: $(READY)
-	timeout 120 $(TEST) tests/parallel
-	timeout 480 $(TEST) tests/pipeline/test_lockstep.py
+	timeout 900 $(TEST) tests/parallel
+	timeout 2400 $(TEST) tests/pipeline/test_lockstep.py
 
 test-pipeline: $(READY)
-	timeout 900 $(TEST) tests/pipeline
+	timeout 5400 $(TEST) tests/pipeline
 
 test-faults: $(READY)
-	timeout 1500 $(TEST) tests/faults
+	timeout 5400 $(TEST) tests/faults
 
 # The long ones of test-faults: harvests and chains killed again and again, and chains that go on with other workers.
 test-kills: $(READY)
-	timeout 1800 $(TEST) -m slow --durations=12 tests/faults/test_kills.py tests/faults/test_harvest_kills.py
+	timeout 7200 $(TEST) -m slow --durations=12 tests/faults/test_kills.py tests/faults/test_harvest_kills.py
 
 # Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment

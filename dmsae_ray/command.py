@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from pydantic import Field, ValidationError
 from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
-from dmsae_ray.config import Config, problem_lines
+from dmsae_ray.config import Config, Place, problem_lines
+from dmsae_ray.ownership import marked
+from dmsae_ray.secret_url import scrub
 
 
 class _YamlFile(PydanticBaseSettingsSource):
@@ -23,21 +27,52 @@ class _YamlFile(PydanticBaseSettingsSource):
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        return {} if self.path is None else read_yaml(self.path)
+        return {} if self.path is None else read_experiment(self.path)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a mapping has no key twice: of two blocks of one name the first would be dropped without a word."""
+
+    def compose_mapping_node(self, anchor):
+        node, known = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in known:
+                raise DoubleKey(f"line {line}: {key.value} is given a second time, first in line {known[name]}; join the two")
+            known[name] = line
+        return node
+
+
+class DoubleKey(ValueError):
+    """A mapping names a key twice."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as a dict. Raises ValueError naming the file if it cannot be read."""
+    """A configuration file as a dict. Raises ValueError naming file, line and mistake if it cannot be read."""
     try:
-        text = path.read_text()
+        raw = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from error
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(raw.decode("utf-8-sig"), Loader=_UniqueKeys)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    except DoubleKey as error:
+        raise ValueError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise ValueError(f"{path}: must hold a mapping of sections, not a {type(tree).__name__}")
+    return tree or {}
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """A configuration file as a dict; one that lies with the results of a sweep means the output folder in which it lies, even if that
+    folder has been moved. Raises ValueError as `read_yaml` does."""
+    tree, folders = read_yaml(path), path.absolute().parents
+    if path.name == "config.yaml" and len(folders) > 2 and folders[1].name == "sweeps" and marked(folders[2]):
+        tree["output"] = str(folders[2])
     return tree
 
 
@@ -77,7 +112,7 @@ class ReportCommand(Command):
     """compute every pair and describe every feature anew, also where that was done for the same cores"""
     numbers: CliImplicitFlag[bool] = False
     """print every named number as well: what study.expect may refer to"""
-    against: Path | None = None
+    against: Place | None = None
     """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it"""
 
 
@@ -112,12 +147,18 @@ def load(command: type[Config], argv: list[str]) -> Config:
     first.add_argument("--config", type=Path, default=None)
     path = first.parse_known_args(argv)[0].config or default_config_path()
     _YamlFile.path = path
+    said = io.StringIO()
     try:
-        return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
+        with contextlib.redirect_stderr(said):  # argparse repeats what it does not know, secrets of URLs included, below all of --help
+            return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
     except ValidationError as error:
         raise ValueError(explain(error, path)) from None
     except SettingsError as error:
-        raise ValueError(f"command line: {error}") from None
+        raise ValueError(f"command line: {scrub(str(error))}") from None
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        raise ValueError(f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)") from None
     finally:
         _YamlFile.path = None
 

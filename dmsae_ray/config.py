@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, tracking_uri
+from dmsae_ray.secret_url import SecretUrl, scrub
 
 CHAIN_FORMAT = 4
 """Raised when the same fields would give another core: old chains are then kept but not reused."""
@@ -29,12 +31,18 @@ class Section(BaseModel):
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+# Places are absolute as soon as a configuration is made: workers have another working folder, home and environment.
+Place = Annotated[Path, BeforeValidator(absolute)]
+FolderOrUrl = Annotated[SecretUrl, BeforeValidator(folder_or_url)]
+Source = Annotated[SecretUrl, BeforeValidator(lambda value: file_or_hub(value, "embedded"))]
+ModelName = Annotated[str, BeforeValidator(lambda value: file_or_hub(value, "tiny"))]
+TrackingUri = Annotated[SecretUrl, BeforeValidator(tracking_uri)]
 
 
 class CorpusPart(Section):
     """One source of a mixture."""
 
-    source: str
+    source: Source
     """as corpus.source"""
     weight: float = Field(gt=0, allow_inf_nan=False)
     """share of the mixture's tokens, relative to the other parts' weights"""
@@ -47,7 +55,7 @@ class CorpusPart(Section):
 class CorpusConfig(Section):
     """Where the text comes from, how it is split and how it is cut into sequences."""
 
-    source: str = "embedded"
+    source: Source = SecretUrl("embedded")
     """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
     text_field: str = "text"
     """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
@@ -85,7 +93,7 @@ class CorpusConfig(Section):
 class ModelConfig(Section):
     """The language model and the place in it whose activations are studied."""
 
-    name: str = "tiny"
+    name: ModelName = "tiny"
     """`tiny` (shipped with the package), a local folder, or a hub id such as google/gemma-2-2b"""
     revision: str | None = None
     """revision of a hub model"""
@@ -125,12 +133,12 @@ class HarvestConfig(Section):
     hooks: tuple[str, ...] = ()
     """further hooks to harvest in the same pass, a dataset each; `model.hook` is always harvested"""
     outlier_norm: float | None = Field(None, gt=1)
-    """drop rows whose norm exceeds so many times the median norm of their shard; empty: keep all [D]"""
+    """leave out rows whose norm exceeds so many times the median norm of the calibration sequences' rows: one bound for training, thresholds, evaluation, nulls, attribution and features, where such positions keep what stands there; empty: keep all [D]"""
     outlier_reserve: Share = 0.05
-    """with outlier_norm: rows planned beyond those that are kept, as a share, to fill the places of dropped ones"""
-    store: str | None = None
+    """with outlier_norm: further text set aside for each shard, as a share of its rows, to fill the places of dropped ones; read only where rows are dropped"""
+    store: FolderOrUrl | None = None
     """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
-    dataset: str | None = None
+    dataset: FolderOrUrl | None = None
     """use the finished dataset in this folder or URL instead of harvesting; it must match the other fields"""
 
 
@@ -149,17 +157,12 @@ class SAEConfig(Section):
     """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
-    core: Path | None = None
+    core: Place | None = None
     """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain Matryoshka SAE"""
     auxk_alpha: float = Field(1 / 32, ge=0)
     """weight of the loss that revives dead latents"""
     auxk_k: int | None = Field(None, ge=1)
     """dead latents used per token; empty: half the model dimension"""
-
-    @field_validator("core")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
 
     @field_validator("prefix_fractions")
     @classmethod
@@ -232,7 +235,7 @@ class AttributionConfig(Section):
     splice: Literal["replace", "keep_error"] = "replace"
     """the hook carries the reconstruction from the candidates, or that plus the SAE's error [D]"""
     outlier_norm: float | None = Field(None, gt=1)
-    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do not count; empty: all count [D]"""
+    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do not count; below harvest.outlier_norm, if both are set; empty: those within the bound of harvest.outlier_norm count [D]"""
     aggregator: Literal["mean_abs", "quantile", "mean_signed"] = "mean_abs"
     """over tokens: mean of the absolute attribution; a quantile of it where the latent is active, times its density; or absolute value of the mean [D]"""
     quantile: float = Field(0.9, gt=0, le=1)
@@ -296,7 +299,7 @@ class FeaturesConfig(Section):
     effects: int = Field(8, ge=0)
     """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
     sequences_per_batch: int = Field(32, ge=1)
-    """sequences in a forward pass; for effects each one's logits are held, 130 MB in fp32 at 128 tokens and a vocabulary of 256 000"""
+    """sequences in a forward pass; their logits are made in small parts, whatever the vocabulary"""
 
     @model_validator(mode="after")
     def _some_from_the_top(self) -> FeaturesConfig:
@@ -365,7 +368,7 @@ class ArmConfig(Section):
             section, _, field = name.partition(".")
             if not (section in ARM_SECTIONS and field) and name not in [f"sweep.{field}" for field in ARM_SWEEP_FIELDS]:
                 raise ValueError(f"{name} cannot differ in an arm: chains are compared on the same data; may differ: {allowed}")
-        return value
+        return value | {name: absolute(core) for name, core in value.items() if name == "sae.core"}
 
 
 class ExpectConfig(Section):
@@ -461,7 +464,7 @@ class ClusterConfig(Section):
 class TrackConfig(Section):
     """Where results are logged."""
 
-    uri: str | None = None
+    uri: TrackingUri | None = None
     """MLflow tracking URI; empty: a sqlite database in the output folder"""
     experiment: str = "dmsae_ray"
     """MLflow experiment"""
@@ -476,8 +479,8 @@ class Config(BaseSettings):
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """names the sweep, and its folder"""
-    output: Path | None = None
-    """lasting folder for everything made; empty: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>"""
+    output: Place | None = None
+    """lasting folder for everything made; left out: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>"""
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     harvest: HarvestConfig = HarvestConfig()
@@ -497,6 +500,14 @@ class Config(BaseSettings):
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
         # No environment variables: what a run used must be visible in its file and its command line (command.py adds those).
         return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_an_output(cls, tree: Any) -> Any:
+        # Settled here, in the driver: a worker has another home and another environment.
+        if not isinstance(tree, dict) or tree.get("output") is not None:
+            return tree
+        return tree | {"output": default_output(str(tree.get("name") or cls.model_fields["name"].default))}
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
@@ -555,6 +566,12 @@ class Config(BaseSettings):
             problems.append(
                 "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates to first_group"
             )
+        own, bound = self.attribution.outlier_norm, harvest.outlier_norm
+        if own is not None and bound is not None and own >= bound:
+            problems.append(
+                f"attribution.outlier_norm {own:g} has nothing to do: harvest.outlier_norm {bound:g} leaves out as much for training and "
+                "attribution alike; lower it or leave it empty"
+            )
         if harvest.dataset is not None and (harvest.hooks or harvest.store):
             problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
@@ -587,7 +604,8 @@ class Config(BaseSettings):
 
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""
-        arm, tree = self.study.arms[name], Config.section_dict(self)
+        arm = self.study.arms[name]
+        tree = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in self.sections().items()}
         tree["study"] = {}
         for field, value in arm.fields.items():
             section, _, rest = field.partition(".")
@@ -599,13 +617,16 @@ class Config(BaseSettings):
 
     @property
     def home(self) -> Path:
-        """Absolute output folder; it never depends on the working directory unless `output` was given relative."""
-        if self.output is not None:
-            return self.output.expanduser().absolute()
-        return Path(os.environ.get("DMSAE_RAY_HOME") or Path.home() / "dmsae_ray").expanduser().absolute() / self.name
+        """Absolute output folder, the same in every process."""
+        assert self.output is not None, "every configuration has one from its beginning"
+        return self.output
+
+    def sections(self) -> dict[str, Any]:
+        """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs included."""
+        return {name: getattr(self, name) for name in Config.model_fields}
 
     def section_dict(self) -> dict[str, Any]:
-        """The experiment as plain JSON types (command flags excluded)."""
+        """The experiment as plain JSON types, as it is kept and logged (command flags excluded): secrets of URLs are masked."""
         return {name: json.loads(_dump_json(getattr(self, name))) for name in Config.model_fields}
 
     def data_seed_of(self, seed: int) -> int:
@@ -622,7 +643,8 @@ class Config(BaseSettings):
         corpus = self.corpus.model_dump(mode="json", include={"documents", "attribution_share", "evaluation_share", "packing"})
         model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
         return {
-            "format": 2, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
+            # 3: one bound for all shards, of the calibration sequences; before, each shard had its own median.
+            "format": 2 if self.harvest.outlier_norm is None else 3, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
             "corpus": corpus, "model": model, "harvest": harvest,
         }  # fmt: skip
 
@@ -676,4 +698,4 @@ def problem_lines(error: ValidationError) -> list[str]:
             lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).splitlines()]
         else:
             lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
-    return lines
+    return [scrub(line) for line in lines]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+TEMPORARY = r"\.tmp-\d+-[0-9a-f]{6}"
+"""How `temporary_name` ends a name, as a pattern."""
 
 
 @contextmanager
@@ -53,11 +57,14 @@ def file_sha256(path: Path) -> str:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files under a temporary name, anywhere below a folder."""
-    return sorted(folder.rglob("*.tmp-*"))
+    """Files under a temporary name of ours anywhere below a folder, itself no link; links are not followed."""
+    if folder.is_symlink():
+        return []
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if re.search(TEMPORARY + "$", path.name) and not path.is_symlink())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left under temporary names; only for a folder that nobody else writes to now."""
+    """Delete what killed writers left under temporary names; only for a folder that is ours, and that nobody else writes to now."""
     for path in leftovers(folder):
         path.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -14,8 +14,8 @@ from dmsae_ray.activations.harvest import Identity
 from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan, plan_all
-from dmsae_ray.files import leftovers
 from dmsae_ray.lock import OutputLock
+from dmsae_ray.ownership import FOLDERS, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.track.terminal import terminal_console
 
 
@@ -66,45 +66,79 @@ def status(config: Config) -> int:
     return 0
 
 
-def superfluous(config: Config) -> list[Path]:
-    """What no finished result and no chain of this configuration needs."""
+@dataclass(frozen=True)
+class Superfluous:
+    """Something of ours that may go."""
+
+    path: Path
+    kind: str
+    """folder of the output folder that it lies in"""
+    within: Path | None = None
+    """the entry of that folder, if it is not the path itself"""
+
+    def remove(self) -> list[Path]:
+        """Returns what lies there and is not ours: it stays."""
+        return remove(self.path, self.kind, self.within)
+
+
+def superfluous(config: Config) -> list[Superfluous]:
+    """What no finished result and no chain of this configuration needs. Raises ValueError if that cannot be told."""
     home, wanted = config.home, {plan.key for plan in planned(config)}
-    found = leftovers(home) + [path for path in [home / "ray"] if path.exists()]
+    found = [Superfluous(path, "") for path in temporaries(home)] + [Superfluous(path, "ray") for path in ours_in(home, "ray")]
     identity = Identity(config)
     datasets = {identity.key(hook) for hook in config.hooks}
-    for folder in sorted((home / "chains").glob("*")):
+    for folder in ours_in(home, "chains"):
         chain = ChainFolder(folder)
         done = len(chain.records())
-        if folder.name in wanted:
-            datasets.add(json.loads((folder / "chain.json").read_text())["fields"]["dataset"] if (folder / "chain.json").exists() else "")
-        elif done == 0:
-            found.append(folder)
-        else:
-            datasets.add(json.loads((folder / "chain.json").read_text())["fields"]["dataset"])
-            if (unfinished := chain.cycle(done).path).exists():
-                found.append(unfinished)
-    found += [folder for folder in sorted((home / "data").glob("*")) if folder.name not in datasets]
+        if folder.name not in wanted and done == 0:
+            found.append(Superfluous(folder, "chains"))
+            continue
+        if done or (folder / "chain.json").exists():
+            datasets.add(dataset_of(folder))
+        if folder.name not in wanted and (unfinished := chain.cycle(done).path).is_dir():
+            found.append(Superfluous(unfinished, "chains", folder))
+    found += [Superfluous(folder, "data") for folder in ours_in(home, "data") if folder.name not in datasets]
     # Token sequences serve to make shards: those of other configurations can be made again.
-    found += [folder for folder in sorted((home / "tokens").glob("*")) if folder.name != identity.tokens_key]
+    found += [Superfluous(folder, "tokens") for folder in ours_in(home, "tokens") if folder.name != identity.tokens_key]
     return found
 
 
+def dataset_of(chain: Path) -> str:
+    """Key of the dataset that a chain was trained on. Raises ValueError if its chain.json does not say."""
+    path = chain / "chain.json"
+    try:
+        return str(json.loads(path.read_text())["fields"]["dataset"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}), so it is not known which activations this chain needs: nothing is removed. Restore it, "
+            "or delete the chain's folder"
+        ) from error
+
+
 def size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def clean(config: Config, dry_run: bool) -> int:
-    """Remove it, or with dry_run only say what would go. Refused while a driver is at work."""
+    """Remove it, or with dry_run only say what would go. Refused while a driver is at work, and where the folder is none of ours."""
     if not config.home.exists():
         print(f"{config.home}: nothing there")
         return 0
+    if not marked(config.home):
+        raise ValueError(
+            f"output folder {config.home}: none that this program made (it has no {MARKER}), so nothing in it is removed; give --output, or "
+            "--config, the one that is meant"
+        )
     lock = OutputLock(config.home)
     try:
         found = superfluous(config)
-        for path in found:
-            print(f"{'would remove' if dry_run else 'removing'} {path} ({size_of(path) / 1e6:,.1f} MB)")
-            if not dry_run:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for one in found:
+            print(f"{'would remove' if dry_run else 'removing'} {one.path} ({size_of(one.path) / 1e6:,.1f} MB)")
+            for path in [] if dry_run else one.remove():
+                print(f"left {path}: not made by this program")
+        for path in [config.home / kind for kind in FOLDERS if (config.home / kind).is_symlink()]:
+            print(f"left {path}: a link, what it leads to is not looked at")
         print(f"{len(found)} to remove" if dry_run else f"{len(found)} removed")
     finally:
         lock.release()

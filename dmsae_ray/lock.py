@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dmsae_ray.distill.folder import Lease
 from dmsae_ray.files import replacing
+from dmsae_ray.ownership import mark
 
 
 class OutputBusy(RuntimeError):
@@ -20,13 +21,14 @@ class OutputBusy(RuntimeError):
 class OutputLock:
     """Held for a driver's life; the operating system lets go of it however the driver ends.
 
-    Raises ValueError if the folder cannot be written, OutputBusy if another driver holds it.
+    Raises ValueError if the folder cannot be written or holds what is not ours under our names, OutputBusy if another driver holds it.
     """
 
     def __init__(self, home: Path):
         self.path = home / "driver.lock"
         try:
             home.mkdir(parents=True, exist_ok=True)
+            mark(home)
             self._file = open(self.path, "a+")
         except OSError as error:
             raise ValueError(

@@ -12,6 +12,7 @@ from dmsae_ray.corpus.mixture import check_mixture
 from dmsae_ray.distill.plan import ChainPlan, check_twins
 from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
+from dmsae_ray.ownership import refuse_strangers
 from dmsae_ray.sae import native
 
 MARGIN = 1.2
@@ -20,6 +21,8 @@ MARGIN = 1.2
 
 def preflight(config: Config) -> ModelInfo:
     """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
+    refuse_strangers(config.home)
+    check_urls(config)
     check_mixture(config.corpus)
     info = model_info(config.model.name, config.model.revision)
     for hook in config.hooks:
@@ -29,6 +32,17 @@ def preflight(config: Config) -> ModelInfo:
     check_stream(config, info.d)
     check_disk(config, info)
     return info
+
+
+def check_urls(config: Config) -> None:
+    """No URL is one whose secret was masked, as a results folder's config.yaml has it. Raises ValueError naming the field."""
+    urls = {"harvest.store": config.harvest.store, "harvest.dataset": config.harvest.dataset, "track.uri": config.track.uri}
+    for field, url in (urls | {"corpus.source": part.source for part in config.corpus.parts}).items():
+        try:
+            if url is not None:
+                url.reveal()
+        except ValueError as error:
+            raise ValueError(f"{field} {error}") from None
 
 
 def check_stream(config: Config, d: int) -> None:

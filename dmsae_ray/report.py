@@ -22,7 +22,7 @@ from dmsae_ray.track.terminal import across_tables, terminal_console, write_repo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 some chains are not finished, 2 bad input, 130 interrupted."""
+    """Exit status: 0 done, 1 some chains are not finished or a part of the results could not be made, 2 bad input, 130 interrupted."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(load(ReportCommand, sys.argv[1:] if argv is None else argv))
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: ReportCommand) -> int:
     """Raises ValueError on bad input before anything is computed."""
-    config = Config(**command.section_dict())
+    config = Config(**command.sections())
     other = None if command.against is None else OtherSweep.open(command.against)
     preflight(config)
     lock = OutputLock(config.home)

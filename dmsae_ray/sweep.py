@@ -7,7 +7,6 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
-from dmsae_ray.activations.store import NAME_AND_PASSWORD
+from dmsae_ray.activations.outliers import notes
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
@@ -28,9 +27,11 @@ from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.ownership import scratch
 from dmsae_ray.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
@@ -41,7 +42,7 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 some chains failed, 2 bad input, 130 interrupted (the same command continues)."""
+    """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command continues)."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         config = load(SweepCommand, sys.argv[1:] if argv is None else argv)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
-    config, verbose = Config(**command.section_dict()), command.verbose
+    config, verbose = Config(**command.sections()), command.verbose
     preflight(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
@@ -87,12 +88,13 @@ class Finished:
     plans: list[ChainPlan]
     folder: Path
     results: Results
-    store: str
+    store: SecretUrl
     """MLflow tracking URI"""
 
     @property
     def done(self) -> bool:
-        return all(plan.finished() for plan in self.plans)
+        """Whether every chain is finished and every part of the results was made."""
+        return all(plan.finished() for plan in self.plans) and not self.results.failed
 
     def show(self, say: Screen) -> None:
         """The tables, and where everything is."""
@@ -116,7 +118,9 @@ class Sweep:
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(shown(self.config), sort_keys=False))
+                # Without `output`: read from here the file means the folder in which it lies, wherever that has been moved to.
+                tree = {name: section for name, section in self.config.section_dict().items() if name != "output"}
+                temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
@@ -177,6 +181,8 @@ class Sweep:
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:
             self.say(f"harvest: {dataset} is complete and checked")
+        for line in notes(dataset):
+            self.say(line)
         folder = self.config.home / "data" / dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():
             from dmsae_ray.distill.references import measure_references
@@ -205,11 +211,9 @@ class Sweep:
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
             ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
-        scratch = self.config.home / "ray" / str(self.lease.generation)
-        shutil.rmtree(scratch.parent, ignore_errors=True)  # of drivers that were killed; nothing is ever read from there
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
-                run_chains(wave, capacity.concurrent, board, scratch)
+                run_chains(wave, capacity.concurrent, board, scratch(self.config.home, self.lease.generation))
                 left = [plan for plan in left if plan not in wave]
             for plan in left:
                 missing = [chain.label for chain in plan.needs() if not chain.finished()]
@@ -221,9 +225,9 @@ class Sweep:
     def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
-            shown(self.config), [
+            self.config.section_dict(), [
                 TrackedChain(
-                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, shown(plan.config)
+                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, plan.config.section_dict()
                 ) for plan in plans
             ],
         )  # fmt: skip
@@ -244,15 +248,6 @@ def listed(plan: ChainPlan) -> dict:
     return {
         "label": plan.label, "key": plan.key, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycles": plan.cycles,
     }  # fmt: skip
-
-
-def shown(config: Config) -> dict:
-    """The configuration as it is kept and logged: without names and passwords that a URL may carry."""
-    tree = config.section_dict()
-    for field in ("store", "dataset"):
-        if tree["harvest"][field]:
-            tree["harvest"][field] = NAME_AND_PASSWORD.sub("//", tree["harvest"][field])
-    return tree
 
 
 class Every:

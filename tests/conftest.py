@@ -28,6 +28,10 @@ compare: {draws: 50}
 """
 
 
+HANGS = 1200.0
+"""Seconds after which a command hangs: many times what the longest takes on an idle machine, since a busy one is no fault."""
+
+
 @dataclass
 class Run:
     """One finished command."""
@@ -57,7 +61,7 @@ def command(output: Path, *args: str, module: str = "sweep") -> list[str]:
     return [sys.executable, "-m", f"dmsae_ray.{module}", "--config", str(config), "--output", str(output), *args]
 
 
-def run_command(output: Path, *args: str, module: str = "sweep", timeout: float = 240, **env: str) -> Run:
+def run_command(output: Path, *args: str, module: str = "sweep", timeout: float = HANGS, **env: str) -> Run:
     start = time.monotonic()
     done = subprocess.run(
         command(output, *args, module=module), env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -66,7 +70,7 @@ def run_command(output: Path, *args: str, module: str = "sweep", timeout: float 
     return Run(done.returncode, done.stdout, time.monotonic() - start)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 150) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = HANGS) -> None:
     """Until the condition holds; the process must be alive all the while."""
     end = time.monotonic() + seconds
     while not condition():

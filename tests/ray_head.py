@@ -35,7 +35,7 @@ def ray_head(cpus: int, dashboard: int | None = None, **variables: str) -> Itera
     with open(log, "w") as file:
         head = psutil.Popen(start, env=of_head, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 600
         while "Ray runtime started" not in log.read_text():
             assert head.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.05)
@@ -47,5 +47,5 @@ def ray_head(cpus: int, dashboard: int | None = None, **variables: str) -> Itera
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
-        psutil.wait_procs(processes, timeout=30)
+        psutil.wait_procs(processes, timeout=120)
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,6 @@ import errno
 import functools
 import mmap
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,11 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dmsae_ray.files import replacing
+from dmsae_ray.secret_url import SecretUrl, scrub
 
 ATTEMPTS, FIRST_WAIT_S = 7, 0.25
 """A server's refusal is asked again so often, after 0.25, 0.5, ... 8 seconds: over 15 s, on top of the client library's own tries."""
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
-NAME_AND_PASSWORD = re.compile(r"(?<=:)//[^/@]*@")
 T = TypeVar("T")
 
 
@@ -40,15 +39,17 @@ class Missing(StoreError):
 class Store:
     """A folder of files. Names are relative, with `/`; a write is whole or not at all."""
 
-    def __init__(self, url: str | Path):
+    def __init__(self, url: str | Path | SecretUrl):
         """Raises StoreError if the URL is none that pyarrow can open. Touches no file."""
-        self.url = str(url)
-        if "://" in self.url and not self.url.startswith("file://"):
+        self.url = SecretUrl(url if isinstance(url, SecretUrl) else str(url))
+        whole = self.url.reveal()
+        if "://" in whole and not whole.startswith("file://"):
             self.local = None
-            self._base, self._query = self.url.partition("?")[0].rstrip("/"), self.url.partition("?")[2]
+            self._base, _, self._query = whole.partition("?")
+            self._base = self._base.rstrip("/")
         else:
-            self.local = Path(self.url.removeprefix("file://")).expanduser().absolute()
-            self.url = str(self.local)
+            self.local = Path(whole.removeprefix("file://")).expanduser().absolute()
+            self.url = SecretUrl(str(self.local))
         if self.local is None:
             self._remote()
 
@@ -56,7 +57,7 @@ class Store:
         return Store, (self.url,)
 
     def __str__(self) -> str:
-        return str(self.local) if self.local else NAME_AND_PASSWORD.sub("//", self._base)
+        return str(self.local) if self.local else self.url.place.rstrip("/")
 
     def child(self, name: str) -> Store:
         """The folder of this name below this one."""
@@ -162,10 +163,10 @@ class Store:
 
     def _remote(self) -> tuple[fs.FileSystem, str]:
         try:
-            return _file_system(self.url)
+            return _file_system(self.url.reveal())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             # pyarrow repeats the URL, and with it its secrets: so its error is not shown either.
-            why = _first_line(error).replace(self.url, str(self))
+            why = _first_line(error).replace(self.url.reveal(), str(self))
             raise StoreError(f"{self}: not a place that pyarrow can open ({why}); give a folder or an s3:// or gs:// URL") from None
 
     def _read_remote(self, name: str, part: tuple[int, int] | None) -> bytes:
@@ -205,4 +206,4 @@ def _file_system(url: str) -> tuple[fs.FileSystem, str]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return scrub((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmsae_ray.corpus.hub import hub_commit, hub_rows
+from dmsae_ray.place import has_form_of_hub_id
+from dmsae_ray.secret_url import masked
 
 EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 READ_ROWS = 256  # Parquet rows in memory at a time
 
 
@@ -54,7 +54,7 @@ def load_documents(source: str, text_field: str = "text", revision: str | None =
         count += 1
         yield Document(name, text)
     if not count:
-        raise ValueError(f"corpus.source {source}: no document has any text in it; give a source with text")
+        raise ValueError(f"corpus.source {masked(source)}: no document has any text in it; give a source with text")
 
 
 def check_source(source: str, text_field: str) -> None:
@@ -91,10 +91,8 @@ def corpus_fingerprint(source: str, text_field: str = "text", revision: str | No
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source names a hub data set: it has the form of one, and nothing local has that name."""
-    if Path(source).expanduser().exists() or source.endswith(SUFFIXES) or source.startswith("."):
-        return False
-    return HUB_ID.fullmatch(source) is not None
+    """Whether a source names a hub data set: it has the form of one. The configuration has made what is local absolute."""
+    return has_form_of_hub_id(source) and not source.endswith(SUFFIXES)
 
 
 def local_files(source: str) -> list[Path]:
@@ -103,12 +101,12 @@ def local_files(source: str) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not found:
-            raise ValueError(f"corpus.source {source}: the folder holds no {', '.join(SUFFIXES)} file")
+            raise ValueError(f"corpus.source {masked(source)}: the folder holds no {', '.join(SUFFIXES)} file")
         return found
     found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
     if not found:
         raise ValueError(
-            f"corpus.source {source}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to "
+            f"corpus.source {masked(source)}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to "
             f"{', '.join(SUFFIXES)} files, or a hub data set id such as owner/name"
         )
     for p in found:

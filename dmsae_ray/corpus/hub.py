@@ -6,6 +6,8 @@ import gc
 import re
 from collections.abc import Iterator
 
+from dmsae_ray.secret_url import masked, scrub
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -44,10 +46,10 @@ def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
 
 
 def _message(source: str, revision: str | None, error: Exception, after: int = 0) -> str:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    reason = scrub(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}")
     if after:
-        return f"corpus.source {source}: the hub data set broke off after {after} rows ({reason}); try again, or use fewer corpus.documents"
+        return f"corpus.source {masked(source)}: the hub data set broke off after {after} rows ({reason}); try again, or use fewer corpus.documents"
     return (
-        f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
+        f"corpus.source {masked(source)}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
         f"({reason}); check the name, the network and the hub token, or give the full commit as corpus.revision"
     )

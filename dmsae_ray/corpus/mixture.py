@@ -22,7 +22,7 @@ def check_mixture(corpus: CorpusConfig) -> None:
     """`check_source` for every part. Raises ValueError, which for a mixture names the part."""
     for number, part in enumerate(corpus.parts):
         try:
-            check_source(part.source, part.text_field)
+            check_source(part.source.reveal(), part.text_field)
         except ValueError as error:
             if not corpus.mixture:
                 raise
@@ -34,7 +34,7 @@ def mixture_fingerprint(corpus: CorpusConfig) -> str:
 
     Weights count by their ratios: 2 to 1 is the same mixture as 1 to 0.5. Raises ValueError like `corpus_fingerprint`.
     """
-    parts = [corpus_fingerprint(part.source, part.text_field, part.revision) for part in corpus.parts]
+    parts = [corpus_fingerprint(part.source.reveal(), part.text_field, part.revision) for part in corpus.parts]
     if not corpus.mixture:
         return parts[0]
     weights = whole_weights([part.weight for part in corpus.parts])
@@ -44,7 +44,7 @@ def mixture_fingerprint(corpus: CorpusConfig) -> str:
 
 def load_parts(corpus: CorpusConfig) -> list[Iterator[Document]]:
     """One stream of documents for each part, none longer than `corpus.documents`. They raise like `load_documents`."""
-    return [islice(load_documents(part.source, part.text_field, part.revision), corpus.documents) for part in corpus.parts]
+    return [islice(load_documents(part.source.reveal(), part.text_field, part.revision), corpus.documents) for part in corpus.parts]
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:

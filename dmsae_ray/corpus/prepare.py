@@ -116,7 +116,7 @@ def _write(corpus: CorpusConfig, tokenizer, context: int, paths: dict[str, Path]
 def _metadata(corpus: CorpusConfig, split: str, given: np.ndarray) -> dict[str, str]:
     """What is written beside the sequences of a split. given: int64 [parts, 2], documents and tokens."""
     parts = [
-        {"source": part.source, "weight": part.weight, "documents": documents, "tokens": tokens}
+        {"source": str(part.source), "weight": part.weight, "documents": documents, "tokens": tokens}
         for part, (documents, tokens) in zip(corpus.parts, given.tolist())
     ]
     return {"split": split, "packing": corpus.packing, "parts": json.dumps(parts)}

@@ -42,6 +42,7 @@ from dmsae_ray.sae.collective import Alone, TorchCollective
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.step import Diverged
 from dmsae_ray.sae.threshold import calibrate
+from dmsae_ray.secret_url import scrub
 
 OPEN_AT = 0.5
 """Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits costs some CPU."""
@@ -309,7 +310,7 @@ class Chain:
         # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         for ids_NT, lengths_N in mine:
-            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal)
+            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal, self.dataset.manifest.max_norm)
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank == 0:
@@ -418,7 +419,7 @@ def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = N
     plan.lease.check()
     write_json(
         plan.folder.failed,
-        {"kind": kind, "reason": reason, "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": traceback.format_exc()},
+        {"kind": kind, "reason": scrub(reason), "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": scrub(traceback.format_exc())},
     )
 
 

@@ -18,11 +18,11 @@ generation, so a worker that outlived its driver cannot write over its successor
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from dmsae_ray.files import remove_leftovers, write_json
+from dmsae_ray.ownership import remove
 
 RECORD_VERSION = 3
 
@@ -89,7 +89,7 @@ class CycleFolder:
         """Drop what only an unfinished cycle needs."""
         self.checkpoint.unlink(missing_ok=True)
         if self.attribution.exists():
-            shutil.rmtree(self.attribution)
+            remove(self.attribution, "chains", within=self.path.parent)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.distill.scores import ScoreSettings
 from dmsae_ray.distill.select import count_of
 from dmsae_ray.sae.settings import SAESettings, schedule
+from dmsae_ray.secret_url import SecretUrl
 
 INIT, SELECTION = 301, 302
 """Purposes of random draws, apart from those of activations/order.py and activations/harvest.py."""
@@ -46,7 +47,7 @@ class ChainPlan:
     config: Config
     seed: int
     k: int
-    dataset: str
+    dataset: SecretUrl | str
     """folder or URL of the activations"""
     dataset_key: str
     lease: Lease | None
@@ -188,13 +189,12 @@ class ChainPlan:
         )  # fmt: skip
 
     def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
-        """How rows of this dataset are attributed: the outlier bound is a multiple of its median norm."""
+        """How rows of this dataset are attributed: those within its bound on norms and, where attribution.outlier_norm is set, within that
+        multiple of its median norm."""
         attribution = self.config.attribution
-        multiple = attribution.outlier_norm
-        return AttributionSettings(
-            splice=attribution.splice, candidates=attribution.candidates,
-            max_norm=None if multiple is None else multiple * manifest.norm_quantiles["0.5"],
-        )  # fmt: skip
+        own = () if attribution.outlier_norm is None else (attribution.outlier_norm * manifest.norm_quantiles["0.5"],)
+        bounds = own if manifest.max_norm is None else (*own, manifest.max_norm)
+        return AttributionSettings(splice=attribution.splice, candidates=attribution.candidates, max_norm=min(bounds, default=None))
 
     @property
     def score_settings(self) -> ScoreSettings:
@@ -233,7 +233,7 @@ def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> lis
     return plans
 
 
-def plan_all(config: Config, dataset: str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+def plan_all(config: Config, dataset: SecretUrl | str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
     """The same without a look at the dataset. Raises ValueError if a core file to start from cannot be read."""
     base = grid(config, BASE, dataset, dataset_key, lease)
     plans = list(base)
@@ -253,7 +253,7 @@ def plan_all(config: Config, dataset: str, dataset_key: str, lease: Lease | None
     return plans
 
 
-def grid(config: Config, arm: str, dataset: str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
     """One chain for every seed and k."""
     start = None
     if config.sae.core is not None:

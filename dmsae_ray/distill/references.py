@@ -10,6 +10,7 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.distill.evaluate import reference_losses, references_path
 from dmsae_ray.files import write_json
+from dmsae_ray.secret_url import SecretUrl
 
 
 def measure_references(config: Config, dataset: ActivationDataset, folder: Path) -> None:
@@ -29,10 +30,10 @@ def references_of(lm, dataset: ActivationDataset, evaluate: EvaluateConfig, devi
     """Measure them here."""
     sequences = dataset.held_out("evaluation").first_tokens(evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(evaluate.sequences_per_batch))
-    return reference_losses(lm, batches, torch.tensor(dataset.manifest.mean))
+    return reference_losses(lm, batches, torch.tensor(dataset.manifest.mean), dataset.manifest.max_norm)
 
 
-def _measure(config: Config, dataset: str) -> dict[str, float]:
+def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
     from dmsae_ray.lm.model import LanguageModel
 
     torch.set_num_threads(config.harvest.threads)

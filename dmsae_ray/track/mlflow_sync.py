@@ -28,6 +28,7 @@ from typing import Any
 
 import pandas
 
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.track import figures
 from dmsae_ray.track.chain_runs import ChainRuns, SweepRun, TrackedChain
 from dmsae_ray.track.measurements import flatten
@@ -49,7 +50,7 @@ class MlflowTracker:
 
     def __init__(
         self,
-        uri: str | None,
+        uri: SecretUrl | str | None,
         output: Path,
         experiment: str,
         sweep_key: str,
@@ -65,7 +66,7 @@ class MlflowTracker:
         self._sweep: SweepRun | None = None
         """None until the store was read, and again after a sync that was cut short: what was under way may or may not have arrived"""
         self._chain_runs: list[ChainRuns] = []
-        self._results: tuple[dict[str, Any], dict[str, Columns], dict[str, float], tuple[Path, ...]] | None = None
+        self._results: tuple[dict[str, Any] | None, dict[str, Columns], dict[str, float], tuple[Path, ...]] | None = None
         self._warned = self._closed = False
 
     def sync(self) -> bool:
@@ -85,9 +86,10 @@ class MlflowTracker:
             return True
 
     def log_results(
-        self, comparison: dict[str, Any], tables: dict[str, Columns], numbers: dict[str, float], files: Iterable[Path] = ()
+        self, comparison: dict[str, Any] | None, tables: dict[str, Columns], numbers: dict[str, float], files: Iterable[Path] = ()
     ) -> bool:
-        """Log the sweep's results on its run, now or with a later sync: comparison.json as a dict, tables by name, named numbers, files."""
+        """Log the sweep's results on its run, now or with a later sync: comparison.json as a dict (None: it could not be made), tables by
+        name, named numbers, files."""
         with self._lock:
             self._results = (comparison, tables, numbers, tuple(Path(file) for file in files))
         return self.sync()
@@ -136,7 +138,7 @@ class MlflowTracker:
         return sweep
 
     def _log_results(
-        self, run_id: str, comparison: dict[str, Any], tables: dict[str, Columns], numbers: dict[str, float], files: tuple[Path, ...]
+        self, run_id: str, comparison: dict[str, Any] | None, tables: dict[str, Columns], numbers: dict[str, float], files: tuple[Path, ...]
     ) -> None:
         """Everything once for each results that differ from the last."""
         rows = [chain_row(chain.label, chain.folder, chain.cycles) for chain in self._chains]
@@ -149,14 +151,15 @@ class MlflowTracker:
         for name, columns in tables.items():
             if next(iter(columns.values()), None):  # a table without rows has no types to show
                 self._log_table(run_id, columns, f"tables/{name}.json")
-        labels, matrix, nulls = figures.matrices(comparison)
-        client.log_text(run_id, matrix_csv(labels, matrix), "tables/consistency.csv")
-        failed = [entry["label"] for entry in comparison.get("failed", [])]
-        client.log_figure(run_id, figures.consistency_matrix(labels, matrix, nulls, failed), "consistency.png")
+        if comparison is not None:
+            labels, matrix, nulls = figures.matrices(comparison)
+            client.log_text(run_id, matrix_csv(labels, matrix), "tables/consistency.csv")
+            failed = [entry["label"] for entry in comparison.get("failed", [])]
+            client.log_figure(run_id, figures.consistency_matrix(labels, matrix, nulls, failed), "consistency.png")
         client.log_figure(run_id, figures.core_sizes(rows), "core_sizes.png")
         # The step counts results: a sweep whose failed chain was mended is compared again.
         step, now = int(self._store.get_tag(run_id, "times") or 0), now_ms()
-        points = [Point(f"compare/{name}", value, step, now) for name, value in summary(comparison).items()]
+        points = [Point(f"compare/{name}", value, step, now) for name, value in (summary(comparison) if comparison else {}).items()]
         # MLflow takes no ~ in a metric's name, and groups charts by what stands before a slash.
         points += [Point(f"results/{name.replace('~', ' vs ')}", value, step, now) for name, value in numbers.items()]
         self._store.append(run_id, points)

@@ -33,6 +33,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 from dmsae_ray.files import replacing  # noqa: E402
+from dmsae_ray.secret_url import SecretUrl, scrub  # noqa: E402
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -87,8 +88,8 @@ class RunStore:
     Creates the database and the experiment. Raises TrackingError if the store cannot be used.
     """
 
-    def __init__(self, uri: str | None, output: Path, experiment: str):
-        self.uri = uri or default_uri(output)
+    def __init__(self, uri: SecretUrl | str | None, output: Path, experiment: str):
+        self.uri = SecretUrl(uri or default_uri(output))
         self._experiment, self._output = experiment, output
         self._runs: dict[tuple[str, str, str], str] = {}
         """run id by (sweep, kind, key)"""
@@ -101,7 +102,7 @@ class RunStore:
         """metrics that a run had when it was read"""
         try:
             self.home = home_id(output)
-            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client = MlflowClient(tracking_uri=self.uri.reveal())
             self.experiment_id = self._find_experiment()
         except STORE_ERRORS as error:
             raise TrackingError(
@@ -112,7 +113,7 @@ class RunStore:
     def _find_experiment(self) -> str:
         found = self.client.get_experiment_by_name(self._experiment)
         if found is None:
-            by_server = self.uri.startswith(("http:", "https:", "databricks"))
+            by_server = self.uri.reveal().startswith(("http:", "https:", "databricks"))
             root = None if by_server else (self._output / "mlartifacts").absolute().as_uri()
             return self.client.create_experiment(self._experiment, artifact_location=root)
         if found.lifecycle_stage != "active":
@@ -227,6 +228,6 @@ class RunStore:
 
 
 def one_line(error: BaseException) -> str:
-    """What a message can show of an error."""
+    """What a message can show of an error: its first line, without the secrets of URLs."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    return scrub(lines[0])[:300]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from rich import box
@@ -177,9 +178,10 @@ MANY_PAIRS = 20
 
 def report(
     rows: Sequence[ChainRow], comparison: dict[str, Any] | None, consensus: dict[str, Any] | None = None,
-    expectations: Sequence[dict[str, Any]] = (),
+    expectations: Sequence[dict[str, Any]] = (), failed: Mapping[str, str] = MappingProxyType({}),
 ) -> Group:  # fmt: skip
-    """All tables with their notes. comparison, consensus: what their files hold; None: not made yet."""
+    """All tables with their notes. comparison, consensus: what their files hold; None: not made. failed: parts that could not be made, or
+    not all of them, and why."""
     parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
     if comparison is not None:
         if len(comparison["pairs"]) <= MANY_PAIRS:
@@ -190,6 +192,10 @@ def report(
         parts += [Text(""), consensus_text(consensus)]
     if expectations:
         parts += [Text(""), expectations_table(expectations)]
+    if failed:
+        lines = [f"  {name}: {reason}" for name, reason in failed.items()]
+        words = ["Of these results some could not be made, or not all of it; the same command makes only that again:", *lines]
+        parts += [Text(""), Text("\n".join(words), style="red")]
     return Group(*parts)
 
 

@@ -69,7 +69,7 @@ def open_page(browser: Browser, folder_of: Callable[[str], Path], opened: list[W
 
     def open_(name: str, **context: object) -> Watched:
         page = browser.new_context(**context).new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(120_000)
         watched = Watched(page, (folder_of(name) / "page.html").as_uri())
         page.on("console", lambda message: watched.complaints.append(f"console {message.type}: {message.text}"))
         page.on("pageerror", lambda error: watched.complaints.append(f"error: {error}"))

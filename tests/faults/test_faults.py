@@ -8,7 +8,7 @@ import sqlite3
 
 import pytest
 import torch
-from conftest import command, core_bytes, data_digests, run_command, start, wait_for
+from conftest import HANGS, command, core_bytes, data_digests, run_command, start, wait_for
 
 
 def share_data(source, output):
@@ -67,7 +67,7 @@ def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_run
     process, log = start(output, "--sweep.seeds", "0,1,2")
     wait_for(lambda: len(list(output.glob("chains/*/cycle_00/curve.jsonl"))) == 3, process)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130, log.read_text()
+    assert process.wait(timeout=HANGS) == 130, log.read_text()
     assert "2 of 3 already finished" in log.read_text() and "same command continues" in log.read_text()
     assert {path: path.read_bytes() for path in finished} == finished
     with sqlite3.connect(output / "mlflow.db") as db:

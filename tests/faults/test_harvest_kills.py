@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ray_head import ray_head
+from conftest import HANGS
 from victims import LOCAL, Victim, copy_parts, frozen, none_left_running, temporaries  # noqa: F401 (a fixture is used by its name)
 
 SHARDS = ("--harvest.tokens", "131072", "--harvest.rows_per_shard", "2048")
@@ -56,7 +57,7 @@ def test_three_actors_make_the_bytes_of_one_though_their_driver_is_killed(alone,
         victim.wait_for(lambda: working() == 3 and len(shards(output)) >= 4)
         assert in_the_making(output)
         victim.kill()
-        end = time.monotonic() + 30
+        end = time.monotonic() + HANGS
         while victim.find(MAKER):  # the cluster ends the actors of a driver that is gone
             assert time.monotonic() < end
         kept = shards(output)

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import digest_of_rows
+from conftest import HANGS, digest_of_rows
 from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
 
 TRAINER = "ray::RayTrainWorker"
@@ -98,7 +98,7 @@ def test_a_superseded_driver_and_its_worker_write_nothing_more(small_sweep, tmp_
             if not temporaries(output):  # else it has asked for its right to write already
                 (output / "generation").write_text("2")
                 taken_over = {path: path.read_bytes() for path in output.glob("chains/**/*") if path.is_file()}
-    assert victim.process.wait(timeout=300) == 2 and "generation 2 has taken over from 1" in victim.said, victim.said
+    assert victim.process.wait(timeout=HANGS) == 2 and "generation 2 has taken over from 1" in victim.said, victim.said
     assert {path: path.read_bytes() for path in output.glob("chains/**/*") if path.is_file()} == taken_over
 
 

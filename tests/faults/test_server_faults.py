@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from conftest import run_command, same_results, start, wait_for
+from conftest import HANGS, run_command, same_results, start, wait_for
 from s3_server import CLIENT_GIVES_UP_S, Request, Share
 
 from dmsae_ray.activations.store import Missing, Store
@@ -50,7 +50,7 @@ def test_training_outlives_a_server_that_is_away_for_seconds_and_refuses_every_f
     process, log = start(output, *ONE_CHAIN, "--sweep.cycles", "1", "--harvest.dataset", url)
     wait_for(lambda: any(output.glob("chains/*/chain.json")), process)  # the dataset is verified, workers have yet to start
     s3.proxy.phase = "training"
-    assert process.wait(timeout=200) == 0, log.read_text()
+    assert process.wait(timeout=HANGS) == 0, log.read_text()
     refused = s3.proxy.refused
     burst = [r for r in refused if r.at <= refused[0].at + CLIENT_GIVES_UP_S + 2]
     # Longer than the client asks for by itself, so our own attempts are what it took.
@@ -79,7 +79,7 @@ def test_a_server_that_stays_away_fails_the_chain_by_name_and_the_same_command_g
     process, log = start(output, *arguments)
     wait_for(lambda: any(output.glob("chains/*/chain.json")), process)
     s3.proxy.phase = "training"
-    assert process.wait(timeout=400) == 1, log.read_text()
+    assert process.wait(timeout=HANGS) == 1, log.read_text()
     assert gone
     (failed,) = output.glob("chains/*/failed.json")
     failure = json.loads(failed.read_text())

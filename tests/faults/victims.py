@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import command, environment
+from conftest import HANGS, command, environment
 from safetensors.torch import load_file
 
 LOCAL = ("--cluster.address", "local")
@@ -75,7 +75,7 @@ class Victim:
         """Descendants whose title starts so."""
         return [self._known[pid] for pid, found in self.family().items() if found.startswith(title)]
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 200) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = HANGS) -> None:
         """Until the condition holds; the command must be alive all the while."""
         end = time.monotonic() + seconds
         while not condition():
@@ -99,11 +99,11 @@ class Victim:
                 pass
         assert self.process.wait() == -signal.SIGKILL
         if self._root.pid == self.process.pid:
-            survivors = psutil.wait_procs(victims, timeout=30)[1]
+            survivors = psutil.wait_procs(victims, timeout=HANGS)[1]
             titles = [" ".join(survivor.cmdline()) for survivor in survivors if survivor.is_running()]
             assert all(title.startswith(AGENTS) for title in titles), titles
 
-    def finish(self, seconds: float = 300) -> None:
+    def finish(self, seconds: float = HANGS) -> None:
         assert self.process.wait(timeout=seconds) == 0, self.said
 
 

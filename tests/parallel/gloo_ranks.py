@@ -225,7 +225,7 @@ def rank_main(rank, folder):
         if rank >= world:
             continue
         meeting = f"file://{folder}/meeting{world}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=600))
         comm = TorchCollective()
         found = run(comm, masks) | {"traffic": traffic(comm)}
         hand_over(comm, folder)

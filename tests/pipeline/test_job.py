@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, core_bytes, environment, free_port
+from conftest import HANGS, command, core_bytes, environment, free_port
 from ray_head import ray_head
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,9 +30,9 @@ def test_a_submitted_job_gives_the_same_cores_in_a_lasting_folder(head, small_sw
         shutil.copytree(small_sweep.output / part, output / part)
     submit = [BIN / "ray", "job", "submit", "--address", f"http://127.0.0.1:{port}", "--working-dir", ".", "--"]
     job = ["python", "-m", "dmsae_ray.sweep", "--config", str(small_sweep.output.parent / "small.yaml"), "--output", str(output)]
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while True:
-        done = subprocess.run([*submit, *job], cwd=REPOSITORY, env=env, text=True, capture_output=True, timeout=240)
+        done = subprocess.run([*submit, *job], cwd=REPOSITORY, env=env, text=True, capture_output=True, timeout=HANGS)
         if "No available agent to submit job" not in done.stderr or time.monotonic() > end:
             break  # the head takes jobs some seconds after it said that it has started
         time.sleep(1)
@@ -48,6 +48,6 @@ def test_a_cluster_that_is_too_small_says_what_would_fit(head, small_sweep, tmp_
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output / "data", output / "data")
     sweep = [BIN / "python", *command(output, "--cluster.workers", "4")[1:]]
-    done = subprocess.run(sweep, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+    done = subprocess.run(sweep, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=HANGS)
     assert done.returncode == 2 and "too small" in done.stdout and "--num-cpus=5" in done.stdout, done.stdout
     assert "1 would fit" in done.stdout and "Traceback" not in done.stdout

@@ -66,7 +66,7 @@ def consume(place: str, data_seed: int) -> tuple[int, int, float]:
 
 def test_streams_that_leave_one_cpu_to_reading_all_get_their_rows(cluster, dataset):
     tasks = [ray.remote(num_cpus=1)(consume).remote(dataset.store.url, seed) for seed in range(STREAMS)]
-    found = ray.get(tasks, timeout=120)
+    found = ray.get(tasks, timeout=1200)
     order = order_of(dataset, 0)
     assert [count for count, _, _ in found] == [order.rounds_per_pass * order.batches_per_round] * STREAMS
     # Other seeds, other batches; and a stream among many gives what it gives alone.

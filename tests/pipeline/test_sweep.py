@@ -96,10 +96,10 @@ def test_clean_removes_only_what_no_finished_result_needs(small_sweep, capfd):
     stray = small_sweep.output / "chains" / "0123456789ab" / "cycle_00"
     stray.mkdir(parents=True)
     (stray / "checkpoint.pt").write_bytes(b"x" * 1000)
-    (small_sweep.output / "data" / "unused").mkdir()
+    (small_sweep.output / "data" / "0123456789ab").mkdir()
     before = {path: path.read_bytes() for path in small_sweep.output.glob("chains/*/cycle_*/*") if path.parent != stray}
     assert "would remove" in here(capfd, small_sweep, "--clean", "--dry_run") and stray.exists()
     here(capfd, small_sweep, "--clean")
-    assert not stray.exists() and not (small_sweep.output / "data" / "unused").exists()
+    assert not stray.exists() and not (small_sweep.output / "data" / "0123456789ab").exists()
     assert {path: path.read_bytes() for path in before} == before
     assert here(capfd, small_sweep, "--status").count("done") == 2

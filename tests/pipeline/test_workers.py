@@ -244,7 +244,7 @@ def test_a_read_task_that_is_killed_is_read_again_and_changes_no_batch(cluster, 
 
 def wait_for_tasks(wanted) -> list:
     """Reading tasks of this kind, as soon as the cluster, which learns of them with some delay, says there are any."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while not (found := [task for task in reading_tasks() if wanted(task)]):
         assert time.monotonic() < end, [(task.task_id, task.state, task.attempt_number) for task in reading_tasks()]
         time.sleep(0.1)

@@ -39,7 +39,7 @@ class Source:
 
 def settle(condition):
     """Wait until something holds that another thread brings about."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 300
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     return condition()

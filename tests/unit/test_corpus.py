@@ -157,7 +157,7 @@ from dmsae_ray.corpus.hub import hub_rows
 print(len(list(islice(hub_rows(sys.argv[1], None), 300))))
 """
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=600)
         assert (done.returncode, done.stdout.strip()) == (0, "300"), done.stderr
 
 
@@ -170,7 +170,7 @@ def test_an_unreachable_hub_is_one_clear_message(call, environment, tmp_path):
     code = f"from dmsae_ray.corpus.documents import *\ntry: {call}\nexcept ValueError as error: print(error)"
     # A process of its own: the hub's library reads these variables when it is imported.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=600)
     assert "corpus.source owner/name: neither a local path nor a hub data set" in done.stdout, done.stderr
     assert "corpus.revision" in done.stdout
 

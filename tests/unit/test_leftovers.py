@@ -8,7 +8,7 @@ from dmsae_ray.files import leftovers
 
 def test_tidying_a_chain_drops_temporary_files_and_what_a_finished_cycle_does_not_need(tmp_path):
     chain = ChainFolder(tmp_path)
-    left = ["checkpoint.pt.tmp-17", "sae.safetensors.tmp-17-0f3a", "attribution/ab-00001.safetensors.tmp-18"]
+    left = ["checkpoint.pt.tmp-17-0f3a9c", "sae.safetensors.tmp-17-0f3a9d", "attribution/ab-00001.safetensors.tmp-18-0f3a9c"]
     for cycle in (0, 1):
         folder = chain.cycle(cycle)
         folder.attribution.mkdir(parents=True)

@@ -102,7 +102,7 @@ def test_fingerprint_of_a_mixture_and_of_a_single_source(mixture):
     assert mixture_fingerprint(CorpusConfig()) == corpus_fingerprint("embedded")
     first, second = mixture.mixture
     single = CorpusConfig(source=second.source, text_field="body")
-    assert mixture_fingerprint(single) == corpus_fingerprint(second.source, "body")
+    assert mixture_fingerprint(single) == corpus_fingerprint(second.source.reveal(), "body")
 
     def of(*parts):
         return mixture_fingerprint(CorpusConfig(mixture=parts))
@@ -128,7 +128,7 @@ def test_a_mixture_holds_its_shares_to_a_document_and_says_what_each_part_gave(m
     made = prepare_tokens(corpus, tokenizer, T, 0, tmp_path)
     given = np.array([[[part["documents"], part["tokens"]] for part in parts_of(tmp_path, split)] for split in SPLITS])
     documents, tokens = given.sum(axis=0).T
-    longest = max(len(e.ids) for part in corpus.parts for e in encode(load_documents(part.source, part.text_field), tokenizer))
+    longest = max(len(e.ids) for part in corpus.parts for e in encode(load_documents(part.source.reveal(), part.text_field), tokenizer))
     assert (np.abs(tokens - np.array([0.75, 0.25]) * tokens.sum()) <= longest).all()
     assert documents[0] == 200 or documents[1] == 400  # one part is used up
     for split, (_, (first, second)) in zip(SPLITS, given.transpose(0, 2, 1)):
@@ -226,7 +226,7 @@ def say(line):
 prepare.prepare_tokens(CorpusConfig.model_validate_json(sys.argv[1]), load_tokenizer("tiny"), 32, 0, Path(sys.argv[2]), say)
 """
     killed, calm = tmp_path / "killed", tmp_path / "calm"
-    done = subprocess.run([sys.executable, "-c", code, mixture.model_dump_json(), str(killed)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, mixture.model_dump_json(), str(killed)], timeout=600)
     assert done.returncode == -signal.SIGKILL
     left = {path.name for path in killed.iterdir()}
     assert len(left) == 3 and all(".tmp-" in name for name in left)

@@ -28,7 +28,7 @@ class ThreadCollective:
 
 def on_ranks(world, work):
     """What work(collective) gives on each of so many ranks. An error of one of them is raised here."""
-    parts, barrier, results, errors = [None] * world, threading.Barrier(world, timeout=20), [None] * world, []
+    parts, barrier, results, errors = [None] * world, threading.Barrier(world, timeout=600), [None] * world, []
 
     def run(rank):
         try:

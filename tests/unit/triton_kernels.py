@@ -374,7 +374,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+EACH_TIME = ("core exempt", "budget exempt, many dead", "micro-batches")
+"""Cases of the short form; the interpreter is slow, so the others are only in `make test-all`."""
+
+
+@pytest.mark.parametrize("case", [case if case in EACH_TIME else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_training_is_that_of_plain_torch(case, in_training):
     settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", clip=0.3)
     settings = dataclasses.replace(settings, **CASES[case])
@@ -396,6 +400,7 @@ def test_training_is_that_of_plain_torch(case, in_training):
         torch.testing.assert_close(found["sae"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monkeypatch):
     test_sae_step.test_a_batch_that_is_not_finite_stops_before_any_weight_changes(math.nan, 1)
@@ -460,6 +465,7 @@ def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
     test_sae_step.assert_same(trainer.state_dict(), straight.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="reads the CPU's allocator")
 def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
     monkeypatch.setitem(triton_pairs.TILE, torch.float32, {"ROWS": 256, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 2})
@@ -479,6 +485,7 @@ def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
     assert 0.8 * sum(expected.values()) < measured < 1.1 * sum(expected.values()), (measured, expected)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_training, monkeypatch):
     settings = dataclasses.replace(test_sae_step.SETTINGS, k=12, screen="bf16", dead_window_tokens=32)
     roomy, tight = (test_sae_step.new_trainer(settings=settings) for _ in range(2))

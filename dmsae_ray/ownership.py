@@ -1,0 +1,150 @@
+"""What in an output folder is ours: only that is ever removed, and only a folder without strangers under our names is taken.
+
+A folder is marked when it is first taken. Inside it, a file is ours by its place and whole name, as the table below has them: an output
+folder may be one that holds a person's own `data/`, or a link to another disk. Links are neither followed nor removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from dmsae_ray.files import TEMPORARY, leftovers, write_json
+
+MARKER = "dmsae_ray.json"
+KEY = r"[0-9a-f]{12}"
+FOLDERS = {
+    "data": rf"{KEY}",
+    "tokens": rf"{KEY}",
+    "chains": rf"{KEY}",
+    "pairs": rf"{KEY}\.json",
+    "sweeps": rf"[A-Za-z0-9][\w.-]*-{KEY}",
+    "ray": r"\d+",
+    "logs": r"(sweep|harvest|report|evaluate)-\d{8}-\d{6}\.(log|all|ray)",
+}
+"""What each folder of an output folder holds."""
+FILES = {
+    "data": (
+        r"manifest\.json|references-[\w.-]+\.json|shards|shards/(train-\d{5,}|calibration)\.parquet|"
+        r"tokens|tokens/(attribution|evaluation)\.safetensors"
+    ),
+    "tokens": r"(train|attribution|evaluation)\.safetensors",
+    "chains": (
+        r"chain\.json|failed\.json|cycle_\d\d+|cycle_\d\d+/(checkpoint\.pt|curve\.jsonl|(sae|scores|core)\.safetensors|record\.json|"
+        r"evaluation-\d+\.json|attribution|attribution/[0-9a-f]+-\d{5,}\.safetensors)"
+    ),
+    # What Ray Tune and Ray Train write there is theirs to name: below these, everything is.
+    "ray": rf"\.validate_storage_marker|(tune|{KEY}-\d+)(/.*)?",
+}
+"""What lies in a folder of the table above, by its name from there."""
+OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "generation", "probe.json")
+"""Further names that we use in an output folder."""
+
+
+def marked(home: Path) -> bool:
+    """Whether this is an output folder of ours: it has our mark, or the lock that versions before the mark left."""
+    return (home / MARKER).is_file() or _has_lock(home / "driver.lock")
+
+
+def mark(home: Path) -> None:
+    """Raises ValueError if the folder holds what is not ours under a name that we use."""
+    if not (home / MARKER).is_file():
+        refuse_strangers(home)
+        write_json(home / MARKER, {"format_version": 1, "what": "an output folder of dmsae_ray"})
+
+
+def refuse_strangers(home: Path) -> None:
+    """A folder that is not marked holds nothing but ours under our names. Raises ValueError that names what is not."""
+    try:
+        found = [] if marked(home) else [home / name for name in OTHER if os.path.lexists(home / name)] + list(_strangers(home))
+    except OSError as error:
+        raise ValueError(f"output folder {home}: cannot be read ({error.strerror}); give --output a folder of your own") from error
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"output folder {home}: holds {', '.join(str(path.relative_to(home)) for path in found[:3])}{more}, which this program did not make, "
+            "under names that it would use. Nothing was touched; give --output a folder of its own, such as "
+            f"{home / 'dmsae_ray'}"
+        )
+
+
+def _has_lock(path: Path) -> bool:
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False  # no lock of ours is no error: a folder that cannot be read is refused where it is taken
+    return isinstance(tree, dict) and {"pid", "host", "since"} <= tree.keys()
+
+
+def _strangers(home: Path) -> Iterator[Path]:
+    """First of what stands in the place of ours, folder by folder. Looks through links, since it only looks."""
+    for name, pattern in FOLDERS.items():
+        folder = home / name
+        if not os.path.lexists(folder):
+            continue
+        if not folder.is_dir():
+            yield folder
+            continue
+        for path in sorted(folder.iterdir()):
+            within = FILES.get(name)
+            if not _is(pattern, path.name) or (within and not (path.is_dir() and all(_is(within, inner.name) for inner in path.iterdir()))):
+                yield path
+
+
+def _is(pattern: str, name: str) -> bool:
+    return re.fullmatch(rf"(?:{pattern})(?:{TEMPORARY})?", name) is not None
+
+
+def ours_in(home: Path, kind: str) -> list[Path]:
+    """The entries of a folder of the table that are named as ours are, links left out. kind: `data`, `chains`, ..."""
+    folder = home / kind
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if _is(FOLDERS[kind], path.name) and not path.is_symlink())
+    return sorted(path for path in found if path.is_dir() == (kind != "pairs"))
+
+
+def temporaries(home: Path) -> list[Path]:
+    """What killed writers left under temporary names, wherever ours write; nothing else is looked at."""
+    ours = [folder for kind in ("data", "tokens", "chains", "sweeps") for folder in ours_in(home, kind)]
+    single = [path for path in [*home.iterdir(), *ours_in(home, "pairs")] if re.fullmatch(rf"[\w.-]+{TEMPORARY}", path.name)]
+    single = [path for path in single if path.parent != home or re.sub(f"{TEMPORARY}$", "", path.name) in (MARKER, *OTHER)]
+    return [path for path in single if path.is_file() and not path.is_symlink()] + [path for folder in ours for path in leftovers(folder)]
+
+
+def scratch(home: Path, generation: int) -> Path:
+    """A new folder for what Ray writes down for itself, after those of drivers that were killed are gone: nothing is ever read there.
+
+    Raises ValueError if the name is taken by something that is not ours.
+    """
+    for path in ours_in(home, "ray"):
+        remove(path, "ray")
+    new = home / "ray" / str(generation)
+    if os.path.lexists(new):
+        raise ValueError(f"{new}: holds what this program did not make, in the place for Ray's own files; move it elsewhere")
+    return new
+
+
+def remove(path: Path, kind: str, within: Path | None = None) -> list[Path]:
+    """Remove a file or folder of ours, but not what in it is not ours. Returns what was left.
+
+    within: the entry of the table's folder that `path` lies in; None: itself.
+    """
+    within, left = within or path, []
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        path.unlink()
+        return []
+    for inner in sorted(path.iterdir()):
+        if inner.is_symlink() or not _is(FILES[kind], inner.relative_to(within).as_posix()):
+            left.append(inner)
+        elif inner.is_dir():
+            left += remove(inner, kind, within)
+        else:
+            inner.unlink()
+    if not left:
+        path.rmdir()
+    return left

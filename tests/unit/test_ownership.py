@@ -1,0 +1,140 @@
+"""What an output folder may be, and what in it is ours to remove: through the front door, in a folder that holds a person's own files."""
+
+import json
+import shutil
+
+import pytest
+
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.lock import OutputLock
+from dmsae_ray.ownership import MARKER, marked, scratch
+from dmsae_ray.sweep import main
+
+STRANGERS = [
+    "data/measurements.csv", "data/0123456789ab/measurements.csv", "ray/tracer.py", "ray/1/scene.txt", "chains/blocks.txt", "tokens/tolkien.txt",
+    "sweeps/chimney.txt", "pairs/of_shoes.json", "logs/2026.log", "mlflow.db", "mlartifacts/model.bin", "generation", "driver.lock", "data",
+]  # fmt: skip
+
+
+def put(path, text="mine"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != MARKER}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+@pytest.mark.parametrize("arguments", [[], ["--clean"]])
+def test_a_folder_with_strangers_under_our_names_is_refused_and_left_alone(tmp_path, monkeypatch, capsys, name, arguments):
+    put(tmp_path / name)
+    put(tmp_path / "report.txt.tmp-17-0a1b2c")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--output", ".", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert f"error: output folder {tmp_path}: " in said, said
+    assert arguments or f"holds {name.partition('/')[0]}" in said, said
+    assert contents(tmp_path) == before and not (tmp_path / MARKER).exists()
+
+
+def test_other_commands_refuse_it_too(tmp_path, capsys):
+    from dmsae_ray import evaluate, harvest, report
+
+    put(tmp_path / "data" / "mine.csv")
+    for command in (harvest.main, report.main, evaluate.main):
+        assert command(["--output", str(tmp_path)]) == 2
+        assert "error: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_folder_with_other_names_is_taken_and_marked(tmp_path):
+    put(tmp_path / "notes.txt")
+    (tmp_path / "data").mkdir()
+    OutputLock(tmp_path).release()
+    assert marked(tmp_path) and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_folders_of_versions_without_a_mark_are_ours_and_so_are_copies_of_their_parts(tmp_path):
+    old, copy = tmp_path / "old", tmp_path / "copy"
+    put(old / "driver.lock", json.dumps({"pid": 1, "host": "here", "since": "then"}))
+    put(old / "generation", "3")
+    put(old / "data" / "mine.csv")  # was put there beside ours: stays, and is in nobody's way
+    OutputLock(old).release()
+    assert marked(old)
+    for name in ("data/0123456789ab/shards/train-00000.parquet", "tokens/0123456789ab/train.safetensors", "chains/0123456789ab/chain.json"):
+        put(copy / name)
+    OutputLock(copy).release()
+    assert marked(copy)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """An output folder of ours with what cleaning may remove, with a person's files among it, and with links to elsewhere."""
+    home, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    OutputLock(home).release()
+    for name in GOES:
+        put(home / name, "{}")
+    for name in STAYS:
+        put(home / name)
+    for name in ("a.tmp-1-0a1b2c", "0123456789ab/train.safetensors", "train-00000.parquet"):
+        put(elsewhere / name)
+    (home / "tokens").symlink_to(elsewhere)
+    (home / "chains" / "aaaaaaaaaaaa").symlink_to(elsewhere)
+    (home / "data" / "cccccccccccc").mkdir(parents=True)
+    (home / "data" / "cccccccccccc" / "shards").symlink_to(elsewhere)
+    return home
+
+
+GOES = [
+    "data/bbbbbbbbbbbb/shards/train-00000.parquet", "data/bbbbbbbbbbbb/manifest.json.tmp-7-0a1b2c", "chains/bbbbbbbbbbbb/cycle_00/checkpoint.pt",
+    "chains/bbbbbbbbbbbb/chain.json", "ray/1/tune/trial/result.json", "sweeps/small-bbbbbbbbbbbb/report.txt.tmp-7-0a1b2c", "generation.tmp-7-0a1b2c",
+]  # fmt: skip
+STAYS = [
+    "mine.tmp-7-0a1b2c", "data/mine/x.tmp-7-0a1b2c", "data/mine.csv", "data/bbbbbbbbbbbb/notes.txt", "chains/bbbbbbbbbbbb/cycle_00/notes.txt",
+    "chains/thoughts/chain.json", "ray/notes.txt", "ray/2/scene.txt", "sweeps/small-bbbbbbbbbbbb/draft.tmp-7", "sweeps/plan.txt.tmp-7-0a1b2c",
+]  # fmt: skip
+
+
+def test_cleaning_removes_ours_alone_says_what_it_leaves_and_follows_no_link(home, capsys):
+    elsewhere = contents(home.parent / "elsewhere")
+    assert main(["--output", str(home), "--clean", "--dry_run"]) == 0
+    assert all((home / name).exists() for name in GOES)
+    assert main(["--output", str(home), "--clean"]) == 0
+    said = capsys.readouterr().out
+    assert [name for name in GOES if (home / name).exists()] == []
+    assert [name for name in STAYS if not (home / name).exists()] == []
+    assert contents(home.parent / "elsewhere") == elsewhere
+    for name in ("data/bbbbbbbbbbbb/notes.txt", "chains/bbbbbbbbbbbb/cycle_00/notes.txt", "data/cccccccccccc/shards", "tokens"):
+        assert f"left {home / name}: " in said and (home / name).exists(), said
+
+
+def test_a_sweep_s_scratch_folder_replaces_only_those_of_drivers(home):
+    assert scratch(home, 3) == home / "ray" / "3"
+    assert not (home / "ray" / "1").exists() and (home / "ray" / "2" / "scene.txt").exists() and (home / "ray" / "notes.txt").exists()
+    with pytest.raises(ValueError, match="ray/2: holds what this program did not make"):
+        scratch(home, 2)
+
+
+def test_an_empty_name_is_no_place(capsys):
+    for field in ("output", "model.name", "corpus.source", "harvest.store", "harvest.dataset", "sae.core", "track.uri"):
+        assert main([f"--{field}", ""]) == 2
+        assert f"{field}: is empty" in capsys.readouterr().err
+    assert main(["--corpus.mixture", '[{"source": "", "weight": 1}]']) == 2
+    assert "corpus.mixture.0.source: is empty" in capsys.readouterr().err
+
+
+def test_a_results_folder_s_configuration_means_the_output_folder_it_lies_in(tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    OutputLock(first).release()
+    for text in ("name: small\n", f"name: small\noutput: {first}\n"):  # as it is written, and as it once was
+        put(first / "sweeps" / "small-0123456789ab" / "config.yaml", text)
+        shutil.move(first, moved)
+        path = moved / "sweeps" / "small-0123456789ab" / "config.yaml"
+        assert load(SweepCommand, ["--config", str(path)]).home == moved
+        assert load(SweepCommand, ["--config", str(path), "--output", str(tmp_path / "given")]).home == tmp_path / "given"
+        shutil.move(moved, first)
+    loose = put(tmp_path / "sweeps" / "x" / "config.yaml", f"output: {first}\n")
+    assert load(SweepCommand, ["--config", str(loose)]).home == first, "no folder of ours: what the file says"
