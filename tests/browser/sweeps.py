@@ -62,7 +62,7 @@ def evaluation_rows(
             "core_in": before, "core_out": after, "kept": before - left if cycle else 0, "entered": entered, "left": left,
             "jaccard": 1 - (left + entered) / (before + entered) if cycle else None, "origins": dict(origins),
             "core_share": 0.6 if before else 0.0,
-            "l0": k - rng.uniform(0, 0.3), "core_l0": core_l0, "core_density": core_l0 / before if before else None,
+            "l0": k - rng.uniform(0, 0.3), "core_l0": core_l0, "fvu_all_rows": fvu + 0.4, "rows_left_out": 17, "core_density": core_l0 / before if before else None,
             "free_l0": k - core_l0, "fvu": fvu,
             "dead_share": float(rng.uniform(0.01, 0.04)),
             "loss_clean": 3.1832072953525543, "loss_zero": 9.50877520087297, "loss_mean": 9.776217972325153,
@@ -93,7 +93,7 @@ def _prefixes(rng: np.random.Generator, fvu: float, k: int, core: bool) -> list[
         recovered = 1 - here / 3.2
         entries.append(
             {
-                "name": name, "latents": 26 + 64 * 2**place, "l0": k if last else k * (place + 1) / (GROUPS + 1), "fvu": here,
+                "name": name, "latents": 26 + 64 * 2**place, "l0": k if last else k * (place + 1) / (GROUPS + 1), "fvu": here, "fvu_all_rows": here + 0.4,
                 "loss": 3.2 + here, "loss_recovered_zero": recovered, "loss_recovered_mean": recovered + 0.002, "kl": 0.9 * here,
             }
         )  # fmt: skip

@@ -13,7 +13,8 @@ def banners(artifacts: Artifacts) -> list[Raw]:
     found = []
     if artifacts.failed_parts:
         items = "".join(f"<li><b>{escape(str(part['part']))}</b>: {escape(str(part['reason']))}</li>" for part in artifacts.failed_parts)
-        found.append(_banner("failed-parts", f"<p>Not every part of the results could be made; the same command makes only these:</p><ul>{items}</ul>"))
+        words = "Not every part of the results could be made whole; the same command, given again, makes what is missing:"
+        found.append(_banner("failed-parts", f"<p>{words}</p><ul>{items}</ul>"))
     if artifacts.data.get("warning"):
         found.append(_banner("data-warning", f"<p>{escape(str(artifacts.data['warning']))}</p>"))
     return found

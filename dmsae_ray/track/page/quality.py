@@ -54,6 +54,9 @@ MAIN = (
     Measure("dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens. Lower is better."),
 )  # fmt: skip
 FURTHER = (
+    Measure(
+        "fvu_all_rows", "FVU, all rows", "share", "share of variance", "FVU with the rows beyond harvest.outlier_norm, which training left out."
+    ),
     Measure("core_l0", "Core L0", "tenths", "latents per token", "Active latents of the core."),
     Measure("free_l0", "Free L0", "tenths", "latents per token", "Active latents outside the core."),
     Measure("core_density", "Density of the core", "share", "share of tokens", "On how many tokens a latent of the core is active."),
@@ -63,7 +66,7 @@ FURTHER = (
 )
 L0, *OTHERS = MAIN
 ARMS = (*OTHERS, L0, *FURTHER)
-PREFIX = tuple(measure for measure in ARMS if measure.field in ("fvu", "loss_recovered_mean", "loss_recovered_zero", "kl", "l0"))
+PREFIX = tuple(measure for measure in ARMS if measure.field in ("fvu", "fvu_all_rows", "loss_recovered_mean", "loss_recovered_zero", "kl", "l0"))
 
 
 def view(artifacts: Artifacts) -> View:

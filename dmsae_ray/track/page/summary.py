@@ -229,6 +229,7 @@ FACTS = (
 """What of the configuration a reader wants to know first: (name, field, unit)."""
 MEASURED = (
     ("Evaluated on", "evaluation_tokens", "count", "held-out tokens"),
+    ("Left out of the evaluation", "rows_left_out", "count", "rows beyond harvest.outlier_norm"),
     ("The model's own loss", "loss_clean", "nats", "nats per token"),
 )
 """What every evaluation has in common: (name, field of a row, format, unit)."""
