@@ -17,6 +17,7 @@ import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
+from dmsae_ray.activations.outliers import notes
 from dmsae_ray.cluster import Capacity, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
@@ -195,6 +196,8 @@ class Sweep:
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:
             self.say(f"harvest: {dataset} is complete and checked")
+        for line in notes(dataset):
+            self.say(line)
         folder = self.config.home / "data" / dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():
             from dmsae_ray.distill.references import measure_references

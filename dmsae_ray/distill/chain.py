@@ -314,7 +314,7 @@ class Chain:
         # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         for ids_NT, lengths_N in mine:
-            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal)
+            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal, self.dataset.manifest.max_norm)
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank == 0:
