@@ -8,6 +8,7 @@ import time
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
+from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
 from dmsae_ray.address import cluster_address
@@ -62,6 +63,8 @@ def run(config: Config, command: HarvestCommand) -> int:
                         disconnect(capacity, say.path.with_suffix(".ray"))
             for dataset in datasets.values():
                 say(summary(dataset))
+                for line in notes(dataset):
+                    say(line)
     finally:
         lock.release()
     return 0

@@ -6,18 +6,19 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import shlex
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
+from dmsae_ray.activations.outliers import notes
 from dmsae_ray.address import cluster_address
 from dmsae_ray.cluster import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
@@ -34,9 +35,9 @@ from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.track.chain_runs import TrackedChain
-from dmsae_ray.track.mlflow_sync import MlflowTracker
+from dmsae_ray.track.mlflow_sync import MlflowTracker, NotTracked
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
-from dmsae_ray.track.run_store import TrackingError
+from dmsae_ray.track.run_store import RunStore, TrackingError
 from dmsae_ray.track.terminal import terminal_console
 
 INTERRUPTED = 130
@@ -91,17 +92,21 @@ class Finished:
     results: Results
     store: SecretUrl
     """MLflow tracking URI"""
+    untracked: str | None
+    """why not all of it is in MLflow; None if it is"""
 
     @property
     def done(self) -> bool:
         """Whether every chain is finished and every part of the results was made."""
-        return all(plan.finished() for plan in self.plans) and not self.results.failed
+        return all(plan.finished() for plan in self.plans) and not self.results.failed and self.untracked is None
 
     def show(self, say: Screen) -> None:
         """The tables, and where everything is."""
         terminal_console(say.stream).print(self.results.tables)
         say(f"everything lies in {self.config.home}; this sweep's results in {self.folder}")
-        say(f"look at {self.folder / PAGE}; MLflow: make ui, or mlflow server --backend-store-uri {self.store}")
+        say(f"look at {self.folder / PAGE}; {look(self.config, self.store)}")
+        if self.untracked is not None:
+            say(f"error: {self.untracked}")
 
 
 class Sweep:
@@ -113,9 +118,15 @@ class Sweep:
         self.training = True
 
     def run(self, train: bool = True, fresh: bool = False) -> Finished:
-        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew."""
+        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew.
+
+        Raises TrackingError if the tracking store cannot be used, before any work; without `train` the results are made all the same.
+        """
         self.training = train
         try:
+            store = self.store()
+            if train and isinstance(store, TrackingError):
+                raise store
             dataset = self.dataset(harvest=train)
             plans = plan_chains(self.config, dataset, self.lease)
             folder = sweep_folder(self.config, plans)
@@ -127,7 +138,7 @@ class Sweep:
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
-            tracker = self.tracker(plans)
+            tracker = self.tracker(plans, store)
             try:
                 tracker.sync()
                 if train:
@@ -139,11 +150,16 @@ class Sweep:
                 raise  # the runs are another driver's now
             except BaseException:
                 # Whatever ended the sweep matters more than a store that cannot be reached on top of it.
-                with contextlib.suppress(TrackingError):
+                try:
                     tracker.close("KILLED")
+                except TrackingError as error:
+                    self.say(f"warning: {error}")
                 raise
-            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri)
-            tracker.close("FINISHED" if finished.done else "FAILED")
+            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri, tracker.why_not)
+            try:
+                tracker.close("FINISHED" if finished.done else "FAILED")
+            except TrackingError as error:  # the tables are shown all the same
+                return replace(finished, untracked=str(error))
             return finished
         finally:
             if self.capacity is not None:
@@ -194,6 +210,8 @@ class Sweep:
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:
             self.say(f"harvest: {dataset} is complete and checked")
+        for line in notes(dataset):
+            self.say(line)
         folder = self.config.home / "data" / dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():
             from dmsae_ray.distill.references import measure_references
@@ -233,14 +251,24 @@ class Sweep:
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
-    def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
+    def store(self) -> RunStore | TrackingError:
+        """Where the runs are logged, or why that cannot be opened: known before hours of work."""
+        track = self.config.track
+        try:
+            return RunStore(track.uri, self.config.home, track.experiment)
+        except TrackingError as error:
+            return error
+
+    def tracker(self, plans: list[ChainPlan], store: RunStore | TrackingError) -> MlflowTracker | NotTracked:
+        if isinstance(store, TrackingError):
+            return NotTracked(self.config.track.uri, str(store))
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
             self.config.section_dict(), [
                 TrackedChain(
                     plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, plan.config.section_dict()
                 ) for plan in plans
-            ],
+            ], store,
         )  # fmt: skip
 
 
@@ -259,6 +287,14 @@ def listed(plan: ChainPlan) -> dict:
     return {
         "label": plan.label, "key": plan.key, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycles": plan.cycles,
     }  # fmt: skip
+
+
+def look(config: Config, store: SecretUrl) -> str:
+    """How to look at the runs."""
+    if store.reveal().startswith(("http:", "https:")):
+        return f"MLflow: {store} in a browser"
+    ui = f"python -m dmsae_ray.ui --output {shlex.quote(str(config.home))}"
+    return f"MLflow: {ui} (or make ui), or mlflow server --backend-store-uri {shlex.quote(str(store))}"
 
 
 class Every:
