@@ -446,7 +446,7 @@ class ClusterConfig(Section):
     cpus_per_worker: float = Field(0.5, gt=0)
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs a training worker asks Ray for"""
+    """GPUs a training worker asks Ray for; a part of one only where a chain has one worker"""
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     lockstep: int = Field(1, ge=1)
@@ -458,7 +458,7 @@ class ClusterConfig(Section):
     fetch_ahead: int = Field(8, ge=1)
     """row groups that a read task fetches at the same time from a remote store"""
     retries: int = Field(2, ge=0)
-    """restarts of a chain whose worker or node was lost"""
+    """restarts of a chain whose worker or node was lost, and of its driver where that was lost"""
 
 
 class TrackConfig(Section):
@@ -531,6 +531,16 @@ class Config(BaseSettings):
             problems.append(
                 f"harvest.rows_per_group {harvest.rows_per_group} is not a multiple of train.batch / train.lanes "
                 f"= {train.batch // train.lanes}"
+            )
+        for field, gpus in (
+            ("cluster.gpus_per_worker", self.cluster.gpus_per_worker), ("harvest.gpus_per_actor", harvest.gpus_per_actor),
+        ):  # fmt: skip
+            if gpus > 1 and gpus % 1:
+                problems.append(f"{field} {gpus:g}: Ray gives out whole GPUs, or a part of one: use {int(gpus)} or {int(gpus) + 1}")
+        if self.cluster.workers > 1 and 0 < self.cluster.gpus_per_worker < 1:
+            problems.append(
+                f"cluster.workers {self.cluster.workers} with cluster.gpus_per_worker {self.cluster.gpus_per_worker:g}: two workers of a chain "
+                "would share a GPU, which NCCL refuses; use 1 GPU per worker, or 1 worker (several chains may share a GPU)"
             )
         if train.lanes % self.cluster.workers:
             problems.append(f"train.lanes {train.lanes} is not a multiple of cluster.workers {self.cluster.workers}")

@@ -130,6 +130,7 @@ class Worker:
                     try:
                         chain.step(step, x_BD, token_index_B, waited)
                     except Diverged as error:  # all ranks come here together
+                        chain.at_step = step - error.behind
                         raise self._diverged(error, chain, batches, step - error.behind) from error
             members = [chain for chain in members if chain in self.chains]
             if not members:
@@ -215,6 +216,8 @@ class Chain:
         self.rank, self.world, self.comm, self.device = worker.rank, worker.world, worker.comm, worker.device
         self.cycle, self.started, self.fraction_at_start = len(plan.folder.records()), time.monotonic(), None
         self.training: Training | None = None
+        self.at_step: int | None = None
+        """the training step under way; None outside of training"""
         self.say(phase="starting")
 
     @property
@@ -247,7 +250,7 @@ class Chain:
 
     def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> None:
         """One training step, logged where it is to be. Raises Diverged."""
-        training, steps = self.training, self.plan.steps
+        training, steps, self.at_step = self.training, self.plan.steps, step
         if (report := training.step(step, x_BD, token_index_B, waited)) is not None:
             training.log(report)
             rate = training.tokens_per_s
@@ -255,6 +258,7 @@ class Chain:
 
     def finish(self, together: int, opens_next: bool) -> None:
         """Set the threshold, evaluate, attribute, and choose the next core. opens_next: reading for the next cycle starts here."""
+        self.at_step = None
         folder, sae = self.plan.folder.cycle(self.cycle), self.training.trainer.whole()
         self.calibrate(sae)
         after_training = time.monotonic()
@@ -403,16 +407,22 @@ class Chain:
             return  # all ranks diverge together, rank 0 writes
         kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError | StoreError) else "error"
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
-        write_failure(self.plan, kind, reason, self.cycle)
+        write_failure(self.plan, kind, reason, self.cycle, self.at_step)
         self.board.update.remote(self.plan.label, phase="failed", message=reason)
 
 
-def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None) -> None:
-    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep). Raises Superseded."""
+def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None, step: int | None = None) -> None:
+    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep); cycle, step: where, as far as that is known.
+
+    Raises Superseded.
+    """
     plan.lease.check()
     write_json(
         plan.folder.failed,
-        {"kind": kind, "reason": scrub(reason), "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": scrub(traceback.format_exc())},
+        {
+            "kind": kind, "reason": scrub(reason), "cycle": cycle, "step": step, "generation": plan.lease.generation, "at": time.time(),
+            "traceback": scrub(traceback.format_exc()),
+        },  # fmt: skip
     )
 
 
