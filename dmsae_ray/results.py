@@ -1,7 +1,7 @@
 """What a sweep's finished chains come to: every artifact of its folder, from evaluation to page. Reads what the chains left, trains
 nothing; each part is kept while what it was made from is the same, and stands alone: one that cannot be made takes no other with it.
 
-    chains.json  evaluation.json  comparison.json  consensus.json  consensus.safetensors  features.json
+    chains.json  data.json  evaluation.json  comparison.json  consensus.json  consensus.safetensors  features.json
     numbers.json  expectations.json  consistency.png  report.txt  report.html  failed_parts.json
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Group
 
 from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.outliers import write_data
 from dmsae_ray.config import Config
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.files import write_json
@@ -44,9 +45,8 @@ from dmsae_ray.track.terminal import report, write_report
 
 PAGE = "report.html"
 FILES = (
-    "config.yaml", "chains.json", "evaluation.json", "comparison.json", "consensus.json", "consensus.safetensors", "features.json",
-    "numbers.json", "expectations.json", "consistency.png", "report.txt", PAGE,
-    FAILED_PARTS,
+    "config.yaml", "chains.json", "data.json", "evaluation.json", "comparison.json", "consensus.json", "consensus.safetensors",
+    "features.json", "numbers.json", "expectations.json", "consistency.png", "report.txt", PAGE, FAILED_PARTS,
 )  # fmt: skip
 """All that may lie in a sweep's folder."""
 
@@ -89,6 +89,7 @@ def write_results(
             pair.unlink()
     parts = Parts(folder, say)
     make = parts.make
+    make("data", lambda: write_data(dataset, folder / "data.json"), files=["data.json"])
     base = [plan for plan in plans if plan.arm == BASE and plan.finished()]
     evaluation = make("evaluation", lambda: evaluated(parts, plans, folder), files=["evaluation.json"]) or []
     comparison = make("comparison", lambda: compared(parts, config, dataset, plans, folder, say), files=["comparison.json"])

@@ -83,5 +83,5 @@ def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], conse
     opened = ActivationDataset(dataset)
     write_features(
         path, LanguageModel.of(config.model, device), opened.held_out("evaluation"), opened.manifest.scale,
-        load_tokenizer(config.model.name, config.model.revision), chains, consensus, config.features, key, device,
+        load_tokenizer(config.model.name, config.model.revision), chains, consensus, config.features, key, device, opened.manifest.max_norm,
     )  # fmt: skip
