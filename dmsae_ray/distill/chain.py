@@ -38,7 +38,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import carried, jaccard, next_core, save_scores
 from dmsae_ray.distill.training import Training, first_step
 from dmsae_ray.files import write_json
-from dmsae_ray.sae.collective import Alone, TorchCollective
+from dmsae_ray.sae.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.step import Diverged
 from dmsae_ray.sae.threshold import calibrate
@@ -75,8 +75,8 @@ class Worker:
 
         context, plan = ray.train.get_context(), plans[0]
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.comm = Alone() if self.world == 1 else TorchCollective()
         self.device, self.aggregator = ray.train.torch.get_device(), aggregator
+        self.comm = Alone() if self.world == 1 else TorchCollective(self.device)
         torch.set_num_threads(plan.config.train.threads)
         self.chains = [Chain(plan, self, board) for plan in plans]
         """those that have not failed"""
@@ -106,13 +106,14 @@ class Worker:
         for chain in members:
             with self.failing(chain):
                 chain.begin()
+        self.comm.wait_for_all()  # models load at different speeds
         with self.failing(*members):
             self.train([chain for chain in members if chain in self.chains])
         left = [chain for chain in members if chain in self.chains]
         for chain in left:
             with self.failing(chain):
                 chain.finish(len(left), opens_next=chain is left[-1])
-        self.barrier()
+        self.comm.wait_for_all()  # rank 0 had a cycle to commit
 
     def train(self, members: list[Chain]) -> None:
         """Every batch of the cycle, read once: each member that does not have it yet takes its step on it."""
@@ -177,18 +178,9 @@ class Worker:
         if self._opened is None or self._opened.order.cycle == number:
             self.open(cycle + 1)
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            torch.distributed.barrier()
-
     def _diverged(self, error: Diverged, chain: Chain, batches: Batches, step: int) -> Exception:
         """Tell bad data from a bad run."""
-        mine = [batches.shard_of(row, error.behind) for row in error.rows]
-        everyone: list = [None] * self.world
-        if self.world > 1:
-            torch.distributed.all_gather_object(everyone, mine)
-        else:
-            everyone = [mine]
+        everyone = gather_objects(self.comm, [batches.shard_of(row, error.behind) for row in error.rows])
         shards = sorted({shard for some in everyone for shard in some})
         if shards:
             return ShardError(
@@ -315,6 +307,7 @@ class Chain:
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         for ids_NT, lengths_N in mine:
             tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal, self.dataset.manifest.max_norm)
+        self.comm.wait_for_all()
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank == 0:
@@ -342,7 +335,7 @@ class Chain:
         aggregator = self.worker.aggregator
         if self.rank == 0:
             ray.get(aggregator.begin.remote(ledger))
-        self.worker.barrier()
+        self.comm.wait_for_all()  # rank 0 had an SAE to save
         began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
 
         def on_shard(done: int) -> None:
