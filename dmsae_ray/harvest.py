@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: Config, command: HarvestCommand) -> int:
-    preflight(config)
+    preflight(config, print)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "harvest", command.verbose) as say:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.sections()), command.verbose
-    preflight(config)
+    preflight(config, print)
     chains = check_needs(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
