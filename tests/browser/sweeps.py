@@ -192,7 +192,7 @@ def features(rng: np.random.Generator, chains: list[str], seeds: int, number: in
                 "in_seeds": in_seeds, "n_chains": len(chains), "n_seeds": seeds, "reproducibility": in_seeds / seeds,
                 "interval": [max(0.0, in_seeds / seeds - 0.2), min(1.0, in_seeds / seeds + 0.2)],
                 "score": float(rng.exponential(0.03)),
-                "density": float(10 ** rng.uniform(-4, -0.5)), 
+                "density": float(10 ** rng.uniform(-4, -0.5)),
                 "cosine": float(rng.uniform(0.7, 1)) if len(members) > 1 else None,
                 "partners": [
                     {"chain": chain, "latent": int(rng.integers(0, 90)), "index": int(rng.integers(0, 26)),
@@ -209,6 +209,7 @@ def features(rng: np.random.Generator, chains: list[str], seeds: int, number: in
         )  # fmt: skip
     if number > 7:
         described[7]["contexts"][0]["tokens"][3:5] = [" needle", "-7"]
+        described[5]["density"] = 0.93
     return {"format_version": 1, "tokens": 24693, "features": described}
 
 
