@@ -288,6 +288,23 @@ def realistic(folder: Path, number: int = 1000) -> Path:
     )  # fmt: skip
 
 
+def twelve_arms(folder: Path) -> Path:
+    """A study with as many arms as a chart can hold, with names as long as they come."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for place in range(12):
+        arm = "base" if place == 0 else f"another-way-to-choose-{place}"
+        for seed in (0, 1):
+            for k in (16, 32) if place < 6 else (16,):
+                rows += evaluation_rows(rng, f"seed{seed}-k{k}" + ("" if place == 0 else f"-{arm}"), arm, seed, k)
+    chains = [row["chain"] for row in rows if row["last"] and row["arm"] == "base"]
+    return write(
+        folder, evaluation={"format_version": 1, "rows": rows}, comparison=comparison(rng, rows, []),
+        consensus=consensus(rng, chains, [0, 1], rows), features=features(rng, chains, 2, 5), data=DATA,
+        config=config("twelve arms", [0, 1], [16, 32]),
+    )  # fmt: skip
+
+
 def single_arm(folder: Path, **more: Any) -> Path:
     """What `make sweep` gives without a config: two seeds, two k, the base arm alone; nothing stated in advance."""
     rng = np.random.default_rng(3)
