@@ -27,7 +27,7 @@ from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.ownership import scratch
-from dmsae_ray.preflight import check_needs, preflight, without_kernels
+from dmsae_ray.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
 from dmsae_ray.track.chain_runs import TrackedChain
@@ -61,6 +61,7 @@ def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.sections()), command.verbose
     preflight(config)
+    config = pinned(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
