@@ -137,9 +137,9 @@ class HarvestConfig(Section):
     hooks: tuple[str, ...] = ()
     """further hooks to harvest in the same pass, a dataset each; `model.hook` is always harvested"""
     outlier_norm: float | None = Field(None, gt=1)
-    """drop rows whose norm exceeds so many times the median norm of their shard; empty: keep all [D]"""
+    """leave out rows whose norm exceeds so many times the median norm of the calibration sequences' rows: one bound for training, thresholds, evaluation, nulls, attribution and features, where such positions keep what stands there; empty: keep all [D]"""
     outlier_reserve: Share = 0.05
-    """with outlier_norm: rows planned beyond those that are kept, as a share, to fill the places of dropped ones"""
+    """with outlier_norm: further text set aside for each shard, as a share of its rows, to fill the places of dropped ones; read only where rows are dropped"""
     store: FolderOrUrl | None = None
     """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
     dataset: FolderOrUrl | None = None
@@ -239,7 +239,7 @@ class AttributionConfig(Section):
     splice: Literal["replace", "keep_error"] = "replace"
     """the hook carries the reconstruction from the candidates, or that plus the SAE's error [D]"""
     outlier_norm: float | None = Field(None, gt=1)
-    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do not count; empty: all count [D]"""
+    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do not count; below harvest.outlier_norm, if both are set; empty: those within the bound of harvest.outlier_norm count [D]"""
     aggregator: Literal["mean_abs", "quantile", "mean_signed"] = "mean_abs"
     """over tokens: mean of the absolute attribution; a quantile of it where the latent is active, times its density; or absolute value of the mean [D]"""
     quantile: float = Field(0.9, gt=0, le=1)
@@ -303,7 +303,7 @@ class FeaturesConfig(Section):
     effects: int = Field(8, ge=0)
     """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
     sequences_per_batch: int = Field(32, ge=1)
-    """sequences in a forward pass; for effects each one's logits are held, 130 MB in fp32 at 128 tokens and a vocabulary of 256 000"""
+    """sequences in a forward pass; their logits are made in small parts, whatever the vocabulary"""
 
     @model_validator(mode="after")
     def _some_from_the_top(self) -> FeaturesConfig:
@@ -450,7 +450,7 @@ class ClusterConfig(Section):
     cpus_per_worker: float = Field(0.5, gt=0)
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs a training worker asks Ray for"""
+    """GPUs a training worker asks Ray for; a part of one only where a chain has one worker"""
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     lockstep: int = Field(1, ge=1)
@@ -462,7 +462,7 @@ class ClusterConfig(Section):
     fetch_ahead: int = Field(8, ge=1)
     """row groups that a read task fetches at the same time from a remote store"""
     retries: int = Field(2, ge=0)
-    """restarts of a chain whose worker or node was lost"""
+    """restarts of a chain whose worker or node was lost, and of its driver where that was lost"""
 
 
 class TrackConfig(Section):
@@ -536,6 +536,16 @@ class Config(BaseSettings):
                 f"harvest.rows_per_group {harvest.rows_per_group} is not a multiple of train.batch / train.lanes "
                 f"= {train.batch // train.lanes}"
             )
+        for field, gpus in (
+            ("cluster.gpus_per_worker", self.cluster.gpus_per_worker), ("harvest.gpus_per_actor", harvest.gpus_per_actor),
+        ):  # fmt: skip
+            if gpus > 1 and gpus % 1:
+                problems.append(f"{field} {gpus:g}: Ray gives out whole GPUs, or a part of one: use {int(gpus)} or {int(gpus) + 1}")
+        if self.cluster.workers > 1 and 0 < self.cluster.gpus_per_worker < 1:
+            problems.append(
+                f"cluster.workers {self.cluster.workers} with cluster.gpus_per_worker {self.cluster.gpus_per_worker:g}: two workers of a chain "
+                "would share a GPU, which NCCL refuses; use 1 GPU per worker, or 1 worker (several chains may share a GPU)"
+            )
         if train.lanes % self.cluster.workers:
             problems.append(f"train.lanes {train.lanes} is not a multiple of cluster.workers {self.cluster.workers}")
         if harvest.rows_per_shard % harvest.rows_per_group:
@@ -569,6 +579,12 @@ class Config(BaseSettings):
         if self.selection.by == "reconstruction" and self.attribution.candidates == "all":
             problems.append(
                 "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates to first_group"
+            )
+        own, bound = self.attribution.outlier_norm, harvest.outlier_norm
+        if own is not None and bound is not None and own >= bound:
+            problems.append(
+                f"attribution.outlier_norm {own:g} has nothing to do: harvest.outlier_norm {bound:g} leaves out as much for training and "
+                "attribution alike; lower it or leave it empty"
             )
         if harvest.dataset is not None and (harvest.hooks or harvest.store):
             problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
@@ -645,7 +661,8 @@ class Config(BaseSettings):
         corpus |= {"chat_template": chat_template} if chat_template else {}
         model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
         return {
-            "format": 3, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
+            # 4: the first documents, as many as are needed. 3: one bound for all shards' outliers, of the calibration sequences.
+            "format": 4, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
             "corpus": corpus, "model": model, "harvest": harvest,
         }  # fmt: skip
 

@@ -159,10 +159,12 @@ class Evaluation:
     def measured(self, saved: Saved) -> dict[str, Any]:
         """The metrics of record.json, on the tokens asked for."""
         evaluate, references, lm = self.config.evaluate, self.references(), self.lm
-        began, tally = time.monotonic(), Tally()
+        began, tally, manifest = time.monotonic(), Tally(), self.dataset.manifest
         sae = MatryoshkaSAE.load(saved.folder.sae)[0].to(self.device)
         for ids_NT, lengths_N in self.dataset.held_out("evaluation").first_tokens(evaluate.tokens).batches(evaluate.sequences_per_batch):
-            tally_batch(tally, sae, lm, ids_NT.to(self.device), lengths_N.to(self.device), self.dataset.manifest.scale)
+            tally_batch(
+                tally, sae, lm, ids_NT.to(self.device), lengths_N.to(self.device), manifest.scale, max_norm=manifest.max_norm
+            )
         metrics, _ = scores_of(tally, sae, references)
         return metrics | {"seconds": time.monotonic() - began, "device": self.device, "finished_at": time.time()}
 

@@ -8,9 +8,11 @@ import time
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
+from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
-from dmsae_ray.cluster import connect, disconnect
+from dmsae_ray.address import cluster_address
+from dmsae_ray.cluster import check_fits_here, connect, disconnect
 from dmsae_ray.command import HarvestCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
@@ -48,14 +50,22 @@ def run(config: Config, command: HarvestCommand) -> int:
             # A dataset given by harvest.dataset lacks what was just deleted, which otherwise is an error there.
             datasets = {} if bad else find_datasets(config, config.hooks)
             if bad or None in datasets.values():
-                work = Harvest(config, say)
-                capacity = connect(config, chains=1, verbose=command.verbose)
+                capacity = None
+                # Before hours of tokenising: a cluster that is not there, or is too small.
+                if cluster_address(config) is not None:
+                    capacity = connect(config, chains=0, verbose=command.verbose, say=say)
+                check_fits_here(config, chains=0)
                 try:
+                    work = Harvest(config, say)
+                    capacity = capacity or connect(config, chains=0, verbose=command.verbose, say=say)
                     datasets = work.run(capacity.harvest_actors)
                 finally:
-                    disconnect(capacity, say.path.with_suffix(".ray"))
+                    if capacity is not None:
+                        disconnect(capacity, say.path.with_suffix(".ray"))
             for dataset in datasets.values():
                 say(summary(dataset))
+                for line in notes(dataset):
+                    say(line)
     finally:
         lock.release()
     return 0

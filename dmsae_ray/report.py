@@ -22,7 +22,7 @@ from dmsae_ray.track.terminal import across_tables, terminal_console, write_repo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 some chains are not finished, 2 bad input, 130 interrupted."""
+    """Exit status: 0 done, 1 some chains are not finished or a part of the results could not be made, 2 bad input, 130 interrupted."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(load(ReportCommand, sys.argv[1:] if argv is None else argv))

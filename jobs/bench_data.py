@@ -226,7 +226,7 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
         harvest = config.harvest
         plans = plan_shards(sequences.rows, harvest.tokens, harvest.calibration_tokens, harvest.rows_per_shard, harvest.rows_per_group, 0)[1:]
         target = Target(config.model.hook, Store(home / "data"), {"dataset": "bench"})
-        maker = ShardMaker(config, [target], str(home / "tokens" / "train.safetensors"))
+        maker = ShardMaker(config, [target], str(home / "tokens" / "train.safetensors"), plans[0])
         bare = bare_forward(maker, sequences, device)
 
         def halves(plan: ShardPlan) -> list[ShardPlan]:

@@ -60,6 +60,11 @@ class Manifest:
     """the rows held back from training"""
     fields: dict
     """the configuration fields that decided the bytes"""
+    max_norm: float | None = None
+    """raw norm beyond which rows were left out, and are of every measurement: harvest.outlier_norm times the median of all rows of the
+    calibration sequences; None: all rows count"""
+    outliers: dict | None = None
+    """what rows of extreme norm come to, see outliers.py; None in manifests of before they were looked for"""
     hub: dict = field(default_factory=dict)
     """commit of each repository of the hub that was read"""
     format_version: int = FORMAT_VERSION
@@ -108,6 +113,13 @@ class ActivationDataset:
         except (TypeError, KeyError) as error:
             raise DatasetError(f"{path}: not a manifest ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
 
+    @classmethod
+    def of(cls, manifest: Manifest, store: Store) -> ActivationDataset:
+        """One whose shards are there, but whose manifest has not been written yet."""
+        dataset = cls.__new__(cls)
+        dataset.store, dataset.manifest = store, manifest
+        return dataset
+
     def __str__(self) -> str:
         return str(self.store)
 
@@ -121,6 +133,14 @@ class ActivationDataset:
         """Rows held back from training, [N, D], stored precision, raw units."""
         m = self.manifest
         return read_rows(self.store, m.calibration, m.rows_per_group, m.d, m.dtype)
+
+    def some_rows(self) -> Iterator[torch.Tensor]:
+        """Calibration rows, then training rows, [N, D] each, stored precision: all where the dataset is small, else those of shards
+        spread over it."""
+        m = self.manifest
+        stride = max(1, -(-m.rows * m.row_bytes // FULL_CHECK_BYTES))
+        for entry in [m.calibration, *m.shards[::stride]]:
+            yield read_rows(self.store, entry, m.rows_per_group, m.d, m.dtype)
 
     def held_out(self, split: str) -> TokenSequences:
         """The token sequences of the attribution or evaluation split."""

@@ -10,12 +10,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, read_held_out, statistics_of
-from dmsae_ray.activations.maker import ShardMaker, Target
+from dmsae_ray.activations.maker import MAX_NORM, ShardMaker, Target
+from dmsae_ray.activations.outliers import outliers_of
 from dmsae_ray.activations.plan import ShardPlan, plan_shards, rows_for_plan
-from dmsae_ray.activations.shard import ShardEntry, ShardError, read_rows
+from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
 from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.causes import causes
 from dmsae_ray.config import Config, fields_key
@@ -176,7 +178,9 @@ class Harvest:
         per_task = max(1, min(PLANS_PER_TASK, len(missing) // actors))
         tasks = [json.dumps([plan.to_dict() for plan in missing[i : i + per_task]]) for i in range(0, len(missing), per_task)]
         shards = ray.data.from_items([{"plans": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(
-            ShardMaker, fn_constructor_kwargs={"config": self.config, "targets": self.targets, "tokens": str(self.tokens / "train.safetensors")},
+            ShardMaker, fn_constructor_kwargs={
+                "config": self.config, "targets": self.targets, "tokens": str(self.tokens / "train.safetensors"), "calibration": self.plans[0],
+            },
             batch_size=1, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(tasks)))),
             num_cpus=1, num_gpus=harvest.gpus_per_actor,
         )  # fmt: skip
@@ -212,12 +216,15 @@ class Harvest:
         d = self.identity.info.d
         rows_ND = read_rows(store, calibration, config.harvest.rows_per_group, d, config.harvest.dtype)
         reasons = {reason: sum(entry.positions[reason] for entry in entries.values()) for reason in calibration.positions}
-        Manifest(
+        manifest = Manifest(
             key=target.about["dataset"], model=config.model.name, model_fingerprint=self.identity.info.fingerprint,
             corpus_fingerprint=self.identity.corpus, hook=target.hook, d=d, dtype=config.harvest.dtype, context=config.model.context,
             seed=config.harvest.seed, rows_per_group=config.harvest.rows_per_group, positions=reasons, hub=self._commits(), shards=training,
-            calibration=calibration, fields=self.identity.fields(target.hook), **statistics_of(rows_ND),
-        ).save(store)  # fmt: skip
+            calibration=calibration, fields=self.identity.fields(target.hook), max_norm=inspect_shard(store, calibration.file)[1].get(MAX_NORM),
+            **statistics_of(rows_ND),
+        )  # fmt: skip
+        parts = ActivationDataset.of(manifest, store).some_rows()
+        replace(manifest, outliers=outliers_of(parts, manifest.norm_quantiles["0.5"]).to_dict()).save(store)
         return ActivationDataset(store)
 
 

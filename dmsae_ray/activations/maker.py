@@ -7,7 +7,8 @@ and thread count, and nothing is drawn but from seeds. Letters: N sequences, T c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.model import LanguageModel
+
+MAX_NORM = "max_norm"
+"""Key in a shard's footer: the norm beyond which rows were dropped, where a bound was set."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class ShardMaker:
     While one shard is encoded and written, the next is computed.
     """
 
-    def __init__(self, config: Config, targets: list[Target], tokens: str):
+    def __init__(self, config: Config, targets: list[Target], tokens: str, calibration: ShardPlan):
+        """calibration: plan of the shard whose median norm the bound on outliers is a multiple of, in every shard."""
         torch.set_num_threads(config.harvest.threads)
-        self.config, self.targets = config, targets
+        self.config, self.targets, self.calibration = config, targets, calibration
         self.lm = LanguageModel.of(config.model, "cuda" if config.harvest.gpus_per_actor else "cpu")
         self.sequences = TokenSequences.load(Path(tokens))
         self._writers = {target.hook: ShardWriter() for target in targets}
+        self._bounds: dict[str, float] = {}
         self._pool = ThreadPoolExecutor(1)
 
     def __call__(self, batch: dict) -> Iterator[dict]:
@@ -73,30 +79,79 @@ class ShardMaker:
         # A task that died and is tried again finds what it had finished.
         known = {target.hook: entry for target in self.targets if (entry := target.finished(plan)) is not None}
         missing = [target for target in self.targets if target.hook not in known]
-        rows, positions = self.rows(plan, [target.hook for target in missing]) if missing else ({}, {})
+        kept = self.kept(plan, [target.hook for target in missing]) if missing else {}
 
         def write() -> dict[str, ShardEntry]:
             harvest, made = self.config.harvest, {}
             for target in missing:
-                kept_RD, dropped = keep(rows.pop(target.hook), plan, harvest.outlier_norm, harvest.outlier_reserve)
+                rows_RD, positions, max_norm = kept.pop(target.hook)
+                bound = {} if max_norm is None else {MAX_NORM: max_norm}
                 made[target.hook] = self._writers[target.hook].write(
-                    target.store, plan.file, kept_RD[torch.from_numpy(plan.permutation(harvest.seed))], harvest.rows_per_group,
-                    target.about | {"shard": plan.name}, positions | dropped,
+                    target.store, plan.file, rows_RD[torch.from_numpy(plan.permutation(harvest.seed))], harvest.rows_per_group,
+                    target.about | {"shard": plan.name} | bound, positions,
                 )  # fmt: skip
             return known | made
 
         return self._pool.submit(write)
 
-    def rows(self, plan: ShardPlan, hooks: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """All rows of the plan's sequences at each hook, [R, D] as stored, and the positions that are none (bos, padding).
+    def kept(self, plan: ShardPlan, hooks: list[str]) -> dict[str, tuple[torch.Tensor, dict[str, int], float | None]]:
+        """The shard's rows at each hook, [rows, D] in the order of its sequences, the positions that are none, and the bound on norms.
+
+        Spare sequences are computed, one forward pass at a time, where rows were dropped and their places are to be filled; what a
+        hook's shard holds does not depend on the other hooks. Raises ValueError if they do not suffice.
+        """
+        harvest, found = self.config.harvest, {}
+        rows, positions = self.rows(plan.name, plan.sequences, hooks)
+        bounds = {hook: self._bound(plan, hook, rows[hook]) for hook in hooks}
+        spare: list[tuple[dict[str, torch.Tensor], dict[str, int]]] = []
+        for hook in hooks:
+            kept_RD, dropped = drop(rows.pop(hook), bounds[hook])
+            none, used = Counter(positions), 0
+            first = 0
+            while len(kept_RD) < plan.rows and first < len(plan.spare):
+                if used == len(spare):
+                    part = plan.spare[first : first + harvest.sequences_per_forward]
+                    spare.append(self.rows(plan.name, part, hooks))
+                more, none_of_more = spare[used]
+                more_RD, dropped_of_more = drop(more[hook], bounds[hook])
+                kept_RD, dropped = torch.cat([kept_RD, more_RD]), dropped + dropped_of_more
+                none, used, first = none + Counter(none_of_more), used + 1, first + harvest.sequences_per_forward
+            if len(kept_RD) < plan.rows:
+                raise ValueError(
+                    f"shard {plan.name}, {hook}: harvest.outlier_norm {harvest.outlier_norm:g} drops {dropped} rows and leaves {len(kept_RD)} of "
+                    f"{plan.rows}; raise harvest.outlier_reserve (now {harvest.outlier_reserve:g}) or harvest.outlier_norm, or give "
+                    "corpus.source more text"
+                )
+            reasons = {"bos": none["bos"], "padding": none["padding"], "outlier": dropped, "unused": len(kept_RD) - plan.rows}
+            found[hook] = kept_RD[: plan.rows], reasons, bounds[hook]
+        return found
+
+    def _bound(self, plan: ShardPlan, hook: str, rows_RD: torch.Tensor) -> float | None:
+        """Norm beyond which rows are dropped, one for all shards of a hook: a multiple of the median norm of all the calibration
+        sequences' rows. rows_RD: the plan's own."""
+        multiple = self.config.harvest.outlier_norm
+        if multiple is None:
+            return None
+        if plan.name == self.calibration.name:
+            self._bounds[hook] = multiple * median_norm(rows_RD)
+        elif hook not in self._bounds:
+            target = next(target for target in self.targets if target.hook == hook)
+            if target.finished(self.calibration) is None:
+                # Made here where no actor has yet: its bytes are the same whoever makes it, and nobody has to wait for another.
+                self._start(self.calibration).result()
+            self._bounds[hook] = inspect_shard(target.store, self.calibration.file)[1][MAX_NORM]
+        return self._bounds[hook]
+
+    def rows(self, name: str, sequences: Sequence[int], hooks: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """All rows of these sequences at each hook, [R, D] as stored, and the positions that are none (bos, padding). name: the shard's.
 
         Raises ValueError naming the token if a value does not fit the stored dtype.
         """
         dtype, per_forward = DTYPES[self.config.harvest.dtype], self.config.harvest.sequences_per_forward
         found: dict[str, list[torch.Tensor]] = {hook: [] for hook in hooks}
         real, positions, pending = 0, 0, None
-        for first in range(0, len(plan.sequences), per_forward):
-            picked = np.array(plan.sequences[first : first + per_forward])
+        for first in range(0, len(sequences), per_forward):
+            picked = np.array(sequences[first : first + per_forward])
             # The last batch is padded with copies of its first sequence: the forward shape never changes.
             shape = np.concatenate([picked, np.repeat(picked[:1], per_forward - len(picked))])
             ids_NT = torch.from_numpy(self.sequences.ids[shape].astype(np.int64))
@@ -108,14 +163,14 @@ class ShardMaker:
             resid = self.lm.sites(ids_NT, hooks)
             stored = {hook: x_NTD.flatten(0, 1)[index_R.to(x_NTD.device)].to(dtype) for hook, x_NTD in resid.items()}
             # The rows of the pass before are fetched only now: a GPU is already at work on this one.
-            self._collect(pending, found, plan)
+            self._collect(pending, found, name)
             pending = stored, ids_NT, index_R
-        self._collect(pending, found, plan)
+        self._collect(pending, found, name)
         rows = {hook: torch.cat(parts) for hook, parts in found.items()}
         kept = len(rows[hooks[0]])
         return rows, {"bos": real - kept, "padding": positions - real}
 
-    def _collect(self, pending: tuple | None, found: dict[str, list[torch.Tensor]], plan: ShardPlan) -> None:
+    def _collect(self, pending: tuple | None, found: dict[str, list[torch.Tensor]], name: str) -> None:
         if pending is None:
             return
         stored, ids_NT, index_R = pending
@@ -123,10 +178,10 @@ class ShardMaker:
             rows_RD = rows_RD.cpu()
             bad = first_not_finite(rows_RD)
             if bad is not None:
-                raise self._not_finite(plan, hook, ids_NT, int(index_R[bad]))
+                raise self._not_finite(name, hook, ids_NT, int(index_R[bad]))
             found[hook].append(rows_RD)
 
-    def _not_finite(self, plan: ShardPlan, hook: str, ids_NT: torch.Tensor, place: int) -> ValueError:
+    def _not_finite(self, name: str, hook: str, ids_NT: torch.Tensor, place: int) -> ValueError:
         n, t = divmod(place, ids_NT.shape[1])
         value_D = self.lm.sites(ids_NT, [hook])[hook][n, t]
         piece = self.lm.tokenizer.decode(ids_NT[n, max(0, t - 8) : t + 1])
@@ -134,28 +189,26 @@ class ShardMaker:
             f"its largest value {float(value_D.abs().max()):.3g} does not fit; use harvest.dtype bfloat16"
         )
         return ValueError(
-            f"shard {plan.name}, {hook}, harvest.dtype {self.config.harvest.dtype}: activation of the token at the end of {piece!r}: {why}"
+            f"shard {name}, {hook}, harvest.dtype {self.config.harvest.dtype}: activation of the token at the end of {piece!r}: {why}"
         )
 
 
-def keep(rows_RD: torch.Tensor, plan: ShardPlan, outlier_norm: float | None, reserve: float) -> tuple[torch.Tensor, dict[str, int]]:
-    """The shard's rows, [rows, D], in the order of its sequences, and how many were left out as outliers or are beyond its size.
+def median_norm(rows_RD: torch.Tensor) -> float:
+    """Median (of an even number the lower one) of the rows' norms."""
+    return float(_norms(rows_RD).median())
 
-    An outlier's norm exceeds outlier_norm times the median norm of all rows given. Raises ValueError if too few are left.
-    """
-    outliers = 0
-    if outlier_norm is not None:
-        norms_R = torch.cat([part_RD.float().norm(dim=1) for part_RD in rows_RD.split(4096)])
-        good_R = norms_R <= outlier_norm * norms_R.median()
-        outliers = int((~good_R).sum())
-        if outliers:
-            rows_RD = rows_RD[good_R]
-    if len(rows_RD) < plan.rows:
-        raise ValueError(
-            f"shard {plan.name}: harvest.outlier_norm {outlier_norm:g} drops {outliers} rows and leaves {len(rows_RD)} of {plan.rows}; raise "
-            f"harvest.outlier_reserve (now {reserve:g}) or harvest.outlier_norm"
-        )
-    return rows_RD[: plan.rows], {"outlier": outliers, "unused": len(rows_RD) - plan.rows}
+
+def drop(rows_RD: torch.Tensor, max_norm: float | None) -> tuple[torch.Tensor, int]:
+    """The rows whose norm is at most max_norm (None: all), in their order, and how many are not among them."""
+    if max_norm is None:
+        return rows_RD, 0
+    good_R = _norms(rows_RD) <= max_norm
+    dropped = int((~good_R).sum())
+    return rows_RD[good_R] if dropped else rows_RD, dropped
+
+
+def _norms(rows_RD: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part_RD.float().norm(dim=1) for part_RD in rows_RD.split(4096)])
 
 
 def _row(plan: ShardPlan, writing: Future) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -14,12 +14,14 @@ SHARD_ROWS = 202
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be made: these sequences' rows, permuted, cut to `rows`."""
+    """One shard to be made: these sequences' rows, cut to `rows`, permuted."""
 
     name: str
     number: int
     sequences: tuple[int, ...]
     rows: int
+    spare: tuple[int, ...] = ()
+    """further sequences, in the order in which they fill the places of dropped rows; not looked at where nothing is dropped"""
 
     @property
     def file(self) -> str:
@@ -34,7 +36,8 @@ class ShardPlan:
 
     @staticmethod
     def from_dict(tree: dict) -> ShardPlan:
-        return ShardPlan(str(tree["name"]), int(tree["number"]), tuple(int(s) for s in tree["sequences"]), int(tree["rows"]))
+        sequences, spare = (tuple(int(s) for s in tree[name]) for name in ("sequences", "spare"))
+        return ShardPlan(str(tree["name"]), int(tree["number"]), sequences, int(tree["rows"]), spare)
 
 
 def plan_shards(
@@ -42,9 +45,10 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Deal a seeded permutation of all sequences to the calibration shard and to the training shards.
 
-    rows_N: rows that each sequence gives. reserve: share of rows planned beyond those a shard keeps, for those it drops.
+    rows_N: rows that each sequence gives. reserve: rows in a shard's spare sequences, as a share of its own; they come after those of all
+    shards, so that without a dropped row the shards are the same whatever the reserve; of a corpus that ends before, less.
     No sequence is in two shards, so the calibration rows are held back from training.
-    Raises ValueError if the corpus is too small.
+    Raises ValueError if the corpus is too small without any reserve.
     """
     order = np.random.default_rng([seed, SEQUENCES]).permutation(len(rows_N))
     ends = np.cumsum(rows_N[order], dtype=np.int64)
@@ -52,15 +56,19 @@ def plan_shards(
     plans, first = [], 0
     for number, rows in enumerate(sizes):
         before = ends[first - 1] if first else 0
-        last = int(np.searchsorted(ends, before + int(np.ceil(rows * (1 + reserve)))))
+        last = int(np.searchsorted(ends, before + rows))
         if last >= len(order):
             raise ValueError(
                 f"harvest.tokens {tokens} + harvest.calibration_tokens {calibration}: the corpus's training split gives only "
-                f"{int(ends[-1]) if len(ends) else 0} rows" + (f" and a share {reserve:g} is kept in reserve" if reserve else "")
-                + "; ask for fewer, or give corpus.source more text"
+                f"{int(ends[-1]) if len(ends) else 0} rows; ask for fewer, or give corpus.source more text"
             )
         name = "calibration" if number == 0 else f"train-{number - 1:05d}"
         plans.append(ShardPlan(name, number, tuple(int(i) for i in order[first : last + 1]), int(rows)))
+        first = last + 1
+    for place, plan in enumerate(plans if reserve else ()):
+        before = ends[first - 1] if first else 0
+        last = min(int(np.searchsorted(ends, before + int(np.ceil(plan.rows * reserve)))), len(order) - 1)
+        plans[place] = replace(plan, spare=tuple(int(i) for i in order[first : last + 1]))
         first = last + 1
     return plans
 

@@ -232,7 +232,8 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
     per_pipeline = TASKS_PER_PIPELINE * per_task
     for first in range(0, len(wanted), per_pipeline):
         part = table.slice(first, per_pipeline)
-        pipeline = ray.data.from_arrow([part.slice(i, per_task) for i in range(0, len(part), per_task)]).map_batches(
+        # Not from_arrow: for each table's row count it starts a task that asks for a whole CPU, and there may be none left.
+        pipeline = ray.data.from_blocks([part.slice(i, per_task) for i in range(0, len(part), per_task)]).map_batches(
             read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
             compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
             fn_kwargs={

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dmsae_ray.activations.outliers import counted
 from dmsae_ray.distill.histogram import Histogram
 from dmsae_ray.distill.partial import Partial
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -75,9 +76,7 @@ def gradients(
     candidates = candidates_of(sae, settings)
     cut = lm.cut(ids_NT)  # the lower blocks once, without gradient
     with torch.no_grad():
-        rows_NT = lm.rows(ids_NT, lengths_N)
-        if settings.max_norm is not None:
-            rows_NT &= cut.value_BTD.norm(dim=2) <= settings.max_norm
+        rows_NT = counted(lm.rows(ids_NT, lengths_N), cut.value_BTD, settings.max_norm)
         x_RD = cut.value_BTD[rows_NT] / scale
         keep_error = settings.splice == "keep_error"
         z_RF = sae.encode(x_RD, upto=sae.width if keep_error else candidates)

@@ -1,7 +1,8 @@
 """What an SAE is worth on held-out text: L0, FVU, dead share, and what becomes of the language model's predictions when it is
 spliced in; for the whole SAE, for every prefix, and for the core alone.
 
-Letters: N sequences, T context, R rows (tokens without BOS and padding), D model dimension, F width, Q prefixes.
+Letters: N sequences, T context, R rows (tokens without BOS and padding), M rows that count (all, or those within the dataset's bound on
+norms), D model dimension, F width, Q prefixes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dmsae_ray.activations.outliers import counted
 from dmsae_ray.distill.criterion import removal_cost
 from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.sae.collective import Collective
@@ -68,40 +70,49 @@ class Tally:
 
 @torch.no_grad()
 def tally_batch(
-    tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, removal: bool = False
-) -> None:
+    tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, removal: bool = False,
+    max_norm: float | None = None,
+) -> None:  # fmt: skip
     """Add one batch of sequences, on the SAE's device: every prefix's reconstruction in place of what stands at the hook.
 
-    removal: also add what the removal of each candidate costs (`criterion.removal_cost`).
+    removal: also add what the removal of each candidate costs (`criterion.removal_cost`). max_norm: the dataset's bound, raw units.
+    Rows beyond it were not trained on: they keep what stands there, and count in nothing but the loss, whose targets all rows are, and
+    the sums `..._left_out`, which FVU over all rows needs.
     """
     rows_NT = lm.rows(ids_NT, lengths_N)
     cut = lm.cut(ids_NT)
-    x_RD = cut.value_BTD[rows_NT] / scale
-    z_RF = sae.encode(x_RD)
-    errors = []
+    counts_NT = counted(rows_NT, cut.value_BTD, max_norm)
+    x_MD = cut.value_BTD[counts_NT] / scale
+    z_MF = sae.encode(x_MD)
+    left_out_RD = cut.value_BTD[rows_NT & ~counts_NT] / scale
+    errors, errors_left_out = [], []
 
     def spliced() -> Iterator[torch.Tensor]:
-        for x_hat_RD in reconstructions(sae, z_RF):
-            errors.append((x_RD - x_hat_RD).double().square().sum())
+        outside = reconstructions(sae, sae.encode(left_out_RD)) if len(left_out_RD) else None
+        for x_hat_MD in reconstructions(sae, z_MF):
+            errors.append((x_MD - x_hat_MD).double().square().sum())
+            errors_left_out.append((left_out_RD - next(outside)).double().square().sum() if outside else torch.zeros_like(errors[-1]))
             spliced_NTD = cut.value_BTD.clone()
-            spliced_NTD[rows_NT] = x_hat_RD * scale
+            spliced_NTD[counts_NT] = x_hat_MD * scale
             yield spliced_NTD
 
     loss_Q, kl_Q = divergence(lm, cut, spliced(), ids_NT, lengths_N)
     tally.add(
-        rows=len(x_RD), x=x_RD.double().sum(dim=0), x2=x_RD.double().square().sum(), active=(z_RF > 0).sum(dim=0),
-        error=torch.stack(errors), loss=loss_Q, kl=kl_Q,
+        rows=len(x_MD), x=x_MD.double().sum(dim=0), x2=x_MD.double().square().sum(), active=(z_MF > 0).sum(dim=0),
+        error=torch.stack(errors), loss=loss_Q, kl=kl_Q, rows_left_out=len(left_out_RD), x_left_out=left_out_RD.double().sum(dim=0),
+        x2_left_out=left_out_RD.double().square().sum(), error_left_out=torch.stack(errors_left_out),
     )  # fmt: skip
     if removal:
-        tally.add(removal=removal_cost(sae, x_RD, z_RF))
+        tally.add(removal=removal_cost(sae, x_MD, z_MF))
 
 
 def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) -> tuple[dict[str, Any], torch.Tensor]:
     """Metrics of the method's "Evaluation terms" as plain JSON types, and each latent's density [F].
 
-    `kl` is the mean over the loss's targets of KL(clean || spliced), in nats. `prefixes` has an entry for each of `prefixes_of`:
-    name, latents, l0, fvu, loss, loss_recovered_zero, loss_recovered_mean, kl; the last one is the whole SAE, whose numbers also
-    stand beside it.
+    Densities, L0, dead share and `fvu` are over the rows that count; `rows_left_out` is how many evaluation rows do not, and `fvu_all_rows`
+    the FVU over all of them, with the SAE applied to rows it was not trained for. `kl` is the mean over the loss's targets, which are all
+    rows, of KL(clean || spliced), in nats. `prefixes` has an entry for each of `prefixes_of`: name, latents, l0, fvu, fvu_all_rows, loss,
+    loss_recovered_zero, loss_recovered_mean, kl; the last one is the whole SAE, whose numbers also stand beside it.
 
         core_explained = (1 - FVU(core alone)) / (1 - FVU(whole))
 
@@ -112,17 +123,23 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
     bias and core fit worse than the mean row does, above 1 where the free latents do harm.
     """
     sums, prefixes = tally.sums, prefixes_of(sae)
-    rows = float(sums["rows"])  # which are the loss's targets, too
+    rows, left_out = float(sums["rows"]), float(sums["rows_left_out"])
+    if rows == 0:
+        raise ValueError("no evaluation row is within the bound of harvest.outlier_norm: raise it or evaluate.tokens")
+    targets = rows + left_out
     variance = float(sums["x2"] - sums["x"].square().sum() / rows)
+    x2, x_D = sums["x2"] + sums["x2_left_out"], sums["x"] + sums["x_left_out"]
+    variance_of_all = float(x2 - x_D.square().sum() / targets)
     density_F = sums["active"] / rows
     clean, zero, mean = (references[kind] for kind in ("clean", "zero", "mean"))
 
     def entry(q: int, prefix: Prefix) -> dict[str, Any]:
-        loss = float(sums["loss"][q]) / rows
+        loss = float(sums["loss"][q]) / targets
         return {
             "name": prefix.name, "latents": prefix.latents, "l0": float(density_F[: prefix.latents].sum()),
-            "fvu": float(sums["error"][q]) / variance, "loss": loss, "loss_recovered_zero": (zero - loss) / (zero - clean),
-            "loss_recovered_mean": (mean - loss) / (mean - clean), "kl": float(sums["kl"][q]) / rows,
+            "fvu": float(sums["error"][q]) / variance, "fvu_all_rows": float(sums["error"][q] + sums["error_left_out"][q]) / variance_of_all,
+            "loss": loss, "loss_recovered_zero": (zero - loss) / (zero - clean), "loss_recovered_mean": (mean - loss) / (mean - clean),
+            "kl": float(sums["kl"][q]) / targets,
         }  # fmt: skip
 
     entries = [entry(q, prefix) for q, prefix in enumerate(prefixes)]
@@ -133,6 +150,7 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
         "core_l0": core["l0"] if core else 0.0,
         "free_l0": float(density_F[sae.core_size :].sum()),
         "fvu": whole["fvu"],
+        "fvu_all_rows": whole["fvu_all_rows"],
         "dead_share": float((sums["active"] == 0).double().mean()),
         "loss_clean": clean,
         "loss_zero": zero,
@@ -143,22 +161,23 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
         "kl": whole["kl"],
         "core_explained": (1 - core["fvu"]) / explained if core and explained > 0 else None,
         "prefixes": entries,
-        "evaluation_tokens": int(rows),
+        "evaluation_tokens": int(targets),
+        "rows_left_out": int(left_out),
     }
     return metrics, density_F
 
 
 @torch.no_grad()
-def reference_losses(lm, batches, mean_D: torch.Tensor) -> dict[str, float]:
-    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept)."""
+def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, float]:
+    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept, and rows beyond
+    max_norm, as a splice keeps them)."""
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for ids_NT, lengths_N in batches:
         rows_NT = lm.rows(ids_NT, lengths_N)
         cut = lm.cut(ids_NT)
         tokens += int(rows_NT.sum())
-        ablated = [
-            torch.where(rows_NT[:, :, None], value_D.to(cut.value_BTD), cut.value_BTD) for value_D in (torch.zeros_like(mean_D), mean_D)
-        ]
+        counts_NT1 = counted(rows_NT, cut.value_BTD, max_norm)[:, :, None]
+        ablated = [torch.where(counts_NT1, value_D.to(cut.value_BTD), cut.value_BTD) for value_D in (torch.zeros_like(mean_D), mean_D)]
         sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
     return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
 

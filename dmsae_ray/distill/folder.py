@@ -141,3 +141,11 @@ class ChainFolder:
                     "data_seed": fields["data_seed"], "k": fields["k"], "fields": fields,
                 },
             )  # fmt: skip
+
+
+def failure_text(failure: dict) -> str:
+    """Where and why a chain failed, from failed.json: as far as it is known where."""
+    cycle, step, reason = failure.get("cycle"), failure.get("step"), failure["reason"]
+    where = "" if cycle is None else f"cycle {cycle}" if step is None else f"cycle {cycle}, step {step}"
+    # What diverged says itself where.
+    return reason if not where or reason.startswith(f"{where}:") else f"{where}: {reason}"

@@ -189,13 +189,12 @@ class ChainPlan:
         )  # fmt: skip
 
     def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
-        """How rows of this dataset are attributed: the outlier bound is a multiple of its median norm."""
+        """How rows of this dataset are attributed: those within its bound on norms and, where attribution.outlier_norm is set, within that
+        multiple of its median norm."""
         attribution = self.config.attribution
-        multiple = attribution.outlier_norm
-        return AttributionSettings(
-            splice=attribution.splice, candidates=attribution.candidates,
-            max_norm=None if multiple is None else multiple * manifest.norm_quantiles["0.5"],
-        )  # fmt: skip
+        own = () if attribution.outlier_norm is None else (attribution.outlier_norm * manifest.norm_quantiles["0.5"],)
+        bounds = own if manifest.max_norm is None else (*own, manifest.max_norm)
+        return AttributionSettings(splice=attribution.splice, candidates=attribution.candidates, max_norm=min(bounds, default=None))
 
     @property
     def score_settings(self) -> ScoreSettings:

@@ -30,7 +30,7 @@ def references_of(lm, dataset: ActivationDataset, evaluate: EvaluateConfig, devi
     """Measure them here."""
     sequences = dataset.held_out("evaluation").first_tokens(evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(evaluate.sequences_per_batch))
-    return reference_losses(lm, batches, torch.tensor(dataset.manifest.mean))
+    return reference_losses(lm, batches, torch.tensor(dataset.manifest.mean), dataset.manifest.max_norm)
 
 
 def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:

@@ -162,21 +162,11 @@ class LanguageModel:
 
         Keeps the graph to `value_BTD` if that requires grad.
         """
-        return self._cross_entropy(cut, value_BTD, ids_BT, lengths_B, "sum")
-
-    @torch.no_grad()
-    def token_losses(self, cut: Cut, value_BTD: torch.Tensor, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """The terms of `loss`, without gradient: what each of the `rows` cost to predict, fp32 [B, T] on the ids' device; 0 elsewhere."""
-        terms_BT = torch.zeros(ids_BT.shape, device=ids_BT.device)
-        terms_BT[:, 1:] = self._cross_entropy(cut, value_BTD, ids_BT, lengths_B, "none").view(len(ids_BT), -1)
-        return terms_BT
-
-    def _cross_entropy(self, cut: Cut, value_BTD: torch.Tensor, ids_BT: torch.Tensor, lengths_B: torch.Tensor, reduction: str) -> torch.Tensor:
         logits_BTV = self.logits(cut, value_BTD)
         ids_BT = ids_BT.to(logits_BTV.device, torch.int64)
         targets_BT = ids_BT.masked_fill(~self.rows(ids_BT, lengths_B), IGNORED)[:, 1:]
         return torch.nn.functional.cross_entropy(
-            logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction=reduction
+            logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
     @torch.no_grad()

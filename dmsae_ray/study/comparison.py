@@ -26,6 +26,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import load_scores, rank
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.study.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.track.progress import duration
 
 FORMAT_VERSION = 2
@@ -38,17 +39,31 @@ LATENTS_ENCODED = 8
 """Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents of twenty draws."""
 
 
+class DamagedChain(ValueError):
+    """A finished chain's files cannot be read. The message names them and the remedy."""
+
+    def __init__(self, label: str, folder: Path, error: BaseException):
+        super().__init__(damaged(folder, error))
+        self.label = label
+
+
 def compare_chains(
     config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]
 ) -> dict:
     """The finished ones of these chains, every pair that `pairing.pairs_within` names or a sample of them, each score beside its nulls.
 
-    Written to `folder`, and reused while the cores are the same. Raises ValueError if two chains have everything in common.
+    Written to `folder`, and reused while the cores are the same. A finished chain whose files cannot be read is left out, and stands
+    among the failed ones with the reason. Raises ValueError if two chains have everything in common.
     """
     chains = {plan.label: plan for plan in plans if plan.finished()}
-    pairs = pairs_within([identity(plan) for plan in chains.values()])
     failed = [{"label": p.label, "reason": (p.folder.failure() or {}).get("reason", "not finished")} for p in plans if not p.finished()]
-    return _comparison(config.compare, dataset, chains, pairs, config.home / "pairs", folder / "comparison.json", say, failed)
+    while True:
+        pairs = pairs_within([identity(plan) for plan in chains.values()])
+        try:
+            return _comparison(config.compare, dataset, chains, pairs, config.home / "pairs", folder / "comparison.json", say, failed)
+        except DamagedChain as error:  # the others are compared without it
+            del chains[error.label]
+            failed.append({"label": error.label, "reason": str(error)})
 
 
 def compare_across(
@@ -76,14 +91,19 @@ def _comparison(
     config: CompareConfig, dataset: ActivationDataset, chains: dict[str, ChainPlan], pairs: list[Pairing], kept: Path, path: Path,
     say: Callable[[str], None], failed: list[dict],
 ) -> dict:  # fmt: skip
-    keys = {label: key_of(plan) for label, plan in chains.items()}
+    keys = {}
+    for label, plan in chains.items():
+        try:
+            keys[label] = key_of(plan)
+        except OSError as error:
+            raise DamagedChain(label, plan.folder.path, error) from error
     key = fields_key(
         {
             "format": FORMAT_VERSION, "settings": config.model_dump(mode="json"), "rows": dataset.manifest.key, "chains": keys,
             "arms": {label: plan.arm for label, plan in chains.items()}, "failed": failed,
         }
     )  # fmt: skip
-    if path.exists() and (known := json.loads(path.read_text())).get("key") == key:
+    if (known := known_from(path, say)) and known.get("key") == key:
         return known
     of = Counter(pair.group for pair in pairs)
     if config.pairs == "sample":
@@ -111,7 +131,8 @@ def _results(
     """The pairs' results and the seconds that each took, when it was computed."""
     settings = CompareSettings(draws=config.draws, cosine=config.cosine, max_latents=config.max_latents, seed=config.seed)
     files = {pair: kept / f"{_pair_key(settings, dataset, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
-    missing = [pair for pair in pairs if not files[pair].exists()]
+    known = {pair: known_from(file, say) for pair, file in files.items()}
+    missing = [pair for pair in pairs if known[pair] is None]
     if missing:
         again = f", {len(pairs) - len(missing)} more are known" if len(missing) < len(pairs) else ""
         say(f"compare: {len(missing)} pairs of cores, {settings.draws} draws of each null{again}")
@@ -119,7 +140,7 @@ def _results(
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
         comparer = Comparer(dataset.calibration_rows(), settings)
         load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(
-            lambda label: comparer.side(chain_result(chains[label], label))
+            lambda label: comparer.side(_read(chains[label], label))
         )
         said = start = time.perf_counter()
         for done, pair in enumerate(missing, 1):
@@ -127,12 +148,12 @@ def _results(
             result = comparer.pair(load(pair.a.label), load(pair.b.label))
             now = time.perf_counter()
             write_json(files[pair], {"seconds": now - began, "pair": result.to_dict()})
+            known[pair] = json.loads(files[pair].read_text())
             if now - said > QUIET_S and done < len(missing):
                 say(f"compare: {done} of {len(missing)} pairs, {duration((now - start) / done * (len(missing) - done))} left")
                 said = now
-    known = [json.loads(files[pair].read_text()) for pair in pairs]
     # What is known may have been computed under other labels.
-    return [PairResult.from_dict(one["pair"]).of(pair) for one, pair in zip(known, pairs, strict=True)], [one["seconds"] for one in known]
+    return [PairResult.from_dict(known[pair]["pair"]).of(pair) for pair in pairs], [known[pair]["seconds"] for pair in pairs]
 
 
 def _pair_key(settings: CompareSettings, dataset: ActivationDataset, a: str, b: str) -> str:
@@ -144,11 +165,20 @@ def key_of(plan: ChainPlan) -> str:
     return "-".join(file_sha256(plan.folder.cycle(cycle).core)[:16] for cycle in (0, plan.cycles - 1))
 
 
+def _read(plan: ChainPlan, label: str) -> ChainResult:
+    try:
+        return chain_result(plan, label)
+    except UNREADABLE as error:
+        raise DamagedChain(label, plan.folder.path, error) from error
+
+
 def _kept_chains(plans: Sequence[ChainPlan], rows: int) -> int:
     largest = 1
     for plan in plans:
         record = plan.folder.records()[plan.cycles - 1]
-        largest = max(largest, 2 * plan.folder.cycle(0).sae.stat().st_size + LATENTS_ENCODED * record["core_out"] * 4 * rows)
+        sae = plan.folder.cycle(0).sae
+        size = sae.stat().st_size if sae.exists() else 0  # what is missing is said where it is read
+        largest = max(largest, 2 * size + LATENTS_ENCODED * record["core_out"] * 4 * rows)
     return max(2, KEPT_BYTES // largest)
 
 

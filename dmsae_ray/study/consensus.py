@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.study.comparison import key_of
+from dmsae_ray.study.parts import known_from
 
 FORMAT_VERSION = 1
 
@@ -37,7 +37,7 @@ def write_consensus(
         }
     )  # fmt: skip
     path, core_path = folder / "consensus.json", folder / "consensus.safetensors"
-    if path.exists() and (known := json.loads(path.read_text())).get("key") == key and core_path.exists() == bool(known["core_size"]):
+    if (known := known_from(path, say)) and known.get("key") == key and core_path.exists() == bool(known["core_size"]):
         return known
     say(f"consensus: of {len(base)} cores, looked for in {len(plain)} plain SAEs")
     consensus = find_consensus([named_core(plan) for plan in base], compare.cosine, compare.consensus)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dmsae_ray.activations.outliers import counted
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.study.latents import Latents
 
@@ -67,20 +68,21 @@ class _Ranked:
 
 @torch.no_grad()
 def find_peaks(
-    pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, contexts: int, spread: int, sequences_per_batch: int
-) -> list[list[Peak]]:
+    pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, contexts: int, spread: int, sequences_per_batch: int,
+    max_norm: float | None = None,
+) -> list[list[Peak]]:  # fmt: skip
     """For each latent of all pieces, in their order, at most `contexts` peaks, at most one in a sequence.
 
     First come the contexts - spread largest, falling; then `spread` weaker ones, falling, at evenly spaced quantiles of the peaks in
     a sample of the other sequences in which the latent fires (the sample is drawn with a fixed seed). One pass over the sequences
-    serves all chains, and memory does not grow with the tokens.
+    serves all chains, and memory does not grow with the tokens. max_norm: the dataset's bound; positions beyond it have no activation.
     """
     assert 0 <= spread < contexts, (spread, contexts)
     device = pieces[0].b_enc_L.device
     latents, most_drawn = sum(map(len, pieces)), max(SAMPLE, 2 * contexts)
     strongest, drawn = _Ranked.none(latents, device), _Ranked.none(latents, device)
     draw_S = (torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)) + 1).to(device, torch.float64)
-    for sequence_N, value_LN, position_LN in _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device):
+    for sequence_N, value_LN, position_LN in _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device, max_norm):
         sequence_LN = sequence_N.expand(latents, -1)
         strongest.add(contexts - spread, value_LN.double(), value_LN, sequence_LN, position_LN)
         if spread:
@@ -89,12 +91,12 @@ def find_peaks(
     return [top + _weaker(top, sample, spread) for top, sample in zip(strongest.peaks(), drawn.peaks(), strict=True)]
 
 
-def _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device) -> Iterator[tuple[torch.Tensor, ...]]:
+def _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device, max_norm) -> Iterator[tuple[torch.Tensor, ...]]:
     """Of each batch: its sequences [N], and each latent's largest activation there [L, N] (0: silent) and its position [L, N]."""
     for first, (ids_NT, lengths_N) in enumerate(sequences.batches(sequences_per_batch)):
         ids_NT, lengths_N = ids_NT.to(device), lengths_N.to(device)
-        rows_NT = lm.rows(ids_NT, lengths_N)
-        x_NTD = lm.cut(ids_NT).value_BTD / scale
+        value_NTD = lm.cut(ids_NT).value_BTD
+        rows_NT, x_NTD = counted(lm.rows(ids_NT, lengths_N), value_NTD, max_norm), value_NTD / scale
         values, positions = [], []
         for piece in pieces:
             z_NTL = torch.where(rows_NT[:, :, None], piece.encode(x_NTD), 0)

@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.causes import causes
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.study.features import ChainCore, features_key, write_features
+from dmsae_ray.study.parts import earlier, known_from, reason_of
+
+TRIES = 3
+"""Tasks begun, one after the other, while their workers or nodes are lost."""
 
 
 def describe(
@@ -29,16 +34,43 @@ def describe(
     cores = {plan.label: plan.folder.cycle(plan.cycles - 1).core for plan in plans}
     stamp = None if consensus is None else fields_key(consensus)
     key = features_key(config.features, dataset.manifest.key, {label: file_sha256(core) for label, core in cores.items()}, stamp)
-    if not fresh and path.exists() and (known := json.loads(path.read_text())).get("key") == key:
-        return known
+    for there in () if fresh else (path, earlier(path)):
+        if (known := known_from(there, say)) is not None and known.get("key") == key:
+            there.replace(path)
+            return known
     connect()
     import ray
 
     say(f"features: reading {config.features.tokens:,} held-out tokens for where they fire and what they do to the loss")
     chains = [ChainCore(plan.label, Core.load(cores[plan.label]), plan.folder.cycle(plan.cycles - 1).sae) for plan in plans]
-    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2)(_describe)
-    ray.get(task.remote(config, dataset.store.url, chains, consensus, path, key))
+    # No retries by Ray, whose retries for want of memory never end.
+    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=0)(_describe)
+    for left in reversed(range(TRIES)):
+        try:
+            ray.get(task.remote(config, dataset.store.url, chains, consensus, path, key))
+            break
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
+            if not left:
+                raise
+            say(f"features: their worker was lost ({reason_of(error)}); trying again")
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise ValueError(
+                f"out of memory ({reason_of(error)}): lower features.sequences_per_batch (now {config.features.sequences_per_batch}) or "
+                f"features.most (now {config.features.most}), or leave more of the machine's memory free; the same command makes only "
+                "the features again"
+            ) from error
     return json.loads(path.read_text())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was what it wanted: the machine's, by Ray's watch over it, or a GPU's."""
+    import ray
+    import torch
+
+    kinds = MemoryError | ray.exceptions.OutOfMemoryError | torch.OutOfMemoryError
+    return any(isinstance(link, kinds) for link in causes(error, contexts=True))
 
 
 def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], consensus: dict | None, path: Path, key: str) -> None:
@@ -52,5 +84,5 @@ def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], conse
     opened = ActivationDataset(dataset)
     write_features(
         path, LanguageModel.of(config.model, device), opened.held_out("evaluation"), opened.manifest.scale,
-        tokenizer_of(config.model), chains, consensus, config.features, key, device,
+        tokenizer_of(config.model), chains, consensus, config.features, key, device, opened.manifest.max_norm,
     )  # fmt: skip

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dmsae_ray.activations.outliers import counted
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.lm.divergence import token_losses
 from dmsae_ray.study.latents import Latents
 
 
@@ -35,11 +37,12 @@ class Removals:
 @torch.no_grad()
 def remove_latents(
     pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, pairs: Sequence[tuple[int, int]], sequences_per_batch: int,
-    remove: bool = True,
+    remove: bool = True, max_norm: float | None = None,
 ) -> Removals:  # fmt: skip
     """pairs: (latent, counted through all pieces; sequence). The result is in their order.
 
-    remove: without it activations alone are read, no upper block runs and every delta is 0.
+    remove: without it activations alone are read, no upper block runs and every delta is 0. max_norm: the dataset's bound; at positions
+    beyond it no latent is active, and nothing is removed.
     Pairs of one sequence are neighbours in a batch: it passes the lower blocks, and the upper ones as it is, once.
     """
     shape = (len(pairs), sequences.ids.shape[1])
@@ -47,13 +50,16 @@ def remove_latents(
     order = sorted(range(len(pairs)), key=lambda pair: pairs[pair][::-1])
     for first in range(0, len(order), sequences_per_batch):
         chosen = order[first : first + sequences_per_batch]
-        batch = _remove(pieces, lm, sequences, scale, [pairs[pair] for pair in chosen], remove)
+        batch = _remove(pieces, lm, sequences, scale, [pairs[pair] for pair in chosen], remove, max_norm)
         for whole_PT, part_PT in zip(vars(read).values(), vars(batch).values(), strict=True):
             whole_PT[chosen] = part_PT.cpu()
     return read
 
 
-def _remove(pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, pairs: list[tuple[int, int]], remove: bool) -> Removals:
+def _remove(
+    pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, pairs: list[tuple[int, int]], remove: bool,
+    max_norm: float | None,
+) -> Removals:  # fmt: skip
     device = pieces[0].b_enc_L.device
     latent_P, sequence_P = torch.tensor(pairs, device=device).T
     sequence_U, place_P = sequence_P.unique(return_inverse=True)
@@ -63,15 +69,15 @@ def _remove(pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: flo
     cut = lm.cut(ids_UT)
     z_PT, W_dec_PD = _of_pairs(pieces, cut.value_BTD / scale, latent_P, place_P)
     rows_PT = rows_UT[place_P]
-    z_PT = torch.where(rows_PT, z_PT, 0)
+    z_PT = torch.where(counted(rows_UT, cut.value_BTD, max_norm)[place_P], z_PT, 0)
     active_PT = (z_PT > 0).int()
     after_PT = rows_PT & (active_PT.cumsum(dim=1) - active_PT > 0)
     if not remove:
         return Removals(z_PT, torch.zeros_like(z_PT), after_PT, rows_PT)
-    with_UT = lm.token_losses(cut, cut.value_BTD, ids_UT, lengths_U)
+    with_UT = token_losses(lm, cut, cut.value_BTD, ids_UT, lengths_U)
     removed = cut.take(place_P)
     value_PTD = removed.value_BTD - z_PT[:, :, None] * scale * W_dec_PD[:, None, :]
-    without_PT = lm.token_losses(removed, value_PTD, ids_UT[place_P], lengths_U[place_P])
+    without_PT = token_losses(lm, removed, value_PTD, ids_UT[place_P], lengths_U[place_P])
     # Attention is causal: what the two runs differ by before the latent fires is rounding.
     return Removals(z_PT, torch.where(after_PT, without_PT - with_UT[place_P], 0), after_PT, rows_PT)
 

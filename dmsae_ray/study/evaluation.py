@@ -16,6 +16,7 @@ from dmsae_ray.distill.coverage import coverage, coverage_ranks
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
+from dmsae_ray.study.parts import UNREADABLE, damaged
 
 FORMAT_VERSION = 1
 DECADES = 5
@@ -26,15 +27,18 @@ IDENTITY = ("format_version", "chain", "label", "generation", "seed", "k", "cycl
 """Fields of record.json that the row has under its own names, or that say nothing of the result."""
 
 
-def write_evaluation(plans: Sequence[ChainPlan], path: Path) -> list[dict[str, Any]]:
-    """Write evaluation.json; returns its rows."""
-    rows = [row for plan in plans for row in chain_rows(plan)]
+def write_evaluation(plans: Sequence[ChainPlan], path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write evaluation.json; returns its rows, and in words which files of chains could not be read: a row goes without their curves."""
+    rows, unread = [], []
+    for plan in plans:
+        rows += chain_rows(plan, unread)
     write_json(path, {"format_version": FORMAT_VERSION, "rows": rows})
-    return rows
+    return rows, unread
 
 
-def chain_rows(plan: ChainPlan) -> list[dict[str, Any]]:
-    """One row per finished cycle that belongs to the sweep; what was cleaned away since is left out of it."""
+def chain_rows(plan: ChainPlan, unread: list[str]) -> list[dict[str, Any]]:
+    """One row per finished cycle that belongs to the sweep; what was cleaned away since is left out of it, what cannot be read goes to
+    `unread`."""
     rows = []
     source = plan.start.chain if plan.start else None
     for cycle, record in enumerate(plan.folder.records()[: plan.cycles]):
@@ -45,10 +49,16 @@ def chain_rows(plan: ChainPlan) -> list[dict[str, Any]]:
         }  # fmt: skip
         row |= {name: value for name, value in record.items() if name not in IDENTITY}
         row["core_density"] = record["core_l0"] / record["core_in"] if record["core_in"] else None
-        if folder.scores.exists():
-            row["coverage_curve"] = coverage_curve(folder, record["core_out"])
-        if last and folder.sae.exists() and folder.core.exists():
-            row["density_histogram"] = density_histogram(folder)
+        curves = {
+            "coverage_curve": folder.scores.exists() and (lambda folder=folder, size=record["core_out"]: coverage_curve(folder, size)),
+            "density_histogram": last and folder.sae.exists() and folder.core.exists() and (lambda folder=folder: density_histogram(folder)),
+        }
+        for name, read in curves.items():
+            try:
+                if read:
+                    row[name] = read()
+            except UNREADABLE as error:
+                unread.append(f"{plan.label} cycle {cycle}, {name.replace('_', ' ')}: {damaged(folder.path, error)}")
         rows.append(row)
     return rows
 

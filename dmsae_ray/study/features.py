@@ -55,11 +55,11 @@ def features_key(settings: FeaturesConfig, dataset: str, cores: Mapping[str, str
 
 def write_features(
     path: Path, lm, sequences: TokenSequences, scale: float, tokenizer, chains: Sequence[ChainCore], consensus: dict | None,
-    settings: FeaturesConfig, key: str, device: str | torch.device = "cpu",
+    settings: FeaturesConfig, key: str, device: str | torch.device = "cpu", max_norm: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Describe the features of these chains' cores, write features.json and return what stands in it.
 
-    sequences: the evaluation split; scale: the dataset's. consensus: what consensus.json holds; None where chains were not compared,
+    sequences: the evaluation split; scale, max_norm: the dataset's. consensus: what consensus.json holds; None where chains were not compared,
     then every core latent is a feature of its own. key: stored, for whoever asks whether the file still holds (`features_key`).
     Raises ValueError if there is no chain, or consensus and cores do not belong together.
     """
@@ -69,7 +69,7 @@ def write_features(
     every = roster_of(cores, consensus)
     features = every[: settings.most]
     sequences = sequences.first_tokens(settings.tokens)
-    described = _describe(features, chains, lm, sequences, scale, tokenizer, settings, device)
+    described = _describe(features, chains, lm, sequences, scale, tokenizer, settings, device, max_norm)
     content = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -83,7 +83,7 @@ def write_features(
 
 def _describe(
     features: list[Feature], chains: Sequence[ChainCore], lm, sequences: TokenSequences, scale: float, tokenizer, settings: FeaturesConfig,
-    device: str | torch.device,
+    device: str | torch.device, max_norm: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """max_activation, mean_loss_change, contexts and effects of each feature's representative."""
     places, pieces = [], []
@@ -95,9 +95,9 @@ def _describe(
             pieces.append(Latents.of(sae, [features[place].representative.latent for place in mine], device))
     if not pieces:
         return []
-    peaks_L = find_peaks(pieces, lm, sequences, scale, settings.contexts, settings.spread, settings.sequences_per_batch)
+    peaks_L = find_peaks(pieces, lm, sequences, scale, settings.contexts, settings.spread, settings.sequences_per_batch, max_norm)
     pairs = [(latent, peak.sequence) for latent, peaks in enumerate(peaks_L) for peak in peaks]
-    read = remove_latents(pieces, lm, sequences, scale, pairs, settings.sequences_per_batch, remove=settings.effects > 0)
+    read = remove_latents(pieces, lm, sequences, scale, pairs, settings.sequences_per_batch, remove=settings.effects > 0, max_norm=max_norm)
     text, described, first = TokenText(tokenizer), {}, 0
     for place, peaks in zip(places, peaks_L, strict=True):
         mine = slice(first, first + len(peaks))

@@ -28,6 +28,7 @@ def choose(page: Page, chart: str, **choices: str) -> None:
     """Choose what a chart shows."""
     for name, option in choices.items():
         page.select_option(f'select[data-chart="{chart}"][data-choice="{name}"]', option)
+    page.evaluate("() => Promise.all([...document.querySelectorAll('.plot')].map((plot) => plot.drawn))")
 
 
 def value(page: Page, selector: str) -> float:

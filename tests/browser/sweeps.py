@@ -62,7 +62,7 @@ def evaluation_rows(
             "core_in": before, "core_out": after, "kept": before - left if cycle else 0, "entered": entered, "left": left,
             "jaccard": 1 - (left + entered) / (before + entered) if cycle else None, "origins": dict(origins),
             "core_share": 0.6 if before else 0.0,
-            "l0": k - rng.uniform(0, 0.3), "core_l0": core_l0, "core_density": core_l0 / before if before else None,
+            "l0": k - rng.uniform(0, 0.3), "core_l0": core_l0, "fvu_all_rows": fvu + 0.4, "rows_left_out": 17, "core_density": core_l0 / before if before else None,
             "free_l0": k - core_l0, "fvu": fvu,
             "dead_share": float(rng.uniform(0.01, 0.04)),
             "loss_clean": 3.1832072953525543, "loss_zero": 9.50877520087297, "loss_mean": 9.776217972325153,
@@ -93,7 +93,7 @@ def _prefixes(rng: np.random.Generator, fvu: float, k: int, core: bool) -> list[
         recovered = 1 - here / 3.2
         entries.append(
             {
-                "name": name, "latents": 26 + 64 * 2**place, "l0": k if last else k * (place + 1) / (GROUPS + 1), "fvu": here,
+                "name": name, "latents": 26 + 64 * 2**place, "l0": k if last else k * (place + 1) / (GROUPS + 1), "fvu": here, "fvu_all_rows": here + 0.4,
                 "loss": 3.2 + here, "loss_recovered_zero": recovered, "loss_recovered_mean": recovered + 0.002, "kl": 0.9 * here,
             }
         )  # fmt: skip
@@ -257,6 +257,11 @@ EXPECTATIONS = {
          "bound": None, "outcome": "not available", "why": "the arm “random” did not run"},
     ],
 }  # fmt: skip
+DATA = {
+    "hook": "blocks.2.hook_resid_post", "rows": 73728, "norm_quantiles": {"0.5": 140.2, "0.99": 171.9}, "outlier_norm": None, "dropped": 0,
+    "outliers": {"multiple": 10.0, "rows": 17, "of_rows": 73728, "share_of_variance": 0.613, "largest": 26800.0, "median": 140.2},
+    "warning": "17 of 73,728 rows hold 61 % of the variance & <decide> scale and FVU; set harvest.outlier_norm: 10",
+}  # fmt: skip
 FAILED = [{"label": "seed4-k16", "reason": "ValueError: loss is not finite at step 37 <of 300>; lower train.lr"}]
 
 
@@ -278,8 +283,36 @@ def realistic(folder: Path, number: int = 1000) -> Path:
     return write(
         folder, evaluation={"format_version": 1, "rows": rows}, comparison=comparison(rng, rows, FAILED),
         consensus=consensus(rng, chains, seeds, rows), features=features(rng, chains, len(seeds), number), expectations=EXPECTATIONS,
-        config=config("eight chains", seeds, ks),
+        config=config("eight chains", seeds, ks), data=DATA | {"warning": None},
     )  # fmt: skip
+
+
+def single_arm(folder: Path, **more: Any) -> Path:
+    """What `make sweep` gives without a config: two seeds, two k, the base arm alone; nothing stated in advance."""
+    rng = np.random.default_rng(3)
+    rows = [row for seed in (0, 1) for k in (16, 32) for row in evaluation_rows(rng, f"seed{seed}-k{k}", "base", seed, k)]
+    for row in rows:
+        row["decoder_drift"] = row["decoder_drift"] and {"mean": 1.0, "min": 1.0}
+    chains = [row["chain"] for row in rows if row["last"]]
+    made = {
+        "evaluation": {"format_version": 1, "rows": rows}, "comparison": comparison(rng, rows, []),
+        "consensus": consensus(rng, chains, [0, 1], rows), "features": features(rng, chains, 2, 20),
+        "expectations": {"format_version": 1, "expectations": []}, "config": config("quickstart", [0, 1], [16, 32]), "data": DATA,
+    }  # fmt: skip
+    return write(folder, **(made | more))
+
+
+PARTS = [{"part": "features", "reason": "OutOfMemoryError: 84 GiB <asked for>"}, {"part": "consensus", "reason": "disk full"}]
+
+
+def parts_failed(folder: Path) -> Path:
+    """Two parts of the results that could not be made."""
+    return single_arm(folder, features=None, consensus=None, failed_parts=PARTS)
+
+
+def no_evaluation(folder: Path) -> Path:
+    """Cores were compared, but nothing says how good the SAEs are."""
+    return single_arm(folder, evaluation=None, expectations=None)
 
 
 def one_chain(folder: Path) -> Path:

@@ -166,7 +166,10 @@ def test_coverage(sweep, artifact):
 def test_quality(sweep, artifact):
     page = sweep.go("quality")
     last = [row for row in artifact("evaluation")["rows"] if row["last"]]
-    for chart, field in (("fvu", "fvu"), ("kl", "kl"), ("l0", "l0"), ("loss-recovered-zero", "loss_recovered_zero")):
+    for chart, field in (
+        ("fvu", "fvu"), ("kl", "kl"), ("l0", "l0"), ("loss-recovered-zero", "loss_recovered_zero"),
+        ("loss-recovered-mean", "loss_recovered_mean"), ("dead-share", "dead_share"),
+    ):  # fmt: skip
         drawn = {trace["meta"]: trace for trace in traces(page, f"chart-{chart}")}
         assert drawn.keys() == {row["arm"] for row in last}
         for arm, trace in drawn.items():
@@ -187,9 +190,9 @@ def test_quality(sweep, artifact):
         values = [row["kl"] for row in last if (row["arm"], row["k"]) == (arm, 32)]
         assert points[arm, "chains"] == values and points[arm, "mean"] == [pytest.approx(np.mean(values))]
     assert ("transfer", "mean") not in points, "it has no SAE at this k"
-    choose(page, "chart-further", Measure="Dead")
+    choose(page, "chart-further", Measure="Free L0")
     plain = next(trace for trace in traces(page, "chart-further") if trace["meta"] == "plain")
-    assert plain["y"][0] == pytest.approx(np.mean([row["dead_share"] for row in last if (row["arm"], row["k"]) == ("plain", 16)]))
+    assert plain["y"][0] == pytest.approx(np.mean([row["free_l0"] for row in last if (row["arm"], row["k"]) == ("plain", 16)]))
     choose(page, "chart-prefixes", k="32", Measure="KL")
     base = next(trace for trace in traces(page, "chart-prefixes") if trace["meta"] == "base")
     rows = [row for row in last if (row["arm"], row["k"]) == ("base", 32)]

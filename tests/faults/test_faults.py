@@ -74,6 +74,12 @@ def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_run
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
 
 
+def logged(output) -> str:
+    """Why chains failed, as MLflow has it."""
+    with sqlite3.connect(output / "mlflow.db") as db:
+        return "\n".join(value for (value,) in db.execute("select value from tags where key = 'failed'"))
+
+
 @pytest.mark.slow
 def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
     output = tmp_path / "out"
@@ -81,7 +87,8 @@ def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
     run = run_command(output, "--sweep.seeds", "0", "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9")
     assert run.code == 1, run.out
     (failure,) = [json.loads(path.read_text()) for path in output.glob("chains/*/failed.json")]
-    assert failure["kind"] == "diverged" and "train.lr" in failure["reason"] and "step" in failure["reason"]
+    assert failure["kind"] == "diverged" and "train.lr" in failure["reason"] and f"step {failure['step']}:" in failure["reason"]
+    assert f"cycle 0, step {failure['step']}:" in logged(output), "MLflow says where"
     assert "Compared: 0 of 1 chains" in run.out and "not available" in run.out
     with sqlite3.connect(output / "mlflow.db") as db:
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)

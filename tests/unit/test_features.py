@@ -18,6 +18,7 @@ from dmsae_ray.corpus.documents import Document
 from dmsae_ray.corpus.encode import encode
 from dmsae_ray.corpus.packing import Concatenate
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.lm.divergence import token_losses
 from dmsae_ray.study.features import NEAR, ChainCore, features_key, write_features
 from dmsae_ray.study.roster import roster_of
 
@@ -156,7 +157,7 @@ def test_contexts_and_effects_are_those_of_the_representative(tmp_path, lm, sequ
             assert context["activations"] == pytest.approx(z_NT[s, first:last].tolist(), rel=1e-4, abs=1e-5)
             chosen.append(s)
             value_NTD = cut.value_BTD - z_NT[:, :, None] * SCALE * sae.W_dec[latent].detach()
-            before, after = (lm.token_losses(cut, value, ids_NT, lengths_N)[s] for value in (cut.value_BTD, value_NTD))
+            before, after = (token_losses(lm, cut, value, ids_NT, lengths_N)[s] for value in (cut.value_BTD, value_NTD))
             deltas.append(after - before)
         assert len(set(chosen)) == len(chosen)
         tokens = int(sequences.rows[chosen].sum())

@@ -8,6 +8,8 @@ import torch
 from features_cases import BOS, random_sae, sequences_of
 from language_models import IDS_BT, LENGTHS, load
 
+from dmsae_ray.lm import divergence as divergence_
+from dmsae_ray.lm.divergence import token_losses
 from dmsae_ray.study.effects import remove_latents
 from dmsae_ray.study.latents import Latents
 
@@ -29,7 +31,7 @@ def test_token_losses_are_the_terms_of_the_loss(architecture, hook):
     lm = load(architecture, hook)
     cut = lm.cut(IDS_BT)
     value_BTD = 1.1 * cut.value_BTD
-    losses_BT = lm.token_losses(cut, value_BTD, IDS_BT, LENGTHS)
+    losses_BT = token_losses(lm, cut, value_BTD, IDS_BT, LENGTHS)
     log_p_BTV = torch.log_softmax(lm.logits(cut, value_BTD), dim=2)
     terms_BT = -log_p_BTV[:, :-1].gather(2, IDS_BT[:, 1:, None])[:, :, 0]
     rows_BT = lm.rows(IDS_BT, LENGTHS)
@@ -122,3 +124,20 @@ def test_a_sequence_passes_the_lower_blocks_once_for_neighbouring_pairs(monkeypa
     pairs = [(latent, s) for latent in range(6) for s in range(4)]
     remove_latents([Latents.of(random_sae(lm.d, 6, 0.02), range(6))], lm, sequences, SCALE, pairs, 6)
     assert seen == [1, 1, 1, 1]
+
+
+def test_logits_are_never_there_all_at_once(monkeypatch):
+    """A vocabulary of 256k words times a batch of long sequences would be tens of gigabytes."""
+    lm, rows = load("tiny", "blocks.2.hook_resid_post"), []
+    monkeypatch.setattr(lm, "logits", None)
+    unembed = lm.unembed
+    monkeypatch.setattr(lm, "unembed", lambda stream_RD: rows.append(len(stream_RD)) or unembed(stream_RD))
+    monkeypatch.setattr(divergence_, "LOGITS_AT_ONCE", {"cpu": 7 * lm.vocabulary})
+    sequences, sae = make_sequences(), random_sae(lm.d, 4, 0.5, seed=3)
+    pieces, pairs = [Latents.of(sae, [0, 1, 2, 3])], [(latent, sequence) for latent in range(4) for sequence in range(4)]
+    few = remove_latents(pieces, lm, sequences, SCALE, pairs, 8)
+    assert max(rows) == 7 and sum(rows) > 100
+    monkeypatch.undo()
+    whole = remove_latents(pieces, lm, sequences, SCALE, pairs, 8)
+    torch.testing.assert_close(few.delta_PT, whole.delta_PT, rtol=1e-4, atol=1e-5)
+    assert float(whole.delta_PT.abs().max()) > 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from language_models import TINY, reference
 from safetensors.torch import load_file, save_file
 from shards import bits, some_rows
 
-from dmsae_ray.activations.maker import ShardMaker, Target, keep
+from dmsae_ray.activations.maker import ShardMaker, Target, drop, median_norm
 from dmsae_ray.activations.plan import ShardPlan, plan_shards
 from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardWriter, inspect_shard
 from dmsae_ray.activations.store import Store
@@ -63,7 +64,8 @@ def tokens(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maker(tokens, tmp_path_factory):
-    return ShardMaker(configured(), [target_of(tmp_path_factory.mktemp("first"), POST)], str(tokens[1]))
+    calibration = plan_shards(tokens[0].rows, 5 * PER_GROUP, 100, 2 * PER_GROUP, PER_GROUP, seed=0)[0]
+    return ShardMaker(configured(), [target_of(tmp_path_factory.mktemp("first"), POST)], str(tokens[1]), calibration)
 
 
 @pytest.fixture(scope="module")
@@ -159,62 +161,79 @@ def test_a_shard_of_another_dataset_or_size_is_not_taken_for_the_plan_s(maker, p
     assert target_of(tmp_path, POST).finished(shorter) is None
 
 
-def test_outliers_are_dropped_and_counted(maker, tokens, tmp_path):
-    sequences = tokens[0]
-    plan = plan_shards(sequences.rows, 2 * PER_GROUP, 100, 2 * PER_GROUP, PER_GROUP, seed=0, reserve=0.5)[1]
-    norms = rows_of_transformers(sequences, plan, POST).half().float().norm(dim=1)
-    factor = float(norms.sort().values[-len(norms) // 10] / norms.median())  # a tenth of them exceeds it
-    target, before = target_of(tmp_path, POST), maker.config
+@contextmanager
+def bounded(maker, plans, factor, **harvest):
+    """The maker of these plans with a bound on norms, and nothing known of it."""
+    before = maker.config, maker._bounds, maker.calibration
+    maker.config, maker._bounds, maker.calibration = configured(outlier_norm=factor, **harvest), {}, plans[0]
     try:
-        maker.config = configured(outlier_norm=factor, outlier_reserve=0.5)
-        entry = make(maker, [target], [plan])[plan.name][POST]
+        yield
     finally:
-        maker.config = before
-    found = rows_in(target, plan).float().norm(dim=1)
-    assert entry.positions["outlier"] == int((norms > factor * norms.median()).sum()) > 0
-    assert len(found) == plan.rows and float(found.max()) <= factor * float(norms.median())
-    assert sum(entry.positions.values()) + plan.rows == T * len(plan.sequences)
+        maker.config, maker._bounds, maker.calibration = before
 
 
-# -- the rule of outliers ------------------------------------------------------------------------------------------------
+def spared(tokens, reserve):
+    return plan_shards(tokens[0].rows, 3 * PER_GROUP, 100, 2 * PER_GROUP, PER_GROUP, seed=0, reserve=reserve)
 
 
-def plan_of(rows):
-    return ShardPlan("train-00007", 8, (), rows)
+def test_one_bound_holds_in_every_shard_whoever_makes_which_first(maker, tokens, tmp_path):
+    """It is a multiple of the calibration sequences' median, known to an actor that is given another shard first, too."""
+    plans = spared(tokens, 0.5)
+    norms = rows_of_transformers(tokens[0], plans[0], POST).half().float().norm(dim=1)
+    factor = float(norms.sort().values[-len(norms) // 10] / norms.median())  # a tenth of them exceeds it
+    bound, targets = factor * float(norms.median()), [target_of(tmp_path / name, POST) for name in ("forward", "backward")]
+    for target, order in zip(targets, (plans, plans[::-1])):
+        with bounded(maker, plans, factor, outlier_reserve=0.5):
+            made = make(maker, [target], order)
+        for plan in plans:
+            found = rows_in(target, plan).float().norm(dim=1)
+            assert len(found) == plan.rows and float(found.max()) <= bound
+            assert inspect_shard(target.store, plan.file)[1]["max_norm"] == pytest.approx(bound)
+            entry = made[plan.name][POST]
+            assert entry.positions["outlier"] > 0
+            # Every position of the sequences that were computed, whole forward passes of spare ones, is a row or is said to be none.
+            computed = (sum(entry.positions.values()) + plan.rows) // T - len(plan.sequences)
+            assert sum(entry.positions.values()) + plan.rows == T * (len(plan.sequences) + computed)
+            assert computed in {min(PER_FORWARD * i, len(plan.spare)) for i in range(9)}
+    assert {name: raw for name, (raw, _) in files_of(targets[0]).items()} == {name: raw for name, (raw, _) in files_of(targets[1]).items()}
+
+
+def test_without_outliers_the_bound_changes_no_row(maker, tokens, tmp_path):
+    free, (plans, with_spare) = target_of(tmp_path / "free", POST), (spared(tokens, 0.0), spared(tokens, 0.3))
+    make(maker, [free], plans)
+    target = target_of(tmp_path / "bounded", POST)
+    with bounded(maker, with_spare, 1000.0):
+        made = make(maker, [target], with_spare)
+    for plan, spare in zip(plans, with_spare):
+        assert torch.equal(bits(rows_in(free, plan)), bits(rows_in(target, spare))) and spare.spare and not plan.spare
+        assert made[plan.name][POST].positions["outlier"] == 0
+
+
+def test_a_reserve_that_does_not_last_is_named(maker, tokens, tmp_path):
+    plans = spared(tokens, 0.05)
+    with bounded(maker, plans, 1.01), pytest.raises(ValueError) as error:
+        make(maker, [target_of(tmp_path, POST)], plans)
+    for words in ("shard calibration", "harvest.outlier_norm 1.01 drops", "harvest.outlier_reserve (now 0.05)", "corpus.source more text"):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [9, 5000])
-def test_kept_rows_are_those_up_to_so_many_medians(rows, dtype):
+def test_kept_rows_are_those_up_to_the_bound(rows, dtype):
     rows_RD = some_rows(rows, dtype=dtype) * torch.rand(rows, 1, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
     norms = np.linalg.norm(rows_RD.double().numpy(), axis=1)
-    good = norms <= 1.2 * np.sort(norms)[(rows - 1) // 2]
-    wanted = int(good.sum()) - 2
-    assert 0 < wanted < rows - 3
-    kept_RD, counts = keep(rows_RD, plan_of(wanted), 1.2, 0.05)
-    assert torch.equal(kept_RD, rows_RD[torch.from_numpy(good)][:wanted]) and counts == {"outlier": rows - wanted - 2, "unused": 2}
+    median = np.sort(norms)[(rows - 1) // 2]
+    assert median_norm(rows_RD) == pytest.approx(median, rel=1e-6)
+    kept_RD, dropped = drop(rows_RD, 1.2 * median)
+    good = norms <= 1.2 * median
+    assert torch.equal(kept_RD, rows_RD[torch.from_numpy(good)]) and dropped == int((~good).sum()) > 0
 
 
-def test_a_norm_of_exactly_so_many_medians_stays():
+def test_a_norm_of_exactly_the_bound_stays():
     rows_RD = torch.tensor([[3.0, 4.0], [10.0, 0.0], [5.0, 0.0], [10.1, 0.0], [0.0, 5.0]]).half()
-    kept_RD, counts = keep(rows_RD, plan_of(4), 2.0, 0.05)
-    assert kept_RD.tolist() == rows_RD[[0, 1, 2, 4]].tolist() and counts == {"outlier": 1, "unused": 0}
-
-
-def test_without_the_rule_all_rows_stay():
-    rows_RD = some_rows(20)
-    rows_RD[3] *= 1000
-    kept_RD, counts = keep(rows_RD, plan_of(18), None, 0.05)
-    assert torch.equal(kept_RD, rows_RD[:18]) and counts == {"outlier": 0, "unused": 2}
-
-
-def test_a_reserve_that_does_not_last_is_named():
-    rows_RD = some_rows(20)
-    rows_RD[[3, 5]] *= 1000
-    with pytest.raises(ValueError) as error:
-        keep(rows_RD, plan_of(19), 5.0, 0.05)
-    for words in ("train-00007", "harvest.outlier_norm 5 drops 2 rows and leaves 18 of 19", "harvest.outlier_reserve (now 0.05)"):
-        assert words in str(error.value)
+    kept_RD, dropped = drop(rows_RD, 10.0)
+    assert kept_RD.tolist() == rows_RD[[0, 1, 2, 4]].tolist() and dropped == 1
+    assert drop(rows_RD, None)[0] is rows_RD
 
 
 # -- values that do not fit ----------------------------------------------------------------------------------------------
@@ -247,7 +266,7 @@ def one_sequence(tmp_path):
 def test_a_value_that_does_not_fit_names_the_token_and_nothing_is_written(tmp_path, one_sequence, value, why):
     ids, plan = one_sequence
     target = target_of(tmp_path, PRE)
-    maker = ShardMaker(configured(model_with(tmp_path / "model", value)), [target], str(tmp_path / "train.safetensors"))
+    maker = ShardMaker(configured(model_with(tmp_path / "model", value)), [target], str(tmp_path / "train.safetensors"), plan)
     with pytest.raises(ValueError) as error:
         make(maker, [target], [plan])
     message, piece = str(error.value), maker.lm.tokenizer.decode(ids[1:10])
@@ -259,7 +278,7 @@ def test_a_value_that_does_not_fit_names_the_token_and_nothing_is_written(tmp_pa
 def test_bfloat16_holds_what_float16_cannot(tmp_path, one_sequence):
     _, plan = one_sequence
     target = target_of(tmp_path, PRE)
-    maker = ShardMaker(configured(model_with(tmp_path / "model", 1e4), dtype="bfloat16"), [target], str(tmp_path / "train.safetensors"))
+    maker = ShardMaker(configured(model_with(tmp_path / "model", 1e4), dtype="bfloat16"), [target], str(tmp_path / "train.safetensors"), plan)
     make(maker, [target], [plan])
     found_ND = rows_in(target, plan, "bfloat16")
     largest = float(found_ND.float().abs().max())

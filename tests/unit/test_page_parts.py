@@ -11,6 +11,7 @@ import pytest
 
 from dmsae_ray.track.page import write_page
 from dmsae_ray.track.page.arms import Style, words
+from dmsae_ray.track.page.chart import Chart, Choice, span
 from dmsae_ray.track.page.consistency import beyond_chance
 from dmsae_ray.track.page.coverage import rank_at
 from dmsae_ray.track.page.density import median, pooled
@@ -131,8 +132,8 @@ def test_table_cells_are_escaped_and_whole():
     assert f'data-value="{1 / 3!r}" title="{1 / 3!r}">0.333<' in html
 
 
-def test_a_folder_without_evaluation_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"evaluation\.json is not there.*run the sweep"):
+def test_a_folder_without_any_results_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no results.*evaluation\.json, comparison\.json.*run the sweep"):
         write_page(tmp_path, tmp_path / "page.html")
 
 
@@ -166,3 +167,84 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?!#|data:)\w""", ours) and "url(" not in ours and "@import" not in ours
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page).group(1)
     assert policy.startswith("default-src 'none'") and "unsafe-eval" not in policy and "script-src 'sha256-" in policy
+
+
+def test_a_chart_answers_every_choice_and_one_option_is_no_choice():
+    arms = Choice("Arm", ["base"])
+    chart = Chart("c", "Title", "How to read it.", {("base", "a"): "no a.", ("base", "b"): "no b."}, [arms, Choice("Measure", ["a", "b"])])
+    assert chart.data() == {"a": "no a.", "b": "no b."}, "asked for by what the page offers, and it offers no single arm"
+    assert chart.html().count("<select") == 1 and "Arm <b>base</b>" in chart.html()
+    assert Chart("c", "Title", "", {("base",): "no."}, [arms]).data() == {"": "no."}
+    with pytest.raises(AssertionError, match="c can be asked for"):
+        Chart("c", "Title", "", {("base",): "keyed by an arm that cannot be chosen"})
+    with pytest.raises(AssertionError, match="b"):
+        Chart("c", "Title", "", {("a",): "b is forgotten"}, [Choice("Measure", ["a", "b"])])
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "most", "low", "high"),
+    [
+        ([0.183, 0.184], 0.02, 1.0, 0.17, 0.20), ([1.0, 1.0], 0.1, 1.0, 0.88, 1.01), ([0.0], 0.1, 1.0, -0.01, 0.11),
+        ([15.7, 31.7], 0.6, None, 14, 33), ([27], 8, None, 22, 32), ([0.1, 1.3], 0.1, 1.0, -0.1, 1.4), ([-0.4, 0.9], 0.1, 1.0, -0.6, 1.11),
+    ],
+)  # fmt: skip
+def test_an_axis_holds_its_values_and_is_not_stretched_around_one(values, least, most, low, high):
+    start, end = span(values, least, most)
+    assert low <= start < min(values) and max(values) < end <= high and end - start >= least
+
+
+def test_a_single_seed_has_no_ends():
+    assert over_seeds([(0, 0.389), (0, 0.4)]).ends == (None, None)
+    assert over_seeds([(0, 1.0), (1, 2.0)]).ends == (1.0, 2.0)
+
+
+def single_arm(tmp_path, **more):
+    rows = [
+        ROW | {"seed": seed, "chain": f"seed{seed}-k16", "core_out": 30, "loss_recovered_zero": 0.94, "loss_recovered_mean": 0.9}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    return folder(tmp_path, **({"evaluation": {"rows": rows}} | more))
+
+
+def written(folder):
+    write_page(folder, folder / "page.html")
+    return (folder / "page.html").read_text(encoding="utf-8").split('<script type="application/json"')[0]
+
+
+def test_headlines_state_no_interval_of_one_value_and_the_more_sober_loss_recovered(tmp_path):
+    page = written(single_arm(tmp_path))
+    assert "30.0 in each of 2 seeds" in page and not re.search(r"(\d[\d.,]*) to \1[^\d.]", page)
+    card = re.search(r'id="card-loss".*?</li>', page).group()
+    assert 'data-value="0.9"' in card and "setting the stream to its mean" in card and "to zero: 0.940" in card
+
+
+def test_what_could_not_be_made_is_said_first_and_in_its_place(tmp_path):
+    parts = [{"part": "features", "reason": "OutOfMemoryError: 84 GiB <asked for>"}]
+    page = written(single_arm(tmp_path, failed_parts=parts))
+    assert page.index('id="banner-failed-parts"') < page.index('class="cards"') and "&lt;asked for&gt;" in page
+    assert "There are no features to look at: it could not be made (OutOfMemoryError" in page
+    (tmp_path / "failed_parts.json").write_text("[]")
+    assert "banner-failed-parts" not in written(tmp_path)
+
+
+def test_rows_that_decide_too_much_are_shown_with_their_figures(tmp_path):
+    outliers = {"multiple": 10.0, "rows": 17, "of_rows": 73728, "share_of_variance": 0.613, "largest": 26800.0, "median": 140.2}
+    data = {"hook": "h", "rows": 73728, "norm_quantiles": {"0.5": 140.2, "0.99": 171.9}, "outlier_norm": None, "dropped": 0}
+    page = written(single_arm(tmp_path, data=data | {"outliers": outliers, "warning": "17 rows hold 61 % of the variance"}))
+    assert 'id="banner-data-warning"' in page and page.index("hold 61 % of the variance") < page.index('class="cards"')
+    facts = re.search(r'id="rows".*?</dl>', page).group()
+    assert all(words in facts for words in ("17 of 73,728", "61 %", "26,800", "99 % quantile", "no row is dropped")), facts
+    page = written(single_arm(tmp_path, data=data | {"outlier_norm": 10, "warning": None, "outliers": None, "more": [1]}))
+    assert "banner-data-warning" not in page and "10 times the median norm" in page
+
+
+@pytest.mark.parametrize("only", ["comparison", "consensus", "features", "expectations", "failed_parts"])
+def test_any_one_piece_alone_makes_a_page(tmp_path, only):
+    content = {
+        "comparison": {"chains": ["a", "b"], "arms": {"a": "base", "b": "base"}, "pairs": [], "failed": []},
+        "consensus": {"groups": []}, "features": {"features": []}, "expectations": {"expectations": []},
+        "failed_parts": [{"part": "evaluation", "reason": "disk full"}],
+    }[only]  # fmt: skip
+    page = written(folder(tmp_path, **{only: content}))
+    assert page.count('class="view"') == 8
+    assert ("it could not be made (disk full)" if only == "failed_parts" else "evaluation.json is not there") in page

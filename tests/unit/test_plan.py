@@ -22,11 +22,13 @@ def plans_of(rows_N=ROWS_N, tokens=2048, calibration=256, per_shard=512, per_gro
 @given(st.integers(64, 2100), st.sampled_from([128, 256, 512]), st.integers(0, 5), st.sampled_from([0.0, 0.05, 0.5]))
 def test_no_sequence_is_in_two_shards_and_each_has_just_enough(tokens, per_shard, seed, reserve):
     plans = plans_of(tokens=tokens, per_shard=per_shard, seed=seed, reserve=reserve)
-    taken = [sequence for plan in plans for sequence in plan.sequences]
+    taken = [sequence for plan in plans for sequence in plan.sequences + plan.spare]
     assert len(taken) == len(set(taken)) and set(taken) <= set(range(len(ROWS_N)))
     for plan in plans:
-        rows, wanted = ROWS_N[list(plan.sequences)], int(np.ceil(plan.rows * (1 + reserve)))
-        assert rows.sum() >= wanted > rows[:-1].sum(), "enough, and not without the last sequence"
+        for sequences, wanted in ((plan.sequences, plan.rows), (plan.spare, int(np.ceil(plan.rows * reserve)))):
+            rows = ROWS_N[list(sequences)]
+            assert rows.sum() >= wanted > rows[:-1].sum() or not wanted, "enough, and not without the last sequence"
+    assert [plan.sequences for plan in plans] == [plan.sequences for plan in plans_of(tokens=tokens, per_shard=per_shard, seed=seed)]
     whole = tokens - tokens % 64
     assert [plan.rows for plan in plans] == [256, *[per_shard] * (whole // per_shard), *[whole % per_shard] * (whole % per_shard > 0)]
     assert [plan.name for plan in plans] == ["calibration", *(f"train-{i:05d}" for i in range(len(plans) - 1))]
@@ -66,5 +68,7 @@ def test_a_corpus_that_is_too_small_says_how_much_it_has():
         plans_of(np.zeros(0, dtype=np.int32))
     enough = np.full(100, 24)
     plans_of(enough)
-    with pytest.raises(ValueError, match=r"gives only 2400 rows and a share 0\.05 is kept in reserve"):
-        plans_of(enough, reserve=0.05)
+    # What is left is the reserve, shard by shard.
+    plans = plans_of(enough, reserve=0.05)
+    assert [plan.sequences for plan in plans] == [plan.sequences for plan in plans_of(enough)]
+    assert len(plans[0].spare) == 1 and sum(len(plan.spare) for plan in plans) + sum(len(plan.sequences) for plan in plans) == 100

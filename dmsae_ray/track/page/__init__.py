@@ -15,9 +15,9 @@ from dmsae_ray.track.page.document import document
 def write_page(folder: Path, path: Path) -> None:
     """Write the page of the sweep in `folder` to `path`, whole or not at all.
 
-    The folder holds evaluation.json, and of comparison.json, consensus.json, features.json, expectations.json and config.yaml what
-    there is; in place of the rest the page says why there is nothing. Raises ValueError, naming file and remedy, if evaluation.json is
-    missing or a file is not what it should be.
+    The folder holds of evaluation.json, comparison.json, consensus.json, features.json, expectations.json, data.json and config.yaml
+    what could be made; in place of the rest the page says why there is nothing, after failed_parts.json if that names it. Raises
+    ValueError, naming file and remedy, if there are no results at all or a file is not what it should be.
     """
     whole = document(read(Path(folder)))
     with replacing(Path(path)) as temporary:

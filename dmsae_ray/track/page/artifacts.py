@@ -32,6 +32,10 @@ class Artifacts:
     """the claims of expectations.json"""
     config: dict[str, Any]
     """config.yaml"""
+    data: dict[str, Any]
+    """data.json: facts on the rows that the SAEs were trained on"""
+    failed_parts: list[dict[str, str]]
+    """failed_parts.json: which parts of the results could not be made, and why: part and reason of each"""
     reasons: dict[str, str]
     """for each piece that is not there: why"""
 
@@ -59,10 +63,12 @@ def unique(values: Iterable[Any]) -> list[Any]:
 def read(folder: Path) -> Artifacts:
     """Read a sweep's folder.
 
-    Raises ValueError, naming the file and the remedy, if evaluation.json is missing or a file is not what it should be.
+    Raises ValueError, naming the file and the remedy, if it has no results at all or a file is not what it should be.
     """
-    if not (folder / "evaluation.json").is_file():
-        raise ValueError(f"{folder / 'evaluation.json'} is not there: a page needs it; run the sweep that this folder belongs to")
+    if not any((folder / name).is_file() for name in (*RESULTS, FAILED_PARTS)):
+        needed = f"{', '.join(RESULTS[:-1])} or {RESULTS[-1]}"
+        raise ValueError(f"{folder} holds no results: a page needs {needed}; run the sweep that this folder belongs to")
+    failed_parts = _failed_parts(folder / FAILED_PARTS)
     reasons: dict[str, str] = {}
     evaluation = _read(folder / "evaluation.json", ("rows",), reasons)
     rows = evaluation.get("rows", [])
@@ -73,7 +79,7 @@ def read(folder: Path) -> Artifacts:
     order = {arm: place for place, arm in enumerate(unique([BASE, *(row["arm"] for row in rows)]))}
     rows = sorted(rows, key=lambda row: (order[row["arm"]], row["k"], row["seed"], row["chain"], row["cycle"]))
     config = _config(folder / "config.yaml", reasons)
-    return Artifacts(
+    made = Artifacts(
         name=str(config.get("name") or folder.name),
         rows=rows,
         comparison=_read(folder / "comparison.json", ("chains", "arms", "pairs"), reasons),
@@ -81,10 +87,19 @@ def read(folder: Path) -> Artifacts:
         features=_read(folder / "features.json", ("features",), reasons),
         expectations=_read(folder / "expectations.json", ("expectations",), reasons).get("expectations", []),
         config=config,
+        data=_read(folder / "data.json", (), reasons),
+        failed_parts=failed_parts,
         reasons=reasons,
     )
+    # A part that was tried and failed is not "not measured".
+    for part in failed_parts:
+        if f"{part['part']}.json" in reasons:
+            reasons[f"{part['part']}.json"] = f"it could not be made ({part['reason']})"
+    return made
 
 
+RESULTS = ("evaluation.json", "comparison.json", "consensus.json", "features.json", "expectations.json")
+FAILED_PARTS = "failed_parts.json"
 WITHOUT = {
     "evaluation.json": "no chain has finished a cycle",
     "comparison.json": "cores have not been compared, which needs two finished chains",
@@ -92,25 +107,37 @@ WITHOUT = {
     "features.json": "no features have been described",
     "expectations.json": "nothing was stated in advance about the outcome",
     "config.yaml": "the fields of the run were not stored",
+    "data.json": "facts on the rows were not stored",
 }
 """What the absence of a file, or an empty one, means."""
 
 
 def _read(path: Path, fields: tuple[str, ...], reasons: dict[str, str]) -> dict[str, Any]:
-    """One JSON file; {} if there is none, and the reason noted. The last of `fields` is the one that must not be empty."""
+    """One JSON file; {} if there is none, and the reason noted. The last of `fields`, if any, must not be empty."""
     if not path.is_file():
         reasons[path.name] = f"{WITHOUT[path.name]} ({path.name} is not there)"
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it and run the sweep again") from None
+    content = _json(path)
     missing = [field for field in fields if field not in content] if isinstance(content, dict) and content else []
     if not isinstance(content, dict) or missing:
         raise ValueError(f"{path} lacks {', '.join(missing) or 'its fields'}; delete it and run the sweep again")
-    if not content or not content[fields[-1]]:
+    if not content or (fields and not content[fields[-1]]):
         reasons[path.name] = f"{WITHOUT[path.name]} ({path.name} is empty)"
     return content
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it and run the sweep again") from None
+
+
+def _failed_parts(path: Path) -> list[dict[str, str]]:
+    parts = _json(path) if path.is_file() else []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and {"part", "reason"} <= part.keys() for part in parts):
+        raise ValueError(f"{path} is not a list of parts and reasons; delete it and run the sweep again")
+    return parts
 
 
 def _config(path: Path, reasons: dict[str, str]) -> dict[str, Any]:

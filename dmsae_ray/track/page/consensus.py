@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 
 from dmsae_ray.track.page.arms import Style
 from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, figure, totals
-from dmsae_ray.track.page.spread import over_seeds
+from dmsae_ray.track.page.chart import Chart, above_bars, figure, totals
+from dmsae_ray.track.page.spread import ONE_SEED, over_seeds
 from dmsae_ray.track.page.table import Column, Table
 from dmsae_ray.track.page.view import Note, Part, View
 
@@ -52,7 +52,7 @@ def _by_seeds(consensus: dict[str, Any]) -> Chart:
     traces.append(totals([str(number) for number in seeds], heights, [f"{height:,}" for height in heights]))
     made = figure(traces, barmode="stack", bargap=0.25)
     made.update_xaxes(title_text=f"seeds (of {len(seeds)}) whose core has the feature", type="category", showgrid=False)
-    made.update_yaxes(title_text="features")
+    made.update_yaxes(title_text="features", range=above_bars(heights))
     return Chart(
         "chart-consensus",
         "How many seeds have a feature",
@@ -129,8 +129,8 @@ def _rediscovery_summary(found: list[dict[str, Any]]) -> Table:
         Column("Looked for", lambda row: row["set"]),
         Column("Measure", lambda row: row["measure"]),
         Column("Mean", lambda row: row["spread"].mean, "share"),
-        Column("Low", lambda row: row["spread"].low, "share"),
-        Column("High", lambda row: row["spread"].high, "share"),
+        Column("Low", lambda row: row["spread"].ends[0], "share", why=lambda row: ONE_SEED),
+        Column("High", lambda row: row["spread"].ends[1], "share", why=lambda row: ONE_SEED),
         Column("Low and high are", lambda row: row["spread"].words()),
     ]
     return Table("table-rediscovery-summary", "Re-discovery by arm, over the seeds of the SAEs that were searched.", columns, rows)

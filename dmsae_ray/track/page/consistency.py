@@ -127,10 +127,11 @@ def _heat(members: Sequence[str], pairs: Sequence[dict[str, Any]], score: Score,
         return f"No pair of these chains has {score.name}" + (": " + pairs[0]["reason"] if pairs and pairs[0]["reason"] else "") + "."
     colours: dict[str, Any] = {"colorscale": "Cividis", "zmin": min(0.0, *(v for row in z for v in row if v is not None)), "zmax": 1.0}
     title = score.name
+    # Short: the words along a colour bar have no more room than the cells are high.
     if null:
         widest = max(abs(v) for row in z for v in row if v is not None) or 1.0
         colours = {"colorscale": "RdBu", "zmin": -widest, "zmax": widest}
-        title = f"{score.name} minus {'p99' if field == score.p99 else 'mean'} of the {NULLS[null]}"
+        title = f"{score.name} − {'p99' if field == score.p99 else 'mean'}"
     small = len(members) > CELLS_WITH_TEXT
     heat = go.Heatmap(
         x=[plain(label) for label in members], y=[plain(label) for label in members], z=z, text=hover,
@@ -164,7 +165,7 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
     names = {"pw_mcc": "PW-MCC", "overlap": "overlap", "activation": "activation", "mmcs": "MMCS"}
     names["pw_mcc_dictionary"] = "PW-MCC, whole SAEs"
     rows = [
-        {"group": key, "score": words, **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")}, **_ends(group[name])}
+        {"group": key, "score": words, **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")}, **_ends(group[name], group["scored"])}
         for key, group in comparison.get("summary", {}).get("groups", {}).items()
         for name, words in names.items()
         if group.get(name)
@@ -173,8 +174,8 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
         Column("Group", lambda row: row["group"], help="arm / what the two chains of a pair do not have in common"),
         Column("Measure", lambda row: row["score"]),
         Column("Mean", lambda row: row["mean"], "share"),
-        Column("Low", lambda row: row["low"], "share"),
-        Column("High", lambda row: row["high"], "share"),
+        Column("Low", lambda row: row["low"], "share", why=lambda row: "a single pair has no range"),
+        Column("High", lambda row: row["high"], "share", why=lambda row: "a single pair has no range"),
         Column("Low and high are", lambda row: row["what"]),
         Column("Pairs", lambda row: row["pairs"], "count"),
         Column("Of", lambda row: row["of"], "count", help="pairs there were; more if a sample was compared"),
@@ -185,7 +186,9 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
     return Table("table-groups", caption, columns, rows) if rows else None
 
 
-def _ends(spread: dict[str, Any]) -> dict[str, Any]:
+def _ends(spread: dict[str, Any], scored: int) -> dict[str, Any]:
+    if scored == 1:
+        return {"mean": spread["mean"], "low": None, "high": None, "what": "one pair"}
     low, high = spread["interval"] or (spread["min"], spread["max"])
     return {"mean": spread["mean"], "low": low, "high": high, "what": "95 % interval" if spread["interval"] else "range of pairs"}
 

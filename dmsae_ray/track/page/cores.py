@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from dmsae_ray.track.page.arms import Style
 from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, figure, plain, totals
+from dmsae_ray.track.page.chart import Chart, Choice, above_bars, figure, plain, span, totals
 from dmsae_ray.track.page.numerals import shown
 from dmsae_ray.track.page.table import Column, Table
 from dmsae_ray.track.page.view import Grid, Note, Part, View
@@ -81,12 +81,18 @@ def _bars(rows: Sequence[dict[str, Any]]) -> go.Figure:
     traces.append(totals(x, heights, [shown(height, "tenths").removesuffix(".0") for height in heights]))
     made = figure(traces, barmode="stack", bargap=0.3, legend={"traceorder": "normal"})
     made.update_xaxes(title_text="cycle", type="category", showgrid=False)
-    made.update_yaxes(title_text="latents in the core", rangemode="tozero")
+    made.update_yaxes(title_text="latents in the core", range=above_bars(heights))
     return made
 
 
-def lines(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], title: str, kind: str) -> go.Figure | None:
-    """A line per chain over cycles, colour, dash and symbol by k; None if no row has a value."""
+def lines(
+    rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], title: str, kind: str, least: float,
+    most: float | None = None,
+) -> go.Figure | None:  # fmt: skip
+    """A line per chain over cycles, colour, dash and symbol by k; None if no row has a value.
+
+    `least` and `most`: what the vertical axis shows at least, and what it does not go beyond (see `span`).
+    """
     rows = [row for row in rows if value(row) is not None]
     if not rows:
         return None
@@ -107,8 +113,9 @@ def lines(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], floa
         )  # fmt: skip
         named.add(k)
     made = figure(traces, height=320)
-    made.update_xaxes(title_text="cycle", dtick=1)
-    made.update_yaxes(title_text=title)
+    cycles = [row["cycle"] for row in rows]
+    made.update_xaxes(title_text="cycle", dtick=max(1, (max(cycles) - min(cycles)) // 8), range=[min(cycles) - 0.25, max(cycles) + 0.25])
+    made.update_yaxes(title_text=title, range=span([value(row) for row in rows], least, most))
     return made
 
 
@@ -120,20 +127,20 @@ def _by_arm(id: str, title: str, read: str, absent: str, rows: Sequence[dict[str
             figures[arm,] = made
     if not figures:
         return Note(absent)
-    return Chart(id, title, read, figures, [Choice("Arm", [key[0] for key in figures])] if len(figures) > 1 else [])
+    return Chart(id, title, read, figures, [Choice("Arm", [arm for (arm,) in figures])])
 
 
 def _sizes(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     return _by_arm(
         "chart-sizes", "Core size", "Flat lines have settled. One line per chain.", "No row has a core size.",
-        rows, lambda row: row["core_out"], "latents", "count",
+        rows, lambda row: row["core_out"], "latents", "count", 8,
     )  # fmt: skip
 
 
 def _jaccard(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     return _by_arm(
         "chart-jaccard", "Jaccard with the core before", "1: the same members; 0: none kept. One line per chain.",
-        "No chain has a second core to compare with its first.", rows, lambda row: row.get("jaccard"), "Jaccard", "share",
+        "No chain has a second core to compare with its first.", rows, lambda row: row.get("jaccard"), "Jaccard", "share", 0.1, 1.0,
     )  # fmt: skip
 
 
@@ -145,7 +152,7 @@ def drift(row: dict[str, Any], name: str = "mean") -> float | None:
 def _drift(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     return _by_arm(
         "chart-drift", "Decoder drift", "Mean cosine of members' decoder rows, before and after learning them afresh. One line per chain.",
-        "Decoder drift was not measured, or no chain has a second cycle.", rows, drift, "mean cosine", "share",
+        "Decoder drift was not measured, or no chain has a second cycle.", rows, drift, "mean cosine", "share", 0.1, 1.0,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def _chart(rows: Sequence[dict[str, Any]]) -> Chart:
         "Share of the attribution carried by the top latents, last cycle",
         "Steep and early: few latents matter. One line per chain, its colour and dash by k; ranks on a logarithmic axis.",
         {(arm,): _curves([row for row in rows if row["arm"] == arm]) for arm in arms},
-        [Choice("Arm", arms)] if len(arms) > 1 else [],
+        [Choice("Arm", arms)],
     )
 
 

@@ -64,7 +64,7 @@ def _chart(rows: Sequence[dict[str, Any]]) -> Chart:
         "Density of core and free latents, last cycle",
         "Bars are shares of the core's and of the free latents, so that the few and the many can be compared; point at one for its count.",
         {(arm,): _bars(pooled([row for row in rows if row["arm"] == arm])) for arm in arms},
-        [Choice("Arm", arms)] if len(arms) > 1 else [],
+        [Choice("Arm", arms)],
     )
 
 

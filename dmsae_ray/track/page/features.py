@@ -46,6 +46,7 @@ def _browser(chains: list[str]) -> str:
 </form>
 <p class="hint"><output id="feature-count" aria-live="polite"></output>
  <span>Keys: <kbd>j</kbd> <kbd>k</kbd> or arrows move, <kbd>/</kbd> searches, <kbd>Esc</kbd> clears.</span></p>
+<div class="feature-columns" aria-hidden="true"><span>Id</span><span>Most active on</span><span>Seeds</span><span id="feature-column"></span></div>
 <ul class="feature-list" id="feature-list" role="listbox" tabindex="0" aria-label="Features"></ul>
 <article class="feature-detail" id="feature-detail" aria-live="polite" aria-label="The chosen feature"></article>
 </div>"""

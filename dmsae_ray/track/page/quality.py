@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 
 from dmsae_ray.track.page.arms import Style
 from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, figure, plain
+from dmsae_ray.track.page.chart import Chart, Choice, figure, plain, span
 from dmsae_ray.track.page.numerals import shown
-from dmsae_ray.track.page.spread import Spread, over_seeds
+from dmsae_ray.track.page.spread import ONE_SEED, Spread, over_seeds
 from dmsae_ray.track.page.table import Column, Table
 from dmsae_ray.track.page.view import Grid, Note, Part, View
 
@@ -42,21 +42,31 @@ class Measure:
 MAIN = (
     Measure("l0", "L0", "tenths", "latents per token", "Mean number of active latents, core included: it should be k."),
     Measure("fvu", "FVU", "share", "share of variance", "Share of the variance not explained. Lower is better."),
-    Measure("loss_recovered_zero", "Loss recovered", "share", "share", "1: the model's own loss; 0: its loss with the stream set to zero."),
+    Measure(
+        "loss_recovered_mean", "Loss recovered, mean ablation", "share", "share",
+        "1: the model's own loss; 0: its loss with the stream set to its mean.",
+    ),
+    Measure(
+        "loss_recovered_zero", "Loss recovered, zero ablation", "share", "share",
+        "1: the model's own loss; 0: its loss with the stream set to zero.",
+    ),
     Measure("kl", "KL", "nats", "nats per token", "From the model's own predictions to the spliced ones. Lower is better."),
-)
+    Measure("dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens. Lower is better."),
+)  # fmt: skip
 FURTHER = (
-    Measure("loss_recovered_mean", "Loss recovered, mean ablation", "share", "share", "0: its loss with the stream set to its mean."),
+    Measure(
+        "fvu_all_rows", "FVU, all rows", "share", "share of variance", "FVU with the rows beyond harvest.outlier_norm, which training left out."
+    ),
     Measure("core_l0", "Core L0", "tenths", "latents per token", "Active latents of the core."),
     Measure("free_l0", "Free L0", "tenths", "latents per token", "Active latents outside the core."),
     Measure("core_density", "Density of the core", "share", "share of tokens", "On how many tokens a latent of the core is active."),
     Measure("core_explained", "Explained by the core", "share", "share", "Share of the explained variance carried by the core alone."),
     Measure("core_share", "Attribution of the core", "share", "share", "Share of the attribution carried by the incoming core."),
-    Measure("dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens."),
     Measure("loss_spliced", "Loss, spliced", "nats", "nats per token", "The model's loss on the reconstruction."),
 )
-PREFIX = (MAIN[1], MAIN[2], FURTHER[0], MAIN[3], MAIN[0])
-ARMS = (MAIN[1], MAIN[2], MAIN[3], MAIN[0], *FURTHER)
+L0, *OTHERS = MAIN
+ARMS = (*OTHERS, L0, *FURTHER)
+PREFIX = tuple(measure for measure in ARMS if measure.field in ("fvu", "fvu_all_rows", "loss_recovered_mean", "loss_recovered_zero", "kl", "l0"))
 
 
 def view(artifacts: Artifacts) -> View:
@@ -123,18 +133,22 @@ def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> 
             points = [found[arm, k] for k in at]
             traces.append(_trace(arm, _place(rows, arm), [str(k) for k in at], points, [f"k = {k}" for k in at], measure))
     made = figure(traces, height=height, scattermode="group", scattergap=0.75, meta={"read": measure.read})
-    made.update_yaxes(range=_range(found.values()))
+    made.update_yaxes(range=_range(found.values(), measure))
     made.update_xaxes(title_text="k, latents per token", type="category", categoryorder="array", categoryarray=[str(k) for k in _ks(rows)])
     made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
     return made
 
 
-def _range(points: Iterable[Spread]) -> list[float]:
-    """What the vertical axis shows: grouped traces would start it at 0, where differences of a loss recovered cannot be seen."""
+def _range(points: Iterable[Spread], measure: Measure, values: Iterable[float] = ()) -> list[float]:
+    """What an axis shows: grouped traces would start it at 0, where differences of a loss recovered cannot be seen.
+
+    A single point stands amid a tenth of its value: its seeds differ by less than would be worth a look from nearby.
+    """
     points = list(points)
-    low, high = min(point.low for point in points), max(point.high for point in points)
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    return [low - margin, high + margin]
+    ends = [*values, *(point.low for point in points), *(point.high for point in points)]
+    largest = max(abs(end) for end in ends)
+    least = (0.1 if len(points) == 1 else 0.02) * largest or 0.1
+    return span(ends, least, 1.0 if measure.kind == "share" else None)
 
 
 def _ks(rows: Sequence[dict[str, Any]]) -> list[int]:
@@ -165,11 +179,15 @@ def _arms(rows: Sequence[dict[str, Any]]) -> Chart | Note:
 
 def _arms_figure(rows: Sequence[dict[str, Any]], k: int, measure: Measure) -> go.Figure | str:
     traces: list[go.Scatter] = []
+    means: list[Spread] = []
+    values: list[float] = []
     for arm in unique(row["arm"] for row in rows):
         members = [row for row in rows if (row["arm"], row["k"]) == (arm, k) and row.get(measure.field) is not None]
         spread = over_seeds((row["seed"], row[measure.field]) for row in members)
         if spread is None:
             continue
+        means.append(spread)
+        values += [row[measure.field] for row in members]
         style, y = Style.number(_place(rows, arm)), plain(arm)
         traces.append(
             go.Scatter(
@@ -189,7 +207,7 @@ def _arms_figure(rows: Sequence[dict[str, Any]], k: int, measure: Measure) -> go
     read = f"{measure.read} Symbols are means with their bars, strokes are single chains."
     made = figure(traces, height=110 + 14 * len(traces), showlegend=False, meta={"read": read})
     made.update_yaxes(type="category", autorange="reversed")
-    made.update_xaxes(title_text=f"{measure.name} ({measure.unit})")
+    made.update_xaxes(title_text=f"{measure.name} ({measure.unit})", range=_range(means, measure, values))
     return made
 
 
@@ -245,7 +263,7 @@ def _prefix_figure(
     if not traces:
         return f"{measure.name} of the prefixes was not measured."
     made = figure(traces, height=400, scattermode="group", scattergap=0.75)
-    made.update_yaxes(range=_range(points))
+    made.update_yaxes(range=_range(points, measure))
     made.update_xaxes(type="category", categoryorder="array", categoryarray=[_prefix_name(name) for name in names])
     made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
     return made
@@ -267,8 +285,8 @@ def _spreads(rows: Sequence[dict[str, Any]]) -> Table | Note:
         Column("Measure", lambda row: row["measure"].name),
         Column("Unit", lambda row: row["measure"].unit),
         Column("Mean", lambda row: row["spread"].mean, "nats"),
-        Column("Low", lambda row: row["spread"].low, "nats"),
-        Column("High", lambda row: row["spread"].high, "nats"),
+        Column("Low", lambda row: row["spread"].ends[0], "nats", why=lambda row: ONE_SEED),
+        Column("High", lambda row: row["spread"].ends[1], "nats", why=lambda row: ONE_SEED),
         Column("Low and high are", lambda row: row["spread"].words()),
         Column("Chains", lambda row: row["spread"].chains, "count"),
     ]

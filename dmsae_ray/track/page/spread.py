@@ -10,6 +10,10 @@ import numpy as np
 from dmsae_ray.compare import interval
 
 
+ONE_SEED = "one seed says nothing about the others"
+"""Why a spread has no ends."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean over seeds. Several chains of one seed count as one: they are not independent."""
@@ -26,6 +30,11 @@ class Spread:
     """how many seeds"""
     chains: int
     """how many values"""
+
+    @property
+    def ends(self) -> tuple[float, float] | tuple[None, None]:
+        """Lower and upper end; a single seed has none."""
+        return (None, None) if self.seeds == 1 else (self.low, self.high)
 
     def words(self) -> str:
         """What `low` and `high` are."""

@@ -9,8 +9,11 @@ from typing import Any
 
 from dmsae_ray.track.page.arms import words
 from dmsae_ray.track.page.artifacts import BASE, Artifacts, unique
+from dmsae_ray.track.page.banner import banners
 from dmsae_ray.track.page.consistency import beyond_chance, null_value
+from dmsae_ray.track.page.facts import Fact, facts
 from dmsae_ray.track.page.numerals import shown, whole
+from dmsae_ray.track.page.rows import rows_facts
 from dmsae_ray.track.page.spread import Spread, over_seeds
 from dmsae_ray.track.page.table import Column, Table
 from dmsae_ray.track.page.view import Note, Part, Raw, View
@@ -42,11 +45,13 @@ class Headline:
 def view(artifacts: Artifacts) -> View:
     """The view; in place of what is missing stands why."""
     headlines = [line for line in (make(artifacts) for make in HEADLINES) if line is not None]
-    parts: list[Part] = [Raw(f'<ul class="cards">{"".join(line.html() for line in headlines)}</ul>')]
+    parts: list[Part] = [*banners(artifacts)]
+    parts.append(Raw(f'<ul class="cards">{"".join(line.html() for line in headlines)}</ul>'))
     parts.append(_expectations(artifacts))
     parts.append(_arms(artifacts))
     parts.append(_failed(artifacts))
     parts.append(_run(artifacts))
+    parts.append(rows_facts(artifacts))
     return View("summary", "Summary", LEAD, parts)
 
 
@@ -55,11 +60,21 @@ def _plural(number: int, noun: str) -> str:
 
 
 def _ends(spread: Spread, kind: str) -> str:
-    return "one seed" if spread.seeds == 1 else f"{spread.words()}: {shown(spread.low, kind)} to {shown(spread.high, kind)}"
+    if spread.seeds == 1:
+        return "one seed"
+    low, high = shown(spread.low, kind), shown(spread.high, kind)
+    # "0.389 to 0.389" would read like a mistake.
+    return f"{low} in each of {spread.seeds} seeds" if low == high else f"{spread.words()}: {low} to {high}"
 
 
-def _chains_headline(artifacts: Artifacts) -> Headline:
+def _chains_headline(artifacts: Artifacts) -> Headline | None:
     finished, failed = len(unique(row["chain"] for row in artifacts.last)), len(artifacts.failed)
+    if "evaluation.json" in artifacts.reasons and artifacts.comparison.get("chains"):
+        compared = artifacts.comparison["chains"]
+        sentence = f"They were compared; how good they are is not known: {artifacts.reasons['evaluation.json']}."
+        return Headline("chains", "Chains finished", len(compared), "count", sentence)
+    if "evaluation.json" in artifacts.reasons and not artifacts.comparison:
+        return None
     base = [row for row in artifacts.last if row["arm"] == BASE]
     ks = sorted({row["k"] for row in base})
     grid = f"{_plural(len({row['seed'] for row in base}), 'seed')} at k = {', '.join(map(str, ks))}"
@@ -80,9 +95,14 @@ def _agreement_headline(artifacts: Artifacts) -> Headline | None:
     if not group or not group.get("pw_mcc"):
         return None
     found = group["pw_mcc"]
-    ends = found["interval"] or (found["min"], found["max"])
-    what = "95 % interval" if found["interval"] else "range of pairs"
-    sentence = f"PW-MCC of cores that differ in their seed; {what}: {shown(ends[0], 'share')} to {shown(ends[1], 'share')}."
+    low, high = (shown(end, "share") for end in found["interval"] or (found["min"], found["max"]))
+    if group.get("scored") == 1:
+        ends = "a single pair"
+    elif low == high:
+        ends = f"{low} for each of {_plural(group['scored'], 'pair')}"
+    else:
+        ends = f"{'95 % interval' if found['interval'] else 'range of pairs'}: {low} to {high}"
+    sentence = f"PW-MCC of cores that differ in their seed; {ends}."
     bars = [bar for bar in (null_value(pair, "covariance", "p99") for pair in artifacts.comparison["pairs"]) if bar is not None]
     if bars:
         sentence += f" Chance alone reaches at most {shown(max(bars), 'share')}."
@@ -110,11 +130,20 @@ def _consensus_headline(artifacts: Artifacts) -> Headline | None:
 
 
 def _loss_headline(artifacts: Artifacts) -> Headline | None:
-    spread = over_seeds((row["seed"], row.get("loss_recovered_zero")) for row in artifacts.last if row["arm"] == BASE)
-    if spread is None:
+    """The more sober of two ways to say it, and the other one beside it."""
+    found = {
+        way: over_seeds((row["seed"], row.get(f"loss_recovered_{way}")) for row in artifacts.last if row["arm"] == BASE)
+        for way in ("mean", "zero")
+    }
+    known = sorted(((spread.mean, way, spread) for way, spread in found.items() if spread), key=lambda one: one[0])
+    if not known:
         return None
-    sentence = f"Of the model's loss survives when the stream is replaced by the SAE (1: all); {_ends(spread, 'share')}."
-    return Headline("loss", "Loss recovered", spread.mean, "share", sentence)
+    mean, way, spread = known[0]
+    against = {"mean": "setting the stream to its mean", "zero": "setting the stream to zero"}
+    sentence = f"With the stream replaced by the SAE (1: all of the model's loss), measured against {against[way]}; {_ends(spread, 'share')}."
+    if len(known) > 1:
+        sentence += f" Against {against[known[1][1]]}: {shown(known[1][0], 'share')}."
+    return Headline("loss", "Loss recovered", mean, "share", sentence)
 
 
 HEADLINES: Sequence[Callable[[Artifacts], Headline | None]] = (
@@ -200,6 +229,7 @@ FACTS = (
 """What of the configuration a reader wants to know first: (name, field, unit)."""
 MEASURED = (
     ("Evaluated on", "evaluation_tokens", "count", "held-out tokens"),
+    ("Left out of the evaluation", "rows_left_out", "count", "rows beyond harvest.outlier_norm"),
     ("The model's own loss", "loss_clean", "nats", "nats per token"),
 )
 """What every evaluation has in common: (name, field of a row, format, unit)."""
@@ -213,13 +243,9 @@ def _run(artifacts: Artifacts) -> Raw | Note:
         value = (artifacts.config.get(section) or {}).get(field)
         if value is not None:
             seen = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value, "text")
-            entries.append((name, whole(value), f"{seen} {unit}".strip()))
+            entries.append(Fact(name, value, f"{seen} {unit}".strip()))
     for name, field, kind, unit in MEASURED:
         value = next((row[field] for row in artifacts.rows if row.get(field) is not None), None)
         if value is not None:
-            entries.append((name, whole(value), f"{shown(value, kind)} {unit}"))
-    items = "".join(
-        f'<div><dt>{escape(name)}</dt><dd data-value="{escape(full)}" title="{escape(full)}">{escape(seen)}</dd></div>'
-        for name, full, seen in entries
-    )
-    return Raw(f'<h3>What was run</h3><dl class="facts" id="facts">{items}</dl>')
+            entries.append(Fact(name, value, f"{shown(value, kind)} {unit}"))
+    return facts("facts", "What was run", entries)

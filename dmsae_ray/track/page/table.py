@@ -58,10 +58,10 @@ class Table:
         )
         # A region that scrolls has to be reachable by keyboard.
         return (
-            f'<div class="table{" long" if field else ""}">{field}'
-            f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{self.id}-caption">'
+            f'<div class="table{" long" if field else ""}">{field}<button type="button" class="more" hidden></button>'
+            f'<div class="frame"><div class="scroll" tabindex="0" role="region" aria-labelledby="{self.id}-caption">'
             f'<table id="{self.id}"><caption id="{self.id}-caption"><span>{escape(self.caption)}</span></caption>'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div></div>"
         )
 
     def _row(self, row: dict[str, Any]) -> str:

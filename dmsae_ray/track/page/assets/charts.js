@@ -1,35 +1,46 @@
 // Charts: plotly draws each when it first comes into sight, with the template of the page's theme.
 const chartData = JSON.parse(document.getElementById("data-charts").textContent);
-const plotConfig = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+// No bar of buttons over the chart: it lies over axes, legend and colour bar. A drag zooms, a double click goes back, and the
+// button beside the heading saves the image. Where a finger scrolls the page, a drag is left to that.
+const plotConfig = { responsive: true, displayModeBar: false };
+const fingers = matchMedia("(pointer: coarse)");
 
 function chartKey(id) {
   const fields = [...document.querySelectorAll(`select[data-chart="${id}"]`)];
   return fields.map((field) => field.value).join("\n");
 }
 
+// One drawing after the other: plotly may still be settling margins, which it must not find taken away.
 function drawChart(place) {
+  place.dataset.theme = theme();
+  place.drawn = (place.drawn ?? Promise.resolve()).then(() => draw(place));
+}
+
+function draw(place) {
   const figure = chartData.charts[place.id][chartKey(place.id)];
-  const none = figure === undefined || typeof figure === "string";
+  if (figure === undefined) throw new Error(`${place.id} has no figure for ${JSON.stringify(chartKey(place.id))}`);
+  const none = typeof figure === "string";
   place.classList.toggle("none", none);
   if (none) {
     Plotly.purge(place);
     place.style.height = "";
-    place.textContent = figure ?? "There is nothing to show for this choice.";
+    place.textContent = figure;
     return;
   }
-  if (place.textContent && !place.classList.contains("js-plotly-plot")) place.textContent = "";
+  // A reason that stood here before would push the chart down.
+  if (!place.querySelector(".main-svg")) place.textContent = "";
   place.style.height = `${figure.layout.height}px`;
   const read = figure.layout.meta?.read;
   if (read) place.closest("figure").querySelector("figcaption p").textContent = read;
   const template = chartData.templates[theme()];
   const narrow = place.clientWidth < 520;
   const layout = { ...figure.layout, template, ...(narrow ? { margin: { l: 44, r: 8, t: 12, b: 44 } } : {}) };
+  if (fingers.matches) layout.dragmode = false;
   // plotly keeps and changes what it is given: it gets a copy of the data.
   const data = structuredClone(figure.data);
   // On a phone a colour bar would take the width of the cells, which state their values.
   if (narrow) for (const trace of data) if (trace.type === "heatmap") trace.showscale = false;
-  Plotly.react(place, data, structuredClone(layout), plotConfig);
-  place.dataset.theme = theme();
+  return Plotly.react(place, data, structuredClone(layout), plotConfig);
 }
 
 function drawCharts(within) {
@@ -46,6 +57,16 @@ for (const field of document.querySelectorAll("select[data-chart]")) {
       other.value = field.value;
       drawChart(document.getElementById(other.dataset.chart));
     }
+  });
+}
+for (const button of document.querySelectorAll("[data-save]")) {
+  button.addEventListener("click", () => {
+    const place = document.getElementById(button.dataset.save);
+    // An image has the page's ground behind it: on none, the dark page's letters could not be read.
+    const layout = { ...structuredClone(place.layout), paper_bgcolor: getComputedStyle(place.closest(".chart")).backgroundColor };
+    const chosen = chartKey(place.id).replace(/[^A-Za-z0-9]+/g, "-");
+    const size = { width: place.clientWidth, height: place.clientHeight, scale: 2 };
+    Plotly.downloadImage({ data: place.data, layout }, { format: "png", filename: [place.id, chosen].filter(Boolean).join("-"), ...size });
   });
 }
 document.addEventListener("themechange", () => {

@@ -39,13 +39,52 @@ function openFeatures() {
   applyFilters();
 }
 
+const TOKENS_IN_LABEL = 3;
+// From here on, what a latent is most active on says little of what it is: it is active almost anywhere.
+const DENSE = 0.5;
+
+// The tokens on which it is most active, each once: one alone would pass for the meaning of a feature that has many.
+function peaksOf(feature) {
+  const found = new Map();
+  for (const context of feature.contexts) {
+    // Indentations of any depth are one token here, written as the space that one would not see.
+    const token = context.tokens[context.peak];
+    const word = visible(token.trim() || token.replace(/ +/g, "␣"));
+    if (context.activations[context.peak] > 0 && !found.has(word.toLowerCase())) found.set(word.toLowerCase(), word);
+  }
+  return [...found.values()].slice(0, TOKENS_IN_LABEL);
+}
+
+function labelOf(feature) {
+  const peaks = peaksOf(feature).join(" · ");
+  if (!peaks) return element("span", { class: "peak dense" }, "never active");
+  if (feature.density >= DENSE) {
+    return element("span", { class: "peak dense", title: `strongest on ${peaks}` }, `on ${percent(feature.density)} of tokens`);
+  }
+  return element("code", { class: "peak", title: peaks }, peaks);
+}
+
+// What the list's last column shows: what it is sorted by.
+const columns = {
+  reproducibility: ["Share", (feature) => number(feature.score, share(feature.score))],
+  density: ["Density", (feature) => number(feature.density, percent(feature.density))],
+  cosine: ["Cosine", (feature) => number(feature.cosine, share(feature.cosine))],
+};
+
+function showColumn(sort) {
+  const [heading, cell] = columns[sort] ?? columns.reproducibility;
+  const place = document.getElementById("feature-column");
+  if (place.textContent === heading) return;
+  place.textContent = heading;
+  for (const feature of features) feature.item.querySelector(".number").replaceWith(cell(feature));
+}
+
 function listItem(feature) {
-  const peak = feature.contexts[0]?.tokens[feature.contexts[0].peak];
   const item = element(
     "li",
     { role: "option", id: `option-${feature.id}`, "data-id": feature.id, "aria-selected": "false" },
     element("span", { class: "id" }, feature.id),
-    element("code", { class: "peak" }, peak === undefined ? "never active" : visible(peak)),
+    labelOf(feature),
     element("span", { class: "seeds", title: `found in ${seedsOf(feature)}` }, `${feature.in_seeds}/${feature.n_seeds}`),
     number(feature.score, share(feature.score)),
   );
@@ -66,6 +105,7 @@ function applyFilters() {
       (!least || (feature.reproducibility ?? 0) >= least) &&
       feature.words.includes(words),
   );
+  showColumn(sort);
   const larger = (a, b) => (a[sort] == null) - (b[sort] == null) || b[sort] - a[sort] || (b.score ?? 0) - (a.score ?? 0);
   shownFeatures.sort((a, b) => (sort === "id" ? 0 : larger(a, b)) || compareIds(a.id, b.id));
   document.getElementById("feature-list").replaceChildren(...shownFeatures.map((feature) => feature.item));
@@ -102,7 +142,7 @@ function featureDetail(feature) {
       { class: "facts" },
       fact("Reproducibility", number(feature.reproducibility, share(feature.reproducibility)), `${interval}, ${seedsOf(feature)}, ${feature.in_chains} of ${feature.n_chains} chains`),
       fact("Attribution share", number(feature.score, share(feature.score)), " of its core"),
-      fact("Density", number(feature.density, percent(feature.density)), " of tokens"),
+      fact("Density", number(feature.density, percent(feature.density)), feature.density >= DENSE ? " of tokens, so its strongest texts say little" : " of tokens"),
       fact("Cosine of members", number(feature.cosine, share(feature.cosine))),
       fact("Largest activation", number(feature.max_activation, significant(feature.max_activation))),
       fact("Loss without it", number(feature.mean_loss_change, signed(feature.mean_loss_change)), " nats per token of the texts below"),

@@ -28,6 +28,36 @@ for (const table of document.querySelectorAll("table")) {
   }
 }
 
+// A table that is wider than its frame says so: which side has more, and how many columns are out of sight.
+function showMore(scroll) {
+  const frame = scroll.parentElement;
+  const { left, right } = scroll.getBoundingClientRect();
+  if (right === left) return; // in a view that is not shown
+  const cells = [...scroll.querySelector("table").tHead.rows[0].cells];
+  // The name of the row stays in sight, over the columns that have gone.
+  const over = getComputedStyle(cells[0]).left === "0px" ? cells[0].getBoundingClientRect().right : left;
+  const columns = cells.slice(1).map((cell) => cell.getBoundingClientRect());
+  const before = columns.filter((cell) => cell.left < over - 2).length;
+  const after = columns.filter((cell) => cell.right > right + 2).length;
+  frame.classList.toggle("before", before > 0);
+  frame.classList.toggle("after", after > 0);
+  const more = frame.parentElement.querySelector(".more");
+  const columnsOf = (number) => `${number} more column${number === 1 ? "" : "s"}`;
+  more.textContent = after ? `${columnsOf(after)} →` : `← ${columnsOf(before)}`;
+  more.hidden = !before && !after;
+}
+
+const tableFrames = [...document.querySelectorAll(".table .scroll")];
+const frameSizes = new ResizeObserver((entries) => entries.forEach((entry) => showMore(entry.target)));
+for (const scroll of tableFrames) {
+  frameSizes.observe(scroll);
+  scroll.addEventListener("scroll", () => showMore(scroll), { passive: true });
+  scroll.closest(".table").querySelector(".more").addEventListener("click", () => {
+    const room = scroll.scrollWidth - scroll.clientWidth;
+    scroll.scrollLeft = scroll.scrollLeft < room - 2 ? Math.min(room, scroll.scrollLeft + 0.7 * scroll.clientWidth) : 0;
+  });
+}
+
 for (const field of document.querySelectorAll("[data-filter-rows]")) {
   const rows = [...document.getElementById(field.dataset.filterRows).tBodies[0].rows];
   const texts = rows.map((row) => row.textContent.toLowerCase());
