@@ -12,12 +12,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmsae_ray.address import check_answers, cluster_address
 from dmsae_ray.config import Config
 from dmsae_ray.nodes import Bundle, Node, fitting, listed, missing, plural
+from dmsae_ray.stop import keeping_signals
+from dmsae_ray.waiting import Waits
 
 DATA_CPUS = 1
 """Left free by the chains of one sweep. Read tasks ask for a hundredth each; it is for the harvest and the language model of others."""
@@ -42,6 +44,8 @@ class Capacity:
     concurrent: int
     harvest_actors: int
     local: bool
+    waits: Waits | None = None
+    """at work while we are connected"""
 
 
 def available_cpus() -> int:
@@ -65,6 +69,7 @@ def busy_chains(config: Config) -> int:
     return max(1, available_cpus() // (config.cluster.workers * config.train.threads))
 
 
+@keeping_signals
 def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], None] = lambda line: None) -> Capacity:
     """Join the cluster that is there, else start one on this machine.
 
@@ -94,10 +99,11 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
                 "same token on both sides"
             ) from error
     try:
-        return capacity(config, nodes_now(), chains, local=address is None)
+        found = capacity(config, nodes_now(), chains, local=address is None)
     except ValueError:
         ray.shutdown()
         raise
+    return replace(found, waits=Waits(config, say).start())
 
 
 def logical_cpus(config: Config, chains: int) -> int:
@@ -192,10 +198,12 @@ def _larger(bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> s
 
 
 def disconnect(capacity: Capacity, logs: Path) -> None:
-    """Leave Ray; of a cluster of our own, keep the logs. Never raises for want of the logs: it may be at work on another error's way out."""
+    """Leave Ray; of a cluster of our own, keep the logs. Never raises for want of them: another error may be on its way out."""
     import ray
     from ray._private.worker import global_worker
 
+    if capacity.waits is not None:
+        capacity.waits.stop()
     session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
     ray.shutdown()
     if session is not None and session.exists():

@@ -451,6 +451,8 @@ class ClusterConfig(Section):
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
     """GPUs a training worker asks Ray for; a part of one only where a chain has one worker"""
+    gpu_gb: float | None = Field(None, gt=0)
+    """memory of one of the cluster's GPUs, GB (10^9 bytes), that each stage's need is compared with before anything starts; empty: that of this machine's GPU, if it has one"""
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     lockstep: int = Field(1, ge=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
@@ -15,13 +16,14 @@ from dmsae_ray.lm.model import ModelInfo, layer_of
 from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
 from dmsae_ray.ownership import refuse_strangers
 from dmsae_ray.sae import native
+from dmsae_ray.stage_memory import check_memory
 
 MARGIN = 1.2
 """Margin on the disk estimate."""
 
 
-def preflight(config: Config) -> ModelInfo:
-    """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
+def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> ModelInfo:
+    """Model, hook, corpus, GPU memory and disk, without loading weights. say: is told what is needed of a GPU. Raises ValueError."""
     refuse_strangers(config.home)
     check_urls(config)
     chat = check_mixture(config.corpus)
@@ -33,6 +35,8 @@ def preflight(config: Config) -> ModelInfo:
     if config.model.context > info.max_context:
         raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
     check_stream(config, info.d)
+    if (needs := check_memory(config, info)) is not None:
+        say(needs)
     check_disk(config, info)
     return info
 

@@ -7,6 +7,7 @@ Layout of its store: `manifest.json` (written last), `shards/train-00000.parquet
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ from dmsae_ray.activations.shard import ShardEntry, group_bytes, inspect_shard, 
 from dmsae_ray.activations.store import Missing, Store
 from dmsae_ray.corpus.tokens import TokenSequences
 
+SHARD_FILE = r"shards/[\w-][\w.-]*\.parquet"
+"""What a manifest may name as a shard."""
 FORMAT_VERSION = 2
 FULL_CHECK_BYTES = 4 << 30
 """Up to this size every footer and checksum is verified when a sweep starts (a second); those of larger datasets as they are read."""
@@ -71,7 +74,14 @@ class Manifest:
 
     @staticmethod
     def from_dict(tree: dict) -> Manifest:
-        return Manifest(**tree | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])})
+        """Raises ValueError for a name that is none of ours: as a path it could be any file, to be read, and deleted by a repair."""
+        manifest = Manifest(**tree | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])})
+        for entry in (*manifest.shards, manifest.calibration):
+            if not re.fullmatch(SHARD_FILE, str(entry.file)):
+                raise ValueError(f"it names {entry.file!r}, which is no shard of this dataset; that file was not touched")
+        if not re.fullmatch(r"[\w-]+", str(manifest.key)):
+            raise ValueError(f"its key {manifest.key!r} cannot name a folder")
+        return manifest
 
     @property
     def rows(self) -> int:
@@ -110,7 +120,7 @@ class ActivationDataset:
             )
         try:
             self.manifest = Manifest.from_dict(tree)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise DatasetError(f"{path}: not a manifest ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
 
     @classmethod
@@ -220,7 +230,7 @@ def read_held_out(store: Store, split: str) -> TokenSequences:
     """The token sequences of a held-out split beside a dataset's shards. Raises ValueError if they are missing or damaged."""
     name = f"tokens/{split}.safetensors"
     if store.local:
-        return TokenSequences.load(store.local / name)
+        return TokenSequences.load(store.path(name))
     with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
         path = Path(folder) / f"{split}.safetensors"
         path.write_bytes(store.read(name))

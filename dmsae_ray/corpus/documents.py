@@ -17,6 +17,7 @@ from dmsae_ray.corpus.local_files import PACKED, SUFFIXES, TEXT, file_hash, is_s
 from dmsae_ray.corpus.pieces import BOOK, PIECE, pieces_of
 from dmsae_ray.corpus.rows import decoded, file_rows, saved_rows, value_of
 from dmsae_ray.place import has_form_of_hub_id
+from dmsae_ray.secret_url import masked
 
 EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 
@@ -74,7 +75,7 @@ def load_documents(
             if text.strip():
                 yield Document(f"{name} piece {number}", text, replaced=text.count("\ufffd") if document.replaced else 0)
     if not count:
-        raise ValueError(f"corpus.source {source}: no document has any text in it; give a source with text")
+        raise ValueError(f"corpus.source {masked(source)}: no document has any text in it; give a source with text")
 
 
 def embedded_sample() -> Iterator[Document]:
@@ -124,7 +125,7 @@ def check_source(source: str, text_field: str, revision: str | None = None) -> b
 @lru_cache(maxsize=64)
 def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, int, int], ...]) -> bool:
     """Whether the first document that a first row holds is chat messages; looked at once while the files stay the same."""
-    path = Path(source).expanduser()
+    path = Path(source)
     starts = [saved_rows(path, text_field)] if is_saved(path) else [file_rows(path, text_field) for path, _, _ in files if suffix_of(path) not in TEXT]
     firsts = [document_of(*first, text_field) for rows in starts if (first := next(rows, None)) is not None]
     for path, size, _ in files:
@@ -151,16 +152,13 @@ def corpus_fingerprint(source: str, text_field: str = "text", revision: str | No
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source can only be a hub data set: it has the form of an id, and nothing local has that name."""
-    path = Path(source)
-    if path.expanduser().exists() or path.suffix.lower() in (*SUFFIXES, *PACKED):
-        return False
-    return has_form_of_hub_id(source)
+    """Whether a source names a hub data set: it has the form of one. The configuration has made what is local absolute."""
+    return has_form_of_hub_id(source) and not source.lower().endswith((*SUFFIXES, *PACKED))
 
 
 def _rows(source: str, text_field: str, revision: str | None) -> Iterator[tuple[str, Any, bool]]:
     """(place, value, whether it is a whole text file)."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if is_hub(source):
         for where, row in hub_rows(source, hub_commit(source, revision)):
             yield where, value_of(where, row, text_field), False

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from dmsae_ray.files import file_sha256
+from dmsae_ray.secret_url import masked
 
 PACKED = (".gz", ".zst")
 TEXT = (".txt", ".md")
@@ -58,17 +59,17 @@ def local_files(source: str) -> list[Path]:
         found = saved_files(path) if is_saved(path) else [p for p in _inside(path) if _is_corpus(path, p)]
         if not found:
             there = ", ".join(sorted({p.name for p in _inside(path)})[:5])
-            raise ValueError(f"corpus.source {source}: the folder holds no {TAKES}" + (f"; there are {there}" if there else ""))
+            raise ValueError(f"corpus.source {masked(source)}: the folder holds no {TAKES}" + (f"; there are {there}" if there else ""))
         return found
     if path.is_file():
         found = [path]
     elif path.exists():
-        raise ValueError(f"corpus.source {source}: neither a file nor a folder; give {TAKES}")
+        raise ValueError(f"corpus.source {masked(source)}: neither a file nor a folder; give {TAKES}")
     else:
         found = sorted(p for p in _matches(path) if p.is_file())
     if not found:
         raise ValueError(
-            f"corpus.source {source}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to {TAKES}, "
+            f"corpus.source {masked(source)}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to {TAKES}, "
             "a folder of them or of save_to_disk, or a hub data set id such as owner/name"
         )
     for p in found:

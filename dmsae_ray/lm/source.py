@@ -14,13 +14,13 @@ from dmsae_ray.corpus.chat import no_template
 from dmsae_ray.corpus.local_files import file_hash
 from dmsae_ray.corpus.tokens import pad_id_of
 from dmsae_ray.hub import is_commit, repository
+from dmsae_ray.place import has_form_of_hub_id
 
 if TYPE_CHECKING:
     from dmsae_ray.config import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZING = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
@@ -46,14 +46,14 @@ class ModelInfo:
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder a model's files lie in, None for a hub id.
+    """The folder a model's files lie in, None for a hub id: what is not absolute is one, whatever this process's own folder holds.
 
     Raises ValueError if `name` is a folder without a model, a file, or neither a path nor a hub id.
     """
-    folder = TINY if name == "tiny" else Path(name).expanduser()
+    folder = TINY if name == "tiny" else Path(name)
+    if not folder.is_absolute() and has_form_of_hub_id(name) and ":" not in name:
+        return None
     if not folder.exists():
-        if HUB_ID.fullmatch(name) and not name.startswith("."):
-            return None
         raise ValueError(f"model.name {name}: no such folder; give `tiny`, a model folder or a hub id such as google/gemma-2-2b")
     if not folder.is_dir():
         raise ValueError(f"model.name {name}: a file; give the folder that holds config.json, tokenizer and weights")
