@@ -1,7 +1,7 @@
 """Joining or starting Ray, and what fits on it.
 
-Ray Train rounds what a chain's workers ask for up to whole CPUs and leaves the rest to Ray Data; a dataset without a whole
-CPU waits for ever, silently. So capacity is computed here, before anything is started, and one CPU always stays free.
+Ray waits for ever, silently, for what no node can give. So what the work asks for is compared with the nodes before anything is
+started, node by node, and one CPU always stays free for what is not training.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import math
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dmsae_ray.address import check_answers, cluster_address
 from dmsae_ray.config import Config
+from dmsae_ray.nodes import Bundle, Node, fitting, listed, missing, plural
+from dmsae_ray.stop import keeping_signals
+from dmsae_ray.waiting import Waits
 
 DATA_CPUS = 1
-DRIVER_CPUS = 0.01
-"""What a Tune trial asks for: it only drives a trainer, whose workers have their own placement group."""
+"""Left free by the chains of one sweep. Read tasks ask for a hundredth each; it is for the harvest and the language model of others."""
 
 # Read by Ray at import: set before anything imports it.
 QUIET = {
@@ -35,9 +39,13 @@ class Capacity:
 
     cpus: float
     gpus: float
+    free_cpus: float
+    """that nobody held when this driver came"""
     concurrent: int
     harvest_actors: int
     local: bool
+    waits: Waits | None = None
+    """at work while we are connected"""
 
 
 def available_cpus() -> int:
@@ -45,9 +53,15 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def chain_cpus(config: Config) -> int:
-    """Whole CPUs that one chain takes away from Ray Data."""
-    return config.cluster.workers * math.ceil(config.cluster.cpus_per_worker)
+def worker_bundle(config: Config) -> Bundle:
+    """What one training worker needs on one node; its CPUs as whole ones, which is how Ray shares out what is left to datasets."""
+    cluster = config.cluster
+    return Bundle(math.ceil(cluster.cpus_per_worker), cluster.gpus_per_worker, cluster.object_store_mb)
+
+
+def actor_bundle(config: Config) -> Bundle:
+    """What a harvest actor needs on one node, and a task that runs the language model."""
+    return Bundle(1, config.harvest.gpus_per_actor)
 
 
 def busy_chains(config: Config) -> int:
@@ -55,27 +69,26 @@ def busy_chains(config: Config) -> int:
     return max(1, available_cpus() // (config.cluster.workers * config.train.threads))
 
 
-def connect(config: Config, chains: int, verbose: bool) -> Capacity:
+@keeping_signals
+def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], None] = lambda line: None) -> Capacity:
     """Join the cluster that is there, else start one on this machine.
 
-    Raises ValueError saying what is missing and what would fit, if not even one chain fits.
+    chains: to be trained; 0: only the language model will be run. Raises ValueError saying what is missing and what would fit, if
+    not even one chain fits, or if no cluster answers.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    address = cluster_address(config)
+    if address is not None:
+        check_answers(config, address, say)
     import ray
 
     quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or _running_here()
-    if address in (None, "local"):
-        address = None
-        cores = available_cpus()
-        wanted = min(config.cluster.concurrent or busy_chains(config), max(1, chains))
-        # Logical CPUs: what the work asks for, plus what Ray Data needs. Threads, not these, decide how busy the machine is.
-        logical = max(cores, wanted * chain_cpus(config) + DATA_CPUS + 1)
+    if address is None:
         # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token: one for this run
         # alone. Ray would otherwise leave one in the home folder, which every later `ray start` then asks for.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(address="local", num_cpus=logical, include_dashboard=True, dashboard_port=0, **quiet)
+        ray.init(address="local", num_cpus=logical_cpus(config, chains), include_dashboard=True, dashboard_port=0, **quiet)
     else:
         try:
             ray.init(address=address, **quiet)
@@ -85,66 +98,119 @@ def connect(config: Config, chains: int, verbose: bool) -> Capacity:
                 "dead one left, `--cluster.address local` starts another. Where it asks for a token, set RAY_AUTH_MODE=token and the "
                 "same token on both sides"
             ) from error
-    return capacity(config, ray.cluster_resources(), chains, local=address is None)
+    try:
+        found = capacity(config, nodes_now(), chains, local=address is None)
+    except ValueError:
+        ray.shutdown()
+        raise
+    return replace(found, waits=Waits(config, say).start())
 
 
-def _running_here() -> str | None:
-    """Whether `ray start` made a cluster on this machine. Another driver's private cluster does not count: it ends with its driver."""
-    from ray._private.utils import read_ray_address
-
-    # "auto", not the address itself: only then does Ray take up a token that lies ready.
-    return "auto" if read_ray_address() else None
+def logical_cpus(config: Config, chains: int) -> int:
+    """CPUs to tell a Ray of our own of: what the work asks for, and more. Threads, not these, decide how busy the machine is."""
+    wanted = min(config.cluster.concurrent or busy_chains(config), max(1, chains))
+    return max(available_cpus(), wanted * config.cluster.workers * math.ceil(config.cluster.cpus_per_worker) + DATA_CPUS + 1)
 
 
-def capacity(config: Config, resources: dict[str, float], chains: int, local: bool) -> Capacity:
-    """How many chains fit at once. Raises ValueError if none does."""
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    cluster = config.cluster
-    need_cpus, need_gpus = chain_cpus(config), cluster.workers * cluster.gpus_per_worker
-    fits = int((cpus - DATA_CPUS) // need_cpus)
-    missing = []
-    store_mb, need_mb = resources.get("object_store_memory", 0.0) / 2**20, cluster.workers * cluster.object_store_mb
-    if fits < 1:
-        missing.append(f"{need_cpus + DATA_CPUS} CPUs ({need_cpus} for a chain's workers, {DATA_CPUS} for Ray Data), it has {cpus:g}")
-    if need_gpus:
-        fits = min(fits, int(gpus / need_gpus + 1e-9))
-        if gpus < need_gpus:
-            missing.append(f"{need_gpus:g} GPUs (cluster.workers x cluster.gpus_per_worker), it has {gpus:g}")
-    fits = min(fits, int(store_mb // need_mb))
-    if store_mb < need_mb:
-        missing.append(f"{need_mb} MB of object store (cluster.workers x cluster.object_store_mb), it has {store_mb:,.0f}")
-    if config.harvest.gpus_per_actor > gpus:
-        missing.append(f"{config.harvest.gpus_per_actor:g} GPUs for a harvest actor, it has {gpus:g}")
-    if missing:
-        workers = max(0, int(min((cpus - DATA_CPUS) // math.ceil(cluster.cpus_per_worker), store_mb // cluster.object_store_mb)))
-        less = f"lower cluster.workers (now {cluster.workers}; {workers} would fit)" if workers else "add nodes"
-        if store_mb < need_mb:
-            less = f"lower cluster.object_store_mb, {less}" if workers else f"lower cluster.object_store_mb or {less}"
-        more = [f"--num-cpus={need_cpus + DATA_CPUS}"] if cpus < need_cpus + DATA_CPUS else []
-        more += [f"--object-store-memory={need_mb << 20}"] if store_mb < need_mb else []
-        start = f"start Ray with more (ray start --head {' '.join(more)}) or " if more else ""
-        raise ValueError(f"the Ray cluster is too small for one chain. It needs {' and '.join(missing)}. To mend it, {start}{less}")
-    harvest = int(cpus - DATA_CPUS)
-    if config.harvest.gpus_per_actor:
-        harvest = min(harvest, int(gpus / config.harvest.gpus_per_actor + 1e-9))
+def check_fits_here(config: Config, chains: int) -> None:
+    """Where no cluster is to be joined: what would be started on this machine is large enough. Raises ValueError; starts nothing."""
+    if cluster_address(config) is not None:
+        return
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    cpus = logical_cpus(config, chains)
+    here = ResourceAndLabelSpec(num_cpus=cpus).resolve(is_head=True, node_ip_address="127.0.0.1")
+    capacity(config, [Node(cpus, here.num_gpus or 0, here.object_store_memory / 2**20)], chains, local=True)
+
+
+def nodes_now() -> list[Node]:
+    """The nodes of the connected cluster."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free, found = available_resources_per_node(), []
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        has, left = node["Resources"], free.get(node["NodeID"], {})
+        store_mb = has.get("object_store_memory", 0.0) / 2**20
+        found.append(Node(has.get("CPU", 0.0), has.get("GPU", 0.0), store_mb, left.get("CPU", 0.0), left.get("GPU", 0.0)))
+    return found
+
+
+def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool) -> Capacity:
+    """How many chains fit at once. Raises ValueError if none does, unless chains is 0; or if no harvest actor fits."""
+    cluster, worker, actor = config.cluster, worker_bundle(config), actor_bundle(config)
+    lacking = missing(nodes, worker, cluster.workers, "training worker", DATA_CPUS) if chains else []
+    if lacking:
+        raise ValueError(
+            f"{_whose(nodes, local)} too small for one chain. It needs {listed(lacking)}. "
+            f"To mend it, {_remedy(config, nodes, worker, local)}"
+        )
+    if lacking := missing(nodes, actor, 1, "harvest actor"):
+        raise ValueError(
+            f"{_whose(nodes, local)} too small to run the language model. It needs {listed(lacking)}. To mend it, "
+            f"{'lower harvest.gpus_per_actor (0: on CPUs) or ' if actor.gpus else ''}{_larger(actor, 1, nodes, local)}"
+        )
+    cpus, fits = sum(node.cpus for node in nodes), fitting(nodes, worker, DATA_CPUS) // cluster.workers
+    harvest = min(fitting(nodes, actor), int(cpus - DATA_CPUS))
     if local:
         fits = min(fits, cluster.concurrent or busy_chains(config))
         harvest = min(harvest, max(1, available_cpus() // config.harvest.threads))
     return Capacity(
-        cpus=cpus, gpus=gpus, local=local,
+        cpus=cpus, gpus=sum(node.gpus for node in nodes), free_cpus=sum(node.free_cpus for node in nodes), local=local,
         concurrent=max(1, min(fits, cluster.concurrent or fits, max(1, chains))),
         harvest_actors=max(1, min(harvest, config.harvest.actors or harvest)),
     )  # fmt: skip
 
 
+def _whose(nodes: Sequence[Node], local: bool) -> str:
+    return "this machine is" if local else f"the Ray cluster ({len(nodes)} {plural('node', len(nodes))}) is"
+
+
+def _remedy(config: Config, nodes: Sequence[Node], worker: Bundle, local: bool) -> str:
+    """What makes a chain fit: fewer workers, smaller ones, or more of the cluster. Names only what is too small."""
+    workers, fits = config.cluster.workers, fitting(nodes, worker, DATA_CPUS)
+    fewer = next((count for count in range(min(fits, workers - 1), 0, -1) if config.train.lanes % count == 0), 0)
+    ways = [f"lower cluster.workers (now {workers}; {fewer} would fit)"] if fewer else []
+    for field, smaller in (
+        ("cpus_per_worker", Bundle(0, worker.gpus, worker.store_mb)), ("gpus_per_worker", Bundle(worker.cpus, 0, worker.store_mb)),
+        ("object_store_mb", Bundle(worker.cpus, worker.gpus, 0)),
+    ):  # fmt: skip
+        now = getattr(config.cluster, field)
+        if (field != "cpus_per_worker" or now > 1) and fitting(nodes, smaller, DATA_CPUS) >= workers:
+            ways.append(f"lower cluster.{field} (now {now:g}{'; 0: train on CPUs' if field == 'gpus_per_worker' else ''})")
+    return " or ".join([*ways, _larger(worker, workers, nodes, local)])
+
+
+def _larger(bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> str:
+    """A cluster that would do: options of `ray start` for what is too small, as one node, or as a node more."""
+    cpus, gpus = math.ceil(count * bundle.cpus) + DATA_CPUS, math.ceil(count * bundle.gpus)
+    store_mb = math.ceil(count * bundle.store_mb)
+    options = [f"--num-cpus={cpus}"] if sum(node.cpus for node in nodes) < cpus else []
+    options += [f"--object-store-memory={store_mb << 20}"] if sum(node.store_mb for node in nodes if node.cpus) < store_mb else []
+    machine = f"a machine with {gpus} {plural('GPU', gpus)} or more" if sum(node.gpus for node in nodes) < gpus else ""
+    if local:
+        return f"join a cluster that has more{f': on {machine}' if machine else ''} (ray start --head {' '.join(options)}".rstrip() + ")"
+    if len(nodes) > 1:
+        return f"add nodes that each have {bundle} or more (ray start --address=<head>)"
+    if machine or not options:
+        return f"start Ray on {machine or 'a larger machine'}{f' (ray start --head {chr(32).join(options)})' if options else ''}, or add nodes"
+    return f"start Ray with more (ray start --head {' '.join(options)}), or add nodes"
+
+
 def disconnect(capacity: Capacity, logs: Path) -> None:
-    """Leave Ray; of a cluster of our own, keep the logs."""
+    """Leave Ray; of a cluster of our own, keep the logs. Never raises for want of them: another error may be on its way out."""
     import ray
     from ray._private.worker import global_worker
 
+    if capacity.waits is not None:
+        capacity.waits.stop()
     session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
     ray.shutdown()
     if session is not None and session.exists():
         # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
         ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")
-        shutil.copytree(session, logs, dirs_exist_ok=True, ignore=ignored, symlinks=True)
+        try:
+            shutil.copytree(session, logs, dirs_exist_ok=True, ignore=ignored, symlinks=True)
+        except OSError as error:  # shutil.Error is one, with a list of all files
+            why = error.strerror or f"{len(error.args[0])} files, the first: {error.args[0][0][2]}"
+            logging.getLogger(__name__).warning("Ray's logs were not kept in %s (%s); they lie in %s", logs, why, session)

@@ -6,11 +6,11 @@ compare all cores, log everything to MLflow, print two tables. What a previous r
 
 from __future__ import annotations
 
-import contextlib
-import signal
+import functools
+import shlex
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -18,32 +18,34 @@ import yaml
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.activations.outliers import notes
-from dmsae_ray.cluster import Capacity, connect, disconnect
+from dmsae_ray.address import cluster_address
+from dmsae_ray.causes import disk_trouble
+from dmsae_ray.cluster import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.evaluate import references_path
-from dmsae_ray.distill.folder import Lease, Superseded
+from dmsae_ray.distill.folder import Lease, OutputUnseen, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.ownership import scratch
-from dmsae_ray.preflight import check_needs, preflight, without_kernels
+from dmsae_ray.preflight import check_needs, pinned, preflight, without_kernels
+from dmsae_ray.probe import check_nodes
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
 from dmsae_ray.secret_url import SecretUrl
+from dmsae_ray.stop import INTERRUPTED, stoppable
 from dmsae_ray.track.chain_runs import TrackedChain
-from dmsae_ray.track.mlflow_sync import MlflowTracker
+from dmsae_ray.track.mlflow_sync import MlflowTracker, NotTracked
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
-from dmsae_ray.track.run_store import TrackingError
+from dmsae_ray.track.run_store import RunStore, TrackingError
 from dmsae_ray.track.terminal import terminal_console
 
-INTERRUPTED = 130
 
-
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command continues)."""
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         config = load(SweepCommand, sys.argv[1:] if argv is None else argv)
         if config.status:
@@ -51,18 +53,24 @@ def main(argv: list[str] | None = None) -> int:
         if config.clean:
             return clean(config, dry_run=config.dry_run)
         return run(config)
-    except (ValueError, OutputBusy, Superseded) as error:
+    except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues where this one stopped", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.sections()), command.verbose
-    preflight(config)
+    preflight(config, print)
+    config = pinned(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
@@ -90,17 +98,21 @@ class Finished:
     results: Results
     store: SecretUrl
     """MLflow tracking URI"""
+    untracked: str | None
+    """why not all of it is in MLflow; None if it is"""
 
     @property
     def done(self) -> bool:
         """Whether every chain is finished and every part of the results was made."""
-        return all(plan.finished() for plan in self.plans) and not self.results.failed
+        return all(plan.finished() for plan in self.plans) and not self.results.failed and self.untracked is None
 
     def show(self, say: Screen) -> None:
         """The tables, and where everything is."""
         terminal_console(say.stream).print(self.results.tables)
         say(f"everything lies in {self.config.home}; this sweep's results in {self.folder}")
-        say(f"look at {self.folder / PAGE}; MLflow: make ui, or mlflow server --backend-store-uri {self.store}")
+        say(f"look at {self.folder / PAGE}; {look(self.config, self.store)}")
+        if self.untracked is not None:
+            say(f"error: {self.untracked}")
 
 
 class Sweep:
@@ -109,10 +121,18 @@ class Sweep:
     def __init__(self, config: Config, lease: Lease, say: Screen, verbose: bool):
         self.config, self.lease, self.say, self.verbose = config, lease, say, verbose
         self.capacity: Capacity | None = None
+        self.training = True
 
     def run(self, train: bool = True, fresh: bool = False) -> Finished:
-        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew."""
+        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew.
+
+        Raises TrackingError if the tracking store cannot be used, before any work; without `train` the results are made all the same.
+        """
+        self.training = train
         try:
+            store = self.store()
+            if train and isinstance(store, TrackingError):
+                raise store
             dataset = self.dataset(harvest=train)
             plans = plan_chains(self.config, dataset, self.lease)
             folder = sweep_folder(self.config, plans)
@@ -124,7 +144,7 @@ class Sweep:
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
-            tracker = self.tracker(plans)
+            tracker = self.tracker(plans, store)
             try:
                 tracker.sync()
                 if train:
@@ -136,11 +156,16 @@ class Sweep:
                 raise  # the runs are another driver's now
             except BaseException:
                 # Whatever ended the sweep matters more than a store that cannot be reached on top of it.
-                with contextlib.suppress(TrackingError):
+                try:
                     tracker.close("KILLED")
+                except TrackingError as error:
+                    self.say(f"warning: {error}")
                 raise
-            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri)
-            tracker.close("FINISHED" if finished.done else "FAILED")
+            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri, tracker.why_not)
+            try:
+                tracker.close("FINISHED" if finished.done else "FAILED")
+            except TrackingError as error:  # the tables are shown all the same
+                return replace(finished, untracked=str(error))
             return finished
         finally:
             if self.capacity is not None:
@@ -156,13 +181,21 @@ class Sweep:
             if failure and failure["kind"] != "diverged":
                 plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
 
+    @functools.cached_property
+    def unfinished(self) -> int:
+        """Chains that are to be trained."""
+        return sum(not plan.finished() for plan in planned(self.config)) if self.training else 0
+
     def connect(self) -> Capacity:
         if self.capacity is None:
-            self.capacity = connect(self.config, len(planned(self.config)), self.verbose)
+            self.capacity = connect(self.config, self.unfinished, self.verbose, self.say)
+            if not self.capacity.local:
+                check_nodes(self.config)
             c, most = self.capacity, self.config.cluster.lockstep
             in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
+            held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
             self.say(
-                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs, {c.gpus:g} GPUs; {c.concurrent} chains "
+                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; {c.concurrent} chains "
                 f"at once{in_step}, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
             )
         return self.capacity
@@ -177,6 +210,10 @@ class Sweep:
         if dataset is None and not harvest:
             raise ValueError(f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m dmsae_ray.sweep first")
         if dataset is None:
+            # Before hours of tokenising: a cluster that is not there, or is too small.
+            if cluster_address(self.config) is not None:
+                self.connect()
+            check_fits_here(self.config, self.unfinished)
             work = Harvest(self.config, self.say)
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:
@@ -222,14 +259,24 @@ class Sweep:
 
     # -- say -----------------------------------------------------------------------------------------------------------
 
-    def tracker(self, plans: list[ChainPlan]) -> MlflowTracker:
+    def store(self) -> RunStore | TrackingError:
+        """Where the runs are logged, or why that cannot be opened: known before hours of work."""
+        track = self.config.track
+        try:
+            return RunStore(track.uri, self.config.home, track.experiment)
+        except TrackingError as error:
+            return error
+
+    def tracker(self, plans: list[ChainPlan], store: RunStore | TrackingError) -> MlflowTracker | NotTracked:
+        if isinstance(store, TrackingError):
+            return NotTracked(self.config.track.uri, str(store))
         return MlflowTracker(
             self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
             self.config.section_dict(), [
                 TrackedChain(
                     plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, plan.config.section_dict()
                 ) for plan in plans
-            ],
+            ], store,
         )  # fmt: skip
 
 
@@ -250,6 +297,14 @@ def listed(plan: ChainPlan) -> dict:
     }  # fmt: skip
 
 
+def look(config: Config, store: SecretUrl) -> str:
+    """How to look at the runs."""
+    if store.reveal().startswith(("http:", "https:")):
+        return f"MLflow: {store} in a browser"
+    ui = f"python -m dmsae_ray.ui --output {shlex.quote(str(config.home))}"
+    return f"MLflow: {ui} (or make ui), or mlflow server --backend-store-uri {shlex.quote(str(store))}"
+
+
 class Every:
     """Calls a function every so many seconds, in a thread, while its block runs."""
 
@@ -268,10 +323,6 @@ class Every:
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
-
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 import os
+import socket
+import sqlite3
 import sys
 
 from dmsae_ray.command import HarvestCommand, load
 from dmsae_ray.config import Config
+from dmsae_ray.track.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move
+
+HOST = "127.0.0.1"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Replaces this process by MLflow's server on the configuration's store; stop it with Ctrl-C."""
     try:
         config: Config = load(HarvestCommand, sys.argv[1:] if argv is None else argv)
+        if config.track.uri:
+            print(f"this configuration logs to {config.track.uri}: open that server's address in a browser")
+            return 0
+        port = free_port(os.environ.get("MLFLOW_PORT", "5000"))
+        place = runs_of(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if config.track.uri is not None:
-        print(f"this configuration logs to {config.track.uri}: open that server's address in a browser")
-        return 0
-    database = config.home / "mlflow.db"
-    if not database.exists():
-        print(f"error: {database}: nothing logged yet; run python -m dmsae_ray.sweep first", file=sys.stderr)
-        return 2
-    port = os.environ.get("MLFLOW_PORT", "5000")
-    print(f"MLflow: http://127.0.0.1:{port} (experiment {config.track.experiment})", flush=True)
+    print(f"MLflow: http://{HOST}:{port}/{place} (experiment {config.track.experiment} of {config.home}; Ctrl-C ends it)", flush=True)
+    # Named from its own folder: MLflow would make folders of what is quoted in a URL.
+    os.chdir(config.home)
     os.execv(
         sys.executable,
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}", "--host", "127.0.0.1", "--port", port],
-    )
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{NAME}", "--artifacts-destination", ARTIFACTS,
+         "--host", HOST, "--port", str(port)],
+    )  # fmt: skip
+
+
+def free_port(name: str) -> int:
+    """The port of this name. Raises ValueError if it is none, or in use."""
+    if not name.isdecimal() or not 0 < int(name) < 1 << 16:
+        raise ValueError(f"MLFLOW_PORT {name!r}: not a port, a number from 1 to 65535")
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself: one that has just ended does not count
+        try:
+            server.bind((HOST, int(name)))
+        except OSError as error:
+            raise ValueError(
+                f"port {name} of {HOST}: {error.strerror}, perhaps by an MLflow that was started before; stop that, or choose another port with "
+                "MLFLOW_PORT=5001"
+            ) from error
+    return int(name)
+
+
+def runs_of(config: Config) -> str:
+    """Where the experiment's runs are, in MLflow's page. Raises ValueError if there are none."""
+    database = database_of(config.home)
+    if not database.exists():
+        raise ValueError(f"{database}: nothing logged yet; run python -m dmsae_ray.sweep first, or give --output the folder of a sweep")
+    try:
+        follow_move(database, config.home)
+        experiment = experiment_id(config.home, config.track.experiment)
+    except (OSError, sqlite3.Error) as error:
+        raise ValueError(f"{database}: cannot be read ({error})") from error
+    if experiment is None:
+        raise ValueError(f"{database}: has no experiment {config.track.experiment!r}; give --track.experiment the name of one that it has")
+    return f"#/experiments/{experiment}/runs"
 
 
 if __name__ == "__main__":

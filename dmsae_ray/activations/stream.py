@@ -232,8 +232,9 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
     per_pipeline = TASKS_PER_PIPELINE * per_task
     for first in range(0, len(wanted), per_pipeline):
         part = table.slice(first, per_pipeline)
-        pipeline = ray.data.from_arrow([part.slice(i, per_task) for i in range(0, len(part), per_task)]).map_batches(
-            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=READ_CPUS,
+        # Not from_arrow: for each table's row count it starts a task that asks for a whole CPU, and there may be none left.
+        pipeline = ray.data.from_blocks([part.slice(i, per_task) for i in range(0, len(part), per_task)]).map_batches(
+            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **_asking(),
             compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
             fn_kwargs={
                 "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "per_block": largest,
@@ -241,6 +242,18 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
             },
         )  # fmt: skip
         yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _asking() -> dict:
+    """What a read task asks Ray for: a sliver of a CPU anywhere. Where none is left, nothing, on this node: training workers that
+    hold the last CPUs between them would else wait for their rows, and so for each other, for ever."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if ray.available_resources().get("CPU", 0.0) >= READ_CPUS:
+        return {"num_cpus": READ_CPUS}
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)}
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import carried, jaccard, next_core, save_scores
 from dmsae_ray.distill.training import Training, first_step
 from dmsae_ray.files import write_json
-from dmsae_ray.sae.collective import Alone, TorchCollective
+from dmsae_ray.sae.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.step import Diverged
 from dmsae_ray.sae.threshold import calibrate
@@ -75,8 +75,8 @@ class Worker:
 
         context, plan = ray.train.get_context(), plans[0]
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.comm = Alone() if self.world == 1 else TorchCollective()
         self.device, self.aggregator = ray.train.torch.get_device(), aggregator
+        self.comm = Alone() if self.world == 1 else TorchCollective(self.device)
         torch.set_num_threads(plan.config.train.threads)
         self.chains = [Chain(plan, self, board) for plan in plans]
         """those that have not failed"""
@@ -106,13 +106,14 @@ class Worker:
         for chain in members:
             with self.failing(chain):
                 chain.begin()
+        self.comm.wait_for_all()  # models load at different speeds
         with self.failing(*members):
             self.train([chain for chain in members if chain in self.chains])
         left = [chain for chain in members if chain in self.chains]
         for chain in left:
             with self.failing(chain):
                 chain.finish(len(left), opens_next=chain is left[-1])
-        self.barrier()
+        self.comm.wait_for_all()  # rank 0 had a cycle to commit
 
     def train(self, members: list[Chain]) -> None:
         """Every batch of the cycle, read once: each member that does not have it yet takes its step on it."""
@@ -129,6 +130,7 @@ class Worker:
                     try:
                         chain.step(step, x_BD, token_index_B, waited)
                     except Diverged as error:  # all ranks come here together
+                        chain.at_step = step - error.behind
                         raise self._diverged(error, chain, batches, step - error.behind) from error
             members = [chain for chain in members if chain in self.chains]
             if not members:
@@ -176,18 +178,9 @@ class Worker:
         if self._opened is None or self._opened.order.cycle == number:
             self.open(cycle + 1)
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            torch.distributed.barrier()
-
     def _diverged(self, error: Diverged, chain: Chain, batches: Batches, step: int) -> Exception:
         """Tell bad data from a bad run."""
-        mine = [batches.shard_of(row, error.behind) for row in error.rows]
-        everyone: list = [None] * self.world
-        if self.world > 1:
-            torch.distributed.all_gather_object(everyone, mine)
-        else:
-            everyone = [mine]
+        everyone = gather_objects(self.comm, [batches.shard_of(row, error.behind) for row in error.rows])
         shards = sorted({shard for some in everyone for shard in some})
         if shards:
             return ShardError(
@@ -223,6 +216,10 @@ class Chain:
         self.rank, self.world, self.comm, self.device = worker.rank, worker.world, worker.comm, worker.device
         self.cycle, self.started, self.fraction_at_start = len(plan.folder.records()), time.monotonic(), None
         self.training: Training | None = None
+        self.at_step: int | None = None
+        """the training step under way; None outside of training"""
+        self.rates: dict[str, float] = {}
+        """tokens/s of the phases beside training, as last measured: what is said of one before it has done anything"""
         self.say(phase="starting")
 
     @property
@@ -255,7 +252,7 @@ class Chain:
 
     def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> None:
         """One training step, logged where it is to be. Raises Diverged."""
-        training, steps = self.training, self.plan.steps
+        training, steps, self.at_step = self.training, self.plan.steps, step
         if (report := training.step(step, x_BD, token_index_B, waited)) is not None:
             training.log(report)
             rate = training.tokens_per_s
@@ -263,6 +260,7 @@ class Chain:
 
     def finish(self, together: int, opens_next: bool) -> None:
         """Set the threshold, evaluate, attribute, and choose the next core. opens_next: reading for the next cycle starts here."""
+        self.at_step = None
         folder, sae = self.plan.folder.cycle(self.cycle), self.training.trainer.whole()
         self.calibrate(sae)
         after_training = time.monotonic()
@@ -303,14 +301,19 @@ class Chain:
 
         Saves the SAE with its densities.
         """
-        self.say(phase="evaluate", within=0.87)
+        self.say(phase="evaluate", within=0.87, tokens_per_s=self.rates.get("evaluate"))
         plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
         removal = plan.config.selection.by == "reconstruction"
         batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
         # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
-        for ids_NT, lengths_N in mine:
+        began = time.monotonic()
+        for done, (ids_NT, lengths_N) in enumerate(mine, 1):
             tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal, self.dataset.manifest.max_norm)
+            read = done * self.world * evaluate.sequences_per_batch * plan.config.model.context
+            self.rates["evaluate"] = read / (time.monotonic() - began)
+            self.say(phase="evaluate", within=0.87 + 0.03 * done / len(mine), tokens_per_s=self.rates["evaluate"])
+        self.comm.wait_for_all()
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank == 0:
@@ -338,12 +341,14 @@ class Chain:
         aggregator = self.worker.aggregator
         if self.rank == 0:
             ray.get(aggregator.begin.remote(ledger))
-        self.worker.barrier()
+        self.comm.wait_for_all()  # rank 0 had an SAE to save
         began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
+        self.say(phase="attribute", within=0.9, tokens_per_s=self.rates.get("attribute"))
 
         def on_shard(done: int) -> None:
-            within = 0.9 + 0.1 * done * self.world / len(batches)
-            self.say(phase="attribute", within=within, tokens_per_s=done * self.world * tokens / (time.monotonic() - began))
+            within = min(1.0, 0.9 + 0.1 * done * self.world / len(batches))
+            self.rates["attribute"] = done * self.world * tokens / (time.monotonic() - began)
+            self.say(phase="attribute", within=within, tokens_per_s=self.rates["attribute"])
             if opens_next and done * self.world >= OPEN_AT * len(batches):
                 self.worker.open_next(self.cycle)
 
@@ -410,16 +415,22 @@ class Chain:
             return  # all ranks diverge together, rank 0 writes
         kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError | StoreError) else "error"
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
-        write_failure(self.plan, kind, reason, self.cycle)
+        write_failure(self.plan, kind, reason, self.cycle, self.at_step)
         self.board.update.remote(self.plan.label, phase="failed", message=reason)
 
 
-def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None) -> None:
-    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep). Raises Superseded."""
+def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None, step: int | None = None) -> None:
+    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep); cycle, step: where, as far as that is known.
+
+    Raises Superseded.
+    """
     plan.lease.check()
     write_json(
         plan.folder.failed,
-        {"kind": kind, "reason": scrub(reason), "cycle": cycle, "generation": plan.lease.generation, "at": time.time(), "traceback": scrub(traceback.format_exc())},
+        {
+            "kind": kind, "reason": scrub(reason), "cycle": cycle, "step": step, "generation": plan.lease.generation, "at": time.time(),
+            "traceback": scrub(traceback.format_exc()),
+        },  # fmt: skip
     )
 
 

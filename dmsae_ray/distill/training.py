@@ -113,6 +113,7 @@ class Training:
             self.plan.lease.check()
             with replacing(self.folder.checkpoint) as temporary:
                 torch.save({"trainer": state, "progress": json.dumps(asdict(self.so_far))}, temporary)
+        self.comm.wait_for_all()
 
     def record(self, together: int) -> dict:
         """What the completion record says of training. together: chains that shared the stream."""

@@ -1,11 +1,13 @@
 """Ray Tune over the chains. A trial drives one Ray Train run, of one chain or of several in lockstep, and computes nothing itself.
 
-It asks Ray for a sliver of a CPU, never for its workers' CPUs or GPUs: placement groups do not nest, so a trial that held
-them would wait for itself. Resuming is by the chains' own records, never by restoring a Tuner.
+It asks Ray for no CPU or GPU, least of all for its workers': placement groups do not nest, so a trial that held them would wait
+for itself, and slivers of many trials add up to the CPU that a worker then lacks. It lives on the node of the command itself, so
+that no other lost node takes a trial along. Resuming is by the chains' own records, never by restoring a Tuner.
 """
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from pathlib import Path
 
@@ -14,32 +16,51 @@ import ray.train
 import ray.train.torch
 from ray import tune
 
-from dmsae_ray.cluster import DRIVER_CPUS
 from dmsae_ray.distill.aggregator import Aggregator
 from dmsae_ray.distill.chain import train_chains, write_failure
 from dmsae_ray.distill.plan import ChainPlan
+
+COLLECTIVE_TIMEOUT_S = 4 * 3600
+"""Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a core of 65k
+latents, writing it to a slow disk). A worker that is lost does not wait for it: Ray notices by itself."""
+HERE = 0.0001
+"""Of the one that each node has of itself: as much as Ray counts, so that a trial is placed on this node, and none is kept out."""
 
 
 def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) -> None:
     """Run these chains, `concurrent` worker groups at a time; returns when each chain is finished or marked failed.
 
-    board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write, removed at the end.
+    A trial whose process is lost begins again, `cluster.retries` times: what its chain had finished stays. board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write, removed at the end.
     """
-    groups = in_lockstep(plans)
+    groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
 
     def trial(grid: dict) -> None:
         drive(groups[grid["group"]], board, str(scratch))
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"cpu": DRIVER_CPUS}),
+        tune.with_resources(trial, {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": HERE}),
         param_space={"group": tune.grid_search(list(range(len(groups))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False),
-        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0, failure_config=tune.FailureConfig(retries)),
     )
     try:
-        tuner.fit()
+        for group, result in zip(groups, tuner.fit(), strict=True):
+            settle(group, result.error, board)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def settle(plans: list[ChainPlan], error: BaseException | None, board) -> None:
+    """After their trial: no chain is left that is neither finished nor marked failed. error: what the trial ended with."""
+    for plan in plans:
+        if plan.finished() or plan.folder.failure() is not None:
+            continue
+        if error is None:
+            reason = "its workers ended without a word"
+        else:
+            reason = f"its driver was lost, and again after cluster.retries {plan.config.cluster.retries}: {_root(error)}"
+        write_failure(plan, "error", f"{reason}. The same command goes on where it stopped")
+        ray.get(board.update.remote(plan.label, phase="failed", message=reason))
 
 
 def in_lockstep(plans: list[ChainPlan]) -> list[list[ChainPlan]]:
@@ -61,11 +82,13 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
     trainer = ray.train.torch.TorchTrainer(
         train_chains,
         train_loop_config={"plans": plans, "aggregator": Aggregator.remote(first.score_settings), "board": board},
+        torch_config=torch_config(cluster.gpus_per_worker),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=f"{first.key}-{first.lease.generation}", storage_path=scratch,
+            # A trial that begins again must not take up what Ray Train noted of the run that was lost.
+            name=f"{first.key}-{first.lease.generation}-{secrets.token_hex(4)}", storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
         ),
     )  # fmt: skip
@@ -78,6 +101,12 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
     for plan in plans:
         if (failure := plan.folder.failure()) is not None:
             ray.get(board.update.remote(plan.label, phase="failed", message=failure["reason"]))
+
+
+def torch_config(gpus_per_worker: float) -> ray.train.torch.TorchConfig:
+    """Workers' process group. Ray would give GPU workers NCCL alone, which cannot add up what lies in a CPU's memory."""
+    backend = "cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"
+    return ray.train.torch.TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
 
 
 def _root(error: BaseException) -> str:

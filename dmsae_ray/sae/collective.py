@@ -6,15 +6,21 @@ that PyTorch's DistributedDataParallel uses as well.
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+import time
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MEET_S = 0.02
+"""Rest between two looks at whether all ranks are there."""
+
 
 class Collective(Protocol):
-    """Every rank must make the same calls in the same order, with tensors of the same shape."""
+    """Every rank must make the same calls in the same order, with tensors of the same shape, on any device: results are where the
+    argument was."""
 
     world: int
     rank: int
@@ -27,6 +33,10 @@ class Collective(Protocol):
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in rank order."""
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has called it. Unlike a collective it knows no limit of time: one rank may have written to a slow disk for
+        an hour meanwhile. (Of a rank that died Ray Train learns, and ends the others.)"""
 
 
 class Alone:
@@ -44,28 +54,65 @@ class Alone:
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
+    def wait_for_all(self) -> None:
+        pass
+
 
 class TorchCollective:
-    """The default process group of torch.distributed, which must be initialised."""
+    """The default process group of torch.distributed, which must be initialised.
 
-    def __init__(self) -> None:
+    device: the one that the group's backend works on, which for NCCL is the worker's GPU; tensors from elsewhere go there and come back.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         if not dist.is_initialized():
             raise ValueError("TorchCollective needs an initialised torch.distributed process group")
         self.world = dist.get_world_size()
         self.rank = dist.get_rank()
+        self.device = torch.device(device)
+        self._waits = 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-        return tensor
+        return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op) -> Tensor:
+        there = self._there(tensor)
+        dist.all_reduce(there, op=op)
+        return self._back(there, tensor)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(gathered, tensor.contiguous())
-        return gathered
+        there = self._there(tensor).contiguous()
+        gathered = [torch.empty_like(there) for _ in range(self.world)]
+        dist.all_gather(gathered, there)
+        return [self._back(part, tensor) for part in gathered]
+
+    def wait_for_all(self) -> None:
+        self._waits += 1
+        meet(dist.distributed_c10d._get_default_store(), f"dmsae_ray/{self._waits}", self.world)
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device.type == self.device.type else tensor.to(self.device)
+
+    @staticmethod
+    def _back(result: Tensor, like: Tensor) -> Tensor:
+        return result.to(like.device)
+
+
+def meet(store: dist.Store, name: str, world: int) -> None:
+    """Return when so many have come to this name, however long that takes. The store is one that a process group met by."""
+    if store.add(name, 1) == world:
+        store.set(f"{name}/all", b"here")
+    while not store.check([f"{name}/all"]):
+        time.sleep(MEET_S)
+
+
+def gather_objects(comm: Collective, value: Any) -> list[Any]:
+    """Every rank's value, of plain JSON types, in rank order."""
+    parts = gather_ragged(comm, torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8))
+    return [json.loads(bytes(part.tolist())) for part in parts]
 
 
 def gather_ragged(comm: Collective, values_N: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmsae_ray.distill.coverage import coverage
-from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.track import figures
 from dmsae_ray.track.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
 from dmsae_ray.track.run_store import Point, RunStore, TrackingError, now_ms
@@ -160,8 +160,3 @@ class ChainRuns:
             tau = config.get("attribution", {}).get("tau") if config.get("selection", {}).get("size") == "tau" else None
             figure = figures.coverage_curves(f"{self._chain.label}: attribution carried by the best candidates", curves, tau)
             self._store.client.log_figure(run_id, figure, "coverage.png")
-
-
-def failure_text(failure: dict[str, Any]) -> str:
-    """Where and why a chain failed, from failed.json."""
-    return f"cycle {failure.get('cycle')}, step {failure.get('step')}: {failure.get('reason')}"

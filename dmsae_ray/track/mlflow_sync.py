@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from dmsae_ray.track.tables import chain_row, summary
 
 logger = logging.getLogger(__name__)
 
+CLOSE_WAITS = (1, 4)
+"""Seconds between the tries to close the runs of a store that is away."""
+
 Columns = dict[str, list[Any]]
 """A table as columns of plain values."""
 
@@ -44,7 +48,8 @@ Columns = dict[str, list[Any]]
 class MlflowTracker:
     """The runs of one sweep.
 
-    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain types.
+    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain types; store: where
+    it was opened already.
     Creates the database and the experiment; raises TrackingError if the store cannot be used. Its methods may be called from any thread.
     """
 
@@ -57,8 +62,10 @@ class MlflowTracker:
         sweep_label: str,
         config_dict: dict[str, Any],
         chains: Iterable[TrackedChain],
+        store: RunStore | None = None,
     ):
-        self._store = RunStore(uri, Path(output), experiment)
+        self.why_not: str | None = None
+        self._store = store or RunStore(uri, Path(output), experiment)
         self.uri = self._store.uri
         self._key, self._label, self._config = sweep_key, sweep_label, config_dict
         self._chains = list(chains)
@@ -101,16 +108,35 @@ class MlflowTracker:
         Raises TrackingError if the store cannot be reached.
         """
         with self._lock:
+            # A store that is away for a moment is tried again; after an interruption somebody waits.
+            for wait in (CLOSE_WAITS if status != "KILLED" else ()):
+                try:
+                    return self._close(status)
+                except (ValueError, *STORE_ERRORS) as error:
+                    logger.warning("MLflow at %s: not closed (%s); trying again in %d s", self.uri, one_line(error), wait)
+                time.sleep(wait)
             try:
-                sweep = self._project("KILLED")
-                for run_id in self._store.running():
-                    self._store.set_status(run_id, status if run_id == sweep.run_id else "KILLED")
+                self._close(status)
             except (ValueError, *STORE_ERRORS) as error:
                 raise TrackingError(
                     f"track.uri {self.uri}: the results could not be logged ({one_line(error)}). They are safe on disk: put the "
                     "cause right and start the same command again; what is missing is logged then, and nothing is computed twice"
                 ) from error
-            self._closed = True
+
+    def _close(self, status: str) -> None:
+        unread: ValueError | None = None
+        try:
+            self._project("KILLED")
+        except STORE_ERRORS:
+            raise
+        except ValueError as error:  # a damaged file of a chain: what is known of the runs is closed all the same
+            unread = error
+        sweep = self._store.known(self._key, "sweep", self._key)
+        for run_id in self._store.running():
+            self._store.set_status(run_id, status if run_id == sweep and unread is None else "KILLED")
+        if unread is not None:
+            raise unread
+        self._closed = True
 
     def _project(self, unfinished: str) -> SweepRun:
         sweep, self._sweep = self._sweep or self._open(), None  # stays None if this is cut short
@@ -174,6 +200,22 @@ class MlflowTracker:
             self._store.client.log_text(run_id, pandas.DataFrame(columns).to_json(orient="split", index=False), file)
         else:
             self._store.client.log_table(run_id, columns, file)
+
+
+class NotTracked:
+    """In an MlflowTracker's place where the store cannot be used: nothing is logged, and it is said why."""
+
+    def __init__(self, uri: SecretUrl | None, why: str):
+        self.uri, self.why_not = uri or SecretUrl(""), why
+
+    def sync(self) -> bool:
+        return False
+
+    def log_results(self, *results: Any) -> bool:
+        return False
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Nothing was opened."""
 
 
 def matrix_csv(labels: list[str], matrix: list[list[float | None]]) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # MLflow reads these when it is imported. Nobody is told that a sweep runs; and a server that does not answer must not hold a
 # sync up for MLflow's own eight attempts of two minutes each, since the next sync tries again anyway.
@@ -27,6 +28,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import sqlalchemy  # noqa: E402
 from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
@@ -34,9 +36,16 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 from dmsae_ray.files import replacing  # noqa: E402
 from dmsae_ray.secret_url import SecretUrl, scrub  # noqa: E402
+from dmsae_ray.track.own_database import artifacts_of, default_uri, follow_move, no_stray_folder, own_database  # noqa: E402
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
+SERVERS = ("http:", "https:", "databricks")
+OPEN_S = 20.0
+"""Longest wait for a server's first answer."""
+OPEN_ERRORS = (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError)
+"""What opening a store may raise: STORE_ERRORS, and what a URL that means nothing or lacks its driver comes to."""
+REMEDY = "Start the server, correct track.uri, or leave track.uri empty for a database in the output folder"
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """What a store that is away, full, locked or of another version raises (requests' errors are OSErrors)."""
 
@@ -47,6 +56,9 @@ PARAMS_PER_BATCH = 100
 PARAM_LENGTH = 500
 TAG_LENGTH = 1000
 """MLflow 3 takes 6000 and 8000; servers of earlier versions took 500 and 5000"""
+
+
+T = TypeVar("T")
 
 
 class TrackingError(ValueError):
@@ -63,9 +75,23 @@ class Point(NamedTuple):
     """unix time in milliseconds"""
 
 
-def default_uri(output: Path) -> str:
-    """The store used when the configuration names none: a sqlite database in the output folder."""
-    return f"sqlite:///{(output / 'mlflow.db').absolute()}"
+def remedy(error: BaseException) -> str:
+    """What to do about a store that cannot be opened."""
+    if isinstance(error, ImportError):
+        # SQLAlchemy takes psycopg for postgresql:// from its 2.1 on, and psycopg2 before; the extra has both.
+        postgres = (error.name or "").startswith("psycopg")
+        how = 'pip install "dmsae_ray[postgres]"' if postgres else f"install the package that has {error.name or 'it'}"
+        return f"This kind of database needs a driver that is not installed: {how}"
+    return REMEDY
+
+
+def reach(uri: str) -> None:
+    """Connect to a database's server once. Raises as SQLAlchemy and the driver do; without it MLflow would try for minutes."""
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def now_ms() -> int:
@@ -85,7 +111,8 @@ class RunStore:
     """The runs of one output folder in one experiment.
 
     uri: MLflow tracking URI; None: `default_uri(output)`. Artifacts lie in `<output>/mlartifacts`, unless a server decides.
-    Creates the database and the experiment. Raises TrackingError if the store cannot be used.
+    Creates the database and the experiment, and writes to it, so that what cannot be used is known now. Raises TrackingError if the
+    store cannot be used, or a server has not answered within OPEN_S.
     """
 
     def __init__(self, uri: SecretUrl | str | None, output: Path, experiment: str):
@@ -102,20 +129,59 @@ class RunStore:
         """metrics that a run had when it was read"""
         try:
             self.home = home_id(output)
-            self.client = MlflowClient(tracking_uri=self.uri.reveal())
-            self.experiment_id = self._find_experiment()
-        except STORE_ERRORS as error:
-            raise TrackingError(
-                f"track.uri {self.uri}: the MLflow store cannot be used ({one_line(error)}). Start the server, correct track.uri, or "
-                "leave track.uri empty for a database in the output folder"
-            ) from error
+            database = own_database(self.uri.reveal(), output)
+            if database is not None:
+                follow_move(database, output)
+            if self.uri.reveal().startswith(SERVERS):
+                self.client, self.experiment_id = self._within(OPEN_S, self._open)
+            else:
+                if not self._local:
+                    self._within(OPEN_S, lambda: reach(self.uri.reveal()))
+                self.client, self.experiment_id = self._open()  # making the first tables takes as long as it takes
+        except TrackingError:
+            raise
+        except OPEN_ERRORS as error:
+            raise TrackingError(f"track.uri {self.uri}: the MLflow store cannot be used ({one_line(error)}). {remedy(error)}") from error
 
-    def _find_experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self._experiment)
+    @property
+    def _local(self) -> bool:
+        """Whether the store is a file, which nobody has to answer for."""
+        return self.uri.reveal().startswith(("sqlite:", "file:")) or not self.uri.is_url
+
+    def _within(self, seconds: float, act: Callable[[], T]) -> T:
+        """What `act` returns or raises; TrackingError if that takes longer: a server that swallows packets is asked again and again."""
+        ended: list[tuple[T | None, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                ended.append((act(), None))
+            except BaseException as error:
+                ended.append((None, error))
+
+        thread = threading.Thread(target=run, daemon=True)  # left behind where it hangs; it ends with the process
+        thread.start()
+        thread.join(seconds)
+        if not ended:
+            raise TrackingError(f"track.uri {self.uri}: no answer within {seconds:.0f} s. {REMEDY}")
+        value, error = ended[0]
+        if error is not None:
+            raise error
+        return value
+
+    def _open(self) -> tuple[MlflowClient, str]:
+        uri = self.uri.reveal()
+        with no_stray_folder(uri):
+            client = MlflowClient(tracking_uri=uri)
+            experiment = self._find_experiment(client)
+        # A store that can be read alone would show itself after hours.
+        client.set_experiment_tag(experiment, "dmsae.opened", str(now_ms()))
+        return client, experiment
+
+    def _find_experiment(self, client: MlflowClient) -> str:
+        found = client.get_experiment_by_name(self._experiment)
         if found is None:
-            by_server = self.uri.reveal().startswith(("http:", "https:", "databricks"))
-            root = None if by_server else (self._output / "mlartifacts").absolute().as_uri()
-            return self.client.create_experiment(self._experiment, artifact_location=root)
+            root = None if self.uri.reveal().startswith(SERVERS) else artifacts_of(self._output)
+            return client.create_experiment(self._experiment, artifact_location=root)
         if found.lifecycle_stage != "active":
             raise TrackingError(
                 f"track.experiment {self._experiment!r} is in the trash of {self.uri}: restore it there, or choose another name"
@@ -156,6 +222,10 @@ class RunStore:
             run = self.client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
             self._remember(run)
         return self._runs[sweep, kind, key]
+
+    def known(self, sweep: str, kind: str, key: str) -> str | None:
+        """Id of the run with these tags, None if there is none that is known."""
+        return self._runs.get((sweep, kind, key))
 
     def status(self, run_id: str) -> str:
         return self._status[run_id]

@@ -28,9 +28,13 @@ class ChainRow:
     fvu: float | None
     loss_recovered: float | None
     """against zero ablation"""
+    loss_recovered_mean: float | None
+    """against mean ablation: the more sober one, since a stream set to its mean already costs less than one set to zero"""
     dead: float | None
     tokens_per_s: float | None
     status: str
+    fvu_all_rows: float | None = None
+    """FVU over rows beyond the data's bound on norms, too; None where there are none"""
 
 
 def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) -> ChainRow:
@@ -56,9 +60,11 @@ def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) 
         core_l0=last.get("core_l0"),
         fvu=last.get("fvu"),
         loss_recovered=last.get("loss_recovered_zero"),
+        loss_recovered_mean=last.get("loss_recovered_mean"),
         dead=last.get("dead_share"),
         tokens_per_s=last.get("tokens_per_s"),
         status=status,
+        fvu_all_rows=last.get("fvu_all_rows") if last.get("rows_left_out") else None,
     )
 
 
@@ -72,7 +78,9 @@ def chain_columns(rows: list[ChainRow]) -> dict[str, list[Any]]:
         "L0": [row.l0 for row in rows],
         "core L0": [row.core_l0 for row in rows],
         "FVU": [row.fvu for row in rows],
+        "FVU (all rows)": [row.fvu if row.fvu_all_rows is None else row.fvu_all_rows for row in rows],
         "loss recovered": [row.loss_recovered for row in rows],
+        "loss recovered (mean)": [row.loss_recovered_mean for row in rows],
         "dead share": [row.dead for row in rows],
         "tokens/s": [row.tokens_per_s for row in rows],
         "status": [row.status for row in rows],

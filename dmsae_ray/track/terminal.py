@@ -24,6 +24,16 @@ def number(value: float | None, digits: int = 2) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
+def recovered(zero: float | None, mean: float | None) -> str:
+    """Loss recovered against zero and against mean ablation."""
+    return f"{number(zero, 3)}/{number(mean, 3)}" if mean is not None else number(zero, 3)
+
+
+def fvus(fvu: float | None, all_rows: float | None) -> str:
+    """FVU of the rows that count and, where others were left out (harvest.outlier_norm), of all."""
+    return number(fvu, 3) + ("" if all_rows is None else f"/{number(all_rows, 3)}")
+
+
 def rate(tokens_per_s: float | None) -> str:
     if tokens_per_s is None:
         return "n/a"
@@ -48,7 +58,8 @@ def chains_table(rows: Sequence[ChainRow]) -> Table:
     for row in rows:
         cells = [
             row.label, ">".join(map(str, row.sizes)) or "-", ">".join(number(value) for value in row.jaccard[-2:]) or "n/a",
-            number(row.l0, 1), number(row.core_l0, 1), number(row.fvu, 3), number(row.loss_recovered, 3), number(row.dead, 3),
+            number(row.l0, 1), number(row.core_l0, 1), fvus(row.fvu, row.fvu_all_rows),
+            recovered(row.loss_recovered, row.loss_recovered_mean), number(row.dead, 3),
             rate(row.tokens_per_s), row.status,
         ]  # fmt: skip
         table.add_row(*map(Text, cells), style="red" if row.status == "failed" else None)
@@ -57,8 +68,8 @@ def chains_table(rows: Sequence[ChainRow]) -> Table:
 
 CHAINS_NOTE = (
     "Core sizes: latents in the core after cycle 0, 1, ...; jaccard: the last two cycles' cores, each against the one before; "
-    "the rest is the last finished cycle on held-out text (loss recovered: 1 is the model's own loss, 0 its loss with the stream "
-    "set to zero)."
+    "the rest is the last finished cycle on held-out text (loss recovered, twice: 1 is the model's own loss; 0 its loss with the "
+    "stream set to zero and, after the stroke, to its mean row; FVU after a stroke: with the rows that harvest.outlier_norm leaves out)."
 )
 
 
@@ -222,26 +233,27 @@ def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
         ["chain", "cycle"],
         ["tokens", "core size", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"],
     )
-    prefixes = _table("Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec.", "KL"])
+    prefixes = _table("Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec. (mean)", "KL"])
     for row in rows:
         core_size = next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)
         whole.add_row(
             row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(core_size),
             number(row["l0"], 1), number(row["core_l0"], 1),
-            *(number(row[name], 3) for name in ("fvu", "loss_recovered_zero", "kl")),
+            fvus(row["fvu"], row["fvu_all_rows"] if row.get("rows_left_out") else None), recovered(row["loss_recovered_zero"], row["loss_recovered_mean"]), number(row["kl"], 3),
             number(row["core_explained"]), number(row["dead_share"], 3),
         )  # fmt: skip
         # Without the zero before the point six prefixes of three measures fit on a line.
         cells = (
-            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_zero", "kl")
+            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_mean", "kl")
         )
         prefixes.add_row(row["label"], str(row["cycle"]), *cells)
     return Group(whole, Text(EVALUATION_NOTE, style="dim"), Text(""), prefixes)
 
 
 EVALUATION_NOTE = (
-    "Loss rec.: 1 is the model's own loss, 0 its loss with zeros at the hook; KL: nats a token by which its predictions move; core "
-    "expl.: explained variance of the core alone as a share of the whole SAE's."
+    "Loss rec.: 1 is the model's own loss, 0 its loss with zeros at the hook and, after the stroke (of prefixes alone), with the mean row "
+    "there; KL: nats a token by which its predictions move; core expl.: explained variance of the core alone as a share of the whole SAE's. "
+    "FVU: of the rows within the data's bound on norms and, after the stroke, of all rows, where some are beyond it."
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import HANGS, digest_of_rows
 from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
 
-TRAINER = "ray::RayTrainWorker"
+TRAINER, DRIVER = "ray::RayTrainWorker", "ray::ImplicitFunc"
 SEED0 = (*LOCAL, "--sweep.seeds", "0")
 # A dataset and a cycle long enough to be struck at a chosen place: 128 steps of 512 rows, half a pass, a checkpoint every 8.
 STEPS, BATCH, LANES, EVERY = 128, 512, 8, 8
@@ -211,3 +211,19 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
         assert here[name] == pytest.approx(there[name], rel=0.02), name
     assert [point["step"] for point in curve(cycle)] == list(range(STEPS))
     assert temporaries(output) == []
+
+
+def test_a_killed_driver_of_a_chain_is_replaced_and_the_chain_goes_on(small_sweep, tmp_path):
+    """Not the command: the trial that drives one chain's workers. They end with it, and begin again with its successor."""
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    victim = Victim(output, *SEED0, "--sweep.cycles", "1", "--train.checkpoint_steps", "1")
+    victim.wait_for(lambda: trainers(victim) and cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists())
+    (driver,) = victim.find(DRIVER)
+    driver.kill()
+    victim.wait_for(lambda: [other for other in victim.find(DRIVER) if other.pid != driver.pid])
+    victim.finish()
+    (cycle,) = cycles(output)
+    undisturbed = small_sweep.chains()["seed0-k8"] / "cycle_00"
+    assert results(cycle) == results(undisturbed)
+    assert record(cycle)["generation"] == 1

@@ -1,14 +1,18 @@
 """The output folder: one driver, generations, completion records, what cleaning removes."""
 
+import errno
+import fcntl
 import json
+import os
+import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from dmsae_ray.cluster import capacity
 from dmsae_ray.config import Config
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, Superseded
+from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, OutputUnseen, Superseded
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import check_stream
 
@@ -43,9 +47,52 @@ def test_a_worker_of_an_earlier_driver_cannot_commit(tmp_path):
     new.check()
     with pytest.raises(Superseded, match="2 has taken over from 1"):
         old.check()
-    with pytest.raises(Superseded):
-        Lease(tmp_path / "none", 1).check()
+    Lease(old.path, 3).check()  # an older number, as a slow server may still show, takes nothing over
     lock.release()
+
+
+@pytest.mark.parametrize("content, words", [(None, "does not see the output folder"), ("", "cannot be read"), ("two\n", "cannot be read")])
+def test_a_generation_that_cannot_be_read_is_asked_for_again_and_is_no_successor(tmp_path, monkeypatch, content, words):
+    from dmsae_ray.distill import chain, folder
+
+    monkeypatch.setattr(folder, "PATIENCE_S", 0.3)
+    path = tmp_path / "generation"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(OutputUnseen, match=f"generation: .*{words}.*--output a folder that they share") as error:
+        Lease(path, 1).check()
+    assert chain._cause(error.value, chain.FINAL) is None, "a worker that raises it is tried again"
+    travelled = pickle.loads(pickle.dumps(error.value))
+    assert isinstance(travelled, OutputUnseen) and str(travelled) == str(error.value)
+    timer = threading.Timer(0.1, path.write_text, ["1"])
+    timer.start()
+    Lease(path, 1).check()  # it came back in time
+    timer.join()
+
+
+def test_a_generation_that_holds_no_number_is_named_with_the_remedy(tmp_path):
+    lock = OutputLock(tmp_path)
+    (tmp_path / "generation").write_text("x")
+    with pytest.raises(ValueError, match="generation: holds no number .*delete this file"):
+        lock.lease()
+    lock.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("argv", [[], ["--status"], ["--clean"]])
+def test_a_file_system_without_locks_is_said_with_the_remedy(tmp_path, monkeypatch, capsys, code, argv):
+    """No such file system can be mounted here: what one answers to flock stands for it."""
+    from dmsae_ray.sweep import main
+
+    OutputLock(tmp_path).release()
+
+    def refuse(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert main(["--output", str(tmp_path), "--model.name", "tiny", *argv]) == 2
+    said = capsys.readouterr().err
+    assert f"error: output folder {tmp_path}: its file system gives no lock" in said and "NFS" in said and "--output" in said
 
 
 def test_a_cycle_is_done_only_with_its_record(tmp_path):
@@ -66,52 +113,6 @@ def test_a_record_of_another_format_is_named(tmp_path):
     chain.cycle(0).record.write_text(json.dumps({"format_version": RECORD_VERSION - 1, "cycle": 0}))
     with pytest.raises(ValueError, match=rf"cycle_00/record.json: format version {RECORD_VERSION - 1}, this program reads {RECORD_VERSION}"):
         chain.records()
-
-
-def holding(cpus: float, gpus: float = 0.0, store_mb: float = 1 << 20) -> dict[str, float]:
-    """What Ray says of a cluster; object store in bytes, as there."""
-    return {"CPU": cpus, "GPU": gpus, "object_store_memory": store_mb * 2**20}
-
-
-def test_capacity_leaves_ray_data_a_cpu():
-    config = Config()
-    assert capacity(config, holding(2), chains=4, local=False).concurrent == 1
-    assert capacity(config, holding(4), chains=4, local=False).concurrent == 3
-    assert capacity(config, holding(64), chains=4, local=False).concurrent == 4
-    with pytest.raises(ValueError, match=r"too small.*needs 2 CPUs.*it has 1.*--num-cpus=2"):
-        capacity(config, holding(1), chains=4, local=False)
-
-
-def test_capacity_counts_gpus():
-    config = Config(cluster={"workers": 2, "gpus_per_worker": 1.0})
-    assert capacity(config, holding(64, gpus=8), chains=9, local=False).concurrent == 4
-    with pytest.raises(ValueError, match=r"2 GPUs .*it has 1"):
-        capacity(config, holding(64, gpus=1), chains=9, local=False)
-
-
-def test_capacity_names_the_worker_count_that_would_fit():
-    config = Config(cluster={"workers": 4, "cpus_per_worker": 2.0})
-    with pytest.raises(ValueError, match=r"cluster\.workers \(now 4; 2 would fit\)"):
-        capacity(config, holding(5), chains=1, local=False)
-
-
-def test_capacity_counts_the_object_store_that_the_streams_may_fill():
-    config = Config(cluster={"workers": 2, "object_store_mb": 300})
-    assert capacity(config, holding(64, store_mb=600), chains=9, local=False).concurrent == 1
-    assert capacity(config, holding(64, store_mb=1900), chains=9, local=False).concurrent == 3
-    with pytest.raises(ValueError, match=r"600 MB of object store \(cluster\.workers x cluster\.object_store_mb\), it has 599"):
-        capacity(config, holding(64, store_mb=599), chains=9, local=False)
-    with pytest.raises(ValueError, match=r"3 CPUs .* and 600 MB of object store .*it has 0"):
-        capacity(config, {"CPU": 2.0}, chains=9, local=False)
-
-
-def test_capacity_gives_harvest_actors_what_chains_do_not_hold_at_that_time():
-    assert capacity(Config(), holding(8), chains=4, local=False).harvest_actors == 7
-    assert capacity(Config(harvest={"actors": 3}), holding(8), chains=4, local=False).harvest_actors == 3
-    assert capacity(Config(harvest={"gpus_per_actor": 0.5}), holding(64, gpus=2), chains=4, local=False).harvest_actors == 4
-    assert capacity(Config(harvest={"gpus_per_actor": 2}), holding(64, gpus=8), chains=4, local=False).harvest_actors == 4
-    with pytest.raises(ValueError, match="2 GPUs for a harvest actor, it has 1"):
-        capacity(Config(harvest={"gpus_per_actor": 2}), holding(64, gpus=1), chains=4, local=False)
 
 
 def test_a_stream_s_blocks_fit_into_its_share_of_the_object_store():

@@ -2,18 +2,28 @@
 
 import json
 import logging
+import shutil
+import socket
 import sqlite3
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from safetensors.numpy import save_file
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from dmsae_ray.distill.folder import RECORD_VERSION
+from dmsae_ray import sweep as sweep_
+from dmsae_ray.distill.chain import write_failure
+from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, failure_text
+from dmsae_ray.track import mlflow_sync, run_store
 from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker
+from dmsae_ray.track.own_database import follow_move
 from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
 from dmsae_ray.track.tables import chain_columns, chain_row, pair_columns
 
@@ -220,10 +230,25 @@ def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
         assert database.execute("select count(*) from runs where status = 'RUNNING'").fetchone()[0] == 0
 
 
+def fail(folder, reason, cycle=None, step=None):
+    """failed.json as chains write it."""
+    (folder / "generation").write_text("1")
+    write_failure(SimpleNamespace(folder=ChainFolder(folder), lease=Lease(folder / "generation", 1)), "error", reason, cycle, step)
+
+
+@pytest.mark.parametrize("reason, cycle, step, text", [
+    ("lost", None, None, "lost"), ("lost", 1, None, "cycle 1: lost"), ("lost", 1, 3, "cycle 1, step 3: lost"),
+    ("cycle 1, step 3: diverged", 1, 3, "cycle 1, step 3: diverged"),
+])  # fmt: skip
+def test_a_failure_says_where_as_far_as_that_is_known(tmp_path, reason, cycle, step, text):
+    fail(tmp_path, reason, cycle, step)
+    assert failure_text(ChainFolder(tmp_path).failure()) == text
+
+
 def test_failed_chain_says_why_until_it_is_mended(sweep, request):
     key, (make, (_, second)) = request.node.name, sweep
     write_curve(second, 0, 0, 20)
-    (second / "failed.json").write_text(json.dumps({"cycle": 0, "step": 25, "reason": "loss is nan", "generation": 1}))
+    fail(second, "loss is nan", 0, 25)
     tracker = make(only=[1])
     tracker.close()
     runs = runs_of(tracker, key)
@@ -286,6 +311,7 @@ def test_store_that_fails_is_warned_of_once_and_caught_up(sweep, request, caplog
     with caplog.at_level(logging.WARNING, "dmsae_ray"):
         assert not tracker.sync() and not tracker.sync()
     assert len(caplog.records) == 1 and "No space left" in caplog.text
+    monkeypatch.setattr(mlflow_sync, "CLOSE_WAITS", (0, 0))
     with pytest.raises(TrackingError, match=r"sqlite:.*mlflow.db.*start the same command again"):
         tracker.close()
     monkeypatch.setattr(tracker._store.client, "log_artifact", works)
@@ -311,11 +337,106 @@ def test_long_curves_go_in_several_batches(output):
     assert steps == [*range(1, METRICS_PER_BATCH + 2), 5000]
 
 
-def test_unusable_store_is_named(output, monkeypatch):
+@pytest.mark.parametrize("uri, words", [
+    ("http://name:hunter2@127.0.0.1:1", ["http://***@127.0.0.1:1: the MLflow store cannot be used", "Start the server"]),
+    ("http://127.0.0.1:1/?token=hunter2", ["?token=***: the MLflow store cannot be used"]),
+    ("http://127.0.0.1:hunter2@/x", ["the MLflow store cannot be used"]),
+    ("postgresql://name:hunter2@127.0.0.1:1/db", ["postgresql://***@127.0.0.1:1/db: the MLflow store cannot be used"]),
+    ("postgresql://name:hunter2@127.0.0.1:port/db", ["the MLflow store cannot be used"]),
+    ("mssql+nothing://name:hunter2@127.0.0.1/db", ["the MLflow store cannot be used"]),
+    ("mysql://name:hunter2@127.0.0.1/db", ["the MLflow store cannot be used", "driver that is not installed: install the package that has MySQLdb"]),
+    ("nothing://name:hunter2@there", ["the MLflow store cannot be used"]),
+    ("sqlite:////proc/none/mlflow.db", ["sqlite:////proc/none/mlflow.db: the MLflow store cannot be used", "leave track.uri empty"]),
+])  # fmt: skip
+def test_unusable_store_is_named_before_any_work(tmp_path, monkeypatch, capfd, uri, words):
+    """Through the front door: before the corpus is read, and without a word of the password."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingError, match=r"track.uri http://127.0.0.1:1: the MLflow store cannot be used"):
-        RunStore("http://127.0.0.1:1", output, "experiment")
+    began = time.monotonic()
+    assert sweep_.main(["--output", str(tmp_path / "out"), "--track.uri", uri]) == 2
+    said = capfd.readouterr()
+    assert time.monotonic() - began < 15 and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert all(word in said.err for word in [*words, "track.uri"]), said.err
+    assert not (tmp_path / "out" / "tokens").exists() and not (tmp_path / "out" / "data").exists()
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"hunter2" not in path.read_bytes(), path
+    assert "hunter2" not in said.out + said.err
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_missing_driver_of_postgres_is_an_extra(tmp_path, monkeypatch, driver):
+    monkeypatch.setitem(sys.modules, driver, None)  # as if it were not installed
+    with pytest.raises(TrackingError, match=rf'{driver}.* needs a driver that is not installed: pip install "dmsae_ray\[postgres\]"'):
+        RunStore(f"postgresql+{driver}://u:p@127.0.0.1:1/db", tmp_path, "experiment")
+
+
+def test_a_server_that_swallows_packets_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_store, "OPEN_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections and never answers
+        port = mute.getsockname()[1]
+        for uri in (f"http://127.0.0.1:{port}", f"postgresql://u:hunter2@127.0.0.1:{port}/db"):
+            began = time.monotonic()
+            with pytest.raises(TrackingError, match=r"no answer within 0 s\. Start the server|psycopg2"):
+                RunStore(uri, tmp_path, "experiment")
+            assert time.monotonic() - began < 10
+
+
+def test_an_experiment_in_the_trash_is_named(output):
     store = RunStore(None, output, "in the trash")
     store.client.delete_experiment(store.experiment_id)
     with pytest.raises(TrackingError, match="'in the trash' is in the trash of sqlite"):
         RunStore(None, output, "in the trash")
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "a%3Fb;c&d=e"])
+def test_a_folder_s_name_is_no_part_of_a_url(tmp_path, name):
+    """Each has a database of its own, and none beside it."""
+    output = tmp_path / name
+    output.mkdir()
+    store = RunStore(None, output, "experiment")
+    run = store.open("s", "sweep", "s", "s", {}, None)
+    (tmp_path / "f.txt").write_text("here")
+    store.client.log_artifact(run, str(tmp_path / "f.txt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "f.txt"])
+    assert sorted(path.name for path in output.iterdir()) == ["mlartifacts", "mlflow.db", "mlflow_home"]
+    again = RunStore(None, output, "experiment")
+    again.load()
+    assert again.known("s", "sweep", "s") == run and (output / "mlartifacts" / run / "artifacts" / "f.txt").read_text() == "here"
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:///{}/own.db"])
+def test_a_moved_folder_takes_its_artifacts_along(tmp_path, uri):
+    old, new = tmp_path / "old", tmp_path / "else where"
+    old.mkdir()
+
+    def opened(output):
+        store = RunStore(uri and uri.format(output), output, "experiment")
+        store.load()
+        return store, store.open("s", "sweep", "s", "s", {}, None)
+
+    store, run = opened(old)
+    (tmp_path / "f.txt").write_text("before")
+    store.client.log_artifact(run, str(tmp_path / "f.txt"))
+    shutil.move(old, new)
+    _artifact_repos_cache.clear()  # MLflow's, of this process: a moved folder is opened by another
+    store, same = opened(new)
+    assert same == run
+    other = store.open("t", "sweep", "t", "t", {}, None)
+    for id_ in (run, other):
+        (tmp_path / "g.txt").write_text(id_)
+        store.client.log_artifact(id_, str(tmp_path / "g.txt"))
+    assert [file.path for file in store.client.list_artifacts(run)] == ["f.txt", "g.txt"]
+    assert Path(store.client.download_artifacts(run, "f.txt", str(tmp_path))).read_text() == "before"
+    assert not old.exists(), "it does not come back"
+    assert follow_move(new / ("own.db" if uri else "mlflow.db"), new) is None
+
+
+def test_the_runs_of_a_store_are_closed_though_a_chain_s_file_is_damaged(sweep, request):
+    key, (make, (first, _)) = request.node.name, sweep
+    write_curve(first, 0, 0, 20)
+    tracker = make(only=[0])
+    assert tracker.sync()
+    write_cycle(first, 0, 0, 49, curve=False)
+    (first / "cycle_00" / "record.json").write_text("{")
+    with pytest.raises(TrackingError, match="record.json: damaged"):
+        tracker.close("KILLED")
+    assert {run.info.status for run in runs_of(tracker, key).values()} == {"KILLED"}

@@ -15,9 +15,9 @@ from dmsae_ray.track.progress import LiveLines, ProgressBoard, duration, format_
 
 ROW = tables.ChainRow(
     label="seed0-k16", sizes=(49, 70, 81, 83), origins=({0: 49}, {0: 49, 1: 21}, {0: 49, 1: 21, 2: 11}, {0: 49, 1: 21, 2: 8, 3: 5}),
-    jaccard=(0.7, 0.83, 0.9), l0=16.1, core_l0=10.4, fvu=0.16, loss_recovered=0.944, dead=0.012, tokens_per_s=12345.0, status="done",
+    jaccard=(0.7, 0.83, 0.9), l0=16.1, core_l0=10.4, fvu=0.16, loss_recovered=0.944, loss_recovered_mean=0.905, dead=0.012, tokens_per_s=12345.0, status="done",
 )  # fmt: skip
-EMPTY = tables.ChainRow("seed1-k32", (), (), (), None, None, None, None, None, None, "not started")
+EMPTY = tables.ChainRow("seed1-k32", (), (), (), None, None, None, None, None, None, None, "not started")
 
 
 def pair(a="seed0-k16", b="seed1-k16", **changes):
@@ -42,12 +42,29 @@ def test_tables_fit_and_say_what_is_missing():
     lines = text.splitlines()
     assert max(map(len, lines)) <= terminal.WIDTH
     chain = next(line for line in lines if line.startswith("seed0-k16"))
-    assert chain.split() == ["seed0-k16", "49>70>81>83", "0.83>0.90", "16.1", "10.4", "0.160", "0.944", "0.012", "12.3k", "done"]
-    first = next(line for line in lines if line.startswith("seed0-k16 ") and "/" in line)
+    assert chain.split() == ["seed0-k16", "49>70>81>83", "0.83>0.90", "16.1", "10.4", "0.160", "0.944/0.905", "0.012", "12.3k", "done"]
+    first = next(line for line in lines if line.startswith("seed0-k16 ") and "83/84" in line)
     second = next(line for line in lines if line.startswith("seed10-k128 "))
     assert first.split("  ")[0] == "seed0-k16" and "n/a (x3.1)" in first and "0.77" in first and "0.81" in first and "0.66" in first
     assert "0.81" not in second and second.count("n/a") >= 5 and "1083/1084" in second
     assert "Compared: 3 of 4 chains; failed:" in text and "seed1-k32: loss is nan" in text
+
+
+def test_both_ablations_and_both_sets_of_rows_are_shown(tmp_path):
+    """Zero ablation alone flatters; so does FVU over the rows that were meant alone."""
+    last = {
+        "core_out": 3, "origins": {"0": 3}, "jaccard": None, "fvu": 0.21, "fvu_all_rows": 0.64, "rows_left_out": 17, "loss_recovered_zero": 0.94,
+        "loss_recovered_mean": 0.90, "format_version": RECORD_VERSION,
+    }  # fmt: skip
+    (tmp_path / "cycle_00").mkdir()
+    (tmp_path / "cycle_00" / "record.json").write_text(json.dumps(last))
+    row = tables.chain_row("seed0-k16", tmp_path, 1)
+    text = terminal.plain_text(terminal.chains_table([row]))
+    assert "0.940/0.900" in text and "0.210/0.640" in text
+    columns = tables.chain_columns([row])
+    assert (columns["loss recovered"], columns["loss recovered (mean)"], columns["FVU (all rows)"]) == ([0.94], [0.9], [0.64])
+    none_left = terminal.plain_text(terminal.chains_table([replace(row, fvu_all_rows=None)]))
+    assert "0.210/" not in none_left and "0.210" in none_left
 
 
 def test_eight_cycles_and_long_labels_stay_readable():
@@ -185,6 +202,19 @@ def test_plain_lines_only_on_change_and_the_last_state():
     assert "step 7/9" in lines[-1]
     assert len([line for line in lines if "seed1" in line]) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "live-lines"]
+
+
+def test_a_phase_tells_its_rate_as_soon_as_it_is_known():
+    board, stream = ProgressBoard(["seed0-k16"], cycles=1), io.StringIO()
+    phases = [
+        {"phase": phase, "tokens_per_s": rate, "eta_s": 7} for phase in ("evaluate", "attribute") for rate in (None, 4321.0, 4400.0)
+    ]
+    stages = Stages(board, phases)
+    with LiveLines(stages, stream=stream, interval_s=0.005):
+        assert stages.seen.wait(300)
+    lines = [line for line in stream.getvalue().splitlines() if "evaluate" in line]
+    assert len(lines) == 2 and "tokens/s" not in lines[0] and "4.3k tokens/s  ETA 7s" in lines[1]
+    assert [line.count("tokens/s") for line in stream.getvalue().splitlines() if "attribute" in line][:2] == [0, 1]
 
 
 def test_plain_lines_break_a_long_silence():

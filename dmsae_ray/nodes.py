@@ -1,0 +1,114 @@
+"""What the nodes of a cluster have, and how many equal bundles of resources fit on them.
+
+A bundle (one training worker, one harvest actor) lies on one node, as with Ray: three CPUs on one node are another thing than
+two here and one there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+SLACK = 1e-9
+"""Of divisions: ten bundles of a tenth of a GPU fit on one."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node has, and what of it nobody holds at the moment."""
+
+    cpus: float
+    gpus: float = 0.0
+    store_mb: float = 0.0
+    """object store"""
+    free_cpus: float = 0.0
+    free_gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What has to be had on one node at the same time."""
+
+    cpus: float
+    gpus: float = 0.0
+    store_mb: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} {plural('CPU', self.cpus)}"] if self.cpus else []
+        parts += [f"{self.gpus:g} {plural('GPU', self.gpus)}"] if self.gpus else []
+        parts += [f"{self.store_mb:,.0f} MB of object store"] if self.store_mb else []
+        return listed(parts) or "nothing"
+
+
+def slots(node: Node, bundle: Bundle) -> int:
+    """Bundles of this kind that one node holds."""
+    return min(cpu_slots(node, bundle), gpu_slots(node, bundle), store_slots(node, bundle))
+
+
+def cpu_slots(node: Node, bundle: Bundle) -> int:
+    return _times(node.cpus, bundle.cpus)
+
+
+def gpu_slots(node: Node, bundle: Bundle) -> int:
+    """Ray puts what asks for less than a whole GPU on one GPU, never on parts of two."""
+    if 0 < bundle.gpus < 1:
+        return int(node.gpus) * _times(1.0, bundle.gpus)
+    return _times(node.gpus, bundle.gpus)
+
+
+def store_slots(node: Node, bundle: Bundle) -> int:
+    """A node without a CPU runs no read task, so that nobody puts rows into its store."""
+    return _times(node.store_mb if node.cpus else 0.0, bundle.store_mb)
+
+
+def fitting(nodes: Iterable[Node], bundle: Bundle, spare_cpus: float = 0.0) -> int:
+    """Bundles of this kind that all nodes together hold, with so many CPUs left over anywhere.
+
+    Placing one after the other on any node that has room comes to the same number, so this is what Ray's PACK reaches.
+    """
+    nodes = list(nodes)
+    return min(sum(slots(node, bundle) for node in nodes), _times(sum(node.cpus for node in nodes) - spare_cpus, bundle.cpus))
+
+
+def missing(nodes: Sequence[Node], bundle: Bundle, count: int, whose: str, spare_cpus: float = 0.0) -> list[str]:
+    """Why so many bundles do not fit: a sentence part for each kind of resource there is too little of; empty if they fit.
+
+    whose: what one bundle is for, such as "training worker".
+    """
+    if fitting(nodes, bundle, spare_cpus) >= count:
+        return []
+    found = []
+    stores = [node.store_mb for node in nodes if node.cpus]
+    for name, each, spare, have, fits in (
+        ("CPUs", bundle.cpus, spare_cpus, [node.cpus for node in nodes], cpu_slots),
+        ("GPUs", bundle.gpus, 0.0, [node.gpus for node in nodes], gpu_slots),
+        ("MB of object store", bundle.store_mb, 0.0, stores, store_slots),
+    ):
+        if not each:
+            continue
+        need, total, placed = count * each + spare, sum(have), sum(fits(node, bundle) for node in nodes)
+        if total < need - SLACK:
+            parts = f" ({count} {plural(whose, count)} of {each:g}{f', {spare:g} for Ray Data' if spare else ''})"
+            found.append(f"{need:,g} {name}{parts}, it has {math.floor(total * 100) / 100:,.10g}")
+        elif placed < count:
+            biggest = math.floor(max(have, default=0.0) * 100) / 100
+            found.append(
+                f"{each:,g} {name} on one node for each of {count} {plural(whose, count)}, its {len(nodes)} nodes have room for {placed} "
+                f"(the largest has {biggest:,.10g})"
+            )
+    return found or [f"{bundle} on one node for each of {count} {plural(whose, count)}, its nodes have them apart from each other"]
+
+
+def listed(parts: Sequence[str]) -> str:
+    """As in a sentence: a, b and c."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def plural(word: str, count: float) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _times(have: float, each: float) -> int:
+    """How often `each` is contained; a need of nothing fits ever so often."""
+    return max(0, int(have / each + SLACK)) if each else 1 << 30
