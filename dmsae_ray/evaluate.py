@@ -27,6 +27,7 @@ from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.preflight import pinned
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.screen import Screen
 from dmsae_ray.stop import INTERRUPTED, stoppable
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: EvaluateCommand) -> int:
     """Raises ValueError on bad input before anything is measured."""
-    config = Config(**command.sections())
+    config = pinned(Config(**command.sections()))
     saved = saved_saes(config, trained_with(command), command.chain, command.all)
     dataset = find_datasets(config, (config.model.hook,))[config.model.hook]
     if dataset is None:

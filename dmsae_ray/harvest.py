@@ -17,7 +17,7 @@ from dmsae_ray.command import HarvestCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight
+from dmsae_ray.preflight import pinned, preflight
 from dmsae_ray.probe import check_nodes
 from dmsae_ray.screen import Screen
 from dmsae_ray.stop import INTERRUPTED, stoppable
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, command: HarvestCommand) -> int:
     preflight(config, print)
+    config = pinned(config)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "harvest", command.verbose) as say:

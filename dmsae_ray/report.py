@@ -12,7 +12,7 @@ from dmsae_ray.command import ReportCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import OutputUnseen, Superseded
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight
+from dmsae_ray.preflight import pinned, preflight
 from dmsae_ray.results import has_core
 from dmsae_ray.screen import Screen
 from dmsae_ray.stop import INTERRUPTED, stoppable
@@ -45,6 +45,7 @@ def run(command: ReportCommand) -> int:
     config = Config(**command.sections())
     other = None if command.against is None else OtherSweep.open(command.against)
     preflight(config)
+    config = pinned(config)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "report", command.verbose) as say:

@@ -30,7 +30,7 @@ from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.ownership import scratch
-from dmsae_ray.preflight import check_needs, preflight, without_kernels
+from dmsae_ray.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.probe import check_nodes
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
@@ -70,6 +70,7 @@ def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.sections()), command.verbose
     preflight(config, print)
+    config = pinned(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)

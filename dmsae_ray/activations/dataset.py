@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -68,6 +68,8 @@ class Manifest:
     calibration sequences; None: all rows count"""
     outliers: dict | None = None
     """what rows of extreme norm come to, see outliers.py; None in manifests of before they were looked for"""
+    hub: dict = field(default_factory=dict)
+    """commit of each repository of the hub that was read"""
     format_version: int = FORMAT_VERSION
 
     @staticmethod
@@ -152,13 +154,7 @@ class ActivationDataset:
 
     def held_out(self, split: str) -> TokenSequences:
         """The token sequences of the attribution or evaluation split."""
-        name = f"tokens/{split}.safetensors"
-        if self.store.local:
-            return TokenSequences.load(self.store.path(name))
-        with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
-            path = Path(folder) / f"{split}.safetensors"
-            path.write_bytes(self.store.read(name))
-            return TokenSequences.load(path)
+        return read_held_out(self.store, split)
 
     def expect(self, asked: dict) -> None:
         """Check the fields that decided the bytes against those of a configuration.
@@ -228,6 +224,17 @@ class ActivationDataset:
             for entry in self.entries():
                 self.check_shard(entry, read=True)
         self.check_scale()
+
+
+def read_held_out(store: Store, split: str) -> TokenSequences:
+    """The token sequences of a held-out split beside a dataset's shards. Raises ValueError if they are missing or damaged."""
+    name = f"tokens/{split}.safetensors"
+    if store.local:
+        return TokenSequences.load(store.path(name))
+    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
+        path = Path(folder) / f"{split}.safetensors"
+        path.write_bytes(store.read(name))
+        return TokenSequences.load(path)
 
 
 def scale_of(rows_ND: torch.Tensor) -> float:
