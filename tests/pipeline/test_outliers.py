@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from itertools import islice
 
 import pytest
 from conftest import results, run_command
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.config import CorpusConfig
-from dmsae_ray.corpus.mixture import mixture_documents
+from dmsae_ray.corpus.mixture import load_parts
 from dmsae_ray.lm.model import load_tokenizer
 from dmsae_ray.lm.source import TINY
 
@@ -21,8 +22,8 @@ from dmsae_ray.lm.source import TINY
 def model(tmp_path_factory):
     """The shipped model, in which one of about 3000 tokens of text has an embedding of norm 3000 (the median row has 28)."""
     tokenizer, counts = load_tokenizer("tiny"), Counter()
-    for document in mixture_documents(CorpusConfig(documents=20)):
-        counts.update(tokenizer(document)["input_ids"])
+    for document in islice(load_parts(CorpusConfig())[0], 20):
+        counts.update(tokenizer(document.text)["input_ids"])
     total = counts.total()
     token = min(counts, key=lambda token: (abs(counts[token] / total - 1 / 3000), token))
     folder = tmp_path_factory.mktemp("model") / "model"
