@@ -16,6 +16,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import find_datasets
+from dmsae_ray.causes import disk_trouble
 from dmsae_ray.command import EvaluateCommand, load, read_yaml
 from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.distill.evaluate import Tally, read_references, references_path, scores_of, tally_batch
@@ -26,17 +27,19 @@ from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.preflight import pinned
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.screen import Screen
+from dmsae_ray.stop import INTERRUPTED, stoppable
 from dmsae_ray.track.progress import duration
 from dmsae_ray.track.terminal import evaluation_tables, terminal_console
 
 FORMAT_VERSION = 1
-INTERRUPTED = 130
 SAY_SECONDS = 10.0
 """Shortest time between two lines of progress on one SAE."""
 
 
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input, 130 interrupted (the same command goes on)."""
     try:
@@ -47,11 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(command: EvaluateCommand) -> int:
     """Raises ValueError on bad input before anything is measured."""
-    config = Config(**command.sections())
+    config = pinned(Config(**command.sections()))
     saved = saved_saes(config, trained_with(command), command.chain, command.all)
     dataset = find_datasets(config, (config.model.hook,))[config.model.hook]
     if dataset is None:

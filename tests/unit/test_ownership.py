@@ -138,3 +138,55 @@ def test_a_results_folder_s_configuration_means_the_output_folder_it_lies_in(tmp
         shutil.move(moved, first)
     loose = put(tmp_path / "sweeps" / "x" / "config.yaml", f"output: {first}\n")
     assert load(SweepCommand, ["--config", str(loose)]).home == first, "no folder of ours: what the file says"
+
+
+@pytest.mark.parametrize("file", ["../../../../precious.txt", "/precious.txt", "shards/../../precious.parquet", "manifest.json", "shards/notes.txt", ""])
+def test_a_manifest_makes_a_repair_delete_nothing_but_shards(tmp_path, capsys, file):
+    from shards import make_dataset
+
+    from dmsae_ray.harvest import main as harvest
+
+    dataset = make_dataset(tmp_path / "a" / "b" / "c" / "data")
+    folder = dataset.store.local
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["shards"][1]["file"] = str(tmp_path) + file if file.startswith("/") else file
+    put(folder / "manifest.json", json.dumps(tree))
+    for place in (tmp_path / "precious.txt", folder / "precious.parquet", folder.parent / "precious.parquet", folder / "shards" / "notes.txt"):
+        put(place)
+    before = contents(tmp_path)
+    assert harvest(["--output", str(tmp_path / "out"), "--harvest.dataset", str(folder), "--repair"]) == 2
+    said = capsys.readouterr()
+    assert f"error: {folder}/manifest.json: " in said.err and "no shard of this dataset; that file was not touched" in said.err, said
+    assert contents(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a//x", "", "./x", "..", "a/.."])
+def test_no_name_leads_out_of_a_store(tmp_path, name):
+    from dmsae_ray.activations.store import Store, StoreError
+
+    store = Store(tmp_path / "store")
+    put(tmp_path / "x")
+    (tmp_path / "store" / "a").mkdir(parents=True)
+    for act in (store.size, store.sizes, store.read, store.delete, store.child, lambda n: store.write(n, b"1"), lambda n: store.read_range(n, 0, 1)):
+        with pytest.raises(StoreError, match="leads out of this folder; it was neither read nor touched"):
+            act(name)
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_no_link_leads_out_of_a_store(tmp_path):
+    from dmsae_ray.activations.store import Store, StoreError
+
+    (tmp_path / "store").mkdir()
+    store = Store(tmp_path / "store")
+    put(tmp_path / "elsewhere" / "x")
+    (tmp_path / "store" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "store" / "x").symlink_to(tmp_path / "elsewhere" / "x")
+    (tmp_path / "store" / "round").symlink_to(tmp_path / "store" / "round")
+    for name in ("folder/x", "x", "round"):
+        for act in (store.size, store.read, store.delete, lambda n: store.write(n, b"1"), lambda n: store.read_range(n, 0, 1)):
+            with pytest.raises(StoreError, match="by a link leads out of this folder"):
+                act(name)
+    assert contents(tmp_path / "elsewhere") == {"x": b"mine"}
+    linked = Store(tmp_path / "linked")
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    assert linked.read("x") == b"mine", "the store itself may be a link: it was named by its owner"
