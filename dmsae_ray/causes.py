@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+"""What a disk refuses with, or a server of files."""
+IN_TEXT = re.compile(r"(No space left on device|Disk quota exceeded|database or disk is full|Read-only file system|Stale file handle)(: '[^']+')?")
+"""The same in the words of libraries that raise errors of their own, and of errors that came through Ray as text."""
+
 
 def causes(error: BaseException, contexts: bool = False) -> list[BaseException]:
     """The error and what caused it, one after the other, also where Ray wrapped what a task or an actor raised.
@@ -13,3 +21,17 @@ def causes(error: BaseException, contexts: bool = False) -> list[BaseException]:
         found.append(error)
         error = getattr(error, "cause", None) or error.__cause__ or (error.__context__ if contexts else None)
     return found
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """One line with the remedy if a disk that is full, read-only or gone is behind an error; None otherwise."""
+    for link in causes(error, contexts=True):
+        if isinstance(link, OSError) and link.errno in DISK:
+            where = f"{link.filename}: " if link.filename else ""
+            return f"{where}{link.strerror}; {REMEDY}"
+        if found := IN_TEXT.search(str(link)):
+            return f"{found[2][3:-1] + ': ' if found[2] else ''}{found[1]}; {REMEDY}"
+    return None
+
+
+REMEDY = "free space there, or give --output a larger disk that can be written; the same command continues, what is finished is kept"

@@ -18,6 +18,7 @@ from pathlib import Path
 from dmsae_ray.address import check_answers, cluster_address
 from dmsae_ray.config import Config
 from dmsae_ray.nodes import Bundle, Node, figure, fitting, listed, missing, plural
+from dmsae_ray.stop import keeping_signals
 from dmsae_ray.waiting import Waits
 
 DATA_CPUS = 1
@@ -68,6 +69,7 @@ def busy_chains(config: Config) -> int:
     return max(1, available_cpus() // (config.cluster.workers * config.train.threads))
 
 
+@keeping_signals
 def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], None] = lambda line: None) -> Capacity:
     """Join the cluster that is there, else start one on this machine.
 

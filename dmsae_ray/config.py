@@ -56,15 +56,17 @@ class CorpusConfig(Section):
     """Where the text comes from, how it is split and how it is cut into sequences."""
 
     source: Source = SecretUrl("embedded")
-    """`embedded` (the text shipped with the package), a .txt/.jsonl/.parquet file, a folder or glob of them, or a hub data set id"""
+    """`embedded` (the text shipped with the package); a file (.txt, .md, .jsonl, .json, .csv, also as .gz or .zst; .parquet), a folder or glob of them, a folder of save_to_disk; or a hub data set id. Read from its beginning and as far as needed: shuffle what is sorted"""
     text_field: str = "text"
-    """field that holds a document's text, in .jsonl, .parquet and hub data sets"""
+    """field (column) that holds a document's text, or chat messages (a list of {role, content}) for the tokenizer's chat template"""
     revision: str | None = None
     """revision of a hub data set"""
     mixture: tuple[CorpusPart, ...] = ()
     """instead of a source: parts, each {source, weight, text_field, revision}, interleaved until the one that is next is used up"""
     documents: int | None = Field(None, ge=1)
-    """use the first so many documents, of all parts together; empty: all"""
+    """use the first so many documents, of all parts together; empty: as many as are needed"""
+    piece_characters: int | None = Field(None, ge=200)
+    """cut longer documents at the ends of paragraphs into pieces of at most so many characters, documents of their own; empty: only a text file above 50,000, into pieces of 2,000, so that one book is a corpus"""
     attribution_share: Share = 0.05
     """share of documents kept for attribution (by hash of the text; never trained on)"""
     evaluation_share: Share = 0.05
@@ -96,7 +98,9 @@ class ModelConfig(Section):
     name: ModelName = "tiny"
     """`tiny` (shipped with the package), a local folder, or a hub id such as google/gemma-2-2b"""
     revision: str | None = None
-    """revision of a hub model"""
+    """revision of a hub model; a run takes the commit that it stands for at its beginning"""
+    bos_token: str | None = None
+    """text of the token that starts every sequence, one that the tokenizer has; empty: the tokenizer's own BOS, which some lack (Qwen) or use otherwise"""
     hook: str = "blocks.2.hook_resid_post"
     """place to study, by its TransformerLens name, L counted from 0: blocks.L.hook_resid_pre, .hook_resid_mid or .hook_resid_post (the residual stream before, within and after a block), .hook_attn_out or .hook_mlp_out (what the block adds to it)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -447,6 +451,8 @@ class ClusterConfig(Section):
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
     """GPUs a training worker asks Ray for; a part of one only where a chain has one worker"""
+    gpu_gb: float | None = Field(None, gt=0)
+    """memory of one of the cluster's GPUs, GB (10^9 bytes), that each stage's need is compared with before anything starts; empty: that of this machine's GPU, if it has one"""
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     lockstep: int = Field(1, ge=1)
@@ -647,14 +653,18 @@ class Config(BaseSettings):
         """Every hook that is harvested, `model.hook` first."""
         return (self.model.hook, *(hook for hook in self.harvest.hooks if hook != self.model.hook))
 
-    def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None) -> dict[str, Any]:
-        """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder."""
+    def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None, chat_template: str | None = None) -> dict[str, Any]:
+        """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder.
+
+        chat_template: stands for the tokenizer's, where documents are chat messages.
+        """
         harvest = self.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"})
-        corpus = self.corpus.model_dump(mode="json", include={"documents", "attribution_share", "evaluation_share", "packing"})
+        corpus = self.corpus.model_dump(mode="json", include={"documents", "piece_characters", "attribution_share", "evaluation_share", "packing"})
+        corpus |= {"chat_template": chat_template} if chat_template else {}
         model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
         return {
-            # 3: one bound for all shards, of the calibration sequences; before, each shard had its own median.
-            "format": 2 if self.harvest.outlier_norm is None else 3, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
+            # 4: the first documents, as many as are needed. 3: one bound for all shards' outliers, of the calibration sequences.
+            "format": 4, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
             "corpus": corpus, "model": model, "harvest": harvest,
         }  # fmt: skip
 

@@ -16,6 +16,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import find_datasets
+from dmsae_ray.causes import disk_trouble
 from dmsae_ray.command import EvaluateCommand, load, read_yaml
 from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.distill.evaluate import Tally, read_references, references_path, scores_of, tally_batch
@@ -26,14 +27,19 @@ from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.preflight import pinned
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.screen import Screen
+from dmsae_ray.stop import INTERRUPTED, stoppable
+from dmsae_ray.track.progress import duration
 from dmsae_ray.track.terminal import evaluation_tables, terminal_console
 
 FORMAT_VERSION = 1
-INTERRUPTED = 130
+SAY_SECONDS = 10.0
+"""Shortest time between two lines of progress on one SAE."""
 
 
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input, 130 interrupted (the same command goes on)."""
     try:
@@ -44,11 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(command: EvaluateCommand) -> int:
     """Raises ValueError on bad input before anything is measured."""
-    config = Config(**command.sections())
+    config = pinned(Config(**command.sections()))
     saved = saved_saes(config, trained_with(command), command.chain, command.all)
     dataset = find_datasets(config, (config.model.hook,))[config.model.hook]
     if dataset is None:
@@ -104,6 +115,16 @@ def saved_saes(config: Config, trained: Config, chain: str | None, every: bool) 
     return saved
 
 
+def expected_rate(saved: list[Saved]) -> float | None:
+    """Tokens/s at which the sweep evaluated these, by their records; None if they do not say."""
+    tokens = seconds = 0.0
+    for sae in saved:
+        record = sae.plan.folder.records()[sae.cycle]
+        tokens += record.get("evaluation_tokens") or 0
+        seconds += (record.get("seconds") or {}).get("evaluate") or 0
+    return tokens / seconds if tokens and seconds else None
+
+
 class Evaluation:
     """One run of the command. The language model is loaded only where something has yet to be measured."""
 
@@ -111,6 +132,8 @@ class Evaluation:
         self.config, self.dataset, self.say = config, dataset, say
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._lm: LanguageModel | None = None
+        self.left = 1
+        """SAEs not measured yet, the one in hand included"""
 
     @property
     def lm(self) -> LanguageModel:
@@ -120,6 +143,14 @@ class Evaluation:
 
     def run(self, saved: list[Saved]) -> list[dict[str, Any]]:
         """What evaluation-<tokens>.json of each SAE holds, measured or known, in their order."""
+        left = [sae for sae in saved if self.known(sae) is None]
+        self.left = len(left)
+        if left and (expected := expected_rate(left)):
+            tokens = len(left) * self.config.evaluate.tokens
+            self.say(
+                f"evaluate: {len(left)} SAEs on {self.config.evaluate.tokens:,} tokens each; the sweep did {expected:,.0f} tokens/s, at which it "
+                f"takes {duration(tokens / expected)}"
+            )
         return [self.row(sae) for sae in saved]
 
     def row(self, saved: Saved) -> dict[str, Any]:
@@ -127,22 +158,28 @@ class Evaluation:
 
         Raises ValueError naming the file if SAE or measurement is damaged.
         """
-        identity, path = self.identity(saved), saved.folder.evaluation(self.config.evaluate.tokens)
-        if path.exists():
-            try:
-                row = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path}: damaged ({error}); delete it to have it measured again") from error
-            if row.items() >= identity.items():
-                self.say(f"evaluate: {saved.plan.label} cycle {saved.cycle}: known")
-                return row
-        row = identity | self.measured(saved)
-        write_json(path, row)
+        if (row := self.known(saved)) is not None:
+            self.say(f"evaluate: {saved.plan.label} cycle {saved.cycle}: known")
+            return row
+        row = self.identity(saved) | self.measured(saved)
+        write_json(saved.folder.evaluation(self.config.evaluate.tokens), row)
+        self.left -= 1
         self.say(
             f"evaluate: {saved.plan.label} cycle {saved.cycle}: {row['evaluation_tokens']:,} tokens in {row['seconds']:.1f} s, "
             f"{row['evaluation_tokens'] / row['seconds']:,.0f} tokens/s"
         )
         return row
+
+    def known(self, saved: Saved) -> dict[str, Any] | None:
+        """What was measured of these very weights with these settings before; None if it was not. Raises ValueError as `row`."""
+        path = saved.folder.evaluation(self.config.evaluate.tokens)
+        if not path.exists():
+            return None
+        try:
+            row = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it to have it measured again") from error
+        return row if row.items() >= self.identity(saved).items() else None
 
     def identity(self, saved: Saved) -> dict[str, Any]:
         """What a measurement is of."""
@@ -160,10 +197,21 @@ class Evaluation:
         evaluate, references, lm = self.config.evaluate, self.references(), self.lm
         began, tally, manifest = time.monotonic(), Tally(), self.dataset.manifest
         sae = MatryoshkaSAE.load(saved.folder.sae)[0].to(self.device)
-        for ids_NT, lengths_N in self.dataset.held_out("evaluation").first_tokens(evaluate.tokens).batches(evaluate.sequences_per_batch):
+        batches = list(self.dataset.held_out("evaluation").first_tokens(evaluate.tokens).batches(evaluate.sequences_per_batch))
+        said = began
+        for done, (ids_NT, lengths_N) in enumerate(batches, 1):
             tally_batch(
                 tally, sae, lm, ids_NT.to(self.device), lengths_N.to(self.device), manifest.scale, max_norm=manifest.max_norm
             )
+            now = time.monotonic()
+            # After the first batch, from which the rate is known, and then now and again.
+            if done < len(batches) and (done == 1 or now - said >= SAY_SECONDS):
+                said, share = now, done / len(batches)
+                left = (now - began) / share * (self.left - share)
+                self.say(
+                    f"evaluate: {saved.plan.label} cycle {saved.cycle}: {share:.0%}, {share * evaluate.tokens / (now - began):,.0f} tokens/s, "
+                    f"{duration(left)} left for {self.left} SAEs"
+                )
         metrics, _ = scores_of(tally, sae, references)
         return metrics | {"seconds": time.monotonic() - began, "device": self.device, "finished_at": time.time()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 
@@ -12,19 +11,21 @@ from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
 from dmsae_ray.address import cluster_address
+from dmsae_ray.causes import disk_trouble
 from dmsae_ray.cluster import check_fits_here, connect, disconnect
 from dmsae_ray.command import HarvestCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight
+from dmsae_ray.preflight import pinned, preflight
+from dmsae_ray.probe import check_nodes
 from dmsae_ray.screen import Screen
-from dmsae_ray.sweep import INTERRUPTED, interrupt
+from dmsae_ray.stop import INTERRUPTED, stoppable
 
 
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 something is bad (--verify), 2 bad input, 130 interrupted (the same command continues)."""
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         command = load(HarvestCommand, sys.argv[1:] if argv is None else argv)
         return run(Config(**command.sections()), command)
@@ -34,10 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(config: Config, command: HarvestCommand) -> int:
-    preflight(config)
+    preflight(config, print)
+    config = pinned(config)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "harvest", command.verbose) as say:
@@ -55,6 +62,8 @@ def run(config: Config, command: HarvestCommand) -> int:
                     capacity = connect(config, chains=0, verbose=command.verbose, say=say)
                 check_fits_here(config, chains=0)
                 try:
+                    if capacity is not None:
+                        check_nodes(config)
                     work = Harvest(config, say)
                     capacity = capacity or connect(config, chains=0, verbose=command.verbose, say=say)
                     datasets = work.run(capacity.harvest_actors)

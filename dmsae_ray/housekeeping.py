@@ -14,7 +14,7 @@ from dmsae_ray.activations.harvest import Identity
 from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.distill.plan import ChainPlan, plan_all
-from dmsae_ray.lock import OutputLock
+from dmsae_ray.lock import OutputLock, no_locks
 from dmsae_ray.ownership import FOLDERS, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.track.terminal import terminal_console
 
@@ -33,6 +33,8 @@ def driver_alive(home: Path) -> bool:
         return True
     except FileNotFoundError:
         pass
+    except OSError as error:
+        raise no_locks(home, error) from error
     return False
 
 

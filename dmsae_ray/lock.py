@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,16 @@ from dmsae_ray.ownership import mark
 
 class OutputBusy(RuntimeError):
     """Another driver works on this output folder."""
+
+
+def no_locks(home: Path, error: OSError) -> ValueError:
+    """What to say of a file system that refuses a lock otherwise than because another driver holds it."""
+    code = errno.errorcode.get(error.errno or 0, "")
+    return ValueError(
+        f"output folder {home}: its file system gives no lock ({error.strerror}, {code}), without which two drivers could write there. On NFS, "
+        "start the lock service (rpc.statd, or mount with NFS 4, or with local_lock=flock if only one machine runs drivers); or give "
+        "--output a folder on another file system"
+    )
 
 
 class OutputLock:
@@ -36,7 +47,10 @@ class OutputLock:
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                self._file.close()
+                raise no_locks(home, error) from error
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
@@ -44,10 +58,13 @@ class OutputLock:
                 f"output folder {home}: in use by another driver ({holder or 'unknown'}); wait for it, stop it, or give "
                 "--output another folder"
             ) from None
-        self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
-        self._file.flush()
         self.home = home
+        try:
+            self._file.truncate(0)
+            self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); free space there, or give --output another folder") from error
 
     def lease(self) -> Lease:
         """Raise the generation: workers of earlier drivers can no longer commit."""
@@ -56,6 +73,11 @@ class OutputLock:
             previous = int(path.read_text())
         except FileNotFoundError:
             previous = 0
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: holds no number ({error}), which tells workers of earlier drivers that they are superseded. If none of them is at "
+                "work any more, delete this file and run the same command again"
+            ) from error
         with replacing(path) as temporary:
             temporary.write_text(str(previous + 1))
         return Lease(path, previous + 1)

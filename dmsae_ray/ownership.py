@@ -38,7 +38,7 @@ FILES = {
         r"evaluation-\d+\.json|attribution|attribution/[0-9a-f]+-\d{5,}\.safetensors)"
     ),
     # What Ray Tune and Ray Train write there is theirs to name: below these, everything is.
-    "ray": rf"\.validate_storage_marker|(tune|{KEY}-\d+)(/.*)?",
+    "ray": rf"\.validate_storage_marker|(tune|{KEY}-\d+(-[0-9a-f]+)?)(/.*)?",
 }
 """What lies in a folder of the table above, by its name from there."""
 OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "generation", "probe.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
@@ -11,27 +12,44 @@ from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture
 from dmsae_ray.distill.plan import ChainPlan, check_twins
 from dmsae_ray.housekeeping import planned
-from dmsae_ray.lm.model import ModelInfo, layer_of, model_info
+from dmsae_ray.lm.model import ModelInfo, layer_of
+from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
 from dmsae_ray.ownership import refuse_strangers
 from dmsae_ray.sae import native
+from dmsae_ray.temporary import check_temporary_folder
+from dmsae_ray.stage_memory import check_memory
 
 MARGIN = 1.2
 """Margin on the disk estimate."""
 
 
-def preflight(config: Config) -> ModelInfo:
-    """Model, hook, corpus and disk, without loading weights. Raises ValueError."""
+def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> ModelInfo:
+    """Model, hook, corpus, GPU memory and disk, without loading weights. say: is told what is needed of a GPU. Raises ValueError."""
     refuse_strangers(config.home)
+    check_temporary_folder(config)
     check_urls(config)
-    check_mixture(config.corpus)
-    info = model_info(config.model.name, config.model.revision)
+    chat = check_mixture(config.corpus)
+    info = info_of(config.model)
+    if chat:
+        check_chat(config.model)
     for hook in config.hooks:
         layer_of(hook, info.name, info.n_layers)
     if config.model.context > info.max_context:
         raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
     check_stream(config, info.d)
+    if (needs := check_memory(config, info)) is not None:
+        say(needs)
     check_disk(config, info)
     return info
+
+
+def pinned(config: Config) -> Config:
+    """The configuration with the commit that a hub model's revision stands for now: every process of the run loads that one.
+
+    Raises ValueError if the hub has no such model or cannot be asked.
+    """
+    revision = pinned_revision(config.model.name, config.model.revision)
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
 
 
 def check_urls(config: Config) -> None:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 
 from rich.console import Group
 
+from dmsae_ray.causes import disk_trouble
 from dmsae_ray.command import ReportCommand, load
 from dmsae_ray.config import Config
-from dmsae_ray.distill.folder import Superseded
+from dmsae_ray.distill.folder import OutputUnseen, Superseded
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.preflight import preflight
+from dmsae_ray.preflight import pinned, preflight
 from dmsae_ray.results import has_core
 from dmsae_ray.screen import Screen
+from dmsae_ray.stop import INTERRUPTED, stoppable
 from dmsae_ray.study.comparison import compare_across
 from dmsae_ray.study.other import OtherSweep
-from dmsae_ray.sweep import INTERRUPTED, Finished, Sweep, interrupt
+from dmsae_ray.sweep import Finished, Sweep
 from dmsae_ray.track.terminal import across_tables, terminal_console, write_report
 
 
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some chains are not finished or a part of the results could not be made, 2 bad input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(load(ReportCommand, sys.argv[1:] if argv is None else argv))
-    except (ValueError, OutputBusy, Superseded) as error:
+    except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(command: ReportCommand) -> int:
@@ -38,6 +45,7 @@ def run(command: ReportCommand) -> int:
     config = Config(**command.sections())
     other = None if command.against is None else OtherSweep.open(command.against)
     preflight(config)
+    config = pinned(config)
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, "report", command.verbose) as say:

@@ -6,12 +6,20 @@ Ray writes from Python, from C++ and from threads of its own; only the file desc
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
+
+
+def show_anything() -> None:
+    """Standard output that cannot show a letter shows its number instead, and does not end the command with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Screen:
@@ -25,7 +33,7 @@ class Screen:
         self.path = home / "logs" / time.strftime(f"{command}-%Y%m%d-%H%M%S.log")
         self.verbose = verbose
         self.stream: TextIO = sys.stdout
-        self._log = open(self.path, "a")
+        self._log = open(self.path, "a", encoding="utf-8", errors="backslashreplace")
         self._saved: tuple[int, int] | None = None
         self._handler = _Say(self)
 
@@ -34,7 +42,9 @@ class Screen:
             sys.stdout.flush()
             sys.stderr.flush()
             self._saved = os.dup(1), os.dup(2)
-            self.stream = os.fdopen(os.dup(1), "w", buffering=1)
+            # As the terminal has it: what it cannot show (box lines, letters of a path) is replaced, never an error.
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            self.stream = os.fdopen(os.dup(1), "w", buffering=1, encoding=encoding, errors="backslashreplace")
             everything = os.open(self.path.with_suffix(".all"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(everything, 1)
             os.dup2(everything, 2)
@@ -53,13 +63,15 @@ class Screen:
             with contextlib.suppress(OSError):
                 self.stream.close()
             self.stream = sys.stdout
-        self._log.close()
+        with contextlib.suppress(OSError):
+            self._log.close()
 
     def __call__(self, line: str) -> None:
         with contextlib.suppress(OSError):  # a terminal that went away must not end a sweep
             print(line, file=self.stream, flush=True)
-        self._log.write(f"{time.strftime('%F %T')} {line}\n")
-        self._log.flush()
+        with contextlib.suppress(OSError):  # nor must a full disk: what fills it ends the command with words of its own
+            self._log.write(f"{time.strftime('%F %T')} {line}\n")
+            self._log.flush()
 
 
 class _Say(logging.Handler):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import shlex
-import signal
 import sys
 import threading
 from dataclasses import dataclass, replace
@@ -20,32 +19,33 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.address import cluster_address
+from dmsae_ray.causes import disk_trouble
 from dmsae_ray.cluster import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.evaluate import references_path
-from dmsae_ray.distill.folder import Lease, Superseded
+from dmsae_ray.distill.folder import Lease, OutputUnseen, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.ownership import scratch
-from dmsae_ray.preflight import check_needs, preflight, without_kernels
+from dmsae_ray.preflight import check_needs, pinned, preflight, without_kernels
+from dmsae_ray.probe import check_nodes
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
 from dmsae_ray.secret_url import SecretUrl
+from dmsae_ray.stop import INTERRUPTED, stoppable
 from dmsae_ray.track.chain_runs import TrackedChain
 from dmsae_ray.track.mlflow_sync import MlflowTracker, NotTracked
 from dmsae_ray.track.progress import LiveLines, ProgressBoard
 from dmsae_ray.track.run_store import RunStore, TrackingError
 from dmsae_ray.track.terminal import terminal_console
 
-INTERRUPTED = 130
 
-
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command continues)."""
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         config = load(SweepCommand, sys.argv[1:] if argv is None else argv)
         if config.status:
@@ -53,18 +53,24 @@ def main(argv: list[str] | None = None) -> int:
         if config.clean:
             return clean(config, dry_run=config.dry_run)
         return run(config)
-    except (ValueError, OutputBusy, Superseded) as error:
+    except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues where this one stopped", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (line := disk_trouble(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = Config(**command.sections()), command.verbose
-    preflight(config)
+    preflight(config, print)
+    config = pinned(config)
     chains = check_needs(config)
     lacking = without_kernels(config)
     lock = OutputLock(config.home)
@@ -192,6 +198,8 @@ class Sweep:
     def connect(self) -> Capacity:
         if self.capacity is None:
             self.capacity = connect(self.config, self.unfinished, self.verbose, self.say)
+            if not self.capacity.local:
+                check_nodes(self.config)
             c, most = self.capacity, self.config.cluster.lockstep
             in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
             held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
@@ -321,10 +329,6 @@ class Every:
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
-
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

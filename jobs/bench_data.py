@@ -222,7 +222,7 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         home = Path(folder)
         tokenizer = load_tokenizer(config.model.name)
-        sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, config.harvest.seed, home / "tokens")["train"]
+        sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, home / "tokens")["train"]
         harvest = config.harvest
         plans = plan_shards(sequences.rows, harvest.tokens, harvest.calibration_tokens, harvest.rows_per_shard, harvest.rows_per_group, 0)[1:]
         target = Target(config.model.hook, Store(home / "data"), {"dataset": "bench"})

@@ -7,9 +7,10 @@ Layout of its store: `manifest.json` (written last), `shards/train-00000.parquet
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from dmsae_ray.activations.shard import ShardEntry, group_bytes, inspect_shard, 
 from dmsae_ray.activations.store import Missing, Store
 from dmsae_ray.corpus.tokens import TokenSequences
 
+SHARD_FILE = r"shards/[\w-][\w.-]*\.parquet"
+"""What a manifest may name as a shard."""
 FORMAT_VERSION = 2
 FULL_CHECK_BYTES = 4 << 30
 """Up to this size every footer and checksum is verified when a sweep starts (a second); those of larger datasets as they are read."""
@@ -65,11 +68,20 @@ class Manifest:
     calibration sequences; None: all rows count"""
     outliers: dict | None = None
     """what rows of extreme norm come to, see outliers.py; None in manifests of before they were looked for"""
+    hub: dict = field(default_factory=dict)
+    """commit of each repository of the hub that was read"""
     format_version: int = FORMAT_VERSION
 
     @staticmethod
     def from_dict(tree: dict) -> Manifest:
-        return Manifest(**tree | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])})
+        """Raises ValueError for a name that is none of ours: as a path it could be any file, to be read, and deleted by a repair."""
+        manifest = Manifest(**tree | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])})
+        for entry in (*manifest.shards, manifest.calibration):
+            if not re.fullmatch(SHARD_FILE, str(entry.file)):
+                raise ValueError(f"it names {entry.file!r}, which is no shard of this dataset; that file was not touched")
+        if not re.fullmatch(r"[\w-]+", str(manifest.key)):
+            raise ValueError(f"its key {manifest.key!r} cannot name a folder")
+        return manifest
 
     @property
     def rows(self) -> int:
@@ -108,7 +120,7 @@ class ActivationDataset:
             )
         try:
             self.manifest = Manifest.from_dict(tree)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise DatasetError(f"{path}: not a manifest ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
 
     @classmethod
@@ -142,13 +154,7 @@ class ActivationDataset:
 
     def held_out(self, split: str) -> TokenSequences:
         """The token sequences of the attribution or evaluation split."""
-        name = f"tokens/{split}.safetensors"
-        if self.store.local:
-            return TokenSequences.load(self.store.local / name)
-        with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
-            path = Path(folder) / f"{split}.safetensors"
-            path.write_bytes(self.store.read(name))
-            return TokenSequences.load(path)
+        return read_held_out(self.store, split)
 
     def expect(self, asked: dict) -> None:
         """Check the fields that decided the bytes against those of a configuration.
@@ -218,6 +224,17 @@ class ActivationDataset:
             for entry in self.entries():
                 self.check_shard(entry, read=True)
         self.check_scale()
+
+
+def read_held_out(store: Store, split: str) -> TokenSequences:
+    """The token sequences of a held-out split beside a dataset's shards. Raises ValueError if they are missing or damaged."""
+    name = f"tokens/{split}.safetensors"
+    if store.local:
+        return TokenSequences.load(store.path(name))
+    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
+        path = Path(folder) / f"{split}.safetensors"
+        path.write_bytes(store.read(name))
+        return TokenSequences.load(path)
 
 
 def scale_of(rows_ND: torch.Tensor) -> float:

@@ -11,20 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
-from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, statistics_of
+from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, read_held_out, statistics_of
 from dmsae_ray.activations.maker import MAX_NORM, ShardMaker, Target
 from dmsae_ray.activations.outliers import outliers_of
-from dmsae_ray.activations.plan import ShardPlan, plan_shards
+from dmsae_ray.activations.plan import ShardPlan, plan_shards, rows_for_plan
 from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
-from dmsae_ray.activations.store import Store, StoreError
+from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.causes import causes
 from dmsae_ray.config import Config, fields_key
-from dmsae_ray.corpus.mixture import mixture_fingerprint
-from dmsae_ray.corpus.prepare import check_held_out, prepare_tokens
+from dmsae_ray.corpus.mixture import check_mixture, hub_commits, ignored, mixture_fingerprint
+from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
+from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.files import remove_leftovers
-from dmsae_ray.lm.model import load_tokenizer, model_info
+from dmsae_ray.lm.source import info_of, local_folder, tokenizer_of
 from dmsae_ray.ownership import ours_in
 
 SAY_SECONDS = 3.0
@@ -37,22 +39,29 @@ class Identity:
     """What names the datasets of a configuration; loads no weights."""
 
     def __init__(self, config: Config):
-        self.config, self.info = config, model_info(config.model.name, config.model.revision)
+        self.config, self.info = config, info_of(config.model)
         self.corpus = mixture_fingerprint(config.corpus)
+        self.chat_template = self.info.chat_template if check_mixture(config.corpus) else None
+        """stands for the tokenizer's template, where documents are chat messages"""
 
     def fields(self, hook: str) -> dict:
-        return self.config.dataset_fields(self.info.fingerprint, self.corpus, hook)
+        return self.config.dataset_fields(self.info.fingerprint, self.corpus, hook, self.chat_template)
 
     def key(self, hook: str) -> str:
         return fields_key(self.fields(hook))
 
     @property
     def tokens_key(self) -> str:
-        """Names the token sequences, which all hooks share."""
+        """Names the token sequences, which all hooks share. How many are wanted is no part of it: more of them begin with the same."""
         fields = self.fields("")
-        return fields_key({name: fields[name] for name in ("corpus", "corpus_fingerprint", "model_fingerprint")} | {
-            "context": fields["model"]["context"], "seed": fields["harvest"]["seed"],
+        return fields_key({name: fields[name] for name in ("format", "corpus", "corpus_fingerprint", "model_fingerprint")} | {
+            "context": fields["model"]["context"],
         })  # fmt: skip
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of the token sequences."""
+        return self.config.home / "tokens" / self.tokens_key
 
     def store(self, hook: str) -> Store:
         """Where a hook's dataset lies, or will."""
@@ -81,7 +90,12 @@ def _find(config: Config, identity: Identity, hook: str) -> ActivationDataset | 
     if not given and not needed <= store.sizes("shards").keys() | store.sizes("tokens").keys():
         return None
     dataset.verify()
-    check_held_out(config, {split: dataset.held_out(split) for split in HELD_OUT})
+    held_out = {split: dataset.held_out(split) for split in HELD_OUT}
+    wanted = held_out_tokens(config)
+    short = [split for split in HELD_OUT if held_out[split].tokens < wanted[split] and not held_out[split].ends]
+    if short and not given:
+        return None  # the corpus has more than was read of it; shards stay as they are
+    check_held_out(config, held_out)
     return dataset
 
 
@@ -94,12 +108,17 @@ class Harvest:
         if h.store is None:
             for folder in ours_in(config.home, "data"):
                 remove_leftovers(folder)  # nobody else writes there: this driver holds the folder
-        self.tokens = config.home / "tokens" / self.identity.tokens_key
-        tokenizer = load_tokenizer(config.model.name, config.model.revision)
-        sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, h.seed, self.tokens, say)
-        check_held_out(config, sequences)
+        self.tokens = self.identity.tokens
+        for line in ignored(config.corpus):
+            say(line)
         reserve = h.outlier_reserve if h.outlier_norm else 0.0
-        self.plans = plan_shards(sequences["train"].rows, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed, reserve)
+        rows = rows_for_plan(h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, config.model.context, reserve)
+        wanted = {"train": rows} | held_out_tokens(config)
+        sequences = prepare_tokens(config.corpus, tokenizer_of(config.model), config.model.context, self.tokens, wanted, say)
+        check_held_out(config, sequences)
+        # Not of longer sequences that another configuration left here: the same configuration is the same shards.
+        rows_N = sequences["train"].first_tokens(rows).rows
+        self.plans = plan_shards(rows_N, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed, reserve)
         self.targets = [Target(hook, self.identity.store(hook), self._about(hook)) for hook in config.hooks]
         self.entries = {target.hook: self._finished(target) for target in self.targets}
 
@@ -171,13 +190,20 @@ class Harvest:
         except ray.exceptions.RayError as error:
             raise _own(error) from error
 
+    def _commits(self) -> dict[str, str]:
+        """What the hub's repositories were read at, for people: names are after their content."""
+        model = self.config.model
+        return ({} if local_folder(model.name) else {model.name: model.revision or "main"}) | hub_commits(self.config.corpus)
+
     def _finish(self, target: Target) -> ActivationDataset:
         """Held-out tokens, statistics of the calibration rows and, last, the manifest."""
         entries, store, config = self.entries[target.hook], target.store, self.config
         training = [entries[plan.name] for plan in self.plans if plan.name != "calibration"]
         calibration = entries["calibration"]
         for split in HELD_OUT:
-            store.write(f"tokens/{split}.safetensors", (self.tokens / f"{split}.safetensors").read_bytes())
+            path = self.tokens / f"{split}.safetensors"
+            if TokenSequences.load(path).tokens > _tokens_in(store, split):  # a store may be shared with whoever asked for more
+                store.write(f"tokens/{split}.safetensors", path.read_bytes())
         if store.size("manifest.json") is not None:
             known = ActivationDataset(store)
             if known.manifest.shards != training or known.manifest.calibration != calibration:
@@ -193,13 +219,23 @@ class Harvest:
         manifest = Manifest(
             key=target.about["dataset"], model=config.model.name, model_fingerprint=self.identity.info.fingerprint,
             corpus_fingerprint=self.identity.corpus, hook=target.hook, d=d, dtype=config.harvest.dtype, context=config.model.context,
-            seed=config.harvest.seed, rows_per_group=config.harvest.rows_per_group, positions=reasons, shards=training,
+            seed=config.harvest.seed, rows_per_group=config.harvest.rows_per_group, positions=reasons, hub=self._commits(), shards=training,
             calibration=calibration, fields=self.identity.fields(target.hook), max_norm=inspect_shard(store, calibration.file)[1].get(MAX_NORM),
             **statistics_of(rows_ND),
         )  # fmt: skip
         parts = ActivationDataset.of(manifest, store).some_rows()
         replace(manifest, outliers=outliers_of(parts, manifest.norm_quantiles["0.5"]).to_dict()).save(store)
         return ActivationDataset(store)
+
+
+def _tokens_in(store: Store, split: str) -> int:
+    """Held-out tokens that a dataset already has. Raises StoreError if its place cannot be read."""
+    try:
+        return read_held_out(store, split).tokens
+    except ValueError as error:
+        if isinstance(error, StoreError) and not isinstance(error, Missing):
+            raise
+        return 0  # missing or damaged
 
 
 def _own(error: BaseException) -> BaseException:

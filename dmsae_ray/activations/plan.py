@@ -52,8 +52,7 @@ def plan_shards(
     """
     order = np.random.default_rng([seed, SEQUENCES]).permutation(len(rows_N))
     ends = np.cumsum(rows_N[order], dtype=np.int64)
-    whole = tokens - tokens % per_group
-    sizes = [calibration] + [min(per_shard, whole - done) for done in range(0, whole, per_shard)]
+    sizes = _sizes(tokens, calibration, per_shard, per_group)
     plans, first = [], 0
     for number, rows in enumerate(sizes):
         before = ends[first - 1] if first else 0
@@ -72,3 +71,14 @@ def plan_shards(
         plans[place] = replace(plan, spare=tuple(int(i) for i in order[first : last + 1]))
         first = last + 1
     return plans
+
+
+def rows_for_plan(tokens: int, calibration: int, per_shard: int, per_group: int, context: int, reserve: float = 0.0) -> int:
+    """Rows of sequences with which `plan_shards` surely succeeds: a shard takes whole sequences, so it leaves part of one over."""
+    return sum(int(np.ceil(rows * (1 + reserve))) + context for rows in _sizes(tokens, calibration, per_shard, per_group)) + context
+
+
+def _sizes(tokens: int, calibration: int, per_shard: int, per_group: int) -> list[int]:
+    """Rows of the calibration shard and of each training shard."""
+    whole = tokens - tokens % per_group
+    return [calibration] + [min(per_shard, whole - done) for done in range(0, whole, per_shard)]

@@ -62,8 +62,36 @@ class Store:
     def child(self, name: str) -> Store:
         """The folder of this name below this one."""
         if self.local:
-            return Store(self.local / name)
-        return Store(f"{self._base}/{name}" + (f"?{self._query}" if self._query else ""))
+            return Store(self.local / self._inside(name))
+        return Store(f"{self._key(self._base, name)}" + (f"?{self._query}" if self._query else ""))
+
+    def path(self, name: str) -> Path:
+        """A file of a local store. Every name is turned into a path here or in `_key`, since names come from manifests and records,
+        which others may have written. Raises StoreError if it leads out of the folder, by itself or by a link."""
+        assert self.local is not None
+        path = self.local / self._inside(name)
+        try:
+            inside = path.resolve().is_relative_to(self.local.resolve())
+        except (OSError, RuntimeError):  # links that lead in a circle
+            inside = False
+        if not inside:
+            raise self._outside(name, "by a link leads")
+        return path
+
+    def _key(self, prefix: str, name: str) -> str:
+        return f"{prefix}/{self._inside(name)}"
+
+    def _inside(self, name: str) -> str:
+        parts = name.split("/")
+        if not name or "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+            raise self._outside(name, "leads")
+        return name
+
+    def _outside(self, name: str, how: str) -> StoreError:
+        return StoreError(
+            f"{self}: {name!r} {how} out of this folder; it was neither read nor touched. Names of files are relative, without `..`: mend "
+            "what names it, or take the link away"
+        )
 
     def where(self, name: str) -> str:
         """A file's full name, for messages; options, name and password, and so secrets of the URL, are left out."""
@@ -73,35 +101,35 @@ class Store:
         """Bytes of a file, None if there is none. Raises StoreError if the server cannot be asked."""
         if self.local:
             try:
-                path = self.local / name
+                path = self.path(name)
                 return path.stat().st_size if path.is_file() else None
             except FileNotFoundError:
                 return None
             except OSError as error:
                 raise self._refused(name, error) from error
         system, prefix = self._remote()
-        info = self._again(name, lambda: system.get_file_info(f"{prefix}/{name}"))
+        info = self._again(name, lambda: system.get_file_info(self._key(prefix, name)))
         return info.size if info.type == fs.FileType.File else None
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of the files directly in a folder, by name; empty if there is no such folder. One request, however many files."""
         if self.local:
             try:
-                with os.scandir(self.local / folder) as found:
+                with os.scandir(self.path(folder)) as found:
                     return {f"{folder}/{file.name}": file.stat().st_size for file in found if file.is_file()}
             except FileNotFoundError:
                 return {}
             except OSError as error:
                 raise self._refused(folder, error) from error
         system, prefix = self._remote()
-        infos = self._again(folder, lambda: system.get_file_info(fs.FileSelector(f"{prefix}/{folder}", allow_not_found=True)))
+        infos = self._again(folder, lambda: system.get_file_info(fs.FileSelector(self._key(prefix, folder), allow_not_found=True)))
         return {f"{folder}/{info.base_name}": info.size for info in infos if info.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises Missing or StoreError."""
         if self.local:
             try:
-                return (self.local / name).read_bytes()
+                return self.path(name).read_bytes()
             except OSError as error:
                 raise self._refused(name, error) from error
         return self._again(name, lambda: self._read_remote(name, None))
@@ -114,7 +142,7 @@ class Store:
         if self.local is None:
             return pa.py_buffer(self._again(name, lambda: self._read_remote(name, (offset, length))))
         try:
-            with open(self.local / name, "rb") as file:
+            with open(self.path(name), "rb") as file:
                 # Touching a map beyond the file's end would kill the process.
                 length = max(0, min(length, os.fstat(file.fileno()).st_size - offset))
                 if not length:
@@ -129,7 +157,7 @@ class Store:
     def write(self, name: str, content: bytes | memoryview | pa.Buffer) -> None:
         """Raises StoreError, in words of its own if the disk is full."""
         if self.local:
-            path = self.local / name
+            path = self.path(name)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
@@ -141,7 +169,7 @@ class Store:
 
         def send() -> None:
             # An object appears when its upload ends: a writer that dies leaves none.
-            with system.open_output_stream(f"{prefix}/{name}") as stream:
+            with system.open_output_stream(self._key(prefix, name)) as stream:
                 stream.write(content)
 
         self._again(name, send)
@@ -152,12 +180,12 @@ class Store:
         """Deleting what is not there is nothing. Raises StoreError."""
         if self.local:
             try:
-                (self.local / name).unlink(missing_ok=True)
+                self.path(name).unlink(missing_ok=True)
             except OSError as error:
                 raise self._refused(name, error) from error
         elif self.size(name) is not None:
             system, prefix = self._remote()
-            self._again(name, lambda: system.delete_file(f"{prefix}/{name}"))
+            self._again(name, lambda: system.delete_file(self._key(prefix, name)))
 
     # -- remote --------------------------------------------------------------------------------------------------------
 
@@ -171,7 +199,7 @@ class Store:
 
     def _read_remote(self, name: str, part: tuple[int, int] | None) -> bytes:
         system, prefix = self._remote()
-        with system.open_input_file(f"{prefix}/{name}") as file:
+        with system.open_input_file(self._key(prefix, name)) as file:
             return file.read() if part is None else file.read_at(part[1], part[0])
 
     def _again(self, name: str, act: Callable[[], T]) -> T:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmsae_ray.corpus.hub import hub_commit, hub_rows
+from dmsae_ray.corpus.chat import FIELDS, messages_of, plain
+from dmsae_ray.corpus.hub import hub_commit, hub_content, hub_rows
+from dmsae_ray.corpus.local_files import PACKED, SUFFIXES, TEXT, file_hash, is_saved, local_files, suffix_of
+from dmsae_ray.corpus.pieces import BOOK, PIECE, pieces_of
+from dmsae_ray.corpus.rows import decoded, file_rows, saved_rows, value_of
 from dmsae_ray.place import has_form_of_hub_id
 from dmsae_ray.secret_url import masked
 
 EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-READ_ROWS = 256  # Parquet rows in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,24 @@ class Document:
     name: str
     """where it came from, for messages"""
     text: str
+    messages: list[dict[str, str]] | None = None
+    """chat messages, of which the tokenizer's chat template makes the text; `text` is then their JSON"""
+    whole: str | None = None
+    """the text that decides the split, where it is not this one: that of the document that this is a piece of"""
+    replaced: int = 0
+    """characters of it that are no text (halves of a pair, as JSON may have them alone), U+FFFD in their place"""
 
 
-def load_documents(source: str, text_field: str = "text", revision: str | None = None) -> Iterator[Document]:
+def load_documents(
+    source: str, text_field: str = "text", revision: str | None = None, piece_characters: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of a source in a fixed order; texts that are empty or null are left out.
 
-    source: "embedded" (shipped with the package) | a .txt file (one document), .jsonl or .parquet file (a document per
-    row), a folder (searched recursively) or a glob of them | a hub data set, `owner/name` or `owner/name:configuration`,
-    of which the `train` split is streamed at `revision`.
+    source: "embedded" (shipped with the package) | a text file (one document) or a file of rows, see local_files.py | a folder
+    (searched recursively), a glob of them, or a folder of save_to_disk | a hub data set, `owner/name` or
+    `owner/name:configuration`, of which the `train` split is streamed at `revision`.
+    piece_characters: longer documents are cut into pieces of at most so many, each with a split of its own; None: only text files
+    longer than BOOK, into pieces of PIECE.
 
     Raises ValueError naming the file, line and field for whatever cannot be read, and if there is no text at all.
     """
@@ -43,140 +54,131 @@ def load_documents(source: str, text_field: str = "text", revision: str | None =
         for row in pq.read_table(EMBEDDED).to_pylist():
             yield Document(row["name"], row["text"])
         return
-    if is_hub(source):
-        rows = ((where, _text_of(where, row, text_field)) for where, row in hub_rows(source, revision))
-    else:
-        rows = _local_rows(source, text_field)
     count = 0
-    for name, text in rows:
-        if text is None or not text.strip():
+    chat = text_field in FIELDS if is_hub(source) else None
+    for name, value, is_text_file in _rows(source, text_field, revision):
+        document = document_of(name, value, text_field)
+        if document is None:
             continue
+        chat = document.messages is not None if chat is None else chat
+        if chat != (document.messages is not None):
+            raise ValueError(
+                f"{name}: field {text_field!r} holds {'text where chat messages' if chat else 'chat messages where text'} stood before, or was "
+                f"expected (in a hub data set they are read from a field called {', '.join(FIELDS)}); make it one of the two"
+            )
         count += 1
-        yield Document(name, text)
+        limit = piece_characters or (PIECE if is_text_file and len(document.text) > BOOK else None)
+        if limit is None or len(document.text) <= limit or chat:
+            yield document
+            continue
+        for number, text in enumerate(pieces_of(document.text, limit)):
+            if text.strip():
+                yield Document(f"{name} piece {number}", text, replaced=text.count("\ufffd") if document.replaced else 0)
     if not count:
         raise ValueError(f"corpus.source {masked(source)}: no document has any text in it; give a source with text")
 
 
-def check_source(source: str, text_field: str) -> None:
-    """Find out cheaply whether a source can be read: paths, formats and the field's presence in each first row.
+def embedded_sample() -> Iterator[Document]:
+    """The embedded corpus in pieces, in a fixed random order, so that the first of them are a sample of it all.
 
-    A hub data set is checked by its id only; no network is used. Raises ValueError like `load_documents`.
+    It is sorted by name, and its documents are long: its first ones would be a few chapters about one thing. A piece belongs to the
+    split of its whole document, on which the tiny model was, or was not, trained.
     """
-    if source == "embedded" or is_hub(source):
-        return
-    for path in local_files(source):
-        if path.stat().st_size == 0:
+    pieces = [
+        Document(f"{document.name} piece {number}", text, whole=document.text)
+        for document in load_documents("embedded") for number, text in enumerate(pieces_of(document.text, 2 * PIECE))
+    ]  # fmt: skip
+    yield from sorted(pieces, key=lambda piece: hashlib.sha256(f"order {piece.name}".encode()).digest())
+
+
+def document_of(name: str, value: Any, text_field: str) -> Document | None:
+    """The document that a row's value is; None if it is empty or null. Raises ValueError naming the place if it is neither text nor chat."""
+    messages = None
+    if isinstance(value, bytes):
+        value = decoded(name, value)
+    if isinstance(value, list | tuple):
+        messages = messages_of(name, value)
+        value = plain(messages) if messages else None
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}: field {text_field!r} holds {type(value).__name__}, not text; set corpus.text_field")
+    if value is None or not value.strip():
+        return None
+    text = value if _is_text(value) else _clean(value)
+    replaced = 0 if text is value else sum(a != b for a, b in zip(value, text))
+    if replaced and messages:
+        messages = [{key: _clean(part) for key, part in message.items()} for message in messages]
+    return Document(name, text, messages, replaced=replaced)
+
+
+def check_source(source: str, text_field: str, revision: str | None = None) -> bool:
+    """Find out cheaply whether a source can be read: paths, formats and the field's presence in each first row; of a hub data set,
+    whether the hub has it. Returns whether it holds chat messages. Raises ValueError like `load_documents`.
+    """
+    if source == "embedded":
+        return False
+    if is_hub(source):
+        hub_content(source, revision)
+        return text_field in FIELDS
+    return _first_rows(source, text_field, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(source)))
+
+
+@lru_cache(maxsize=64)
+def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, int, int], ...]) -> bool:
+    """Whether the first document that a first row holds is chat messages; looked at once while the files stay the same."""
+    path = Path(source)
+    starts = [saved_rows(path, text_field)] if is_saved(path) else [file_rows(path, text_field) for path, _, _ in files if suffix_of(path) not in TEXT]
+    firsts = [document_of(*first, text_field) for rows in starts if (first := next(rows, None)) is not None]
+    for path, size, _ in files:
+        if size == 0:
             raise ValueError(f"{path}: the file is empty; remove it or give another corpus.source")
-        if path.suffix == ".parquet":
-            _open_parquet(path, text_field)
-        elif path.suffix == ".jsonl":
-            next(_jsonl_rows(path, text_field), None)
+    documents = [first for first in firsts if first is not None]
+    return bool(documents) and documents[0].messages is not None
 
 
 def corpus_fingerprint(source: str, text_field: str = "text", revision: str | None = None) -> str:
-    """A hash of what decides the documents: the files' bytes, or a hub data set's id and commit.
+    """A hash of what decides the documents: the files' bytes, or what the hub says about those of a data set.
 
-    Raises ValueError if a file is missing or the hub cannot say which commit `revision` is.
+    Raises ValueError if a file is missing, or the hub has no such data set or cannot be asked.
     """
     digest = hashlib.sha256()
     if source != "embedded":
         digest.update(f"field {text_field}\n".encode())
     if source != "embedded" and is_hub(source):
-        digest.update(f"hub {source} {hub_commit(source, revision)}".encode())
+        digest.update(f"hub {source} {hub_content(source, revision)}".encode())
         return digest.hexdigest()
     for path in [EMBEDDED] if source == "embedded" else local_files(source):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
 def is_hub(source: str) -> bool:
     """Whether a source names a hub data set: it has the form of one. The configuration has made what is local absolute."""
-    return has_form_of_hub_id(source) and not source.endswith(SUFFIXES)
+    return has_form_of_hub_id(source) and not source.lower().endswith((*SUFFIXES, *PACKED))
 
 
-def local_files(source: str) -> list[Path]:
-    """The files of a local source, sorted by path. Raises ValueError if there are none that can be read."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not found:
-            raise ValueError(f"corpus.source {masked(source)}: the folder holds no {', '.join(SUFFIXES)} file")
-        return found
-    found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-    if not found:
-        raise ValueError(
-            f"corpus.source {masked(source)}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to "
-            f"{', '.join(SUFFIXES)} files, or a hub data set id such as owner/name"
-        )
-    for p in found:
-        if p.suffix not in SUFFIXES:
-            raise ValueError(f"{p}: cannot read {p.suffix or 'files without a suffix'} as text; corpus.source takes {', '.join(SUFFIXES)}")
-    return found
+def _rows(source: str, text_field: str, revision: str | None) -> Iterator[tuple[str, Any, bool]]:
+    """(place, value, whether it is a whole text file)."""
+    path = Path(source)
+    if is_hub(source):
+        for where, row in hub_rows(source, hub_commit(source, revision)):
+            yield where, value_of(where, row, text_field), False
+    elif is_saved(path):
+        for where, value in saved_rows(path, text_field):
+            yield where, value, False
+    else:
+        for file in local_files(source):
+            for where, value in file_rows(file, text_field):
+                yield where, value, suffix_of(file) in TEXT
 
 
-def _local_rows(source: str, text_field: str) -> Iterator[tuple[str, str | None]]:
-    for path in local_files(source):
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path}: the file is empty; remove it or give another corpus.source")
-        if path.suffix == ".txt":
-            yield str(path), _decode(path, path.read_bytes())
-        elif path.suffix == ".jsonl":
-            yield from _jsonl_rows(path, text_field)
-        else:
-            yield from _parquet_rows(path, text_field)
-
-
-def _decode(where: Path | str, raw: bytes) -> str:
+def _is_text(value: str) -> bool:
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _text_of(where: str, row: object, text_field: str) -> str | None:
-    """The text of one row. Raises ValueError naming the field."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with the field {text_field!r}, got {type(row).__name__}")
-    if text_field not in row:
-        fields = ", ".join(sorted(row)) or "none"
-        raise ValueError(f"{where}: no field {text_field!r} (corpus.text_field); its fields are: {fields}")
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} holds {type(text).__name__}, not text; set corpus.text_field")
-    return text
-
-
-def _jsonl_rows(path: Path, text_field: str) -> Iterator[tuple[str, str | None]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path} line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decode(where, line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg}); .jsonl has one object per line") from error
-            yield where, _text_of(where, row, text_field)
-
-
-def _open_parquet(path: Path, text_field: str) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-    if text_field not in file.schema_arrow.names:
-        fields = ", ".join(sorted(file.schema_arrow.names)) or "none"
-        raise ValueError(f"{path}: no field {text_field!r} (corpus.text_field); its fields are: {fields}")
-    kind = file.schema_arrow.field(text_field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise ValueError(f"{path}: field {text_field!r} holds {kind}, not text; set corpus.text_field")
-    return file
-
-
-def _parquet_rows(path: Path, text_field: str) -> Iterator[tuple[str, str | None]]:
-    number = 0
-    for batch in _open_parquet(path, text_field).iter_batches(READ_ROWS, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            yield f"{path} row {number}", text
-            number += 1
+def _clean(text: str) -> str:
+    """Halves of surrogate pairs, which no UTF-8 has, become U+FFFD."""
+    return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)

@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 
+from dmsae_ray.corpus.chat import rendered
 from dmsae_ray.corpus.documents import Document
 
 ENCODE_DOCUMENTS = 64
@@ -18,21 +19,28 @@ ENCODE_DOCUMENTS = 64
 class EncodedDocument:
     """A document and its tokens."""
 
-    text: str
+    document: Document
     ids: np.ndarray
-    """int32 [n], no special tokens"""
+    """int32 [n], no special tokens, except those that the chat template puts between messages"""
+
+    @property
+    def text(self) -> str:
+        return self.document.text
 
 
 def encode(documents: Iterable[Document], tokenizer) -> Iterator[EncodedDocument]:
     """Yield documents with their tokens, in order; reads at most ENCODE_DOCUMENTS ahead of what it has yielded.
 
-    tokenizer: a transformers tokenizer. A special token's name in a text is text, never that token.
+    tokenizer: a transformers tokenizer. A special token's name in a text is text, never that token. Chat messages are what the
+    tokenizer's chat template makes of them, whose special tokens are meant; only a BOS at its start is left out, since every
+    sequence begins with one. Raises ValueError naming a document whose messages the template refuses.
     """
     stream = iter(documents)
-    while texts := [document.text for document in islice(stream, ENCODE_DOCUMENTS)]:
+    while some := list(islice(stream, ENCODE_DOCUMENTS)):
+        chat = some[0].messages is not None  # as all documents of a source
+        texts = [rendered(document.name, document.messages, tokenizer) if chat else document.text for document in some]
         # verbose=False: documents are longer than the model's context, and are cut into sequences later.
-        encoded = tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )
-        for text, ids in zip(texts, encoded["input_ids"]):
-            yield EncodedDocument(text, np.array(ids, dtype=np.int32))
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=not chat, return_attention_mask=False, verbose=False)
+        for document, ids in zip(some, encoded["input_ids"]):
+            start = 1 if chat and ids[:1] == [tokenizer.bos_token_id] else 0
+            yield EncodedDocument(document, np.array(ids[start:], dtype=np.int32))

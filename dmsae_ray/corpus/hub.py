@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import gc
-import re
+import hashlib
 from collections.abc import Iterator
 
-from dmsae_ray.secret_url import masked, scrub
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
+from dmsae_ray.corpus.local_files import ABOUT
+from dmsae_ray.hub import Repository, is_commit, repository
 
 
 def hub_commit(source: str, revision: str | None) -> str:
-    """The commit a hub data set's revision stands for. Raises ValueError if the hub does not say."""
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # its HTTP library's base class: no connection is not an OSError there
+    """The commit a hub data set's revision stands for, the same one all through a run. Raises ValueError if the hub does not say."""
+    return revision if is_commit(revision) else _repository(source, revision).commit
 
-    try:
-        return HfApi().dataset_info(source.partition(":")[0], revision=revision).sha
-    except (HTTPError, OSError) as error:
-        raise ValueError(_message(source, revision, error)) from error
+
+def hub_content(source: str, revision: str | None) -> str:
+    """What stands for a hub data set's documents: its files, README and the like left out; or the commit, where one is given in full,
+    for which nobody is asked. Raises ValueError if the hub does not say.
+    """
+    if is_commit(revision):
+        return revision
+    found = _repository(source, revision)
+    files = [f"{name} {blob}\n" for name, blob in found.files if not ABOUT.fullmatch(name.rpartition("/")[2]) and not name.startswith(".")]
+    return hashlib.sha256("".join([*files, found.configs]).encode()).hexdigest()
+
+
+def _repository(source: str, revision: str | None) -> Repository:
+    return repository("dataset", source.partition(":")[0], revision, "corpus.source")
 
 
 def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
@@ -30,10 +36,10 @@ def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
-    repository, _, configuration = source.partition(":")
+    name, _, configuration = source.partition(":")
     number = 0
     try:
-        for row in load_dataset(repository, configuration or None, split="train", streaming=True, revision=revision):
+        for row in load_dataset(name, configuration or None, split="train", streaming=True, revision=revision):
             yield f"{source} row {number}", row
             number += 1
     # ValueError: what the builders raise for a file that is not what its name says (pyarrow's errors are ValueErrors).
@@ -46,10 +52,10 @@ def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
 
 
 def _message(source: str, revision: str | None, error: Exception, after: int = 0) -> str:
-    reason = scrub(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}")
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     if after:
-        return f"corpus.source {masked(source)}: the hub data set broke off after {after} rows ({reason}); try again, or use fewer corpus.documents"
+        return f"corpus.source {source}: the hub data set broke off after {after} rows ({reason}); try again, or use fewer corpus.documents"
     return (
-        f"corpus.source {masked(source)}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
+        f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
         f"({reason}); check the name, the network and the hub token, or give the full commit as corpus.revision"
     )

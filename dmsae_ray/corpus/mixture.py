@@ -13,20 +13,46 @@ from itertools import islice
 from typing import TypeVar
 
 from dmsae_ray.config import CorpusConfig
-from dmsae_ray.corpus.documents import Document, check_source, corpus_fingerprint, load_documents
+from dmsae_ray.corpus.documents import Document, check_source, corpus_fingerprint, embedded_sample, is_hub, load_documents
+from dmsae_ray.corpus.hub import hub_commit
+from dmsae_ray.corpus.local_files import ignored_files
 
 T = TypeVar("T")
 
 
-def check_mixture(corpus: CorpusConfig) -> None:
-    """`check_source` for every part. Raises ValueError, which for a mixture names the part."""
+NAMED = 20
+"""Ignored files that are named; of more, the number is given."""
+
+
+def check_mixture(corpus: CorpusConfig) -> bool:
+    """`check_source` for every part. Returns whether any holds chat messages. Raises ValueError, which for a mixture names the part."""
+    chat = False
     for number, part in enumerate(corpus.parts):
         try:
-            check_source(part.source.reveal(), part.text_field)
+            chat |= check_source(part.source.reveal(), part.text_field, part.revision)
         except ValueError as error:
             if not corpus.mixture:
                 raise
             raise ValueError(f"corpus.mixture.{number}: {error}") from error
+    return chat
+
+
+def ignored(corpus: CorpusConfig) -> list[str]:
+    """A line for each part in whose folder files lie that are not read; names them."""
+    lines = []
+    for part in corpus.parts:
+        source = part.source.reveal()
+        if source == "embedded" or is_hub(source) or not (files := ignored_files(source)):
+            continue
+        names = ", ".join(str(path) for path in files[:NAMED]) + (f" and {len(files) - NAMED:,} more" if len(files) > NAMED else "")
+        lines.append(f"corpus: {len(files):,} not read, no texts by their names (README, LICENSE and hidden files are left out): {names}")
+    return lines
+
+
+def hub_commits(corpus: CorpusConfig) -> dict[str, str]:
+    """The commits of the hub data sets among the parts, by source."""
+    hubs = {part.source.reveal(): part for part in corpus.parts if part.source != "embedded" and is_hub(part.source.reveal())}
+    return {source: hub_commit(source, part.revision) for source, part in hubs.items()}
 
 
 def mixture_fingerprint(corpus: CorpusConfig) -> str:
@@ -44,7 +70,13 @@ def mixture_fingerprint(corpus: CorpusConfig) -> str:
 
 def load_parts(corpus: CorpusConfig) -> list[Iterator[Document]]:
     """One stream of documents for each part, none longer than `corpus.documents`. They raise like `load_documents`."""
-    return [islice(load_documents(part.source.reveal(), part.text_field, part.revision), corpus.documents) for part in corpus.parts]
+    return [
+        islice(
+            embedded_sample() if part.source == "embedded"
+            else load_documents(part.source.reveal(), part.text_field, part.revision, corpus.piece_characters),
+            corpus.documents,
+        ) for part in corpus.parts
+    ]  # fmt: skip
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:

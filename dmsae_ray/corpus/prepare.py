@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -13,50 +13,55 @@ from pathlib import Path
 import numpy as np
 
 from dmsae_ray.config import Config, CorpusConfig
-from dmsae_ray.corpus.encode import encode
+from dmsae_ray.corpus.documents import Document
+from dmsae_ray.corpus.encode import EncodedDocument, encode
 from dmsae_ray.corpus.mixture import interleave, load_parts, whole_weights
 from dmsae_ray.corpus.packing import PACKINGS
 from dmsae_ray.corpus.split import HELD_OUT, SPLITS, split_of
-from dmsae_ray.corpus.token_file import MANY, TokenFileWriter, read_metadata
+from dmsae_ray.corpus.token_file import MANY, TokenFileWriter
 from dmsae_ray.corpus.tokens import TokenSequences, pad_id_of
-from dmsae_ray.files import remove_leftovers, temporary_name
+from dmsae_ray.files import remove_leftovers
 
 SEQUENCES = 201
 """Purpose of a random draw: the order of sequences."""
 SAY_SECONDS = 10.0
-COPIED = 1024
-"""Sequences in memory while a split is put in order."""
 
 
 def prepare_tokens(
-    corpus: CorpusConfig, tokenizer, context: int, seed: int, folder: Path, say: Callable[[str], None] = lambda line: None
-) -> dict[str, TokenSequences]:
-    """The three splits as token sequences, mapped from disk; made there if any of them is missing or damaged.
+    corpus: CorpusConfig, tokenizer, context: int, folder: Path, wanted: Mapping[str, int] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, TokenSequences]:  # fmt: skip
+    """The splits as token sequences in the corpus's order, mapped from disk; made there if missing, damaged or too short.
 
-    folder: named by its caller after all that decides the tokens; whatever sound files lie there are taken for them.
-    tokenizer: a transformers tokenizer with a BOS token. Training sequences are in the corpus's order. Attribution and
-    evaluation sequences are in a seeded order, so that any first part of them is a sample. A file's metadata say how many
-    documents and tokens each part of the corpus gave to that split. `say` gets a line of progress every SAY_SECONDS.
+    folder: named by its caller after all that decides the tokens but `wanted`; whatever sound files lie there are taken for them.
+    wanted: split -> tokens: only these splits are made, each of the first documents that give it so many, and no document is read after
+    the last that is needed; None: all splits, of the whole corpus. A longer split begins with a shorter one, so that what was computed
+    on the first tokens stays what it was.
+    tokenizer: a transformers tokenizer with a BOS token. A file's metadata say how many documents and tokens each part of the corpus
+    gave to that split, and whether the corpus has no more. `say` gets a line of progress every SAY_SECONDS.
 
     Raises ValueError if the corpus cannot be read, a split is empty, the tokenizer has no BOS or the disk is full.
     """
-    paths = {split: folder / f"{split}.safetensors" for split in SPLITS}
-    if not _sound(paths, say):
+    wanted = dict.fromkeys(SPLITS, MANY) if wanted is None else wanted
+    paths = {split: folder / f"{split}.safetensors" for split in wanted}
+    lacking = {split: wanted[split] for split, path in paths.items() if not _enough(path, wanted[split], say)}
+    if lacking:
         if tokenizer.bos_token_id is None:
-            raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every sequence; use another model")
+            raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every sequence; set model.bos_token")
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        # Named like leftovers, which they are as soon as the shuffled files exist.
-        in_order = {split: path if split == "train" else temporary_name(path) for split, path in paths.items()}
         try:
-            _write(corpus, tokenizer, context, in_order, say)
-            for split in HELD_OUT:
-                _shuffle(in_order[split], paths[split], seed)
+            _write(corpus, tokenizer, context, {split: paths[split] for split in lacking}, lacking, say)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ValueError(f"{folder}: {error.strerror}; free space there, or give --output a larger disk, and run the same command again") from error
     return {split: TokenSequences.load(path) for split, path in paths.items()}
+
+
+def held_out_tokens(config: Config) -> dict[str, int]:
+    """Tokens of each held-out split that something in a configuration looks at."""
+    return {"attribution": config.attribution.tokens, "evaluation": max(config.evaluate.tokens, config.features.tokens)}
 
 
 def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None:
@@ -69,65 +74,103 @@ def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None
             raise ValueError(f"{field} {wanted}: the corpus's {split} split has only {have}; ask for fewer or raise corpus.{split}_share")
 
 
-def _sound(paths: dict[str, Path], say: Callable[[str], None]) -> bool:
-    """Whether all splits are there, complete and in the present format."""
-    if not all(path.exists() for path in paths.values()):
+def _enough(path: Path, wanted: int, say: Callable[[str], None]) -> bool:
+    """Whether a split is there, complete, in the present format, and as long as it has to be or can be."""
+    if not path.exists():
         return False
     try:
-        for path in paths.values():
-            TokenSequences.load(path)
+        sequences = TokenSequences.load(path)
     except ValueError as error:
         say(f"tokens: {error}; making it again")
         return False
-    return True
+    return sequences.tokens >= wanted or sequences.ends
 
 
-def _write(corpus: CorpusConfig, tokenizer, context: int, paths: dict[str, Path], say: Callable[[str], None]) -> None:
-    """All splits in the corpus's order."""
-    packers = {split: PACKINGS[corpus.packing](context, tokenizer.bos_token_id, pad_id_of(tokenizer)) for split in SPLITS}
-    kept, shortest = packers["train"].kept, packers["train"].shortest
-    streams = [encode(documents, tokenizer) for documents in load_parts(corpus)]
+class _Tally:
+    """What documents gave, and which splits have yet to be filled."""
+
+    def __init__(self, corpus: CorpusConfig, wanted: Mapping[str, int]):
+        self.corpus, self.lacking = corpus, dict(wanted)
+        self.given = {split: np.zeros((len(corpus.parts), 2), dtype=np.int64) for split in SPLITS}
+        """documents and tokens of each part, int64 [parts, 2]"""
+        self.documents = self.replaced = 0
+
+    def split(self, document: Document) -> str:
+        whole = document.text if document.whole is None else document.whole
+        return split_of(whole, self.corpus.attribution_share, self.corpus.evaluation_share)
+
+    def needed(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """Documents of splits that are not yet full: others are not worth a tokenizer's time."""
+        for document in documents:
+            self.documents += 1
+            if self.split(document) in self.lacking:
+                yield document
+            elif not self.lacking:
+                return
+
+
+def _write(
+    corpus: CorpusConfig, tokenizer, context: int, paths: dict[str, Path], wanted: Mapping[str, int], say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """These splits, each of as many documents as it needs."""
+    packers = {split: PACKINGS[corpus.packing](context, tokenizer.bos_token_id, pad_id_of(tokenizer)) for split in paths}
+    kept, shortest = next(iter(packers.values())).kept, next(iter(packers.values())).shortest
+    tally, rows = _Tally(corpus, wanted), dict.fromkeys(paths, 0)
+    # The order of a mixture counts every document's tokens, so there nothing can be passed over.
+    parts = [documents if corpus.mixture else tally.needed(documents) for documents in load_parts(corpus)]
     weights = whole_weights([part.weight for part in corpus.parts])
-    documents = islice(interleave(streams, weights, lambda document: kept(len(document.ids))), corpus.documents)
-    given = {split: np.zeros((len(weights), 2), dtype=np.int64) for split in SPLITS}  # documents and tokens of each part
-    largest = _metadata(corpus, "attribution", np.full_like(given["train"], MANY))
+    documents = islice(interleave([encode(part, tokenizer) for part in parts], weights, lambda document: kept(len(document.ids))), corpus.documents)
+    largest = _metadata(corpus, "attribution", np.full_like(tally.given["train"], MANY), ends=False)
     with ExitStack() as stack:
         files = {split: stack.enter_context(TokenFileWriter(path, context, largest)) for split, path in paths.items()}
         start = said = time.monotonic()
         for part, document in documents:
-            split = split_of(document.text, corpus.attribution_share, corpus.evaluation_share)
-            packers[split].add(document.ids).append_to(files[split])
-            given[split][part] += 1, kept(len(document.ids))
+            split = tally.split(document.document)
+            tally.documents += bool(corpus.mixture)  # else counted where they are passed over
+            if split not in tally.lacking:
+                continue
+            sequences = packers[split].add(document.ids)
+            sequences.append_to(files[split])
+            rows[split] += sequences.tokens
+            tally.given[split][part] += 1, kept(len(document.ids))
+            tally.replaced += _note(document, tally.replaced, say)
             if (now := time.monotonic()) - said >= SAY_SECONDS:
                 said = now
-                count, tokens = sum(given.values()).sum(axis=0).tolist()
+                count, tokens = sum(tally.given.values()).sum(axis=0).tolist()
                 say(f"tokens: {count:,} documents, {tokens:,} tokens, {tokens / (now - start):,.0f} tokens/s")
+            if rows[split] >= wanted[split]:
+                del tally.lacking[split]
+                if not tally.lacking:
+                    break
+        for split in tally.lacking:  # the corpus ended: what is left of its last document
+            packers[split].rest().append_to(files[split])
         for split, file in files.items():
-            packers[split].rest().append_to(file)
             if not file.count:
+                here = int(tally.given[split].sum(axis=0)[0])
                 raise ValueError(
-                    f"the corpus's {split} split is empty: no document has {shortest} tokens or more, so there is no sequence; give "
-                    "more or longer documents, or other corpus.attribution_share and corpus.evaluation_share"
+                    f"the corpus's {split} split is empty: "
+                    + (f"none of its {here:,} documents has {shortest} tokens" if here else f"none of {tally.documents:,} documents fell to it")
+                    + ", so there is no sequence; give more or longer documents, cut long ones by corpus.piece_characters, or set other "
+                    "corpus.attribution_share and corpus.evaluation_share"
                 )
         for split, file in files.items():
-            file.finish(_metadata(corpus, split, given[split]))
+            file.finish(_metadata(corpus, split, tally.given[split], ends=split in tally.lacking))
+        if tally.replaced:
+            say(f"corpus: {tally.replaced:,} characters in all that are no text were replaced by U+FFFD")
 
 
-def _metadata(corpus: CorpusConfig, split: str, given: np.ndarray) -> dict[str, str]:
-    """What is written beside the sequences of a split. given: int64 [parts, 2], documents and tokens."""
+def _note(document: EncodedDocument, before: int, say: Callable[[str], None]) -> int:
+    """How many characters of a document were replaced; says so for the first document."""
+    replaced = document.document.replaced
+    if replaced and not before:
+        say(f"corpus: {document.document.name}: {replaced:,} characters are halves of surrogate pairs, no text: replaced by U+FFFD")
+    return replaced
+
+
+def _metadata(corpus: CorpusConfig, split: str, given: np.ndarray, ends: bool) -> dict[str, str]:
+    """What is written beside the sequences of a split. given: int64 [parts, 2], documents and tokens. ends: whether the corpus has no more."""
     parts = [
         {"source": str(part.source), "weight": part.weight, "documents": documents, "tokens": tokens}
         for part, (documents, tokens) in zip(corpus.parts, given.tolist())
     ]
-    return {"split": split, "packing": corpus.packing, "parts": json.dumps(parts)}
-
-
-def _shuffle(in_order: Path, path: Path, seed: int) -> None:
-    """Write the sequences again in a seeded order, and delete the file they come from."""
-    sequences, metadata = TokenSequences.load(in_order), read_metadata(in_order)
-    order = np.random.default_rng([seed, SEQUENCES]).permutation(len(sequences))
-    with TokenFileWriter(path, sequences.ids.shape[1], metadata) as file:
-        for first in range(0, len(order), COPIED):
-            sequences.take(order[first : first + COPIED]).append_to(file)
-        file.finish(metadata)
-    in_order.unlink()
+    return {"split": split, "packing": corpus.packing, "ends": str(ends).lower(), "parts": json.dumps(parts)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmsae_ray.corpus.token_file import TokenFileWriter, map_arrays
+from dmsae_ray.corpus.token_file import TokenFileWriter, map_arrays, read_metadata
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class TokenSequences:
     """int32 [N], real tokens of a sequence, every BOS included"""
     rows: np.ndarray
     """int32 [N], tokens of a sequence that can become activations, and targets: the real ones that are not BOS"""
+    ends: bool = True
+    """whether there are no more of them: false of the first part of a corpus"""
 
     def __post_init__(self) -> None:
         assert self.ids.ndim == 2 and self.ids.dtype == np.int32, (self.ids.shape, self.ids.dtype)
@@ -76,7 +78,7 @@ class TokenSequences:
     @staticmethod
     def load(path: Path) -> TokenSequences:
         """Map what was written, read-only. Raises ValueError naming the file if it is damaged or of another format."""
-        return TokenSequences(**map_arrays(path))
+        return TokenSequences(**map_arrays(path), ends=read_metadata(path).get("ends") != "false")
 
     @staticmethod
     def empty(context: int) -> TokenSequences:

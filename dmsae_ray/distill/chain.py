@@ -218,6 +218,8 @@ class Chain:
         self.training: Training | None = None
         self.at_step: int | None = None
         """the training step under way; None outside of training"""
+        self.rates: dict[str, float] = {}
+        """tokens/s of the phases beside training, as last measured: what is said of one before it has done anything"""
         self.say(phase="starting")
 
     @property
@@ -299,14 +301,18 @@ class Chain:
 
         Saves the SAE with its densities.
         """
-        self.say(phase="evaluate", within=0.87)
+        self.say(phase="evaluate", within=0.87, tokens_per_s=self.rates.get("evaluate"))
         plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
         removal = plan.config.selection.by == "reconstruction"
         batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
         # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
-        for ids_NT, lengths_N in mine:
+        began = time.monotonic()
+        for done, (ids_NT, lengths_N) in enumerate(mine, 1):
             tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal, self.dataset.manifest.max_norm)
+            read = done * self.world * evaluate.sequences_per_batch * plan.config.model.context
+            self.rates["evaluate"] = read / (time.monotonic() - began)
+            self.say(phase="evaluate", within=0.87 + 0.03 * done / len(mine), tokens_per_s=self.rates["evaluate"])
         self.comm.wait_for_all()
         tally.reduce(self.comm)
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
@@ -337,10 +343,12 @@ class Chain:
             ray.get(aggregator.begin.remote(ledger))
         self.comm.wait_for_all()  # rank 0 had an SAE to save
         began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
+        self.say(phase="attribute", within=0.9, tokens_per_s=self.rates.get("attribute"))
 
         def on_shard(done: int) -> None:
-            within = 0.9 + 0.1 * done * self.world / len(batches)
-            self.say(phase="attribute", within=within, tokens_per_s=done * self.world * tokens / (time.monotonic() - began))
+            within = min(1.0, 0.9 + 0.1 * done * self.world / len(batches))
+            self.rates["attribute"] = done * self.world * tokens / (time.monotonic() - began)
+            self.say(phase="attribute", within=within, tokens_per_s=self.rates["attribute"])
             if opens_next and done * self.world >= OPEN_AT * len(batches):
                 self.worker.open_next(self.cycle)
 

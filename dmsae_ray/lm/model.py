@@ -15,7 +15,7 @@ import torch
 
 from dmsae_ray.corpus.tokens import pad_id_of
 from dmsae_ray.lm.site import AFTER, INSIDE, KINDS, layer_of
-from dmsae_ray.lm.source import ModelInfo, cannot_load, fingerprint_of, load_config, load_tokenizer, local_folder, model_info
+from dmsae_ray.lm.source import ModelInfo, cannot_load, load_config, load_tokenizer, local_folder, model_info, pinned_revision
 
 __all__ = ["Cut", "LanguageModel", "ModelInfo", "layer_of", "load_tokenizer", "model_info"]
 
@@ -46,10 +46,10 @@ class LanguageModel:
     The hook is one of the places of `site.py`. Where it lies inside a block, going on repeats that block.
     """
 
-    def __init__(self, bridge, tokenizer, name: str, hook: str, fingerprint: str, device: torch.device):
+    def __init__(self, bridge, tokenizer, name: str, hook: str, device: torch.device):
         self.bridge = bridge
         self.tokenizer = tokenizer
-        self.name, self.hook, self.fingerprint = name, hook, fingerprint
+        self.name, self.hook = name, hook
         self.device = device
         """where ids go: the device of the embedding"""
         self.bos_id = int(tokenizer.bos_token_id)
@@ -69,26 +69,28 @@ class LanguageModel:
     def of(model, device: str) -> LanguageModel:
         """The model that the `model` section of a configuration describes. Raises what `load` raises."""
         return LanguageModel.load(
-            model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map
-        )
+            model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map,
+            bos_token=model.bos_token,
+        )  # fmt: skip
 
     @staticmethod
     def load(
         name: str, hook: str, dtype: str = "float32", device: str | torch.device = "cpu", revision: str | None = None,
-        device_map: str | dict[str, str | int] | None = None,
+        device_map: str | dict[str, str | int] | None = None, bos_token: str | None = None,
     ) -> LanguageModel:  # fmt: skip
         """Load configuration, tokenizer and weights and check that the model can be cut at the hook.
 
         name: "tiny" (shipped with the package; no network), a local folder (no network) or a hub id at `revision`.
         device_map: what accelerate takes: "auto" spreads the model over the GPUs this process sees, a dict places its
         modules; `device` is then not used.
+        bos_token: text of the token that starts every sequence; None: the tokenizer's own BOS.
         Raises ValueError for a model that cannot be had, a tokenizer without BOS, and a hook the model does not have.
         """
         if dtype not in DTYPES:
             raise ValueError(f"model.dtype {dtype}: give one of {', '.join(DTYPES)}")
-        folder = local_folder(name)
+        folder, revision = local_folder(name), pinned_revision(name, revision)
         config = load_config(name, revision)
-        tokenizer = load_tokenizer(name, revision)
+        tokenizer = load_tokenizer(name, revision, bos_token)
         layer_of(hook, name, config.get_text_config().num_hidden_layers)
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -117,7 +119,7 @@ class LanguageModel:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"model.name {name}: TransformerLens cannot take it ({error}); use another model or device_map") from error
-        model = LanguageModel(bridge, tokenizer, name, hook, fingerprint_of(folder, name, config), input_device)
+        model = LanguageModel(bridge, tokenizer, name, hook, input_device)
         model._check_cut()
         return model
 

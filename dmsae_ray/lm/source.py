@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dmsae_ray.corpus.chat import no_template
+from dmsae_ray.corpus.local_files import file_hash
+from dmsae_ray.corpus.tokens import pad_id_of
+from dmsae_ray.hub import is_commit, repository
 from dmsae_ray.place import has_form_of_hub_id
+
+if TYPE_CHECKING:
+    from dmsae_ray.config import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-FINGERPRINTED = ("config.json", "tokenizer.json", "tokenizer.model", *WEIGHTS)
+SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZING = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
+"""Of a serialised tokenizer: what decides its tokens. Truncation, padding and what it would put around a text are never used."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the configuration and the tokenizer say about a model; no weights are read for it."""
+    """What the configuration and the tokenizer say about a model; no weights are loaded for it."""
 
     name: str
     d: int
@@ -27,7 +40,9 @@ class ModelInfo:
     """longest sequence in tokens"""
     has_tokenizer: bool
     fingerprint: str
-    """sha256 over configuration, tokenizer and weight files; for a hub model its id and commit"""
+    """sha256 over configuration, weights and the tokenizer as it was loaded; the same for a hub model and for its files in a folder"""
+    chat_template: str | None = None
+    """sha256 of the tokenizer's chat template, which decides tokens only where documents are chat messages"""
 
 
 def local_folder(name: str) -> Path | None:
@@ -49,16 +64,48 @@ def local_folder(name: str) -> Path | None:
     return folder
 
 
-def model_info(name: str, revision: str | None = None) -> ModelInfo:
-    """What a model is, without its weights. Raises ValueError if it or its tokenizer cannot be had."""
+def pinned_revision(name: str, revision: str | None) -> str | None:
+    """The full commit of a hub model's revision, so that all processes of a run load the same; the revision itself for a local one.
+
+    Raises ValueError if the hub has no such model or cannot be asked, and the local cache has none.
+    """
+    return revision if local_folder(name) or is_commit(revision) else repository("model", name, revision, "model.name").commit
+
+
+def info_of(model: ModelConfig) -> ModelInfo:
+    """What the `model` section of a configuration names."""
+    return model_info(model.name, model.revision, model.bos_token)
+
+
+def tokenizer_of(model: ModelConfig):
+    """The tokenizer of the `model` section of a configuration."""
+    return load_tokenizer(model.name, model.revision, model.bos_token)
+
+
+def model_info(name: str, revision: str | None = None, bos_token: str | None = None) -> ModelInfo:
+    """What a model is, without its weights. Looked at once in this process while its files stay the same.
+
+    Raises ValueError if it or its tokenizer cannot be had, or the tokenizer has tokens that the model lacks.
+    """
+    folder = local_folder(name)
+    if folder is None:
+        return _info(name, repository("model", name, revision, "model.name").commit, bos_token, ())
+    files = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file())
+    return _info(name, revision, bos_token, files)
+
+
+@lru_cache(maxsize=16)
+def _info(name: str, revision: str | None, bos_token: str | None, files: tuple[tuple[str, int, int], ...]) -> ModelInfo:
     folder = local_folder(name)
     config = load_config(name, revision)
     text = config.get_text_config()
-    load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision, bos_token)
+    check_vocabulary(name, tokenizer, text.vocab_size)
+    template = tokenizer.chat_template and hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
     return ModelInfo(
         name=name, d=text.hidden_size, n_layers=text.num_hidden_layers, vocab=text.vocab_size,
         max_context=getattr(text, "max_position_embeddings", None) or 2**31, has_tokenizer=True,
-        fingerprint=fingerprint_of(folder, name, config),
+        fingerprint=fingerprint_of(folder, name, revision, config, tokenizer), chat_template=template or None,
     )  # fmt: skip
 
 
@@ -67,18 +114,23 @@ def load_config(name: str, revision: str | None = None):
     from transformers import AutoConfig
 
     folder = local_folder(name)
+    revision = pinned_revision(name, revision)
     try:
         return AutoConfig.from_pretrained(folder or name, revision=revision if folder is None else None, local_files_only=folder is not None)
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load(name, "config.json", revision, error)) from error
 
 
-def load_tokenizer(name: str, revision: str | None = None):
-    """The transformers tokenizer. Raises ValueError if it is missing or has no BOS token."""
+def load_tokenizer(name: str, revision: str | None = None, bos_token: str | None = None):
+    """The transformers tokenizer, with `bos_token` for its BOS if given.
+
+    Raises ValueError if it is missing or has no BOS token, or `bos_token` is not the text of one of its tokens.
+    """
     from transformers import AutoTokenizer
 
     folder = local_folder(name)
-    if folder is not None and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    revision = pinned_revision(name, revision)
+    if folder is not None and not any((folder / file).is_file() for file in TOKENIZER):
         raise ValueError(f"model.name {name}: no tokenizer (tokenizer.json) in {folder}; copy the tokenizer's files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -86,33 +138,91 @@ def load_tokenizer(name: str, revision: str | None = None):
         )
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load(name, "tokenizer", revision, error)) from error
+    if bos_token is not None:
+        if bos_token not in tokenizer.get_vocab():
+            known = ", ".join(repr(token) for token in list(map(str, tokenizer.added_tokens_decoder.values()))[:10])
+            raise ValueError(f"model.bos_token {bos_token!r}: not one token of the tokenizer of model.name {name}; its special ones are {known or 'none'}")
+        tokenizer.bos_token = bos_token
     if tokenizer.bos_token_id is None:
         raise ValueError(
-            f"model.name {name}: its tokenizer has no BOS token, which starts every sequence and is never a row; "
-            "set bos_token in tokenizer_config.json or use another model"
+            f"model.name {name}: its tokenizer has no BOS token, which starts every sequence and is never a row; set model.bos_token to the "
+            f"text of one it has{f', such as {tokenizer.eos_token}' if tokenizer.eos_token else ''}"
         )
+    if pad_id_of(tokenizer) >= load_config(name, revision).get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.bos_token  # one was added without an embedding; padding is never looked at
     return tokenizer
 
 
-def fingerprint_of(folder: Path | None, name: str, config) -> str:
-    """sha256 over the files that decide a local model's numbers; `<hub id>@<commit>` for a hub model."""
+def check_vocabulary(name: str, tokenizer, vocab: int, chat: bool = False) -> None:
+    """Every id that may occur has an embedding. Special tokens other than BOS occur only in chat messages.
+
+    Raises ValueError naming one that has not.
+    """
+    special = set(tokenizer.all_special_ids) | {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= vocab)
+    beyond = [(id, token) for id, token in beyond if chat or id not in special or id == tokenizer.bos_token_id]
+    if beyond:
+        id, token = beyond[-1]
+        raise ValueError(
+            f"model.name {name}: its tokenizer has {len(beyond):,} tokens beyond the model's {vocab:,} embeddings, such as {token!r} with id "
+            f"{id}; use the tokenizer that the model was trained with"
+            + (f", or set model.bos_token (it is {tokenizer.bos_token!r})" if id == tokenizer.bos_token_id else "")
+        )
+
+
+def check_chat(model: ModelConfig) -> None:
+    """The tokenizer can make text of chat messages, and the model has an embedding for all of it. Raises ValueError."""
+    tokenizer = tokenizer_of(model)
+    if not tokenizer.chat_template:
+        raise ValueError(no_template(model.name, "corpus.text_field"))
+    check_vocabulary(model.name, tokenizer, info_of(model).vocab, chat=True)
+
+
+def fingerprint_of(folder: Path | None, name: str, revision: str | None, config, tokenizer) -> str:
+    """sha256 over what decides a model's numbers: configuration, weights, and the tokenizer as it was loaded.
+
+    A folder's files are hashed; of a hub model the hub, or its local cache, tells the hashes of the weights. What is beside them, and
+    a commit that changes nothing else, makes no other model.
+    """
     if folder is None:
-        commit = getattr(config, "_commit_hash", None)
-        if commit is None:
-            raise ValueError(f"model.name {name}: its commit is not known; give the full commit as model.revision")
-        return f"{name}@{commit}"
-    paths = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern)})
-    return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+        files = dict(repository("model", name, revision, "model.name").files)
+        configuration = files.get("config.json")
+        weights = [(file, files[file]) for file in _loaded(files)]
+    else:
+        configuration = _git_id(folder / "config.json")
+        weights = [(file, file_hash(folder / file)) for file in _loaded(path.name for path in folder.iterdir())]
+    if not weights:
+        raise ValueError(f"model.name {name}: no weights (model.safetensors or its shards); give a model that transformers can load")
+    parts = [f"config.json {configuration}", *(f"{file} {blob}" for file, blob in weights), f"tokenizer {tokenizer_fingerprint(tokenizer)}"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-@lru_cache(maxsize=16)
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """One hash over names and contents; kept while size and time stay the same (a large model takes seconds to read)."""
-    digest = hashlib.sha256()
-    for path, _, _ in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+def tokenizer_fingerprint(tokenizer) -> str:
+    """sha256 of what a loaded tokenizer makes of texts, whatever files say so, and of the ids that start and fill sequences."""
+    if tokenizer.is_fast:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {part: whole[part] for part in TOKENIZING}
+    else:
+        content = {"vocabulary": tokenizer.get_vocab(), "options": repr(sorted(tokenizer.init_kwargs.items()))}
+    special = {"class": type(tokenizer).__name__, "bos": tokenizer.bos_token_id, "pad": pad_id_of(tokenizer), "special": sorted(tokenizer.all_special_ids)}
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+
+
+def _loaded(names) -> list[str]:
+    """The weight files that transformers loads, of those that are there: safetensors first, one file before shards."""
+    names = sorted(names)
+    for kind, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if f"{kind}.{suffix}" in names:
+            return [f"{kind}.{suffix}"]
+        if shards := [name for name in names if (found := SHARD.fullmatch(name)) and found.groups() == (kind, suffix)]:
+            return shards
+    return [name for name in names if "/" not in name and name.endswith(".safetensors")]
+
+
+def _git_id(path: Path) -> str:
+    """What git, and so the hub, names a small file's bytes by."""
+    content = path.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 
 def cannot_load(name: str, part: str, revision: str | None, error: Exception) -> str:

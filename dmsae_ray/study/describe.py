@@ -76,12 +76,13 @@ def out_of_memory(error: BaseException) -> bool:
 def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], consensus: dict | None, path: Path, key: str) -> None:
     import torch
 
-    from dmsae_ray.lm.model import LanguageModel, load_tokenizer
+    from dmsae_ray.lm.model import LanguageModel
+    from dmsae_ray.lm.source import tokenizer_of
 
     torch.set_num_threads(config.harvest.threads)
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
     opened = ActivationDataset(dataset)
     write_features(
         path, LanguageModel.of(config.model, device), opened.held_out("evaluation"), opened.manifest.scale,
-        load_tokenizer(config.model.name, config.model.revision), chains, consensus, config.features, key, device, opened.manifest.max_norm,
+        tokenizer_of(config.model), chains, consensus, config.features, key, device, opened.manifest.max_norm,
     )  # fmt: skip

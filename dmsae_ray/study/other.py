@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from pydantic import ValidationError
 from dmsae_ray.command import read_yaml
 from dmsae_ray.config import Config, problem_lines
 from dmsae_ray.distill.plan import ChainPlan, plan_all
+from dmsae_ray.ownership import KEY
+
+
+def _key(path: Path, key: object) -> str:
+    """A key that a file names, which becomes the name of a folder. Raises ValueError if it is none."""
+    if not re.fullmatch(KEY, str(key)):
+        raise ValueError(f"{path}: names {key!r} where a key of twelve hex digits belongs; the file was altered")
+    return str(key)
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,11 @@ class OtherSweep:
             config = Config(**tree)
         except ValidationError as error:
             raise ValueError(f"{folder / 'config.yaml'}: written by another version ({'; '.join(problem_lines(error))})") from error
-        chains = {chain["label"]: chain["key"] for chain in json.loads((folder / "chains.json").read_text())}
+        chains = {chain["label"]: _key(folder / "chains.json", chain["key"]) for chain in json.loads((folder / "chains.json").read_text())}
         described = [path for key in chains.values() if (path := config.home / "chains" / key / "chain.json").exists()]
         if not described:
             raise ValueError(f"--against {folder}: none of its chains is in {config.home / 'chains'} any more")
-        dataset = json.loads(described[0].read_text())["fields"]["dataset"]
+        dataset = _key(described[0], json.loads(described[0].read_text())["fields"]["dataset"])
         plans = plan_all(config, "", dataset, None)
         if {plan.label: plan.key for plan in plans} != chains:
             raise ValueError(f"--against {folder}: its chains were made by another version of this program, whose fields mean something else")

@@ -17,6 +17,8 @@ Status = dict[str, Any]
 FIELDS = {"label", "cycle", "cycles", "phase", "step", "steps", "tokens_per_s", "fraction", "eta_s", "message"}
 PHASES = ("queued", "starting", "train", "calibrate", "attribute", "evaluate", "done", "failed", "interrupted")
 OVER = {"done", "failed", "interrupted"}
+MEASURED = {"train", "attribute", "evaluate"}
+"""Long phases: they tell tokens/s, and say something at least every `quiet_s`."""
 BAR = 16
 
 
@@ -82,6 +84,8 @@ class Said(NamedTuple):
     """cycle, phase"""
     line: str
     when: float
+    rated: bool
+    """whether the line told tokens/s"""
 
 
 class LiveLines:
@@ -89,7 +93,7 @@ class LiveLines:
 
     statuses: called from a thread of its own, returns status dicts by label; it must not raise.
     stream: where plain lines go (default: standard output). console: for tests; a terminal gets redrawn lines, all else plain ones.
-    interval_s: between looks; quiet_s: in plain mode a long training phase says something at least so often.
+    interval_s: between looks; quiet_s: in plain mode a long phase says something at least so often.
     """
 
     def __init__(
@@ -143,7 +147,11 @@ class LiveLines:
         for label, status in found.items():
             line, state = format_status(status), (status.get("cycle"), status.get("phase"))
             last = self._said.get(label)
-            overdue = last is not None and status.get("phase") == "train" and now - last.when >= self._quiet_s
-            if last is None or state != last.state or overdue or (final and line != last.line):
+            long = status.get("phase") in MEASURED
+            overdue = last is not None and long and now - last.when >= self._quiet_s
+            # A phase's first measured rate is said at once: how long it will take is known from then on.
+            rated = long and bool(status.get("tokens_per_s"))
+            news = last is None or state != last.state or (rated and not last.rated)
+            if news or overdue or (final and line != last.line):
                 print(f"{duration(now - self._begin):>6}  {line}", file=self._stream, flush=True)
-                self._said[label] = Said(state, line, now)
+                self._said[label] = Said(state, line, now, rated)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import time
 
 import pytest
 import torch
@@ -59,19 +60,31 @@ def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path, capfd)
         assert db.execute(doubled).fetchall() == []
 
 
-@pytest.mark.slow
-def test_an_added_seed_reuses_finished_chains_and_an_interrupt_leaves_no_run_running(small_sweep, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name)
+def test_an_added_seed_reuses_finished_chains_and_a_signal_leaves_no_run_running(small_sweep, tmp_path, capfd, number):
+    """scancel, docker stop and Kubernetes send SIGTERM. Signals that follow do not end the clean-up half-way."""
+    from dmsae_ray.sweep import main
+
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output, output)
     finished = {path: path.read_bytes() for path in output.glob("chains/*/cycle_*/*")}
-    process, log = start(output, "--sweep.seeds", "0,1,2")
+    seeds = ("--sweep.seeds", "0,1,2")
+    process, log = start(output, *seeds)
     wait_for(lambda: len(list(output.glob("chains/*/cycle_00/curve.jsonl"))) == 3, process)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=HANGS) == 130, log.read_text()
-    assert "2 of 3 already finished" in log.read_text() and "same command continues" in log.read_text()
+    for again in (number, number, signal.SIGTERM):
+        os.kill(process.pid, again)
+        time.sleep(0.3)
+        if process.poll() is not None:
+            break
+    assert process.wait(timeout=150) == 130, log.read_text()
+    assert "2 of 3 already finished" in log.read_text() and "interrupted; the same command continues" in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert {path: path.read_bytes() for path in finished} == finished
     with sqlite3.connect(output / "mlflow.db") as db:
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
+        assert db.execute("select count(*) from runs where status = 'KILLED'").fetchone()[0] > 0
+    assert main(command(output, *seeds, "--status")[3:]) == 0
+    assert "no driver at work" in capfd.readouterr().out
 
 
 def logged(output) -> str:

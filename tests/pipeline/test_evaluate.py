@@ -75,6 +75,8 @@ def test_other_tokens_have_files_of_their_own_and_are_measured_once(output, capf
     assert found["loss_clean"] == read(references)["clean"] and found["fvu"] != read(folder / "cycle_01/record.json")["fvu"]
     assert f"{found['fvu']:.3f}" in out and f"{found['kl']:.3f}" in out and "known" not in out
     assert f"{found['evaluation_tokens']:,} tokens in" in out
+    begun, running = (next(line for line in out.splitlines() if words in line) for words in ("the sweep did", "left for 1 SAEs"))
+    assert "1 SAEs on 1,000 tokens each" in begun and "tokens/s, at which it takes" in begun and "tokens/s" in running
     before = files(output)
     assert evaluate(output, *argv) == 0
     out = capfd.readouterr().out

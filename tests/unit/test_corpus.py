@@ -79,7 +79,7 @@ def test_txt_jsonl_and_parquet(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"body": "first"}\n\n{"body": ""}\n{"body": null}\n{"body": "sécond"}\n', encoding="utf-8")
     (tmp_path / "sub").mkdir()
     pq.write_table(pa.table({"body": ["third", None, "fourth"], "n": [1, 2, 3]}), tmp_path / "sub" / "c.parquet")
-    (tmp_path / "ignored.csv").write_text("x")
+    (tmp_path / "ignored.tsv").write_text("x")
     assert texts(tmp_path / "a.txt") == ["one document\nof two lines"]
     assert texts(tmp_path / "b.jsonl", text_field="body") == ["first", "sécond"]
     assert texts(tmp_path / "sub" / "c.parquet", text_field="body") == ["third", "fourth"]
@@ -101,7 +101,7 @@ def test_txt_jsonl_and_parquet(tmp_path):
     ("x.txt", b"", r"x\.txt: the file is empty"),
     ("x.txt", b"\xff\xfe", r"x\.txt: not UTF-8"),
     ("x.parquet", b"nonsense", r"x\.parquet: not a readable Parquet file"),
-    ("x.csv", b"a,b", r"cannot read \.csv"),
+    ("x.tsv", b"a,b", r"cannot read \.tsv as text; save it as .csv"),
 ])  # fmt: skip
 def test_unreadable_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -132,7 +132,7 @@ def test_missing_paths_and_empty_folders(tmp_path):
 def test_hub_ids_are_told_from_paths(tmp_path):
     assert is_hub("owner/name") and is_hub("name") and is_hub("owner/name:config")
     assert not is_hub(str(tmp_path)) and not is_hub("data/x.jsonl") and not is_hub("./data") and not is_hub("a/b/c")
-    check_source("owner/name", "text")  # the id only, no network
+    check_source("owner/name", "text", "0123456789abcdef0123456789abcdef01234567")  # a full commit: nobody is asked
 
 
 def test_hub_rows_are_streamed_and_only_as_far_as_asked(tmp_path):
@@ -171,8 +171,8 @@ def test_an_unreachable_hub_is_one_clear_message(call, environment, tmp_path):
     # A process of its own: the hub's library reads these variables when it is imported.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=600)
-    assert "corpus.source owner/name: neither a local path nor a hub data set" in done.stdout, done.stderr
-    assert "corpus.revision" in done.stdout
+    assert "corpus.source owner/name: nothing here has this name, and the hub" in done.stdout and "could not be asked" in done.stdout, done.stderr
+    assert "a full commit as revision" in done.stdout
 
 
 def test_fingerprint_follows_content_and_field(tmp_path):

@@ -1,13 +1,18 @@
 """The output folder: one driver, generations, completion records, what cleaning removes."""
 
+import errno
+import fcntl
 import json
+import os
+import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from dmsae_ray.config import Config
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, Superseded
+from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, OutputUnseen, Superseded
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import check_stream
 
@@ -42,9 +47,52 @@ def test_a_worker_of_an_earlier_driver_cannot_commit(tmp_path):
     new.check()
     with pytest.raises(Superseded, match="2 has taken over from 1"):
         old.check()
-    with pytest.raises(Superseded):
-        Lease(tmp_path / "none", 1).check()
+    Lease(old.path, 3).check()  # an older number, as a slow server may still show, takes nothing over
     lock.release()
+
+
+@pytest.mark.parametrize("content, words", [(None, "does not see the output folder"), ("", "cannot be read"), ("two\n", "cannot be read")])
+def test_a_generation_that_cannot_be_read_is_asked_for_again_and_is_no_successor(tmp_path, monkeypatch, content, words):
+    from dmsae_ray.distill import chain, folder
+
+    monkeypatch.setattr(folder, "PATIENCE_S", 0.3)
+    path = tmp_path / "generation"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(OutputUnseen, match=f"generation: .*{words}.*--output a folder that they share") as error:
+        Lease(path, 1).check()
+    assert chain._cause(error.value, chain.FINAL) is None, "a worker that raises it is tried again"
+    travelled = pickle.loads(pickle.dumps(error.value))
+    assert isinstance(travelled, OutputUnseen) and str(travelled) == str(error.value)
+    timer = threading.Timer(0.1, path.write_text, ["1"])
+    timer.start()
+    Lease(path, 1).check()  # it came back in time
+    timer.join()
+
+
+def test_a_generation_that_holds_no_number_is_named_with_the_remedy(tmp_path):
+    lock = OutputLock(tmp_path)
+    (tmp_path / "generation").write_text("x")
+    with pytest.raises(ValueError, match="generation: holds no number .*delete this file"):
+        lock.lease()
+    lock.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("argv", [[], ["--status"], ["--clean"]])
+def test_a_file_system_without_locks_is_said_with_the_remedy(tmp_path, monkeypatch, capsys, code, argv):
+    """No such file system can be mounted here: what one answers to flock stands for it."""
+    from dmsae_ray.sweep import main
+
+    OutputLock(tmp_path).release()
+
+    def refuse(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert main(["--output", str(tmp_path), "--model.name", "tiny", *argv]) == 2
+    said = capsys.readouterr().err
+    assert f"error: output folder {tmp_path}: its file system gives no lock" in said and "NFS" in said and "--output" in said
 
 
 def test_a_cycle_is_done_only_with_its_record(tmp_path):

@@ -138,3 +138,108 @@ def test_a_results_folder_s_configuration_means_the_output_folder_it_lies_in(tmp
         shutil.move(moved, first)
     loose = put(tmp_path / "sweeps" / "x" / "config.yaml", f"output: {first}\n")
     assert load(SweepCommand, ["--config", str(loose)]).home == first, "no folder of ours: what the file says"
+
+
+@pytest.mark.parametrize("file", ["../../../../precious.txt", "/precious.txt", "shards/../../precious.parquet", "manifest.json", "shards/notes.txt", ""])
+def test_a_manifest_makes_a_repair_delete_nothing_but_shards(tmp_path, capsys, file):
+    from shards import make_dataset
+
+    from dmsae_ray.harvest import main as harvest
+
+    dataset = make_dataset(tmp_path / "a" / "b" / "c" / "data")
+    folder = dataset.store.local
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["shards"][1]["file"] = str(tmp_path) + file if file.startswith("/") else file
+    put(folder / "manifest.json", json.dumps(tree))
+    for place in (tmp_path / "precious.txt", folder / "precious.parquet", folder.parent / "precious.parquet", folder / "shards" / "notes.txt"):
+        put(place)
+    before = contents(tmp_path)
+    assert harvest(["--output", str(tmp_path / "out"), "--harvest.dataset", str(folder), "--repair"]) == 2
+    said = capsys.readouterr()
+    assert f"error: {folder}/manifest.json: " in said.err and "no shard of this dataset; that file was not touched" in said.err, said
+    assert contents(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a//x", "", "./x", "..", "a/.."])
+def test_no_name_leads_out_of_a_store(tmp_path, name):
+    from dmsae_ray.activations.store import Store, StoreError
+
+    store = Store(tmp_path / "store")
+    put(tmp_path / "x")
+    (tmp_path / "store" / "a").mkdir(parents=True)
+    for act in (store.size, store.sizes, store.read, store.delete, store.child, lambda n: store.write(n, b"1"), lambda n: store.read_range(n, 0, 1)):
+        with pytest.raises(StoreError, match="leads out of this folder; it was neither read nor touched"):
+            act(name)
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_no_link_leads_out_of_a_store(tmp_path):
+    from dmsae_ray.activations.store import Store, StoreError
+
+    (tmp_path / "store").mkdir()
+    store = Store(tmp_path / "store")
+    put(tmp_path / "elsewhere" / "x")
+    (tmp_path / "store" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "store" / "x").symlink_to(tmp_path / "elsewhere" / "x")
+    (tmp_path / "store" / "round").symlink_to(tmp_path / "store" / "round")
+    for name in ("folder/x", "x", "round"):
+        for act in (store.size, store.read, store.delete, lambda n: store.write(n, b"1"), lambda n: store.read_range(n, 0, 1)):
+            with pytest.raises(StoreError, match="by a link leads out of this folder"):
+                act(name)
+    assert contents(tmp_path / "elsewhere") == {"x": b"mine"}
+    linked = Store(tmp_path / "linked")
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    assert linked.read("x") == b"mine", "the store itself may be a link: it was named by its owner"
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_ray_could_not_use_is_said_before_any_work(tmp_path, monkeypatch, capsys, name):
+    for other in ("TMPDIR", "RAY_TMPDIR", "RAY_ADDRESS"):
+        monkeypatch.delenv(other, raising=False)
+    for folder, words in ((tmp_path / ("long" * 20), "characters too long"), ("/dev/null", "cannot be written"), ("here", "not the whole path")):
+        monkeypatch.setenv(name, str(folder))
+        assert main(["--output", str(tmp_path / "out"), "--cluster.address", "local"]) == 2
+        said = capsys.readouterr().err
+        assert f"error: {name} '{folder}': " in said and words in said and f"Set {name} to a short folder" in said, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    home = tmp_path / "Prüfung"
+    OutputLock(home).release()
+    for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-m", "dmsae_ray.sweep", "--status", "--output", str(home)], env=os.environ | env, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"seed0-k16" in done.stdout and b"no driver at work" in done.stdout and done.stdout.isascii()
+
+
+def test_a_disk_s_trouble_is_told_in_one_line_whoever_raised_it():
+    import errno
+
+    from dmsae_ray.causes import disk_trouble
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/out/chains/x")
+    assert disk_trouble(full).startswith("/out/chains/x: No space left on device; free space there")
+    wrapped = RuntimeError("a task of Ray failed")
+    wrapped.__cause__ = full
+    assert disk_trouble(wrapped) == disk_trouble(full)
+    assert disk_trouble(RuntimeError("x\nOSError: [Errno 28] No space left on device: '/out/ray'")).startswith("/out/ray: No space left")
+    assert disk_trouble(RuntimeError("(sqlite3.OperationalError) database or disk is full")).startswith("database or disk is full; free")
+    assert disk_trouble(ValueError("of another kind")) is None and disk_trouble(PermissionError(errno.EACCES, "no")) is None
+
+
+def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
+    from dmsae_ray.study.other import OtherSweep
+
+    folder = tmp_path / "out" / "sweeps" / "small-0123456789ab"
+    put(folder / "config.yaml", "name: small\n")
+    put(folder / "numbers.json", "{}")
+    put(folder / "chains.json", json.dumps([{"label": "seed0-k16", "key": "../../precious"}]))
+    with pytest.raises(ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"):
+        OtherSweep.open(folder)

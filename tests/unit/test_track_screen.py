@@ -204,6 +204,19 @@ def test_plain_lines_only_on_change_and_the_last_state():
     assert not [thread for thread in threading.enumerate() if thread.name == "live-lines"]
 
 
+def test_a_phase_tells_its_rate_as_soon_as_it_is_known():
+    board, stream = ProgressBoard(["seed0-k16"], cycles=1), io.StringIO()
+    phases = [
+        {"phase": phase, "tokens_per_s": rate, "eta_s": 7} for phase in ("evaluate", "attribute") for rate in (None, 4321.0, 4400.0)
+    ]
+    stages = Stages(board, phases)
+    with LiveLines(stages, stream=stream, interval_s=0.005):
+        assert stages.seen.wait(300)
+    lines = [line for line in stream.getvalue().splitlines() if "evaluate" in line]
+    assert len(lines) == 2 and "tokens/s" not in lines[0] and "4.3k tokens/s  ETA 7s" in lines[1]
+    assert [line.count("tokens/s") for line in stream.getvalue().splitlines() if "attribute" in line][:2] == [0, 1]
+
+
 def test_plain_lines_break_a_long_silence():
     board, stream = ProgressBoard(["seed0-k16"], cycles=1), io.StringIO()
     stages = Stages(board, [{"phase": "train", "step": step} for step in range(20)])
