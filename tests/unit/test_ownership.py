@@ -190,3 +190,56 @@ def test_no_link_leads_out_of_a_store(tmp_path):
     linked = Store(tmp_path / "linked")
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
     assert linked.read("x") == b"mine", "the store itself may be a link: it was named by its owner"
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_ray_could_not_use_is_said_before_any_work(tmp_path, monkeypatch, capsys, name):
+    for other in ("TMPDIR", "RAY_TMPDIR", "RAY_ADDRESS"):
+        monkeypatch.delenv(other, raising=False)
+    for folder, words in ((tmp_path / ("long" * 20), "characters too long"), ("/dev/null", "cannot be written"), ("here", "not the whole path")):
+        monkeypatch.setenv(name, str(folder))
+        assert main(["--output", str(tmp_path / "out"), "--cluster.address", "local"]) == 2
+        said = capsys.readouterr().err
+        assert f"error: {name} '{folder}': " in said and words in said and f"Set {name} to a short folder" in said, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    home = tmp_path / "Prüfung"
+    OutputLock(home).release()
+    for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-m", "dmsae_ray.sweep", "--status", "--output", str(home)], env=os.environ | env, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"seed0-k16" in done.stdout and b"no driver at work" in done.stdout and done.stdout.isascii()
+
+
+def test_a_disk_s_trouble_is_told_in_one_line_whoever_raised_it():
+    import errno
+
+    from dmsae_ray.causes import disk_trouble
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/out/chains/x")
+    assert disk_trouble(full).startswith("/out/chains/x: No space left on device; free space there")
+    wrapped = RuntimeError("a task of Ray failed")
+    wrapped.__cause__ = full
+    assert disk_trouble(wrapped) == disk_trouble(full)
+    assert disk_trouble(RuntimeError("x\nOSError: [Errno 28] No space left on device: '/out/ray'")).startswith("/out/ray: No space left")
+    assert disk_trouble(RuntimeError("(sqlite3.OperationalError) database or disk is full")).startswith("database or disk is full; free")
+    assert disk_trouble(ValueError("of another kind")) is None and disk_trouble(PermissionError(errno.EACCES, "no")) is None
+
+
+def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
+    from dmsae_ray.study.other import OtherSweep
+
+    folder = tmp_path / "out" / "sweeps" / "small-0123456789ab"
+    put(folder / "config.yaml", "name: small\n")
+    put(folder / "numbers.json", "{}")
+    put(folder / "chains.json", json.dumps([{"label": "seed0-k16", "key": "../../precious"}]))
+    with pytest.raises(ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"):
+        OtherSweep.open(folder)
