@@ -7,7 +7,9 @@ import re
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 """What a disk refuses with, or a server of files."""
-IN_TEXT = re.compile(r"(No space left on device|Disk quota exceeded|database or disk is full|Read-only file system|Stale file handle)(: '[^']+')?")
+IN_TEXT = re.compile(
+    r"(No space left on device|Disk quota exceeded|database or disk is full|Read-only file system|Stale file handle)(: '[^']+')?"
+)
 """The same in the words of libraries that raise errors of their own, and of errors that came through Ray as text."""
 
 

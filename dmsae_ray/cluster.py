@@ -18,7 +18,7 @@ from pathlib import Path
 from dmsae_ray.address import check_answers, cluster_address
 from dmsae_ray.config import Config
 from dmsae_ray.nodes import Bundle, Node, figure, fitting, listed, missing, plural
-from dmsae_ray.stop import keeping_signals
+from dmsae_ray.stop import deaf, keeping_signals
 from dmsae_ray.waiting import Waits
 
 DATA_CPUS = 1
@@ -211,7 +211,8 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
     if capacity.waits is not None:
         capacity.waits.stop()
     session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
-    ray.shutdown()
+    with deaf():
+        ray.shutdown()
     if session is not None and session.exists():
         # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
         ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")

@@ -60,9 +60,15 @@ def mark(home: Path) -> None:
 def refuse_strangers(home: Path) -> None:
     """A folder that is not marked holds nothing but ours under our names. Raises ValueError that names what is not."""
     try:
-        found = [] if marked(home) else [home / name for name in OTHER if os.path.lexists(home / name)] + list(_strangers(home))
+        found = (
+            []
+            if marked(home)
+            else [home / name for name in OTHER if os.path.lexists(home / name)] + list(_strangers(home))
+        )
     except OSError as error:
-        raise ValueError(f"output folder {home}: cannot be read ({error.strerror}); give --output a folder of your own") from error
+        raise ValueError(
+            f"output folder {home}: cannot be read ({error.strerror}); give --output a folder of your own"
+        ) from error
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
@@ -91,7 +97,9 @@ def _strangers(home: Path) -> Iterator[Path]:
             continue
         for path in sorted(folder.iterdir()):
             within = FILES.get(name)
-            if not _is(pattern, path.name) or (within and not (path.is_dir() and all(_is(within, inner.name) for inner in path.iterdir()))):
+            if not _is(pattern, path.name) or (
+                within and not (path.is_dir() and all(_is(within, inner.name) for inner in path.iterdir()))
+            ):
                 yield path
 
 
@@ -111,9 +119,15 @@ def ours_in(home: Path, kind: str) -> list[Path]:
 def temporaries(home: Path) -> list[Path]:
     """What killed writers left under temporary names, wherever ours write; nothing else is looked at."""
     ours = [folder for kind in ("data", "tokens", "chains", "sweeps") for folder in ours_in(home, kind)]
-    single = [path for path in [*home.iterdir(), *ours_in(home, "pairs")] if re.fullmatch(rf"[\w.-]+{TEMPORARY}", path.name)]
-    single = [path for path in single if path.parent != home or re.sub(f"{TEMPORARY}$", "", path.name) in (MARKER, *OTHER)]
-    return [path for path in single if path.is_file() and not path.is_symlink()] + [path for folder in ours for path in leftovers(folder)]
+    single = [
+        path for path in [*home.iterdir(), *ours_in(home, "pairs")] if re.fullmatch(rf"[\w.-]+{TEMPORARY}", path.name)
+    ]
+    single = [
+        path for path in single if path.parent != home or re.sub(f"{TEMPORARY}$", "", path.name) in (MARKER, *OTHER)
+    ]
+    return [path for path in single if path.is_file() and not path.is_symlink()] + [
+        path for folder in ours for path in leftovers(folder)
+    ]
 
 
 def scratch(home: Path, generation: int) -> Path:
@@ -125,7 +139,9 @@ def scratch(home: Path, generation: int) -> Path:
         remove(path, "ray")
     new = home / "ray" / str(generation)
     if os.path.lexists(new):
-        raise ValueError(f"{new}: holds what this program did not make, in the place for Ray's own files; move it elsewhere")
+        raise ValueError(
+            f"{new}: holds what this program did not make, in the place for Ray's own files; move it elsewhere"
+        )
     return new
 
 

@@ -24,17 +24,26 @@ def check_nodes(config: Config) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"] and _works(node["Resources"])}
+    nodes = {
+        node["NodeID"]: node["NodeManagerHostname"]
+        for node in ray.nodes()
+        if node["Alive"] and _works(node["Resources"])
+    }
     token, path = secrets.token_hex(8), config.home / "probe.json"
     with replacing(path) as temporary:
         temporary.write_text(token)
     look = ray.remote(num_cpus=0, max_retries=0)(unseen)
     asked = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(path), token, needed(config)): name
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            str(path), token, needed(config)
+        ): name
         for node, name in nodes.items()
     }
     done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
-    problems = [f"node {asked[task]} does not answer within {ANSWER_S:.0f} s; is it well, and can it start Ray's workers?" for task in silent]
+    problems = [
+        f"node {asked[task]} does not answer within {ANSWER_S:.0f} s; is it well, and can it start Ray's workers?"
+        for task in silent
+    ]
     for task in done:
         try:
             problems += [f"node {asked[task]} {line}" for line in ray.get(task)]
@@ -45,7 +54,9 @@ def check_nodes(config: Config) -> None:
         ray.cancel(task, force=True)
     path.unlink(missing_ok=True)
     if problems:
-        raise ValueError("the Ray cluster's nodes must share the folders that are worked in:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            "the Ray cluster's nodes must share the folders that are worked in:\n  " + "\n  ".join(problems)
+        )
 
 
 def _works(resources: dict[str, float]) -> bool:
@@ -78,5 +89,13 @@ def unseen(path: str, token: str, places: dict[str, str]) -> list[str]:
     home = os.path.dirname(path)
     if found != token:
         return [f"does not see the output folder {home}: it {why}"]
-    lines = [] if os.access(home, os.W_OK) else [f"may not write to the output folder {home}: mount it there so that it can be written"]
-    return lines + [f"does not see {field} {place}: put it where all nodes see it" for field, place in places.items() if not os.path.exists(place)]
+    lines = (
+        []
+        if os.access(home, os.W_OK)
+        else [f"may not write to the output folder {home}: mount it there so that it can be written"]
+    )
+    return lines + [
+        f"does not see {field} {place}: put it where all nodes see it"
+        for field, place in places.items()
+        if not os.path.exists(place)
+    ]

@@ -5,6 +5,7 @@ Each becomes a KeyboardInterrupt, so that there is one way out: what is at work 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import signal
 import sys
@@ -21,6 +22,7 @@ INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLEANING_S = 60.0
 """Further signals do not end the clean-up half-way, unless it has taken so long that it must be stuck."""
+IGNORE_EVERY_S = 0.01
 P, T = ParamSpec("P"), TypeVar("T")
 
 
@@ -62,6 +64,36 @@ def keeping_signals(function: Callable[P, T]) -> Callable[P, T]:
                     signal.signal(number, handler)
 
     return wrapped
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """While open, the signals do nothing: around `ray.shutdown`, which takes every handler away below Python and then ends its
+    processes for a second or two, in which a second signal would end the command half-way.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    libc, over = ctypes.CDLL(None), threading.Event()
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+
+    def ignore() -> None:  # Python sets handlers in its main thread only, which is at work
+        while not over.wait(IGNORE_EVERY_S):
+            for number in SIGNALS:
+                libc.signal(number, int(signal.SIG_IGN))
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    thread = threading.Thread(target=ignore, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class _Handler:

@@ -19,7 +19,9 @@ def check_temporary_folder(config: Config) -> None:
         return  # Ray takes /tmp
     problem = _problem(os.environ[name])
     if problem is not None and cluster_address(config) is None:
-        raise ValueError(f"{name} {os.environ[name]!r}: {problem}. Set {name} to a short folder that can be written, such as /tmp")
+        raise ValueError(
+            f"{name} {os.environ[name]!r}: {problem}. Set {name} to a short folder that can be written, such as /tmp"
+        )
 
 
 def _problem(folder: str) -> str | None:

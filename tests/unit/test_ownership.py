@@ -23,12 +23,18 @@ def put(path, text="mine"):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != MARKER}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MARKER
+    }
 
 
 @pytest.mark.parametrize("name", STRANGERS)
 @pytest.mark.parametrize("arguments", [[], ["--clean"]])
-def test_a_folder_with_strangers_under_our_names_is_refused_and_left_alone(tmp_path, monkeypatch, capsys, name, arguments):
+def test_a_folder_with_strangers_under_our_names_is_refused_and_left_alone(
+    tmp_path, monkeypatch, capsys, name, arguments
+):
     put(tmp_path / name)
     put(tmp_path / "report.txt.tmp-17-0a1b2c")
     before = contents(tmp_path)
@@ -64,7 +70,11 @@ def test_folders_of_versions_without_a_mark_are_ours_and_so_are_copies_of_their_
     put(old / "data" / "mine.csv")  # was put there beside ours: stays, and is in nobody's way
     OutputLock(old).release()
     assert marked(old)
-    for name in ("data/0123456789ab/shards/train-00000.parquet", "tokens/0123456789ab/train.safetensors", "chains/0123456789ab/chain.json"):
+    for name in (
+        "data/0123456789ab/shards/train-00000.parquet",
+        "tokens/0123456789ab/train.safetensors",
+        "chains/0123456789ab/chain.json",
+    ):
         put(copy / name)
     OutputLock(copy).release()
     assert marked(copy)
@@ -107,13 +117,22 @@ def test_cleaning_removes_ours_alone_says_what_it_leaves_and_follows_no_link(hom
     assert [name for name in GOES if (home / name).exists()] == []
     assert [name for name in STAYS if not (home / name).exists()] == []
     assert contents(home.parent / "elsewhere") == elsewhere
-    for name in ("data/bbbbbbbbbbbb/notes.txt", "chains/bbbbbbbbbbbb/cycle_00/notes.txt", "data/cccccccccccc/shards", "tokens"):
+    for name in (
+        "data/bbbbbbbbbbbb/notes.txt",
+        "chains/bbbbbbbbbbbb/cycle_00/notes.txt",
+        "data/cccccccccccc/shards",
+        "tokens",
+    ):
         assert f"left {home / name}: " in said and (home / name).exists(), said
 
 
 def test_a_sweep_s_scratch_folder_replaces_only_those_of_drivers(home):
     assert scratch(home, 3) == home / "ray" / "3"
-    assert not (home / "ray" / "1").exists() and (home / "ray" / "2" / "scene.txt").exists() and (home / "ray" / "notes.txt").exists()
+    assert (
+        not (home / "ray" / "1").exists()
+        and (home / "ray" / "2" / "scene.txt").exists()
+        and (home / "ray" / "notes.txt").exists()
+    )
     with pytest.raises(ValueError, match="ray/2: holds what this program did not make"):
         scratch(home, 2)
 
@@ -134,13 +153,25 @@ def test_a_results_folder_s_configuration_means_the_output_folder_it_lies_in(tmp
         shutil.move(first, moved)
         path = moved / "sweeps" / "small-0123456789ab" / "config.yaml"
         assert load(SweepCommand, ["--config", str(path)]).home == moved
-        assert load(SweepCommand, ["--config", str(path), "--output", str(tmp_path / "given")]).home == tmp_path / "given"
+        assert (
+            load(SweepCommand, ["--config", str(path), "--output", str(tmp_path / "given")]).home == tmp_path / "given"
+        )
         shutil.move(moved, first)
     loose = put(tmp_path / "sweeps" / "x" / "config.yaml", f"output: {first}\n")
     assert load(SweepCommand, ["--config", str(loose)]).home == first, "no folder of ours: what the file says"
 
 
-@pytest.mark.parametrize("file", ["../../../../precious.txt", "/precious.txt", "shards/../../precious.parquet", "manifest.json", "shards/notes.txt", ""])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../../../../precious.txt",
+        "/precious.txt",
+        "shards/../../precious.parquet",
+        "manifest.json",
+        "shards/notes.txt",
+        "",
+    ],
+)
 def test_a_manifest_makes_a_repair_delete_nothing_but_shards(tmp_path, capsys, file):
     from shards import make_dataset
 
@@ -151,12 +182,20 @@ def test_a_manifest_makes_a_repair_delete_nothing_but_shards(tmp_path, capsys, f
     tree = json.loads((folder / "manifest.json").read_text())
     tree["shards"][1]["file"] = str(tmp_path) + file if file.startswith("/") else file
     put(folder / "manifest.json", json.dumps(tree))
-    for place in (tmp_path / "precious.txt", folder / "precious.parquet", folder.parent / "precious.parquet", folder / "shards" / "notes.txt"):
+    for place in (
+        tmp_path / "precious.txt",
+        folder / "precious.parquet",
+        folder.parent / "precious.parquet",
+        folder / "shards" / "notes.txt",
+    ):
         put(place)
     before = contents(tmp_path)
     assert harvest(["--output", str(tmp_path / "out"), "--harvest.dataset", str(folder), "--repair"]) == 2
     said = capsys.readouterr()
-    assert f"error: {folder}/manifest.json: " in said.err and "no shard of this dataset; that file was not touched" in said.err, said
+    assert (
+        f"error: {folder}/manifest.json: " in said.err
+        and "no shard of this dataset; that file was not touched" in said.err
+    ), said
     assert contents(tmp_path).items() >= before.items()
 
 
@@ -167,7 +206,15 @@ def test_no_name_leads_out_of_a_store(tmp_path, name):
     store = Store(tmp_path / "store")
     put(tmp_path / "x")
     (tmp_path / "store" / "a").mkdir(parents=True)
-    for act in (store.size, store.sizes, store.read, store.delete, store.child, lambda n: store.write(n, b"1"), lambda n: store.read_range(n, 0, 1)):
+    for act in (
+        store.size,
+        store.sizes,
+        store.read,
+        store.delete,
+        store.child,
+        lambda n: store.write(n, b"1"),
+        lambda n: store.read_range(n, 0, 1),
+    ):
         with pytest.raises(StoreError, match="leads out of this folder; it was neither read nor touched"):
             act(name)
     assert (tmp_path / "x").read_text() == "mine"
@@ -183,7 +230,13 @@ def test_no_link_leads_out_of_a_store(tmp_path):
     (tmp_path / "store" / "x").symlink_to(tmp_path / "elsewhere" / "x")
     (tmp_path / "store" / "round").symlink_to(tmp_path / "store" / "round")
     for name in ("folder/x", "x", "round"):
-        for act in (store.size, store.read, store.delete, lambda n: store.write(n, b"1"), lambda n: store.read_range(n, 0, 1)):
+        for act in (
+            store.size,
+            store.read,
+            store.delete,
+            lambda n: store.write(n, b"1"),
+            lambda n: store.read_range(n, 0, 1),
+        ):
             with pytest.raises(StoreError, match="by a link leads out of this folder"):
                 act(name)
     assert contents(tmp_path / "elsewhere") == {"x": b"mine"}
@@ -196,7 +249,11 @@ def test_no_link_leads_out_of_a_store(tmp_path):
 def test_a_temporary_folder_that_ray_could_not_use_is_said_before_any_work(tmp_path, monkeypatch, capsys, name):
     for other in ("TMPDIR", "RAY_TMPDIR", "RAY_ADDRESS"):
         monkeypatch.delenv(other, raising=False)
-    for folder, words in ((tmp_path / ("long" * 20), "characters too long"), ("/dev/null", "cannot be written"), ("here", "not the whole path")):
+    for folder, words in (
+        (tmp_path / ("long" * 20), "characters too long"),
+        ("/dev/null", "cannot be written"),
+        ("here", "not the whole path"),
+    ):
         monkeypatch.setenv(name, str(folder))
         assert main(["--output", str(tmp_path / "out"), "--cluster.address", "local"]) == 2
         said = capsys.readouterr().err
@@ -213,7 +270,9 @@ def test_an_ascii_terminal_shows_what_it_can(tmp_path):
     OutputLock(home).release()
     for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
         done = subprocess.run(
-            [sys.executable, "-m", "dmsae_ray.sweep", "--status", "--output", str(home)], env=os.environ | env, capture_output=True
+            [sys.executable, "-m", "dmsae_ray.sweep", "--status", "--output", str(home)],
+            env=os.environ | env,
+            capture_output=True,
         )
         assert done.returncode == 0, done.stderr
         assert b"seed0-k16" in done.stdout and b"no driver at work" in done.stdout and done.stdout.isascii()
@@ -229,9 +288,16 @@ def test_a_disk_s_trouble_is_told_in_one_line_whoever_raised_it():
     wrapped = RuntimeError("a task of Ray failed")
     wrapped.__cause__ = full
     assert disk_trouble(wrapped) == disk_trouble(full)
-    assert disk_trouble(RuntimeError("x\nOSError: [Errno 28] No space left on device: '/out/ray'")).startswith("/out/ray: No space left")
-    assert disk_trouble(RuntimeError("(sqlite3.OperationalError) database or disk is full")).startswith("database or disk is full; free")
-    assert disk_trouble(ValueError("of another kind")) is None and disk_trouble(PermissionError(errno.EACCES, "no")) is None
+    assert disk_trouble(RuntimeError("x\nOSError: [Errno 28] No space left on device: '/out/ray'")).startswith(
+        "/out/ray: No space left"
+    )
+    assert disk_trouble(RuntimeError("(sqlite3.OperationalError) database or disk is full")).startswith(
+        "database or disk is full; free"
+    )
+    assert (
+        disk_trouble(ValueError("of another kind")) is None
+        and disk_trouble(PermissionError(errno.EACCES, "no")) is None
+    )
 
 
 def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
@@ -241,7 +307,9 @@ def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
     put(folder / "config.yaml", "name: small\n")
     put(folder / "numbers.json", "{}")
     put(folder / "chains.json", json.dumps([{"label": "seed0-k16", "key": "../../precious"}]))
-    with pytest.raises(ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"):
+    with pytest.raises(
+        ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"
+    ):
         OtherSweep.open(folder)
 
 
@@ -286,3 +354,45 @@ def test_a_node_says_which_folders_it_does_not_see(tmp_path, monkeypatch):
     assert f"output folder {tmp_path}/none: it cannot be read there (No such file or directory)" in line
     (line,) = probe.unseen(str(path), "a token", {"harvest.dataset": str(tmp_path / "x")})
     assert line.startswith(f"does not see harvest.dataset {tmp_path}/x")
+
+
+STOPPED = """
+import ctypes, os, signal, time
+from dmsae_ray.stop import deaf, keeping_signals, stoppable
+
+def strike():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+
+@keeping_signals
+def begin():
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # as ray.init does
+
+@stoppable()
+def main():
+    begin()
+    try:
+        strike()
+    except KeyboardInterrupt:
+        strike()
+        with deaf():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                ctypes.CDLL(None).signal(number, 0)  # as ray.shutdown does
+            time.sleep(0.2)
+            strike()
+        strike()
+        print("left cleanly")
+        return 130
+
+raise SystemExit(main())
+"""
+
+
+def test_signals_that_follow_the_first_do_not_end_the_way_out_half_way():
+    """With what Ray does to handlers in its place; the real one is in tests/faults."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "left cleanly\n"), done

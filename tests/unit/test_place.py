@@ -48,7 +48,16 @@ def here(tmp_path, monkeypatch):
 def test_a_plan_means_the_same_in_a_process_with_another_folder_home_and_environment(here, tmp_path):
     mixture = '[{"source": "te*/*.txt", "weight": 1}, {"source": "~/mo*/a.txt", "weight": 1}, {"source": "owner/name", "weight": 1}]'
     travelled = [
-        *plans("--output", "out", "--model.name", "models/mine", "--corpus.source", "texts", "--track.uri", "sqlite:///runs.db"),
+        *plans(
+            "--output",
+            "out",
+            "--model.name",
+            "models/mine",
+            "--corpus.source",
+            "texts",
+            "--track.uri",
+            "sqlite:///runs.db",
+        ),
         *plans("--model.name", "google/gemma", "--harvest.store", "~/store", "--corpus.mixture", mixture),
         *plans("--harvest.dataset", "data/x"),
     ]
@@ -58,7 +67,12 @@ def test_a_plan_means_the_same_in_a_process_with_another_folder_home_and_environ
 
     def said(cwd: Path, **env: str) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-c", SAY], input=pickle.dumps(travelled), cwd=cwd, env=os.environ | env, capture_output=True, check=True
+            [sys.executable, "-c", SAY],
+            input=pickle.dumps(travelled),
+            cwd=cwd,
+            env=os.environ | env,
+            capture_output=True,
+            check=True,
         )
         return done.stdout.decode().splitlines()
 
@@ -69,17 +83,27 @@ def test_a_plan_means_the_same_in_a_process_with_another_folder_home_and_environ
         f"sqlite:///{here}/runs.db"
     )
     assert lines[1].startswith(f"{here}/dmsae_ray/quickstart ")
-    assert lines[1].endswith(f" None [['{here}/texts/a.txt'], ['{here}/more/a.txt'], 'owner/name'] {here}/store None None None")
+    assert lines[1].endswith(
+        f" None [['{here}/texts/a.txt'], ['{here}/more/a.txt'], 'owner/name'] {here}/store None None None"
+    )
     assert f" {here}/data/x " in lines[2]
 
 
 def test_keys_do_not_depend_on_where_things_lie(here):
     def keys(*argv):
         config = load(SweepCommand, list(argv))
-        return fields_key(config.dataset_fields("model", "corpus")), fields_key(config.chain_fields(0, 16, "0123456789ab"))
+        return fields_key(config.dataset_fields("model", "corpus")), fields_key(
+            config.chain_fields(0, 16, "0123456789ab")
+        )
 
     plain = keys()
-    for argv in (["--output", "out"], ["--model.name", "models/mine"], ["--corpus.source", "texts"], ["--harvest.store", "x"], ["--harvest.dataset", "x"]):
+    for argv in (
+        ["--output", "out"],
+        ["--model.name", "models/mine"],
+        ["--corpus.source", "texts"],
+        ["--harvest.store", "x"],
+        ["--harvest.dataset", "x"],
+    ):
         assert keys(*argv) == plain, argv
 
 
@@ -127,7 +151,9 @@ def test_a_key_that_is_given_twice_is_an_error(tmp_path, text, words, command):
 
 def test_what_is_merged_in_may_be_overridden(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("train: &a {lr: 0.1, batch: 512}\nattribution: {tau: 0.5}\nharvest:\n  seed: 3\ncompare: {<<: {draws: 30, seed: 1}, seed: 2}\n")
+    path.write_text(
+        "train: &a {lr: 0.1, batch: 512}\nattribution: {tau: 0.5}\nharvest:\n  seed: 3\ncompare: {<<: {draws: 30, seed: 1}, seed: 2}\n"
+    )
     config = load(SweepCommand, ["--config", str(path)])
     assert (config.compare.draws, config.compare.seed, config.train.batch) == (30, 2, 512)
 
