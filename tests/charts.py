@@ -49,6 +49,7 @@ LOOK = """async () => {
     }
     if (!marks) found.push("no mark");
     const area = plot.querySelector(".nsewdrag").getBoundingClientRect();
+    if (area.height < 60 || area.width < 100) found.push(`the axes are crushed to ${Math.round(area.width)} by ${Math.round(area.height)} pixels`);
     const drawn = [...plot.querySelectorAll(".scatterlayer .point, .scatterlayer .js-line, .barlayer .point path, .hm image")];
     const seen = drawn.filter((mark) => {
       const box = mark.getBoundingClientRect();

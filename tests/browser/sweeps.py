@@ -192,7 +192,7 @@ def features(rng: np.random.Generator, chains: list[str], seeds: int, number: in
                 "in_seeds": in_seeds, "n_chains": len(chains), "n_seeds": seeds, "reproducibility": in_seeds / seeds,
                 "interval": [max(0.0, in_seeds / seeds - 0.2), min(1.0, in_seeds / seeds + 0.2)],
                 "score": float(rng.exponential(0.03)),
-                "density": float(10 ** rng.uniform(-4, -0.5)), 
+                "density": float(10 ** rng.uniform(-4, -0.5)),
                 "cosine": float(rng.uniform(0.7, 1)) if len(members) > 1 else None,
                 "partners": [
                     {"chain": chain, "latent": int(rng.integers(0, 90)), "index": int(rng.integers(0, 26)),
@@ -209,6 +209,7 @@ def features(rng: np.random.Generator, chains: list[str], seeds: int, number: in
         )  # fmt: skip
     if number > 7:
         described[7]["contexts"][0]["tokens"][3:5] = [" needle", "-7"]
+        described[5]["density"] = 0.93
     return {"format_version": 1, "tokens": 24693, "features": described}
 
 
@@ -284,6 +285,23 @@ def realistic(folder: Path, number: int = 1000) -> Path:
         folder, evaluation={"format_version": 1, "rows": rows}, comparison=comparison(rng, rows, FAILED),
         consensus=consensus(rng, chains, seeds, rows), features=features(rng, chains, len(seeds), number), expectations=EXPECTATIONS,
         config=config("eight chains", seeds, ks), data=DATA | {"warning": None},
+    )  # fmt: skip
+
+
+def twelve_arms(folder: Path) -> Path:
+    """A study with as many arms as a chart can hold, with names as long as they come."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for place in range(12):
+        arm = "base" if place == 0 else f"another-way-to-choose-{place}"
+        for seed in (0, 1):
+            for k in (16, 32) if place < 6 else (16,):
+                rows += evaluation_rows(rng, f"seed{seed}-k{k}" + ("" if place == 0 else f"-{arm}"), arm, seed, k)
+    chains = [row["chain"] for row in rows if row["last"] and row["arm"] == "base"]
+    return write(
+        folder, evaluation={"format_version": 1, "rows": rows}, comparison=comparison(rng, rows, []),
+        consensus=consensus(rng, chains, [0, 1], rows), features=features(rng, chains, 2, 5), data=DATA,
+        config=config("twelve arms", [0, 1], [16, 32]),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from charts import charts, faults
 from playwright.sync_api import expect
 
 
-@pytest.mark.parametrize(("name", "width"), [("single_arm", 1400), ("single_arm", 390), ("realistic", 1024), ("one_chain", 1400)])
+@pytest.mark.parametrize(("name", "width"), [("single_arm", 1400), ("twelve_arms", 390), ("one_chain", 1024)])
 def test_every_chart_shows_its_data(open_page, name, width):
     page = open_page(name, viewport={"width": width, "height": 900}).go("summary")
     assert len(charts(page)) >= 10 and faults(page) == []

@@ -150,6 +150,33 @@ def test_a_feature_that_is_never_active_says_so(sweep):
     assert notes[:2] == ["It was active on none of the tokens looked at.", "No effect on the loss was measured for it."]
 
 
+def test_a_label_has_several_tokens_and_says_when_no_token_means_much(page, features):
+    def label(place: int) -> tuple[str, str]:
+        item = page.locator(f'#feature-list [data-id="{features[place]["id"]}"] .peak')
+        return item.text_content(), item.get_attribute("title")
+
+    peaks = [context["tokens"][context["peak"]] for context in features[7]["contexts"]]
+    shown, title = label(7)
+    assert shown == title and 1 < len(title.split(" · ")) <= 3, "several contexts, several tokens"
+    assert title.split(" · ")[0] == peaks[0].strip() and all(any(word == peak.strip() for peak in peaks) for word in title.split(" · "))
+    shown, title = label(5)
+    assert features[5]["density"] == 0.93 and shown == "on 93 % of tokens" and title.startswith("strongest on ")
+    assert label(2)[0] == "never active"
+
+
+def test_the_last_column_shows_what_the_list_is_sorted_by(page, features):
+    def column() -> tuple[str, list[float]]:
+        cells = page.locator("#feature-list .number").evaluate_all("(cells) => cells.map((cell) => Number(cell.dataset.value))")
+        return page.locator("#feature-column").inner_text(), cells
+
+    assert column()[0] == "Share"
+    page.select_option("#feature-sort", "density")
+    heading, cells = column()
+    assert heading == "Density" and cells == sorted((f["density"] for f in features), reverse=True)
+    page.select_option("#feature-sort", "score")
+    assert column()[0] == "Share"
+
+
 def test_keyboard(page):
     order = ids(page)
 

@@ -137,7 +137,7 @@ def _template(ink: str, soft: str, line: str, paper: str) -> dict[str, Any]:
         },
         data={
             "bar": [go.Bar(marker={"line": {"color": paper, "width": 1}})],
-            "heatmap": [go.Heatmap(colorbar={"outlinewidth": 0, "thickness": 12, "tickfont": {"color": soft}})],
+            "heatmap": [go.Heatmap(colorbar={"outlinewidth": 0, "thickness": 12, "tickfont": {"color": soft, "size": 11}})],
         },
     )
     return template.to_plotly_json()

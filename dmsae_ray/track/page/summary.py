@@ -246,6 +246,6 @@ def _run(artifacts: Artifacts) -> Raw | Note:
             entries.append(Fact(name, value, f"{seen} {unit}".strip()))
     for name, field, kind, unit in MEASURED:
         value = next((row[field] for row in artifacts.rows if row.get(field) is not None), None)
-        if value is not None:
+        if value is not None and (value or field != "rows_left_out"):
             entries.append(Fact(name, value, f"{shown(value, kind)} {unit}"))
     return facts("facts", "What was run", entries)

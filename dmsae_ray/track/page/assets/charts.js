@@ -16,6 +16,30 @@ function drawChart(place) {
   place.drawn = (place.drawn ?? Promise.resolve()).then(() => draw(place));
 }
 
+const LONGEST_ON_PHONE = 14;
+const shortened = (name) => (name.length > LONGEST_ON_PHONE ? `${name.slice(0, 6)}…${name.slice(-7)}` : name);
+
+// On a phone names take no more room than what they name: long ones lose their middle (a touch shows them whole), a legend of many
+// stands above the chart, not over it, and a colour bar would take the width of the cells, which state their values.
+function fitPhone(place, data, layout) {
+  for (const trace of data) if (trace.type === "heatmap") trace.showscale = false;
+  for (const [letter, name] of [["x", "xaxis"], ["y", "yaxis"]]) {
+    const axis = (layout[name] ??= {});
+    if (axis.title?.text) axis.title.text = axis.title.text.replace(" (", "<br>(");
+    if (axis.type !== "category") continue;
+    axis.tickvals = [...new Set(axis.categoryarray ?? data.flatMap((trace) => trace[letter]))];
+    axis.ticktext = axis.tickvals.map((category) => shortened(String(category)));
+  }
+  const named = data.filter((trace) => trace.name && trace.showlegend !== false).length;
+  if (layout.showlegend !== false && named > 4) {
+    for (const trace of data) if (trace.name) trace.name = trace.name.length > 28 ? `${trace.name.slice(0, 20)}…${trace.name.slice(-7)}` : trace.name;
+    layout.height += 20 * named;
+    // Half of the height is all that plotly lets a legend have by itself.
+    layout.legend = { ...layout.legend, maxheight: 24 * named };
+    place.style.height = `${layout.height}px`;
+  }
+}
+
 function draw(place) {
   const figure = chartData.charts[place.id][chartKey(place.id)];
   if (figure === undefined) throw new Error(`${place.id} has no figure for ${JSON.stringify(chartKey(place.id))}`);
@@ -38,9 +62,9 @@ function draw(place) {
   if (fingers.matches) layout.dragmode = false;
   // plotly keeps and changes what it is given: it gets a copy of the data.
   const data = structuredClone(figure.data);
-  // On a phone a colour bar would take the width of the cells, which state their values.
-  if (narrow) for (const trace of data) if (trace.type === "heatmap") trace.showscale = false;
-  return Plotly.react(place, data, structuredClone(layout), plotConfig);
+  const own = structuredClone(layout);
+  if (narrow) fitPhone(place, data, own);
+  return Plotly.react(place, data, own, plotConfig);
 }
 
 function drawCharts(within) {
