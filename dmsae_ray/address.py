@@ -1,4 +1,4 @@
-"""Which Ray cluster a command joins, and whether it answers: asked before Ray is, which tries for a quarter of an hour in silence."""
+"""Which Ray cluster a command joins, and whether it answers: Ray itself would try for a quarter of an hour, in silence."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from collections.abc import Callable
 from dmsae_ray.config import Config
 
 TRIES, PAUSE_S, ANSWER_S = 3, 1.0, 4.0
-"""A cluster that is just being started gets a second chance; an address where nobody listens costs some seconds, not minutes."""
+"""A cluster that is just being started gets another chance; an address where nobody listens costs some seconds."""
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""HTTP/2's preface and an empty SETTINGS frame. A gRPC server, as Ray's is, answers with a SETTINGS frame of its own."""
+"""HTTP/2's preface and an empty SETTINGS frame. A gRPC server, as Ray's is, answers with such a frame of its own."""
 SETTINGS = 4
+ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""What only the head of a Ray cluster can be asked."""
 REMEDY = (
-    "Start the cluster, correct the address, or use --cluster.address local to start one here (`ray stop` clears what a cluster "
-    "that died left behind)"
+    "Start the cluster, correct the address, or use --cluster.address local to start one here (`ray stop` clears what a "
+    "cluster that died left behind)"
 )
 
 
 def cluster_address(config: Config) -> str | None:
     """The cluster to join, as Ray takes it; None: a cluster of our own is to be started.
 
-    "auto", not the address itself, for one that `ray start` made on this machine: only then does Ray take up a token that lies ready.
-    Another driver's private cluster does not count: it ends with its driver.
+    "auto", not the address itself, for one that `ray start` made on this machine: only then does Ray take up a token that
+    lies ready. Another driver's private cluster does not count: it ends with its driver.
     """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if _started_here() else None)
     return None if address == "local" else address
@@ -41,9 +43,9 @@ def check_answers(config: Config, address: str, say: Callable[[str], None] = lam
         address = found
     if "://" in address:
         raise ValueError(
-            f"{named}: Ray Client and other URLs are not supported: the command reads its output folder and Ray's shared memory itself. "
-            "Run it on a node of the cluster with <host>:<port of the head>, 6379 by default (`ray start --address=<host>:<port>` makes "
-            "this machine one), or send it as a job (`ray job submit`)"
+            f"{named}: Ray Client and other URLs are not supported: the command reads its output folder and Ray's shared "
+            "memory itself. Run it on a node of the cluster with <host>:<port of the head>, 6379 by default (`ray start "
+            "--address=<host>:<port>` makes this machine one), or send it as a job (`ray job submit`)"
         )
     host, separator, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -60,7 +62,9 @@ def check_answers(config: Config, address: str, say: Callable[[str], None] = lam
         except OSError as error:
             why = error.strerror or str(error) or type(error).__name__
             if not left:
-                raise ValueError(f"{named}: nothing that could be joined answers there ({why}; tried {TRIES} times). {REMEDY}") from error
+                raise ValueError(
+                    f"{named}: nothing that could be joined answers there ({why}; tried {TRIES} times). {REMEDY}"
+                ) from error
             say(f"ray: no answer from {host}:{port} ({why}); trying again")
             time.sleep(PAUSE_S)
 
@@ -70,7 +74,7 @@ class NotRay(Exception):
 
 
 def _greet(host: str, port: int) -> None:
-    """Raises OSError if nobody listens, NotRay if it is no gRPC server. Where TLS is on, that somebody listens has to do."""
+    """Raises OSError if nobody listens, NotRay if it is no gRPC server. Where TLS is on, a listener has to do."""
     with socket.create_connection((host, port), timeout=ANSWER_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
             return
@@ -84,6 +88,20 @@ def _greet(host: str, port: int) -> None:
             raise NotRay(f"what listens there does not answer as Ray does ({error.strerror or error})") from error
     if len(answer) < 9 or answer[3] != SETTINGS:
         raise NotRay(f"what listens there is not Ray (it answers {answer!r})")
+    _ask(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def _ask(target: str) -> None:
+    """Raises NotRay if this gRPC server has no list of a cluster's nodes: another program's, or another port of Ray."""
+    import grpc  # Ray needs it, too
+
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(ALIVE)(b"", timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            # Whatever else it says, such as that it wants a token, it knows the question.
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise NotRay("what listens there is not the head of a Ray cluster, or not its port (6379 by default)") from error
 
 
 def _started_here() -> str | None:

@@ -1,7 +1,7 @@
 """Joining or starting Ray, and what fits on it.
 
-Ray waits for ever, silently, for what no node can give. So what the work asks for is compared with the nodes before anything is
-started, node by node, and one CPU always stays free for what is not training.
+Ray waits for ever, silently, for what no node can give. So what the work asks for is compared with the nodes before anything
+is started, node by node, and one CPU always stays free for what is not training.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from dmsae_ray.address import check_answers, cluster_address
 from dmsae_ray.config import Config
-from dmsae_ray.nodes import Bundle, Node, fitting, listed, missing, plural
+from dmsae_ray.nodes import Bundle, Node, figure, fitting, listed, missing, plural
 from dmsae_ray.stop import keeping_signals
 from dmsae_ray.waiting import Waits
 
 DATA_CPUS = 1
-"""Left free by the chains of one sweep. Read tasks ask for a hundredth each; it is for the harvest and the language model of others."""
+"""Left free by a sweep's chains: for their read tasks, a hundredth each, and for what other drivers do meanwhile."""
 
 # Read by Ray at import: set before anything imports it.
 QUIET = {
@@ -54,7 +54,7 @@ def available_cpus() -> int:
 
 
 def worker_bundle(config: Config) -> Bundle:
-    """What one training worker needs on one node; its CPUs as whole ones, which is how Ray shares out what is left to datasets."""
+    """What one training worker needs on one node; its CPUs as whole ones, since Ray Data is given what is left in whole ones."""
     cluster = config.cluster
     return Bundle(math.ceil(cluster.cpus_per_worker), cluster.gpus_per_worker, cluster.object_store_mb)
 
@@ -113,7 +113,7 @@ def logical_cpus(config: Config, chains: int) -> int:
 
 
 def check_fits_here(config: Config, chains: int) -> None:
-    """Where no cluster is to be joined: what would be started on this machine is large enough. Raises ValueError; starts nothing."""
+    """Where no cluster is to be joined: what would be started on this machine will do. Raises ValueError; starts nothing."""
     if cluster_address(config) is not None:
         return
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
@@ -132,7 +132,9 @@ def nodes_now() -> list[Node]:
     for node in (node for node in ray.nodes() if node["Alive"]):
         has, left = node["Resources"], free.get(node["NodeID"], {})
         store_mb = has.get("object_store_memory", 0.0) / 2**20
-        found.append(Node(has.get("CPU", 0.0), has.get("GPU", 0.0), store_mb, left.get("CPU", 0.0), left.get("GPU", 0.0)))
+        found.append(
+            Node(has.get("CPU", 0.0), has.get("GPU", 0.0), store_mb, left.get("CPU", 0.0), left.get("GPU", 0.0))
+        )
     return found
 
 
@@ -172,12 +174,14 @@ def _remedy(config: Config, nodes: Sequence[Node], worker: Bundle, local: bool) 
     fewer = next((count for count in range(min(fits, workers - 1), 0, -1) if config.train.lanes % count == 0), 0)
     ways = [f"lower cluster.workers (now {workers}; {fewer} would fit)"] if fewer else []
     for field, smaller in (
-        ("cpus_per_worker", Bundle(0, worker.gpus, worker.store_mb)), ("gpus_per_worker", Bundle(worker.cpus, 0, worker.store_mb)),
+        ("cpus_per_worker", Bundle(0, worker.gpus, worker.store_mb)),
+        ("gpus_per_worker", Bundle(worker.cpus, 0, worker.store_mb)),
         ("object_store_mb", Bundle(worker.cpus, worker.gpus, 0)),
     ):  # fmt: skip
         now = getattr(config.cluster, field)
         if (field != "cpus_per_worker" or now > 1) and fitting(nodes, smaller, DATA_CPUS) >= workers:
-            ways.append(f"lower cluster.{field} (now {now:g}{'; 0: train on CPUs' if field == 'gpus_per_worker' else ''})")
+            or_none = "; 0: train on CPUs" if field == "gpus_per_worker" else ""
+            ways.append(f"lower cluster.{field} (now {figure(now)}{or_none})")
     return " or ".join([*ways, _larger(worker, workers, nodes, local)])
 
 
@@ -186,15 +190,17 @@ def _larger(bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> s
     cpus, gpus = math.ceil(count * bundle.cpus) + DATA_CPUS, math.ceil(count * bundle.gpus)
     store_mb = math.ceil(count * bundle.store_mb)
     options = [f"--num-cpus={cpus}"] if sum(node.cpus for node in nodes) < cpus else []
-    options += [f"--object-store-memory={store_mb << 20}"] if sum(node.store_mb for node in nodes if node.cpus) < store_mb else []
+    if sum(node.store_mb for node in nodes if node.cpus) < store_mb:
+        options.append(f"--object-store-memory={store_mb << 20}")
+    start = f" ({' '.join(['ray start --head', *options])})"
     machine = f"a machine with {gpus} {plural('GPU', gpus)} or more" if sum(node.gpus for node in nodes) < gpus else ""
     if local:
-        return f"join a cluster that has more{f': on {machine}' if machine else ''} (ray start --head {' '.join(options)}".rstrip() + ")"
+        return f"join a cluster that has more{f': on {machine}' if machine else ''}{start}"
     if len(nodes) > 1:
         return f"add nodes that each have {bundle} or more (ray start --address=<head>)"
     if machine or not options:
-        return f"start Ray on {machine or 'a larger machine'}{f' (ray start --head {chr(32).join(options)})' if options else ''}, or add nodes"
-    return f"start Ray with more (ray start --head {' '.join(options)}), or add nodes"
+        return f"start Ray on {machine or 'a larger machine'}{start}, or add nodes"
+    return f"start Ray with more{start}, or add nodes"
 
 
 def disconnect(capacity: Capacity, logs: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from dmsae_ray.config import Config, Place, problem_lines
 from dmsae_ray.ownership import marked
 from dmsae_ray.screen import show_anything
-from dmsae_ray.secret_url import scrub
+from dmsae_ray.secret_url import print_scrubbed, scrub
 
 
 class _YamlFile(PydanticBaseSettingsSource):
@@ -86,7 +88,7 @@ class Command(Config):
     """An experiment read from a file and the command line."""
 
     config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment"""
+    """YAML file with the experiment; without it the quickstart's, shipped with the package, applies. The defaults shown here are the file's"""
     verbose: CliImplicitFlag[bool] = False
     """show everything Ray prints as well"""
 
@@ -145,9 +147,12 @@ def load(command: type[Config], argv: list[str]) -> Config:
     Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
     """
     show_anything()
+    sys.excepthook = print_scrubbed
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, default=None)
     path = first.parse_known_args(argv)[0].config or default_config_path()
+    if {"-h", "--help"} & set(argv):
+        command = _with_defaults_of(command, path)
     _YamlFile.path = path
     said = io.StringIO()
     try:
@@ -163,6 +168,30 @@ def load(command: type[Config], argv: list[str]) -> Config:
         raise ValueError(f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)") from None
     finally:
         _YamlFile.path = None
+
+
+def _with_defaults_of(command: type[Config], path: Path) -> type[Config]:
+    """The command with what the file says as its defaults: what `--help` shows is then what a plain run has. Raises ValueError."""
+    try:
+        config = Config(**read_experiment(path))
+    except ValidationError as error:
+        raise ValueError(explain(error, path)) from None
+    shown = _as_default(command, config)
+    shown.__doc__ = command.__doc__
+    return shown
+
+
+def _as_default(model: type[BaseModel], values: BaseModel) -> type[BaseModel]:
+    """A model whose defaults are these values, sections included; fields that the values lack keep their own."""
+    fields: dict[str, Any] = {}
+    for name in type(values).model_fields:
+        value, field = getattr(values, name), copy.copy(model.model_fields[name])
+        field.default, field.default_factory = value, None
+        if isinstance(value, BaseModel):
+            field.annotation = _as_default(type(value), value)
+            field.default = field.annotation(**{inner: getattr(value, inner) for inner in type(value).model_fields})
+        fields[name] = (field.annotation, field)
+    return create_model(model.__name__, __base__=model, **fields)
 
 
 def explain(error: ValidationError, path: Path) -> str:

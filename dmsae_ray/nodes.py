@@ -1,7 +1,7 @@
 """What the nodes of a cluster have, and how many equal bundles of resources fit on them.
 
-A bundle (one training worker, one harvest actor) lies on one node, as with Ray: three CPUs on one node are another thing than
-two here and one there.
+A bundle (one training worker, one harvest actor) lies on one node, as with Ray: three CPUs on one node are another
+thing than two here and one there.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ def fitting(nodes: Iterable[Node], bundle: Bundle, spare_cpus: float = 0.0) -> i
     Placing one after the other on any node that has room comes to the same number, so this is what Ray's PACK reaches.
     """
     nodes = list(nodes)
-    return min(sum(slots(node, bundle) for node in nodes), _times(sum(node.cpus for node in nodes) - spare_cpus, bundle.cpus))
+    left = sum(node.cpus for node in nodes) - spare_cpus
+    return min(sum(slots(node, bundle) for node in nodes), _times(left, bundle.cpus))
 
 
 def missing(nodes: Sequence[Node], bundle: Bundle, count: int, whose: str, spare_cpus: float = 0.0) -> list[str]:
-    """Why so many bundles do not fit: a sentence part for each kind of resource there is too little of; empty if they fit.
+    """Why so many bundles do not fit: a sentence part for each kind of resource that lacks; none if they fit.
 
     whose: what one bundle is for, such as "training worker".
     """
@@ -80,24 +81,29 @@ def missing(nodes: Sequence[Node], bundle: Bundle, count: int, whose: str, spare
         return []
     found = []
     stores = [node.store_mb for node in nodes if node.cpus]
-    for name, each, spare, have, fits in (
-        ("CPUs", bundle.cpus, spare_cpus, [node.cpus for node in nodes], cpu_slots),
-        ("GPUs", bundle.gpus, 0.0, [node.gpus for node in nodes], gpu_slots),
-        ("MB of object store", bundle.store_mb, 0.0, stores, store_slots),
+    for unit, each, spare, have, fits in (
+        (lambda n: plural("CPU", n), bundle.cpus, spare_cpus, [node.cpus for node in nodes], cpu_slots),
+        (lambda n: plural("GPU", n), bundle.gpus, 0.0, [node.gpus for node in nodes], gpu_slots),
+        (lambda n: "MB of object store", bundle.store_mb, 0.0, stores, store_slots),
     ):
         if not each:
             continue
         need, total, placed = count * each + spare, sum(have), sum(fits(node, bundle) for node in nodes)
         if total < need - SLACK:
-            parts = f" ({count} {plural(whose, count)} of {each:g}{f', {spare:g} for Ray Data' if spare else ''})"
-            found.append(f"{need:,g} {name}{parts}, it has {math.floor(total * 100) / 100:,.10g}")
+            parts = f"{count} {plural(whose, count)} of {figure(each)}{f', {figure(spare)} kept free' if spare else ''}"
+            found.append(f"{figure(need)} {unit(need)} ({parts}), it has {figure(total)}")
         elif placed < count:
-            biggest = math.floor(max(have, default=0.0) * 100) / 100
             found.append(
-                f"{each:,g} {name} on one node for each of {count} {plural(whose, count)}, its {len(nodes)} nodes have room for {placed} "
-                f"(the largest has {biggest:,.10g})"
+                f"{figure(each)} {unit(each)} on one node for each of {count} {plural(whose, count)}, its {len(nodes)} nodes "
+                f"have room for {placed} (the largest has {figure(max(have, default=0.0))})"
             )
-    return found or [f"{bundle} on one node for each of {count} {plural(whose, count)}, its nodes have them apart from each other"]
+    apart = f"{bundle} on one node for each of {count} {plural(whose, count)}, its nodes have them apart"
+    return found or [apart]
+
+
+def figure(amount: float) -> str:
+    """To the hundredth below: 599.9996 MB are not 600."""
+    return f"{math.floor(amount * 100 + 1e-6) / 100:,.10g}"
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from dmsae_ray.lm.model import ModelInfo, layer_of
 from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
 from dmsae_ray.ownership import refuse_strangers
 from dmsae_ray.sae import native
+from dmsae_ray.temporary import check_temporary_folder
 from dmsae_ray.stage_memory import check_memory
 
 MARGIN = 1.2
@@ -25,6 +26,7 @@ MARGIN = 1.2
 def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> ModelInfo:
     """Model, hook, corpus, GPU memory and disk, without loading weights. say: is told what is needed of a GPU. Raises ValueError."""
     refuse_strangers(config.home)
+    check_temporary_folder(config)
     check_urls(config)
     chat = check_mixture(config.corpus)
     info = info_of(config.model)

@@ -130,6 +130,8 @@ class Sweep:
         """
         self.training = train
         try:
+            if self.unfinished:
+                self.reach()
             store = self.store()
             if train and isinstance(store, TrackingError):
                 raise store
@@ -184,7 +186,14 @@ class Sweep:
     @functools.cached_property
     def unfinished(self) -> int:
         """Chains that are to be trained."""
-        return sum(not plan.finished() for plan in planned(self.config)) if self.training else 0
+        left = [plan for plan in planned(self.config) if not plan.finished()] if self.training else []
+        return sum((plan.folder.failure() or {}).get("kind") != "diverged" for plan in left)
+
+    def reach(self) -> None:
+        """Before hours of tokenising: join the cluster that is to be joined, or see that this machine will do. Raises ValueError."""
+        if cluster_address(self.config) is not None:
+            self.connect()
+        check_fits_here(self.config, self.unfinished)
 
     def connect(self) -> Capacity:
         if self.capacity is None:
@@ -210,10 +219,7 @@ class Sweep:
         if dataset is None and not harvest:
             raise ValueError(f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m dmsae_ray.sweep first")
         if dataset is None:
-            # Before hours of tokenising: a cluster that is not there, or is too small.
-            if cluster_address(self.config) is not None:
-                self.connect()
-            check_fits_here(self.config, self.unfinished)
+            self.reach()
             work = Harvest(self.config, self.say)
             dataset = work.run(self.connect().harvest_actors)[hook]
         else:

@@ -18,7 +18,7 @@ Shape = tuple[tuple[str, float], ...]
 
 
 class Waits:
-    """While started, says of what this configuration asks the cluster for, and does not get for a minute, what would end that.
+    """While started, says what this configuration asks the cluster for and does not get for a minute, and what would end that.
 
     The cluster knows what is asked for, not by whom: of two drivers with equal wants, both tell of it.
     """
@@ -27,7 +27,7 @@ class Waits:
         self, config: Config, say: Callable[[str], None], wanted: Callable[[], Mapping[Shape, int]] | None = None,
         state: Callable[[], str] | None = None,
     ):  # fmt: skip
-        """wanted: how many of each shape wait at the moment; state: the cluster in words. Both ask Ray where they are not given."""
+        """wanted: how many of each shape wait at the moment; state: the cluster in words. Not given, both ask Ray."""
         self._names, self._say = names(config), say
         self._wanted, self._state = wanted or waiting_now, state or cluster_now
         self._since: dict[Shape, float] = {}
@@ -84,7 +84,8 @@ def names(config: Config) -> dict[Shape, str]:
 
 def shape_of(resources: Mapping[str, float]) -> Shape:
     """Amounts as Ray counts them, in ten thousandths; what is not asked for left out."""
-    return tuple(sorted((name, round(amount, 4)) for name, amount in resources.items() if amount and not name.startswith("node:")))
+    counted = {name: round(amount, 4) for name, amount in resources.items() if amount and not name.startswith("node:")}
+    return tuple(sorted(counted.items()))
 
 
 def waiting_now() -> dict[Shape, int]:
@@ -114,4 +115,7 @@ def cluster_now() -> str:
         parts.append(f"{gpus:g} GPUs, {sum(node.free_gpus for node in nodes):.2g} free")
     own = ray.get_runtime_context().get_job_id()
     others = sum(not job["IsDead"] and job["JobID"] != own for job in jobs())
-    return f"The cluster ({len(nodes)} {plural('node', len(nodes))}) has {listed(parts)}; {others} other {plural('driver', others)} at work"
+    return (
+        f"The cluster ({len(nodes)} {plural('node', len(nodes))}) has {listed(parts)}; "
+        f"{others} other {plural('driver', others)} at work"
+    )

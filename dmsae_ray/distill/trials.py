@@ -21,16 +21,17 @@ from dmsae_ray.distill.chain import train_chains, write_failure
 from dmsae_ray.distill.plan import ChainPlan
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
-"""Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a core of 65k
-latents, writing it to a slow disk). A worker that is lost does not wait for it: Ray notices by itself."""
+"""Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a core
+of 65k latents, writing it to a slow disk). Nobody waits so long for a worker that is lost: Ray notices by itself."""
 HERE = 0.0001
-"""Of the one that each node has of itself: as much as Ray counts, so that a trial is placed on this node, and none is kept out."""
+"""Of the one that each node has of itself, the least that Ray counts: a trial is placed on this node, and none kept out."""
 
 
 def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) -> None:
     """Run these chains, `concurrent` worker groups at a time; returns when each chain is finished or marked failed.
 
-    A trial whose process is lost begins again, `cluster.retries` times: what its chain had finished stays. board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write, removed at the end.
+    A trial whose process is lost begins again, `cluster.retries` times: what its chain had finished stays. board: actor
+    handle with update(label, **fields). scratch: folder for what Tune and Train write, removed at the end.
     """
     groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
 
@@ -41,7 +42,9 @@ def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) ->
         tune.with_resources(trial, {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": HERE}),
         param_space={"group": tune.grid_search(list(range(len(groups))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False),
-        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0, failure_config=tune.FailureConfig(retries)),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(scratch), verbose=0, failure_config=tune.FailureConfig(max_failures=retries)
+        ),
     )
     try:
         for group, result in zip(groups, tuner.fit(), strict=True):

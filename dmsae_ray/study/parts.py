@@ -88,7 +88,8 @@ def known_from(path: Path, say: Callable[[str], None]) -> dict | None:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line, without Ray's wrapping: what this program raises is a sentence by itself, of others the kind belongs to it."""
-    cause = causes(error)[-1]
+    # What Ray wrapped is its wrapping's `cause`; what an error of ours was made from is `__cause__`, and says less.
+    cause = next(link for link in causes(error) if getattr(link, "cause", None) is None)
     line = scrub((str(cause).strip() or "no reason given").splitlines()[0])
     return line if isinstance(cause, ValueError) else f"{type(cause).__name__}: {line}"
 

@@ -6,8 +6,10 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import grpc
 import pytest
 
 from dmsae_ray.cluster import capacity, check_fits_here
@@ -242,6 +244,18 @@ def test_a_server_that_is_not_ray_is_known_as_such(capfd, tmp_path, monkeypatch)
     with server(None) as address:
         said = sweep_error(capfd, tmp_path, "--cluster.address", address)
         assert f"cluster.address {address}: what listens there does not answer as Ray does (timed out)" in said
+
+
+def test_another_port_than_the_head_s_is_known_as_such(capfd, tmp_path):
+    """Ray's own other servers, such as the one for Ray Client, talk gRPC, too; Ray would ask them for minutes."""
+    other = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{other.add_insecure_port('127.0.0.1:0')}"
+    other.start()
+    try:
+        said = sweep_error(capfd, tmp_path, "--cluster.address", address)
+    finally:
+        other.stop(None)
+    assert f"cluster.address {address}: what listens there is not the head of a Ray cluster" in said
 
 
 def test_what_ray_start_left_behind_is_named(capfd, tmp_path, monkeypatch):

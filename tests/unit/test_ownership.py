@@ -190,3 +190,99 @@ def test_no_link_leads_out_of_a_store(tmp_path):
     linked = Store(tmp_path / "linked")
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
     assert linked.read("x") == b"mine", "the store itself may be a link: it was named by its owner"
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_ray_could_not_use_is_said_before_any_work(tmp_path, monkeypatch, capsys, name):
+    for other in ("TMPDIR", "RAY_TMPDIR", "RAY_ADDRESS"):
+        monkeypatch.delenv(other, raising=False)
+    for folder, words in ((tmp_path / ("long" * 20), "characters too long"), ("/dev/null", "cannot be written"), ("here", "not the whole path")):
+        monkeypatch.setenv(name, str(folder))
+        assert main(["--output", str(tmp_path / "out"), "--cluster.address", "local"]) == 2
+        said = capsys.readouterr().err
+        assert f"error: {name} '{folder}': " in said and words in said and f"Set {name} to a short folder" in said, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    home = tmp_path / "Prüfung"
+    OutputLock(home).release()
+    for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-m", "dmsae_ray.sweep", "--status", "--output", str(home)], env=os.environ | env, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"seed0-k16" in done.stdout and b"no driver at work" in done.stdout and done.stdout.isascii()
+
+
+def test_a_disk_s_trouble_is_told_in_one_line_whoever_raised_it():
+    import errno
+
+    from dmsae_ray.causes import disk_trouble
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/out/chains/x")
+    assert disk_trouble(full).startswith("/out/chains/x: No space left on device; free space there")
+    wrapped = RuntimeError("a task of Ray failed")
+    wrapped.__cause__ = full
+    assert disk_trouble(wrapped) == disk_trouble(full)
+    assert disk_trouble(RuntimeError("x\nOSError: [Errno 28] No space left on device: '/out/ray'")).startswith("/out/ray: No space left")
+    assert disk_trouble(RuntimeError("(sqlite3.OperationalError) database or disk is full")).startswith("database or disk is full; free")
+    assert disk_trouble(ValueError("of another kind")) is None and disk_trouble(PermissionError(errno.EACCES, "no")) is None
+
+
+def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
+    from dmsae_ray.study.other import OtherSweep
+
+    folder = tmp_path / "out" / "sweeps" / "small-0123456789ab"
+    put(folder / "config.yaml", "name: small\n")
+    put(folder / "numbers.json", "{}")
+    put(folder / "chains.json", json.dumps([{"label": "seed0-k16", "key": "../../precious"}]))
+    with pytest.raises(ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"):
+        OtherSweep.open(folder)
+
+
+def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys):
+    """Those of a sweep's results stay, also of another one than is cleaned for; where its needs cannot be told, all do."""
+    from dmsae_ray.config import CompareConfig
+    from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
+    from dmsae_ray.study.comparison import pair_names
+
+    home = tmp_path / "out"
+    OutputLock(home).release()
+    folders = [home / "chains" / key for key in ("aaaaaaaaaaaa", "bbbbbbbbbbbb")]
+    for folder in folders:
+        put(folder / "chain.json", json.dumps({"fields": {"dataset": "dddddddddddd"}}))
+        put(folder / "cycle_00" / "record.json", json.dumps({"format_version": RECORD_VERSION}))
+        put(folder / "cycle_00" / "core.safetensors", folder.name)
+    sweep = home / "sweeps" / "other-cccccccccccc"
+    put(sweep / "config.yaml", "compare: {draws: 50}\n")
+    put(sweep / "chains.json", json.dumps([{"key": folder.name, "cycles": 1} for folder in folders]))
+    needed = pair_names(CompareConfig(draws=50), "dddddddddddd", [(ChainFolder(folder), 1) for folder in folders])
+    assert len(needed) == 4
+    for name in (*needed, "0123456789ab.json", "mine.json"):
+        put(home / "pairs" / name, "{}")
+    (sweep / "chains.json").rename(sweep / "elsewhere.json")
+    assert main(["--output", str(home), "--clean"]) == 0
+    assert (home / "pairs" / "0123456789ab.json").exists() and f"kept all of {home}/pairs" in capsys.readouterr().out
+    (sweep / "elsewhere.json").rename(sweep / "chains.json")
+    assert main(["--output", str(home), "--clean"]) == 0
+    assert {path.name for path in (home / "pairs").iterdir()} == needed | {"mine.json"}
+
+
+def test_a_node_says_which_folders_it_does_not_see(tmp_path, monkeypatch):
+    """What runs on each node of a cluster that was joined; here on this one."""
+    from dmsae_ray import probe
+
+    monkeypatch.setattr(probe, "APPEARS_S", 0.3)
+    path = put(tmp_path / "probe.json", "a token")
+    assert probe.unseen(str(path), "a token", {"model.name": str(tmp_path)}) == []
+    (line,) = probe.unseen(str(path), "another", {})
+    assert f"output folder {tmp_path}: it is another folder there" in line and "--output" in line
+    (line,) = probe.unseen(str(tmp_path / "none" / "probe.json"), "a token", {})
+    assert f"output folder {tmp_path}/none: it cannot be read there (No such file or directory)" in line
+    (line,) = probe.unseen(str(path), "a token", {"harvest.dataset": str(tmp_path / "x")})
+    assert line.startswith(f"does not see harvest.dataset {tmp_path}/x")

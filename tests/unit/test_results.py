@@ -69,6 +69,7 @@ def test_without_features_all_else_is_there_and_only_they_are_made_again(sweep):
         assert (folder / name).exists(), name
     assert len(results.comparison["pairs"]) == 3 and results.numbers["chains.base"] == 3
     text = (folder / "report.txt").read_text()
+    assert "too small for one chain" in (folder / "report.html").read_text()
     assert text == plain_text(results.tables) and "features: the Ray cluster is too small" in text and "PW-MCC" in text
     assert "features: NOT MADE: the Ray cluster is too small for one chain" in said
 
@@ -142,4 +143,6 @@ def test_a_reason_has_no_wrapping_of_ray_and_no_secret():
     inner = RuntimeError("CUDA out of memory at s3://k:hunter2@b/p\nmore")
     wrapped = RayTaskError("f", "Traceback of it all", inner)
     assert reason_of(wrapped) == "RuntimeError: CUDA out of memory at s3://***@b/p"
-    assert reason_of(ValueError("a sentence")) == "a sentence" and reason_of(KeyError()) == "KeyError: no reason given"
+    ours = ValueError("a sentence")
+    ours.__cause__ = ConnectionRefusedError(111, "refused")
+    assert reason_of(RayTaskError("f", "Traceback", ours)) == reason_of(ours) == "a sentence" and reason_of(KeyError()) == "KeyError: no reason given"
