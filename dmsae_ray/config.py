@@ -136,14 +136,20 @@ class HarvestConfig(Section):
     """GPUs of a harvest actor: a share of one, or several"""
     hooks: tuple[str, ...] = ()
     """further hooks to harvest in the same pass, a dataset each; `model.hook` is always harvested"""
-    outlier_norm: float | None = Field(None, gt=1)
-    """leave out rows whose norm exceeds so many times the median norm of the calibration sequences' rows: one bound for training, thresholds, evaluation, nulls, attribution and features, where such positions keep what stands there; empty: keep all [D]"""
+    outlier_norm: float | None = Field(10.0, gt=1)
+    """leave out rows whose norm exceeds so many times the median norm of the calibration sequences' rows: one bound for training, thresholds, evaluation, nulls, attribution and features, where such positions keep what stands there; null: keep all [D]"""
     outlier_reserve: Share = 0.05
     """with outlier_norm: further text set aside for each shard, as a share of its rows, to fill the places of dropped ones; read only where rows are dropped"""
     store: FolderOrUrl | None = None
     """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
     dataset: FolderOrUrl | None = None
     """use the finished dataset in this folder or URL instead of harvesting; it must match the other fields"""
+
+    @field_validator("outlier_norm", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        """The command line's word for nothing is None, the file's is null: either is understood."""
+        return None if value == "null" else value
 
 
 class SAEConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from rich import box
 from rich.table import Table
 
 from dmsae_ray.activations.harvest import Identity
-from dmsae_ray.config import Config
+from dmsae_ray.command import read_yaml
+from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.distill.plan import ChainPlan, plan_all
 from dmsae_ray.lock import OutputLock, no_locks
-from dmsae_ray.ownership import FOLDERS, MARKER, marked, ours_in, remove, temporaries
+from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
+from dmsae_ray.study.comparison import pair_names
 from dmsae_ray.track.terminal import terminal_console
 
 
@@ -102,7 +105,33 @@ def superfluous(config: Config) -> list[Superfluous]:
     found += [Superfluous(folder, "data") for folder in ours_in(home, "data") if folder.name not in datasets]
     # Token sequences serve to make shards: those of other configurations can be made again.
     found += [Superfluous(folder, "tokens") for folder in ours_in(home, "tokens") if folder.name != identity.tokens_key]
-    return found
+    kept = kept_pairs(config)
+    return found + [Superfluous(path, "pairs") for path in ours_in(home, "pairs") if kept is not None and path.name not in kept]
+
+
+def kept_pairs(config: Config) -> set[str] | None:
+    """Names of the compared pairs that this configuration, or a sweep with results in the output folder, would ask for again.
+
+    None if that cannot be told of one of them: then all are kept.
+    """
+    home, plans = config.home, planned(config)
+    names = pair_names(config.compare, Identity(config).key(config.model.hook), [(plan.folder, plan.cycles) for plan in plans])
+    for folder in ours_in(home, "sweeps"):
+        try:
+            chains = json.loads((folder / "chains.json").read_text())
+            lasting = [(ChainFolder(home / "chains" / chain["key"]), chain["cycles"]) for chain in chains if _is_key(chain["key"])]
+            there = [(chain, cycles) for chain, cycles in lasting if chain.path.is_dir()]
+            compare = CompareConfig(**read_yaml(folder / "config.yaml").get("compare") or {})
+            for rows in {dataset_of(chain.path) for chain, _ in there}:
+                names |= pair_names(compare, rows, there)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"kept all of {home / 'pairs'}: what {folder} needs of it cannot be told ({error})")
+            return None
+    return names
+
+
+def _is_key(name: object) -> bool:
+    return re.fullmatch(KEY, str(name)) is not None
 
 
 def dataset_of(chain: Path) -> str:

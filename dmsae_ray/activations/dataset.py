@@ -166,7 +166,7 @@ class ActivationDataset:
             raise DatasetError(
                 f"{self}: these activations were made otherwise than the configuration asks for:\n  "
                 + "\n  ".join(f"{name}: the dataset has {have!r}, the configuration asks for {want!r}" for name, have, want in differ)
-                + "\nGive harvest.dataset another folder, or leave it empty to harvest anew"
+                + "\nSet these fields as the dataset has them, give harvest.dataset another folder, or leave it empty to harvest anew"
             )
 
     def check_shard(self, entry: ShardEntry, read: bool) -> None:

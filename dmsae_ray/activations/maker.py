@@ -119,8 +119,8 @@ class ShardMaker:
             if len(kept_RD) < plan.rows:
                 raise ValueError(
                     f"shard {plan.name}, {hook}: harvest.outlier_norm {harvest.outlier_norm:g} drops {dropped} rows and leaves {len(kept_RD)} of "
-                    f"{plan.rows}; raise harvest.outlier_reserve (now {harvest.outlier_reserve:g}) or harvest.outlier_norm, or give "
-                    "corpus.source more text"
+                    f"{plan.rows}; raise harvest.outlier_reserve (now {harvest.outlier_reserve:g}) or harvest.outlier_norm, give "
+                    "corpus.source more text, or set harvest.outlier_norm to null, which keeps all rows"
                 )
             reasons = {"bos": none["bos"], "padding": none["padding"], "outlier": dropped, "unused": len(kept_RD) - plan.rows}
             found[hook] = kept_RD[: plan.rows], reasons, bounds[hook]

@@ -22,6 +22,7 @@ from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sampl
 from dmsae_ray.compare.summary import summarise
 from dmsae_ray.config import CompareConfig, Config, fields_key
 from dmsae_ray.distill.core import Core
+from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import load_scores, rank
 from dmsae_ray.files import file_sha256, write_json
@@ -129,8 +130,8 @@ def _results(
     say: Callable[[str], None],
 ) -> tuple[list[PairResult], list[float]]:  # fmt: skip
     """The pairs' results and the seconds that each took, when it was computed."""
-    settings = CompareSettings(draws=config.draws, cosine=config.cosine, max_latents=config.max_latents, seed=config.seed)
-    files = {pair: kept / f"{_pair_key(settings, dataset, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
+    settings, rows = settings_of(config), dataset.manifest.key
+    files = {pair: kept / f"{_pair_key(settings, rows, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
     known = {pair: known_from(file, say) for pair, file in files.items()}
     missing = [pair for pair in pairs if known[pair] is None]
     if missing:
@@ -156,13 +157,28 @@ def _results(
     return [PairResult.from_dict(known[pair]["pair"]).of(pair) for pair in pairs], [known[pair]["seconds"] for pair in pairs]
 
 
-def _pair_key(settings: CompareSettings, dataset: ActivationDataset, a: str, b: str) -> str:
-    return fields_key({"format": FORMAT_VERSION, "settings": vars(settings), "rows": dataset.manifest.key, "a": a, "b": b})
+def settings_of(config: CompareConfig) -> CompareSettings:
+    return CompareSettings(draws=config.draws, cosine=config.cosine, max_latents=config.max_latents, seed=config.seed)
+
+
+def _pair_key(settings: CompareSettings, rows: str, a: str, b: str) -> str:
+    return fields_key({"format": FORMAT_VERSION, "settings": vars(settings), "rows": rows, "a": a, "b": b})
+
+
+def pair_names(config: CompareConfig, rows: str, chains: list[tuple[ChainFolder, int]]) -> set[str]:
+    """Names of the files in `pairs` that a comparison of these chains, (folder, cycles) each, may ask for. rows: key of the dataset."""
+    settings = settings_of(config)
+    keys = [key_of_folder(folder, cycles) for folder, cycles in chains if len(folder.records()) >= cycles]
+    return {f"{_pair_key(settings, rows, a, b)}.json" for a in keys for b in keys}
 
 
 def key_of(plan: ChainPlan) -> str:
     """Stands for all that is read of a chain: its files are of one run, so two of them, which hold every kind of its numbers, will do."""
-    return "-".join(file_sha256(plan.folder.cycle(cycle).core)[:16] for cycle in (0, plan.cycles - 1))
+    return key_of_folder(plan.folder, plan.cycles)
+
+
+def key_of_folder(folder: ChainFolder, cycles: int) -> str:
+    return "-".join(file_sha256(folder.cycle(cycle).core)[:16] for cycle in (0, cycles - 1))
 
 
 def _read(plan: ChainPlan, label: str) -> ChainResult:

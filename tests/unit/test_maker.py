@@ -38,7 +38,7 @@ def sequences_of(count=90, seed=0):
 
 
 def configured(model="tiny", **harvest):
-    harvest = {"tokens": 1024, "rows_per_group": PER_GROUP, "rows_per_shard": 2 * PER_GROUP, "sequences_per_forward": PER_FORWARD} | harvest
+    harvest = {"tokens": 1024, "outlier_norm": None, "rows_per_group": PER_GROUP, "rows_per_shard": 2 * PER_GROUP, "sequences_per_forward": PER_FORWARD} | harvest
     return Config(model={"name": str(model), "hook": POST, "context": T}, harvest=harvest)
 
 

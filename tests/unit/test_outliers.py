@@ -92,6 +92,12 @@ def test_one_bound_for_training_and_attribution(tmp_path):
         bound("--harvest.outlier_norm", "10", "--attribution.outlier_norm", "12")
 
 
+@pytest.mark.parametrize("word", ["null", "None"])
+def test_outliers_are_left_out_unless_all_rows_are_asked_for(word):
+    assert load(SweepCommand, []).harvest.outlier_norm == MULTIPLE
+    assert load(SweepCommand, ["--harvest.outlier_norm", word]).harvest.outlier_norm is None
+
+
 # -- measurements --------------------------------------------------------------------------------------------------------
 
 

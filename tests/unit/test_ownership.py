@@ -243,3 +243,46 @@ def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
     put(folder / "chains.json", json.dumps([{"label": "seed0-k16", "key": "../../precious"}]))
     with pytest.raises(ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"):
         OtherSweep.open(folder)
+
+
+def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys):
+    """Those of a sweep's results stay, also of another one than is cleaned for; where its needs cannot be told, all do."""
+    from dmsae_ray.config import CompareConfig
+    from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
+    from dmsae_ray.study.comparison import pair_names
+
+    home = tmp_path / "out"
+    OutputLock(home).release()
+    folders = [home / "chains" / key for key in ("aaaaaaaaaaaa", "bbbbbbbbbbbb")]
+    for folder in folders:
+        put(folder / "chain.json", json.dumps({"fields": {"dataset": "dddddddddddd"}}))
+        put(folder / "cycle_00" / "record.json", json.dumps({"format_version": RECORD_VERSION}))
+        put(folder / "cycle_00" / "core.safetensors", folder.name)
+    sweep = home / "sweeps" / "other-cccccccccccc"
+    put(sweep / "config.yaml", "compare: {draws: 50}\n")
+    put(sweep / "chains.json", json.dumps([{"key": folder.name, "cycles": 1} for folder in folders]))
+    needed = pair_names(CompareConfig(draws=50), "dddddddddddd", [(ChainFolder(folder), 1) for folder in folders])
+    assert len(needed) == 4
+    for name in (*needed, "0123456789ab.json", "mine.json"):
+        put(home / "pairs" / name, "{}")
+    (sweep / "chains.json").rename(sweep / "elsewhere.json")
+    assert main(["--output", str(home), "--clean"]) == 0
+    assert (home / "pairs" / "0123456789ab.json").exists() and f"kept all of {home}/pairs" in capsys.readouterr().out
+    (sweep / "elsewhere.json").rename(sweep / "chains.json")
+    assert main(["--output", str(home), "--clean"]) == 0
+    assert {path.name for path in (home / "pairs").iterdir()} == needed | {"mine.json"}
+
+
+def test_a_node_says_which_folders_it_does_not_see(tmp_path, monkeypatch):
+    """What runs on each node of a cluster that was joined; here on this one."""
+    from dmsae_ray import probe
+
+    monkeypatch.setattr(probe, "APPEARS_S", 0.3)
+    path = put(tmp_path / "probe.json", "a token")
+    assert probe.unseen(str(path), "a token", {"model.name": str(tmp_path)}) == []
+    (line,) = probe.unseen(str(path), "another", {})
+    assert f"output folder {tmp_path}: it is another folder there" in line and "--output" in line
+    (line,) = probe.unseen(str(tmp_path / "none" / "probe.json"), "a token", {})
+    assert f"output folder {tmp_path}/none: it cannot be read there (No such file or directory)" in line
+    (line,) = probe.unseen(str(path), "a token", {"harvest.dataset": str(tmp_path / "x")})
+    assert line.startswith(f"does not see harvest.dataset {tmp_path}/x")
