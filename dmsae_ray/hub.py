@@ -10,12 +10,14 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 SECONDS = 10.0
 """Longest that the hub is waited for, names looked up and all."""
+SHARD = re.compile(r"(model|pytorch_model)-\d+-of-(\d+)\.(safetensors|bin)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 Kind = Literal["model", "dataset"]
 WORDS = {"model": "model", "dataset": "data set"}
@@ -81,7 +83,7 @@ def _look_up(kind: Kind, name: str, revision: str | None, field: str) -> Reposit
 
 
 def cached(name: str, revision: str | None) -> Repository | None:
-    """A model that the hub's library keeps on this machine; None if it has not got its configuration.
+    """A model that the hub's library keeps on this machine; None if it has not got configuration and all weights.
 
     The cache names a file's bytes as the hub does, and holds them under that name.
     """
@@ -92,7 +94,19 @@ def cached(name: str, revision: str | None) -> Repository | None:
         return None
     folder = Path(config).parent
     files = {path.relative_to(folder).as_posix(): os.path.basename(os.path.realpath(path)) for path in folder.rglob("*") if path.is_file()}
-    return Repository(folder.name, tuple(sorted(files.items())))
+    return Repository(folder.name, tuple(sorted(files.items()))) if loaded_weights(files) else None
+
+
+def loaded_weights(names: Iterable[str]) -> list[str]:
+    """The weight files that transformers loads, of those that are there: safetensors first, one file before shards; none if one lacks."""
+    names = sorted(names)
+    for kind, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if f"{kind}.{suffix}" in names:
+            return [f"{kind}.{suffix}"]
+        shards = {name: found for name in names if (found := SHARD.fullmatch(name)) and (found[1], found[3]) == (kind, suffix)}
+        if shards:
+            return list(shards) if len(shards) == int(next(iter(shards.values()))[2]) else []
+    return []
 
 
 def _asked(kind: Kind, name: str, revision: str | None) -> Any:

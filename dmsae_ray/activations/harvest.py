@@ -242,5 +242,7 @@ def _own(error: BaseException) -> BaseException:
     """What an actor of ours raised, without Ray's wrapping; the error itself if it was none of ours."""
     for link in causes(error):
         if isinstance(link, StoreError | ShardError | ValueError) and type(link).__module__.split(".")[0] != "ray":
-            return type(link)(str(link)) if not hasattr(link, "cause") else ValueError(str(link.cause))
+            # Ray Data adds its own advice below what was said.
+            said = str(link.cause if hasattr(link, "cause") else link).partition("\nFailed to apply UDF")[0]
+            return ValueError(said) if hasattr(link, "cause") else type(link)(said)
     return error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from dmsae_ray.corpus.chat import no_template
 from dmsae_ray.corpus.local_files import file_hash
 from dmsae_ray.corpus.tokens import pad_id_of
-from dmsae_ray.hub import is_commit, repository
+from dmsae_ray.hub import is_commit, loaded_weights, repository
 from dmsae_ray.place import has_form_of_hub_id
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZING = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
 """Of a serialised tokenizer: what decides its tokens. Truncation, padding and what it would put around a text are never used."""
@@ -187,12 +185,12 @@ def fingerprint_of(folder: Path | None, name: str, revision: str | None, config,
     if folder is None:
         files = dict(repository("model", name, revision, "model.name").files)
         configuration = files.get("config.json")
-        weights = [(file, files[file]) for file in _loaded(files)]
+        weights = [(file, files[file]) for file in loaded_weights(files)]
     else:
         configuration = _git_id(folder / "config.json")
-        weights = [(file, file_hash(folder / file)) for file in _loaded(path.name for path in folder.iterdir())]
+        weights = [(file, file_hash(folder / file)) for file in loaded_weights(path.name for path in folder.iterdir())]
     if not weights:
-        raise ValueError(f"model.name {name}: no weights (model.safetensors or its shards); give a model that transformers can load")
+        raise ValueError(f"model.name {name}: no weights (model.safetensors, or all of its shards); give a model that transformers can load")
     parts = [f"config.json {configuration}", *(f"{file} {blob}" for file, blob in weights), f"tokenizer {tokenizer_fingerprint(tokenizer)}"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -206,17 +204,6 @@ def tokenizer_fingerprint(tokenizer) -> str:
         content = {"vocabulary": tokenizer.get_vocab(), "options": repr(sorted(tokenizer.init_kwargs.items()))}
     special = {"class": type(tokenizer).__name__, "bos": tokenizer.bos_token_id, "pad": pad_id_of(tokenizer), "special": sorted(tokenizer.all_special_ids)}
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
-
-
-def _loaded(names) -> list[str]:
-    """The weight files that transformers loads, of those that are there: safetensors first, one file before shards."""
-    names = sorted(names)
-    for kind, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if f"{kind}.{suffix}" in names:
-            return [f"{kind}.{suffix}"]
-        if shards := [name for name in names if (found := SHARD.fullmatch(name)) and found.groups() == (kind, suffix)]:
-            return shards
-    return [name for name in names if "/" not in name and name.endswith(".safetensors")]
 
 
 def _git_id(path: Path) -> str:

@@ -166,3 +166,30 @@ def test_no_such_folder(tmp_path):
 def test_importing_loads_no_model_library():
     code = "import sys, dmsae_ray.lm.model; sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_bos_token_that_is_given_and_what_the_tokenizer_has(folder):
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    del options["bos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match="no BOS token.*set model.bos_token to the text of one it has, such as <eos>"):
+        load_tokenizer(str(folder))
+    assert load_tokenizer(str(folder), bos_token="<eos>").bos_token_id == 1
+    assert LanguageModel.load(str(folder), HOOK, bos_token="<eos>").bos_id == 1
+    for wrong in ("<eos><bos>", "<none>", ""):
+        with pytest.raises(ValueError, match=r"model\.bos_token '.*': not one token of the tokenizer.*<eos>"):
+            load_tokenizer(str(folder), bos_token=wrong)
+    assert len({model_info(str(folder), bos_token=token).fingerprint for token in ("<eos>", "<bos>")}) == 2
+
+
+def test_tokens_without_an_embedding(folder):
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})  # never looked at: as good as another
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).pad_token_id == 2 and model_info(str(folder)).vocab == 4096
+    tokenizer.add_tokens(["an added word"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"1 tokens beyond the model's 4,096 embeddings, such as 'an added word' with id 4097"):
+        model_info(str(folder))
+    with pytest.raises(ValueError, match="or set model.bos_token"):
+        model_info(str(folder), bos_token="an added word")
