@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic_settings.exceptions import SettingsError
 from dmsae_ray.config import Config, Place, problem_lines
 from dmsae_ray.ownership import marked
 from dmsae_ray.screen import show_anything
-from dmsae_ray.secret_url import scrub
+from dmsae_ray.secret_url import print_scrubbed, scrub
 
 
 class _YamlFile(PydanticBaseSettingsSource):
@@ -146,6 +147,7 @@ def load(command: type[Config], argv: list[str]) -> Config:
     Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
     """
     show_anything()
+    sys.excepthook = print_scrubbed
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, default=None)
     path = first.parse_known_args(argv)[0].config or default_config_path()

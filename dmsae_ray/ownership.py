@@ -126,6 +126,7 @@ def scratch(home: Path, generation: int) -> Path:
     new = home / "ray" / str(generation)
     if os.path.lexists(new):
         raise ValueError(f"{new}: holds what this program did not make, in the place for Ray's own files; move it elsewhere")
+    new.mkdir(mode=0o700, parents=True)  # Ray pickles configurations there, secrets of URLs included
     return new
 
 

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from dmsae_ray.secret_url import scrub_files
+
 
 def show_anything() -> None:
     """Standard output that cannot show a letter shows its number instead, and does not end the command with an error."""
@@ -65,6 +67,9 @@ class Screen:
             self.stream = sys.stdout
         with contextlib.suppress(OSError):
             self._log.close()
+        # Libraries and Ray print what they like.
+        with contextlib.suppress(OSError):
+            scrub_files(*(self.path.with_suffix(suffix) for suffix in (".all", ".ray")))
 
     def __call__(self, line: str) -> None:
         with contextlib.suppress(OSError):  # a terminal that went away must not end a sweep

@@ -6,7 +6,12 @@ It prints itself masked, wherever it is printed: `s3://***@bucket/prefix?region=
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -127,6 +132,23 @@ def scrub(text: str) -> str:
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
+
+
+def scrub_files(*places: Path) -> None:
+    """Take the secrets that this process has seen out of logs of others: these files, and all files below these folders."""
+    secrets = sorted((secret.encode() for secret in _known), key=len, reverse=True)
+    for place in places if secrets else ():
+        for path in [place, *place.rglob("*")] if place.is_dir() else [place]:
+            if path.is_file() and not path.is_symlink():
+                content = path.read_bytes()
+                clean = functools.reduce(lambda text, secret: text.replace(secret, MASK.encode()), secrets, content)
+                if clean != content:
+                    path.write_bytes(clean)
+
+
+def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own way to end with an error that nobody expected (`sys.excepthook`), without secrets."""
+    sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _credentials(rest: str) -> int:

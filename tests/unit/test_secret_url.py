@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -11,6 +14,7 @@ from dmsae_ray import evaluate, harvest, report, sweep, ui
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.preflight import preflight
+from dmsae_ray.screen import Screen
 from dmsae_ray.secret_url import SecretUrl, masked, scrub
 
 SECRET = "hunter2/+x"
@@ -95,3 +99,28 @@ def test_a_masked_one_is_not_used_but_asked_for_again(tmp_path):
     config = load(SweepCommand, ["--config", str(path)])
     with pytest.raises(ValueError, match=r"^track\.uri https://\*\*\*@h: .* give the whole URL again"):
         preflight(config)
+
+
+def test_what_libraries_print_is_kept_without_them(tmp_path):
+    """Through the file descriptors, as Ray prints, and in the logs that Ray leaves."""
+    secret = SecretUrl("postgresql://u:pa%2Fssword@h/d")
+    with Screen(tmp_path, "sweep", verbose=False) as say:
+        os.write(1, f"engine for {secret.reveal()}\nfor u: pa/ssword\n".encode())
+        ray = say.path.with_suffix(".ray")
+        (ray / "events").mkdir(parents=True)
+        (ray / "events" / "x.log").write_bytes(b"\xff pa%2Fssword \xff")
+        (ray / "link").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").write_text("pa/ssword")
+    assert say.path.with_suffix(".all").read_text() == "engine for postgresql://***@h/d\nfor u: ***\n"
+    assert (ray / "events" / "x.log").read_bytes() == b"\xff *** \xff" and (tmp_path / "elsewhere").read_text() == "pa/ssword"
+
+
+def test_an_error_that_nobody_expected_is_printed_without_them(tmp_path):
+    code = (
+        "from dmsae_ray.command import SweepCommand, load\n"
+        "config = load(SweepCommand, ['--track.uri', 'https://u:hunter2@h/x'])\n"
+        "raise RuntimeError('cannot open ' + config.track.uri.reveal()) from KeyError('hunter2')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "RuntimeError: cannot open https://***@h/x" in done.stderr and "line 3" in done.stderr
+    assert "hunter2" not in done.stderr.replace("KeyError('hunter2')", ""), "the source line alone, if at all"

@@ -85,8 +85,6 @@ def kept_pairs(draw):
     return normal(rows, d), normal(d), normal(width, d), normal(width), pairs, ends, draw(st.integers(0, width)), normal
 
 
-@hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
-@given(kept_pairs(), st.booleans(), st.booleans())
 def check_sparse(case, padded, add):
     x_BD, b_D, W_FD, b_F, pairs, ends, n_frozen, normal = case
     ops, (width, d), n = new_ops(), W_FD.shape, len(pairs.row_N)
@@ -117,13 +115,16 @@ def check_sparse(case, padded, add):
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits every time"
 
 
-def test_values_decode_and_gradients():
-    check_sparse()
+@pytest.mark.parametrize("examples", [6, pytest.param(12, marks=pytest.mark.slow)])
+def test_values_decode_and_gradients(examples):
+    chosen = hypothesis_settings(max_examples=examples, deadline=None, derandomize=True)
+    chosen(given(kept_pairs(), st.booleans(), st.booleans())(check_sparse))()
 
 
-def test_a_row_and_a_latent_with_hundreds_of_pairs_and_one_group():
+@pytest.mark.parametrize("shapes", [((1, 300), (100, 2)), pytest.param(((200, 2),), marks=pytest.mark.slow)])
+def test_a_row_and_a_latent_with_hundreds_of_pairs_and_one_group(shapes):
     generator = torch.Generator().manual_seed(0)
-    for rows, width in ((1, 300), (200, 2)):
+    for rows, width in shapes:
         x_BD, W_FD = torch.randn(rows, 20, generator=generator).to(DEVICE), torch.randn(width, 20, generator=generator).to(DEVICE)
         b_D = torch.zeros(20, device=DEVICE)
         row_N, latent_N = (index.int() for index in torch.ones(rows, width, device=DEVICE).nonzero(as_tuple=True))
@@ -266,14 +267,22 @@ def on_device(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of infinities that are meant
-@pytest.mark.parametrize("kind", test_sae_screen.KINDS)
-def test_kept_pairs_are_the_defined_ones(kind, on_device):
-    for seed, mode in ((list(test_sae_screen.KINDS).index(kind) % 3, "bf16"), (3, ["bf16", "fp32"][len(kind) % 2])):
-        sae, settings, x_BD = test_sae_screen.case(
-            kind, seed, d=70, width=60, batch=16, k=[3, 7, 30, 50][seed], core=[0, 5, 9, 4][seed],
-            core_gate=["batchtopk", "relu"][seed == 3],
-        )  # fmt: skip
-        test_sae_screen.check(sae, settings, x_BD, "triton", mode, [0.3, None, math.inf, 30.0][seed])
+@pytest.mark.parametrize(
+    ("kind", "gate_of_core"),
+    [
+        # Every kind each time, with one of the two; with the other one only in `make test-all`.
+        pytest.param(kind, gate_of_core, marks=[pytest.mark.slow] if (place + (gate_of_core == "relu")) % 2 else [])
+        for place, kind in enumerate(test_sae_screen.KINDS) for gate_of_core in ("batchtopk", "relu")
+    ],
+)  # fmt: skip
+def test_kept_pairs_are_the_defined_ones(kind, gate_of_core, on_device):
+    relu = gate_of_core == "relu"
+    seed = 3 if relu else list(test_sae_screen.KINDS).index(kind) % 3
+    sae, settings, x_BD = test_sae_screen.case(
+        kind, seed, d=70, width=60, batch=16, k=[3, 7, 30, 50][seed], core=[0, 5, 9, 4][seed], core_gate=gate_of_core
+    )
+    mode = ["bf16", "fp32"][len(kind) % 2] if relu else "bf16"
+    test_sae_screen.check(sae, settings, x_BD, "triton", mode, [0.3, None, math.inf, 30.0][seed])
 
 
 def test_a_good_guess_needs_one_scan_and_bad_ones_a_second(on_device):
@@ -421,27 +430,28 @@ def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monke
     assert all(ops.name == "triton" for ops in in_training)
 
 
-def test_steps_launched_ahead_are_those_taken_one_by_one(in_training):
+@pytest.mark.parametrize("steps", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_steps_launched_ahead_are_those_taken_one_by_one(in_training, steps):
     settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", dead_window_tokens=32, auxk_k=2)
     ahead, one_by_one = (test_sae_step.new_trainer(settings=settings) for _ in range(2))
-    x = test_sae_step.batches(7)
-    for step, x_BD in enumerate(x[:5]):
+    x = test_sae_step.batches(steps + 2)
+    for step, x_BD in enumerate(x[:steps]):
         ahead.step(x_BD)
         one_by_one.step(x_BD)
         one_by_one.settle()
         assert (ahead.steps_done, one_by_one.steps_done) == (step, step + 1)
     state = copy.deepcopy(ahead.state_dict())
     test_sae_step.assert_same(state, one_by_one.state_dict())
-    assert ahead.steps_done == 5 and state["dead_places"] == 128
+    assert ahead.steps_done == steps and state["dead_places"] == 128
 
     # From its state training goes on with as many places, whatever the latents at hand would ask for.
     resumed = test_sae_step.new_trainer(settings=settings, seed=5)
     resumed.load_state_dict(state | {"dead_places": 256})
     assert resumed.state_dict()["dead_places"] == 256
-    resumed.step(x[5])
+    resumed.step(x[steps])
     assert resumed.state_dict()["dead_places"] == 128
     resumed.load_state_dict({name: value for name, value in state.items() if name != "dead_places"})  # a CPU's
-    for x_BD in x[5:]:
+    for x_BD in x[steps:]:
         resumed.step(x_BD)
         ahead.step(x_BD)
     test_sae_step.assert_same(resumed.state_dict(), ahead.state_dict())
@@ -450,7 +460,7 @@ def test_steps_launched_ahead_are_those_taken_one_by_one(in_training):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
     straight, trainer = test_sae_step.new_trainer(), test_sae_step.new_trainer()
-    x = test_sae_step.batches(5)
+    x = test_sae_step.batches(4)
     bad = x[2].clone()
     bad[3, 2] = bad[9, 0] = math.nan
     for x_BD in (*x[:2], bad):
