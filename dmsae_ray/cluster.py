@@ -204,7 +204,7 @@ def _larger(bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> s
 
 
 def disconnect(capacity: Capacity, logs: Path) -> None:
-    """Leave Ray; of a cluster of our own, keep the logs. Never raises for want of them: another error may be on its way out."""
+    """Leave Ray; of a cluster of our own, keep the logs."""
     import ray
     from ray._private.worker import global_worker
 
@@ -213,10 +213,15 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
     session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
     ray.shutdown()
     if session is not None and session.exists():
-        # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
-        ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")
-        try:
-            shutil.copytree(session, logs, dirs_exist_ok=True, ignore=ignored, symlinks=True)
-        except OSError as error:  # shutil.Error is one, with a list of all files
-            why = error.strerror or f"{len(error.args[0])} files, the first: {error.args[0][0][2]}"
-            logging.getLogger(__name__).warning("Ray's logs were not kept in %s (%s); they lie in %s", logs, why, session)
+        keep_logs(session, logs)
+
+
+def keep_logs(session: Path, logs: Path) -> None:
+    """Copy Ray's logs. Never raises for want of room or rights: another error, which matters more, may be on its way out."""
+    # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
+    ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")
+    try:
+        shutil.copytree(session, logs, dirs_exist_ok=True, ignore=ignored, symlinks=True)
+    except OSError as error:  # shutil.Error is one, with a list of all files
+        why = error.strerror or f"{len(error.args[0])} files, the first: {error.args[0][0][2]}"
+        logging.getLogger(__name__).warning("Ray's logs were not kept in %s (%s); they lie in %s", logs, why, session)

@@ -1,6 +1,7 @@
 """Which cluster is joined, what fits on its nodes, and what is said where it does not."""
 
 import itertools
+import os
 import random
 import re
 import socket
@@ -12,9 +13,10 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
-from dmsae_ray.cluster import capacity, check_fits_here
+from dmsae_ray.cluster import capacity, check_fits_here, keep_logs
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import torch_config
+from dmsae_ray.harvest import main as harvest
 from dmsae_ray.nodes import Bundle, Node, fitting, missing, slots
 from dmsae_ray.sweep import main
 
@@ -142,6 +144,20 @@ def test_gpu_workers_can_add_up_on_both_devices():
     assert torch_config(1).timeout_s > 3600 < torch_config(0).timeout_s
 
 
+def test_logs_that_cannot_be_kept_do_not_hide_what_ended_the_run(tmp_path, caplog):
+    session, file = tmp_path / "session", tmp_path / "file"
+    session.mkdir(), file.touch()
+    (session / "raylet.out").write_text("said\n")
+    (session / "runtime_env_agent.log").write_text("key\n")
+    keep_logs(session, tmp_path / "kept")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["raylet.out"]
+    keep_logs(session, file / "logs")
+    assert f"not kept in {file / 'logs'} (Not a directory); they lie in {session}" in caplog.text
+    os.mkfifo(session / "pipe")
+    keep_logs(session, tmp_path / "again")
+    assert "1 files, the first: " in caplog.text and "named pipe" in caplog.text
+
+
 def packed(nodes: list[Node], bundle: Bundle) -> int:
     """Plain reference: bundles placed one after the other where there is room, GPU by GPU."""
     count = 0
@@ -256,6 +272,20 @@ def test_another_port_than_the_head_s_is_known_as_such(capfd, tmp_path):
     finally:
         other.stop(None)
     assert f"cluster.address {address}: what listens there is not the head of a Ray cluster" in said
+
+
+def test_the_harvest_alone_asks_first_too(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
+    assert harvest(["--output", str(tmp_path / "out")]) == 2
+    assert "no machine of the name nowhere.invalid" in capfd.readouterr().err and not list((tmp_path / "out").glob("tokens/*"))
+
+
+def test_a_machine_that_is_too_small_ends_the_command_before_the_tokens(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    said = sweep_error(capfd, tmp_path, "--cluster.gpus_per_worker", "64")
+    assert "this machine is too small for one chain. It needs 64 GPUs" in said
+    assert harvest(["--output", str(tmp_path / "out"), "--harvest.gpus_per_actor", "64"]) == 2
+    assert "It needs 64 GPUs (1 harvest actor of 64)" in capfd.readouterr().err
 
 
 def test_what_ray_start_left_behind_is_named(capfd, tmp_path, monkeypatch):
