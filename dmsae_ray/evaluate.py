@@ -61,12 +61,12 @@ def run(command: EvaluateCommand) -> int:
     """Raises ValueError on bad input before anything is measured."""
     config = pinned(Config(**command.sections()))
     saved = saved_saes(config, trained_with(command), command.chain, command.all)
-    dataset = find_datasets(config, (config.model.hook,))[config.model.hook]
-    if dataset is None:
-        raise ValueError(f"{config.home}: its dataset is not complete; run `python -m dmsae_ray.harvest` with the same configuration")
     lock = OutputLock(config.home)  # a driver that starts meanwhile would tidy away what is being written
     try:
         with Screen(config.home, "evaluate", command.verbose) as say:
+            dataset = find_datasets(config, (config.model.hook,), say)[config.model.hook]
+            if dataset is None:
+                raise ValueError(f"{config.home}: its dataset is not complete; run `python -m dmsae_ray.harvest` with the same configuration")
             rows = Evaluation(config, dataset, say).run(saved)
             terminal_console(say.stream).print(evaluation_tables(rows))
             say(f"kept as evaluation-{config.evaluate.tokens}.json beside each SAE in {config.home / 'chains'}")

@@ -54,7 +54,7 @@ def run(config: Config, command: HarvestCommand) -> int:
                 if command.verify or not bad:
                     return 1 if bad else 0
             # A dataset given by harvest.dataset lacks what was just deleted, which otherwise is an error there.
-            datasets = {} if bad else find_datasets(config, config.hooks)
+            datasets = {} if bad else find_datasets(config, config.hooks, say)
             if bad or None in datasets.values():
                 capacity = None
                 # Before hours of tokenising: a cluster that is not there, or is too small.

@@ -215,7 +215,7 @@ class Sweep:
         """The activations and their reference losses; Ray is started only if something is missing. Raises ValueError if there are none
         and none may be harvested."""
         hook = self.config.model.hook
-        dataset = find_datasets(self.config, (hook,))[hook]
+        dataset = find_datasets(self.config, (hook,), self.say)[hook]
         if dataset is None and not harvest:
             raise ValueError(f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m dmsae_ray.sweep first")
         if dataset is None:

@@ -71,16 +71,20 @@ class Identity:
         return Store(config.harvest.store or config.home / "data").child(self.key(hook))
 
 
-def find_datasets(config: Config, hooks: tuple[str, ...]) -> dict[str, ActivationDataset | None]:
+def find_datasets(
+    config: Config, hooks: tuple[str, ...], say: Callable[[str], None] = lambda line: None
+) -> dict[str, ActivationDataset | None]:  # fmt: skip
     """The finished datasets of these hooks, checked; None where something has yet to be harvested.
+
+    Where the configuration looks at more held-out tokens than were read, they are read now: the caller holds the output folder.
 
     Raises DatasetError, ShardError or StoreError if what is there is damaged or, for `harvest.dataset`, not what is asked for.
     """
     identity = Identity(config)
-    return {hook: _find(config, identity, hook) for hook in hooks}
+    return {hook: _find(config, identity, hook, say) for hook in hooks}
 
 
-def _find(config: Config, identity: Identity, hook: str) -> ActivationDataset | None:
+def _find(config: Config, identity: Identity, hook: str, say: Callable[[str], None]) -> ActivationDataset | None:
     store, given = identity.store(hook), config.harvest.dataset is not None
     if not given and store.size("manifest.json") is None:
         return None
@@ -92,9 +96,12 @@ def _find(config: Config, identity: Identity, hook: str) -> ActivationDataset | 
     dataset.verify()
     held_out = {split: dataset.held_out(split) for split in HELD_OUT}
     wanted = held_out_tokens(config)
-    short = [split for split in HELD_OUT if held_out[split].tokens < wanted[split] and not held_out[split].ends]
-    if short and not given:
-        return None  # the corpus has more than was read of it; shards stay as they are
+    short = {split: wanted[split] for split in HELD_OUT if held_out[split].tokens < wanted[split] and not held_out[split].ends}
+    if short and not given:  # the corpus has more than was read of it
+        say(f"tokens: reading on in the corpus, for {' and '.join(f'{tokens:,} tokens of {split}' for split, tokens in short.items())}")
+        prepare_tokens(config.corpus, tokenizer_of(config.model), config.model.context, identity.tokens, short, say)
+        _store_held_out(identity.tokens, store, tuple(short))
+        held_out = {split: dataset.held_out(split) for split in HELD_OUT}
     check_held_out(config, held_out)
     return dataset
 
@@ -200,10 +207,7 @@ class Harvest:
         entries, store, config = self.entries[target.hook], target.store, self.config
         training = [entries[plan.name] for plan in self.plans if plan.name != "calibration"]
         calibration = entries["calibration"]
-        for split in HELD_OUT:
-            path = self.tokens / f"{split}.safetensors"
-            if TokenSequences.load(path).tokens > _tokens_in(store, split):  # a store may be shared with whoever asked for more
-                store.write(f"tokens/{split}.safetensors", path.read_bytes())
+        _store_held_out(self.tokens, store, HELD_OUT)
         if store.size("manifest.json") is not None:
             known = ActivationDataset(store)
             if known.manifest.shards != training or known.manifest.calibration != calibration:
@@ -226,6 +230,14 @@ class Harvest:
         parts = ActivationDataset.of(manifest, store).some_rows()
         replace(manifest, outliers=outliers_of(parts, manifest.norm_quantiles["0.5"]).to_dict()).save(store)
         return ActivationDataset(store)
+
+
+def _store_held_out(tokens: Path, store: Store, splits: tuple[str, ...]) -> None:
+    """Put held-out sequences beside the shards, unless there are as many: a store may be shared with whoever asked for more."""
+    for split in splits:
+        path = tokens / f"{split}.safetensors"
+        if TokenSequences.load(path).tokens > _tokens_in(store, split):
+            store.write(f"tokens/{split}.safetensors", path.read_bytes())
 
 
 def _tokens_in(store: Store, split: str) -> int:

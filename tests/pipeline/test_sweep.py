@@ -1,11 +1,16 @@
 """The main job through its front door, on real Ray, the real small model and real text."""
 
 import json
+import shutil
 import sqlite3
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
 from conftest import command, digest_of_rows, run_command
 
+from dmsae_ray import report
 from dmsae_ray.sweep import main
 
 
@@ -103,3 +108,32 @@ def test_clean_removes_only_what_no_finished_result_needs(small_sweep, capfd):
     assert not stray.exists() and not (small_sweep.output / "data" / "0123456789ab").exists()
     assert {path: path.read_bytes() for path in before} == before
     assert here(capfd, small_sweep, "--status").count("done") == 2
+
+
+def test_a_moved_folder_of_any_name_keeps_its_artifacts_and_what_fails_late_takes_nothing_with_it(small_sweep, tmp_path, capfd):
+    """All through the front door: moved, without a cluster for the features, with a store that is gone for good."""
+    moved = tmp_path / "a%20b #c?d"
+    shutil.copytree(small_sweep.output, moved)
+    shutil.copy(small_sweep.output.parent / "small.yaml", tmp_path / "small.yaml")
+    (moved / "sweeps").rename(tmp_path / "sweeps")
+    shutil.copytree(tmp_path / "sweeps", moved / "sweeps")
+    (folder,) = (moved / "sweeps").iterdir()
+    (folder / "features.json").unlink()
+    away = ["--cluster.address", "127.0.0.1:1", "--track.uri", "http://name:hunter2@127.0.0.1:1"]
+    assert report.main(command(moved, *away, module="report")[3:]) == 1
+    said = "".join(capfd.readouterr())
+    assert "seed0-k8" in said and "PW-MCC" in said and "error: track.uri http://***@127.0.0.1:1" in said and "hunter2" not in said
+    (failed,) = json.loads((folder / "failed_parts.json").read_text())
+    assert failed["part"] == "features" and "127.0.0.1:1" in failed["reason"] and failed["reason"] in said
+    assert failed["part"] in (folder / "report.html").read_text() and (folder / "numbers.json").exists()
+
+    shutil.copy(tmp_path / "sweeps" / folder.name / "features.json", folder / "features.json")
+    assert main(command(moved)[3:]) == 0
+    assert not (folder / "failed_parts.json").exists() and "sqlite:" in capfd.readouterr().out
+    with sqlite3.connect(moved / "mlflow.db") as db:
+        places = [place for (place,) in db.execute("select artifact_uri from runs")]
+    here = (moved / "mlartifacts").as_uri()
+    assert len(places) == 7 and all(place.startswith(f"{here}/") and Path(url2pathname(urlparse(place).path)).is_dir() for place in places)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a%20b #c?d", "small.yaml", "sweeps"]
+    for path in moved.rglob("*"):
+        assert not path.is_file() or b"hunter2" not in path.read_bytes(), path

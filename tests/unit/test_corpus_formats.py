@@ -11,7 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmsae_ray.config import CorpusConfig
+from dmsae_ray.activations.harvest import Harvest, find_datasets
+from dmsae_ray.activations.maker import ShardMaker
+from dmsae_ray.activations.shard import ShardEntry
+from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.config import Config, CorpusConfig
 from dmsae_ray.corpus.documents import check_source, corpus_fingerprint, load_documents
 from dmsae_ray.corpus.encode import encode
 from dmsae_ray.corpus.mixture import check_mixture, ignored
@@ -246,3 +250,33 @@ def test_chat_messages_need_a_template(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": [{"from": "human", "value": "x"}]}]))
     assert main(["--corpus.source", str(tmp_path / "a.jsonl"), "--corpus.text_field", "messages", "--output", str(tmp_path / "out")]) == 2
     assert "chat messages are a list of {role, content}" in capsys.readouterr().err
+
+
+# -- more of a corpus than was read ---------------------------------------------------------------------------------------
+
+
+def test_more_held_out_tokens_are_read_for_a_finished_dataset_and_its_key_and_first_ones_stay(tmp_path):
+    """Without Ray: the harvest's own maker in this process."""
+    small = ["--output", str(tmp_path), "--harvest.tokens", "4096", "--harvest.calibration_tokens", "512", "--harvest.rows_per_group", "512"]
+    small += ["--train.batch", "512", "--attribution.tokens", "500", "--features.tokens", "500", "--harvest.rows_per_shard", "4096"]
+
+    def configuration(*more: str) -> Config:
+        return Config(**load(SweepCommand, [*small, "--evaluate.tokens", "500", *more]).sections())
+
+    config, said = configuration(), []
+    work = Harvest(config, said.append)
+    maker = ShardMaker(config, work.targets, str(work.tokens / "train.safetensors"), work.plans[0])
+    plans = {"plans": [json.dumps([plan.to_dict() for plan in work.plans])]}
+    for plan, row in zip(work.plans, maker(plans)):
+        for hook, entry in json.loads(row["entries"][0]).items():
+            work.entries[hook][plan.name] = ShardEntry(**entry)
+    before = work._finish(work.targets[0])
+    first = before.held_out("evaluation").ids.copy()
+    assert 500 <= before.held_out("evaluation").tokens < 3000
+    more = configuration("--evaluate.tokens", "6000")
+    found = find_datasets(more, more.hooks, said.append)[more.model.hook]
+    assert "reading on in the corpus, for 6,000 tokens of evaluation" in said[-1]
+    assert found.held_out("evaluation").tokens >= 6000 and (found.held_out("evaluation").ids[: len(first)] == first).all()
+    assert found.manifest == before.manifest and not (set(tmp_path.glob("data/*")) - {tmp_path / "data" / before.manifest.key})
+    said.clear()
+    assert find_datasets(config, config.hooks, said.append)[config.model.hook].manifest == before.manifest and not said

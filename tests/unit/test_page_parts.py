@@ -248,3 +248,9 @@ def test_any_one_piece_alone_makes_a_page(tmp_path, only):
     page = written(folder(tmp_path, **{only: content}))
     assert page.count('class="view"') == 8
     assert ("it could not be made (disk full)" if only == "failed_parts" else "evaluation.json is not there") in page
+
+
+def test_a_secret_in_a_source_is_not_shown(tmp_path):
+    config = "corpus: {source: 's3://me:tomsSecret@bucket/text?access_key=alsoSecret&region=eu'}"
+    page = written(single_arm(tmp_path, config=config))
+    assert "s3://***@bucket/text" in page and "Secret" not in page

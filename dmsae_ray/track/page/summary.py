@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from dmsae_ray.secret_url import masked
 from dmsae_ray.track.page.arms import words
 from dmsae_ray.track.page.artifacts import BASE, Artifacts, unique
 from dmsae_ray.track.page.banner import banners
@@ -241,6 +242,7 @@ def _run(artifacts: Artifacts) -> Raw | Note:
     entries = []
     for name, (section, field), unit in FACTS:
         value = (artifacts.config.get(section) or {}).get(field)
+        value = masked(value) if isinstance(value, str) else value  # config.yaml of an earlier version may hold a secret
         if value is not None:
             seen = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value, "text")
             entries.append(Fact(name, value, f"{seen} {unit}".strip()))
