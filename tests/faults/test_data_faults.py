@@ -197,6 +197,7 @@ def test_a_full_disk_ends_the_harvest_in_words_and_the_same_command_goes_on(smal
 def test_a_disk_too_small_for_the_tokens_ends_in_words_too(small_disk, tmp_path, capfd):
     output = tmp_path / "out"
     output.mkdir()
+    subprocess.run(["mount", "-o", "remount,size=64k", small_disk], check=True)
     (output / "tokens").symlink_to(small_disk)
     code, said = here(capfd, harvest.main, output)
     assert code == 2 and "error: " in said
