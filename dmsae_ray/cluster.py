@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dmsae_ray.address import check_answers, cluster_address
 from dmsae_ray.config import Config
@@ -23,6 +24,9 @@ from dmsae_ray.waiting import Waits
 
 DATA_CPUS = 1
 """Left free by a sweep's chains: for their read tasks, a hundredth each, and for what other drivers do meanwhile."""
+
+STARTS = 3
+TOO_SLOW = "timed out during startup"
 
 # Read by Ray at import: set before anything imports it.
 QUIET = {
@@ -88,7 +92,7 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token: one for this run
         # alone. Ray would otherwise leave one in the home folder, which every later `ray start` then asks for.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(address="local", num_cpus=logical_cpus(config, chains), include_dashboard=True, dashboard_port=0, **quiet)
+        _start(say, num_cpus=logical_cpus(config, chains), include_dashboard=True, dashboard_port=0, **quiet)
     else:
         try:
             ray.init(address=address, **quiet)
@@ -104,6 +108,28 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         ray.shutdown()
         raise
     return replace(found, waits=Waits(config, say).start())
+
+
+def _start(say: Callable[[str], None], **options: Any) -> None:
+    """A Ray of our own. Its parts must be up within a time that Ray fixes (half a minute), so a machine that others keep busy gets
+    another chance. Raises ValueError if that was not enough either."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises nothing narrower
+            ray.shutdown()
+            if TOO_SLOW not in str(error):
+                raise
+            if not left:
+                raise ValueError(
+                    f"Ray could not start on this machine within the time it allows itself (tried {STARTS} times: {str(error).strip()}). "
+                    "Is the machine very busy, or out of memory? Give the same command when it is not, or join a running cluster "
+                    "with --cluster.address"
+                ) from error
+            say("ray: did not start within the time it allows itself; trying again")
 
 
 def logical_cpus(config: Config, chains: int) -> int:

@@ -176,17 +176,26 @@ class ShardMaker:
         stored, ids_NT, index_R = pending
         for hook, rows_RD in stored.items():
             rows_RD = rows_RD.cpu()
-            bad = first_not_finite(rows_RD)
-            if bad is not None:
-                raise self._not_finite(name, hook, ids_NT, int(index_R[bad]))
+            if first_not_finite(rows_RD) is not None:
+                self._check_too_large(name, hook, ids_NT, index_R, rows_RD)
             found[hook].append(rows_RD)
 
-    def _not_finite(self, name: str, hook: str, ids_NT: torch.Tensor, place: int) -> ValueError:
+    def _check_too_large(self, name: str, hook: str, ids_NT: torch.Tensor, index_R: torch.Tensor, rows_RD: torch.Tensor) -> None:
+        """rows_RD holds values that are not finite as stored. That will do if it is their size alone and outliers are left out: norms
+        beyond the dtype are beyond every bound. Raises ValueError naming the token otherwise."""
+        value_RD = self.lm.sites(ids_NT, [hook])[hook].flatten(0, 1).cpu()[index_R]
+        fits_R = torch.isfinite(value_RD).all(dim=1)
+        if self.config.harvest.outlier_norm is None:
+            fits_R &= torch.isfinite(rows_RD).all(dim=1)
+        if not bool(fits_R.all()):
+            bad = int((~fits_R).nonzero()[0])
+            raise self._not_finite(name, hook, ids_NT, int(index_R[bad]), value_RD[bad])
+
+    def _not_finite(self, name: str, hook: str, ids_NT: torch.Tensor, place: int, value_D: torch.Tensor) -> ValueError:
         n, t = divmod(place, ids_NT.shape[1])
-        value_D = self.lm.sites(ids_NT, [hook])[hook][n, t]
         piece = self.lm.tokenizer.decode(ids_NT[n, max(0, t - 8) : t + 1])
         why = "the model gives NaN or infinity there" if not bool(torch.isfinite(value_D).all()) else (
-            f"its largest value {float(value_D.abs().max()):.3g} does not fit; use harvest.dtype bfloat16"
+            f"its largest value {float(value_D.abs().max()):.3g} does not fit; use harvest.dtype bfloat16, or set harvest.outlier_norm, which leaves such rows out"
         )
         return ValueError(
             f"shard {name}, {hook}, harvest.dtype {self.config.harvest.dtype}: activation of the token at the end of {piece!r}: {why}"

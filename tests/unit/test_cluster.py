@@ -1,5 +1,6 @@
 """Which cluster is joined, what fits on its nodes, and what is said where it does not."""
 
+import inspect
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
+from dmsae_ray import cluster
 from dmsae_ray.cluster import capacity, check_fits_here, keep_logs
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import torch_config
@@ -298,3 +300,43 @@ def test_what_ray_start_left_behind_is_named(capfd, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     said = sweep_error(capfd, tmp_path)
     assert dead in said and "`ray start` noted" in said and "ray stop" in said
+
+
+# -- a machine too busy for Ray's own limit of time ------------------------------------------------------------------------
+
+
+def starting(monkeypatch, *errors: str) -> tuple[list[str], list[dict]]:
+    """Lines said, and options given, when Ray fails to start with these errors one after the other."""
+    left, lines, options = list(errors), [], []
+
+    def init(**given):
+        options.append(given)
+        if left:
+            raise Exception(left.pop(0))  # what Ray raises
+
+    monkeypatch.setattr("ray.init", init)
+    cluster._start(lines.append, num_cpus=3)
+    return lines, options
+
+
+LATE = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+def test_a_ray_that_its_machine_was_too_busy_to_start_is_started_again(monkeypatch):
+    lines, options = starting(monkeypatch, LATE)
+    assert len(lines) == 1 and "trying again" in lines[0]
+    assert options == 2 * [{"address": "local", "num_cpus": 3}]
+
+
+def test_a_machine_that_stays_too_busy_is_named_and_other_errors_are_raised_as_they_are(monkeypatch):
+    with pytest.raises(ValueError, match="could not start.*tried 3 times.*very busy.*--cluster.address"):
+        starting(monkeypatch, LATE, LATE, LATE)
+    with pytest.raises(Exception, match="^anything else$"):
+        starting(monkeypatch, "anything else")
+
+
+def test_ray_s_words_for_it_are_still_those():
+    """They are Ray's own, in no interface: another version may say it otherwise."""
+    import ray._private.node
+
+    assert cluster.TOO_SLOW in inspect.getsource(ray._private.node)

@@ -87,6 +87,9 @@ def test_unknown_flag_ends_the_command():
     "argv, words",
     [
         (["--train.lr", "fast"], ["train.lr", "number", "'fast'"]),
+        (["--sae.width", "512", "--name", "x", "--sae.width=1024"], ["--sae.width", "twice", "512 and 1024"]),
+        (["--verbose", "--verbose"], ["--verbose", "twice"]),
+        (["--track.uri", "http://me:hushhush@host/", "--track.uri", "x"], ["--track.uri", "twice", "http://***@host/"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "cannot be read"]),
         (["--sweep.k", "4096"], ["sweep.k 4096", "train.batch", "between 1 and 2048"]),
         (["--sae.width", "16"], ["sae.width 16", "first group", "widen"]),

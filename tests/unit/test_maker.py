@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -273,6 +274,16 @@ def test_a_value_that_does_not_fit_names_the_token_and_nothing_is_written(tmp_pa
     assert repr(piece) in message and f"shard train-00000, {PRE}, harvest.dtype float16" in message and why in message
     assert ("use harvest.dtype bfloat16" in message) == (value == 1e4)
     assert target.store.sizes("shards") == {}
+
+
+def test_a_value_that_does_not_fit_is_an_outlier_where_those_are_left_out(tmp_path, one_sequence):
+    ids, plan = one_sequence
+    plan = replace(plan, rows=T - 2)
+    target, config = target_of(tmp_path, PRE), configured(model_with(tmp_path / "model", 1e4), outlier_norm=10.0)
+    maker = ShardMaker(config, [target], str(tmp_path / "train.safetensors"), plan)
+    (entry,) = (of[PRE] for of in make(maker, [target], [plan]).values())
+    assert entry.positions["outlier"] == 1 and entry.positions["unused"] == 0
+    assert torch.isfinite(rows_in(target, plan, "float16")).all()
 
 
 def test_bfloat16_holds_what_float16_cannot(tmp_path, one_sequence):
