@@ -10,15 +10,15 @@ from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
-from dmsae_ray.address import cluster_address
+from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.causes import disk_trouble
-from dmsae_ray.cluster import check_fits_here, connect, disconnect
+from dmsae_ray.cluster.connection import check_fits_here, connect, disconnect
 from dmsae_ray.command import HarvestCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.preflight import pinned, preflight
-from dmsae_ray.probe import check_nodes
+from dmsae_ray.cluster.probe import check_nodes
 from dmsae_ray.screen import Screen
 from dmsae_ray.stop import INTERRUPTED, stoppable
 

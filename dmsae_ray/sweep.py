@@ -18,9 +18,9 @@ import yaml
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvest import Harvest, find_datasets
 from dmsae_ray.activations.outliers import notes
-from dmsae_ray.address import cluster_address
+from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.causes import disk_trouble
-from dmsae_ray.cluster import Capacity, check_fits_here, connect, disconnect
+from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.distill.evaluate import references_path
@@ -31,7 +31,7 @@ from dmsae_ray.housekeeping import clean, planned, status
 from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.ownership import scratch
 from dmsae_ray.preflight import check_needs, pinned, preflight, without_kernels
-from dmsae_ray.probe import check_nodes
+from dmsae_ray.cluster.probe import check_nodes
 from dmsae_ray.results import PAGE, Results, write_results
 from dmsae_ray.screen import Screen
 from dmsae_ray.secret_url import SecretUrl

@@ -13,7 +13,7 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits
-from dmsae_ray.cluster import QUIET
+from dmsae_ray.cluster.connection import QUIET
 
 D, PER_GROUP, SHARDS, LANES = 512, 2048, 6, 8
 STREAMS = 5

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
-from dmsae_ray import cluster
-from dmsae_ray.cluster import capacity, check_fits_here, keep_logs
+from dmsae_ray.cluster import connection
+from dmsae_ray.cluster.connection import capacity, check_fits_here, keep_logs
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import torch_config
 from dmsae_ray.harvest import main as harvest
-from dmsae_ray.nodes import Bundle, Node, fitting, missing, slots
+from dmsae_ray.cluster.nodes import Bundle, Node, fitting, missing, slots
 from dmsae_ray.sweep import main
 
 PLENTY = 1 << 20
@@ -222,7 +222,7 @@ def server(answer: bytes | None):
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch):
-    monkeypatch.setattr("dmsae_ray.address.PAUSE_S", 0.01)
+    monkeypatch.setattr("dmsae_ray.cluster.address.PAUSE_S", 0.01)
 
 
 def sweep_error(capsys, tmp_path, *args: str) -> str:
@@ -258,7 +258,7 @@ def test_a_server_that_is_not_ray_is_known_as_such(capfd, tmp_path, monkeypatch)
     with server(b"SSH-2.0-OpenSSH_9.2\r\n") as address:
         said = sweep_error(capfd, tmp_path, "--cluster.address", address)
         assert f"cluster.address {address}: what listens there is not Ray (it answers b'SSH" in said
-    monkeypatch.setattr("dmsae_ray.address.ANSWER_S", 0.2)
+    monkeypatch.setattr("dmsae_ray.cluster.address.ANSWER_S", 0.2)
     with server(None) as address:
         said = sweep_error(capfd, tmp_path, "--cluster.address", address)
         assert f"cluster.address {address}: what listens there does not answer as Ray does (timed out)" in said
@@ -315,7 +315,7 @@ def starting(monkeypatch, *errors: str) -> tuple[list[str], list[dict]]:
             raise Exception(left.pop(0))  # what Ray raises
 
     monkeypatch.setattr("ray.init", init)
-    cluster._start(lines.append, num_cpus=3)
+    connection._start(lines.append, num_cpus=3)
     return lines, options
 
 
@@ -339,4 +339,4 @@ def test_ray_s_words_for_it_are_still_those():
     """They are Ray's own, in no interface: another version may say it otherwise."""
     import ray._private.node
 
-    assert cluster.TOO_SLOW in inspect.getsource(ray._private.node)
+    assert connection.TOO_SLOW in inspect.getsource(ray._private.node)

@@ -343,7 +343,7 @@ def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys
 
 def test_a_node_says_which_folders_it_does_not_see(tmp_path, monkeypatch):
     """What runs on each node of a cluster that was joined; here on this one."""
-    from dmsae_ray import probe
+    from dmsae_ray.cluster import probe
 
     monkeypatch.setattr(probe, "APPEARS_S", 0.3)
     path = put(tmp_path / "probe.json", "a token")

@@ -1,7 +1,7 @@
 """What waits for room on a cluster says so, once a minute has passed."""
 
 from dmsae_ray.config import Config
-from dmsae_ray.waiting import AGAIN_S, PATIENCE_S, Waits, names, shape_of
+from dmsae_ray.cluster.waiting import AGAIN_S, PATIENCE_S, Waits, names, shape_of
 
 WORKER = shape_of({"CPU": 0.5})
 
@@ -57,7 +57,7 @@ def test_everything_that_is_asked_for_has_a_name():
 
 
 def test_a_cluster_that_does_not_answer_ends_the_watch_with_a_word(monkeypatch):
-    monkeypatch.setattr("dmsae_ray.waiting.LOOK_S", 0.01)
+    monkeypatch.setattr("dmsae_ray.cluster.waiting.LOOK_S", 0.01)
     said = []
 
     def gone():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from dmsae_ray.activations.stream import READ_CPUS
 from dmsae_ray.config import Config
-from dmsae_ray.nodes import Bundle, listed, plural
+from dmsae_ray.cluster.nodes import Bundle, listed, plural
 
 LOOK_S, PATIENCE_S, AGAIN_S = 5.0, 60.0, 600.0
 """Between two looks; of waiting before it is told, and told again."""
@@ -107,7 +107,7 @@ def cluster_now() -> str:
     import ray
     from ray._private.state import jobs
 
-    from dmsae_ray.cluster import nodes_now
+    from dmsae_ray.cluster.connection import nodes_now
 
     nodes = nodes_now()
     parts = [f"{sum(n.cpus for n in nodes):g} CPUs, {max(0.0, sum(n.free_cpus for n in nodes)):.2g} free"]

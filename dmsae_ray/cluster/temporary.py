@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-from dmsae_ray.address import cluster_address
+from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.config import Config
 
 LONGEST_SOCKET = 107
