@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvest import find_datasets
+from dmsae_ray.activations.harvester import find_datasets
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.command import EvaluateCommand, load, read_yaml
 from dmsae_ray.config import Config, EvaluateConfig

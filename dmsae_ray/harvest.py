@@ -6,7 +6,7 @@ import sys
 import time
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvest import Harvest, Identity, find_datasets
+from dmsae_ray.activations.harvester import Harvest, Identity, find_datasets
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError

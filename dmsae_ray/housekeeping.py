@@ -11,7 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from dmsae_ray.activations.harvest import Identity
+from dmsae_ray.activations.harvester import Identity
 from dmsae_ray.command import read_yaml
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text

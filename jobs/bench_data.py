@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset, Manifest, statistics_of
-from dmsae_ray.activations.maker import ShardMaker, Target
+from dmsae_ray.activations.shard_maker import ShardMaker, Target
 from dmsae_ray.activations.order import Order
-from dmsae_ray.activations.plan import ShardPlan, plan_shards
+from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
 from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits, _blocks, _views

@@ -21,7 +21,7 @@ from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
 
 INIT, SELECTION = 301, 302
-"""Purposes of random draws, apart from those of activations/order.py and activations/harvest.py."""
+"""Purposes of random draws, apart from those of activations/order.py and activations/harvester.py."""
 BASE = "base"
 """Arm of the chains of the plain grid."""
 

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from dmsae_ray.activations.ahead import Ahead
+from dmsae_ray.activations.prefetch import Ahead
 
 
 class Item:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmsae_ray.activations.harvest import Harvest, find_datasets
-from dmsae_ray.activations.maker import ShardMaker
+from dmsae_ray.activations.harvester import Harvest, find_datasets
+from dmsae_ray.activations.shard_maker import ShardMaker
 from dmsae_ray.activations.shard import ShardEntry
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, CorpusConfig

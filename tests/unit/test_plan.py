@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmsae_ray.activations.plan import ShardPlan, plan_shards
+from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
 
 ROWS_N = np.random.default_rng(0).integers(4, 29, size=400).astype(np.int32)
 
