@@ -27,13 +27,13 @@ from dmsae_ray.activations.store import StoreError
 from dmsae_ray.activations.stream import MASK, Batches, Stream
 from dmsae_ray.causes import causes
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.distill import attribution as attribution_
+from dmsae_ray.attribution import gradients as attribution_
 from dmsae_ray.distill.core import Core
 from dmsae_ray.distill.criterion import choose
 from dmsae_ray.distill.drift import decoder_drift
 from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder, Superseded
-from dmsae_ray.distill.ledger import ALL_DONE, WAIT
+from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.select import carried, jaccard, next_core, save_scores
 from dmsae_ray.distill.training import Training, first_step

@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 from ray import tune
 
-from dmsae_ray.distill.aggregator import Aggregator
+from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.distill.chain import train_chains, write_failure
 from dmsae_ray.distill.plan import ChainPlan
 

@@ -22,11 +22,11 @@ from dmsae_ray.activations.shard import as_tensor
 from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config
-from dmsae_ray.distill.aggregator import Aggregator
-from dmsae_ray.distill.attribution import AttributionSettings
+from dmsae_ray.attribution.aggregator import Aggregator
+from dmsae_ray.attribution.gradients import AttributionSettings
 from dmsae_ray.distill.chain import score_shards
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
-from dmsae_ray.distill.scores import ScoreSettings
+from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.distill.trials import run_chains
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -64,7 +64,7 @@ def attribute_in_group(loop: dict) -> None:
 
     def on_shard(done: int) -> None:
         if trouble and done == 1:
-            from dmsae_ray.distill import attribution
+            from dmsae_ray.attribution import gradients as attribution
 
             ids, lengths = batches[0]
             again = attribution.attribute(sae, lm, ids, lengths, loop["scale"], settings)

@@ -10,8 +10,8 @@ import torch
 from scipy.stats import spearmanr
 
 from dmsae_ray.corpus.documents import load_documents
-from dmsae_ray.distill.attribution import AttributionSettings, attribute, gradients
-from dmsae_ray.distill.scores import ScoreSettings, scores
+from dmsae_ray.attribution.gradients import AttributionSettings, attribute, gradients
+from dmsae_ray.attribution.scores import ScoreSettings, scores
 from dmsae_ray.distill.select import select
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE

@@ -7,10 +7,10 @@ from functools import partial as bound
 import pytest
 import torch
 
-from dmsae_ray.distill.histogram import Histogram
-from dmsae_ray.distill.ledger import ALL_DONE, WAIT, Ledger
-from dmsae_ray.distill.partial import Partial
-from dmsae_ray.distill.scores import ScoreSettings, enough, scores
+from dmsae_ray.attribution.histogram import Histogram
+from dmsae_ray.attribution.ledger import ALL_DONE, WAIT, Ledger
+from dmsae_ray.attribution.partial import Partial
+from dmsae_ray.attribution.scores import ScoreSettings, enough, scores
 
 SHARDS, CANDIDATES = 6, 10
 AGGREGATORS = ["mean_abs", "mean_signed", "quantile"]

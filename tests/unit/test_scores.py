@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from dmsae_ray.distill.histogram import BUCKETS, RELATIVE_ERROR, Histogram, bucket_of, bucket_values
-from dmsae_ray.distill.partial import Partial
-from dmsae_ray.distill.scores import ScoreSettings, enough, scores, spearman, split_half
+from dmsae_ray.attribution.histogram import BUCKETS, RELATIVE_ERROR, Histogram, bucket_of, bucket_values
+from dmsae_ray.attribution.partial import Partial
+from dmsae_ray.attribution.scores import ScoreSettings, enough, scores, spearman, split_half
 
 
 def partial_of(a_RP):

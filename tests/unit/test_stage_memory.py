@@ -10,7 +10,7 @@ import torch
 from test_sae_memory import allocations, peak
 
 from dmsae_ray.command import SweepCommand, load
-from dmsae_ray.distill.attribution import AttributionSettings, attribute
+from dmsae_ray.attribution.gradients import AttributionSettings, attribute
 from dmsae_ray.distill.evaluate import Tally, tally_batch
 from dmsae_ray.distill.plan import grid
 from dmsae_ray.lm.model import LanguageModel, model_info

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import ray
 
-from dmsae_ray.distill.ledger import Ledger
-from dmsae_ray.distill.partial import Partial
-from dmsae_ray.distill.scores import ScoreSettings, enough, scores, split_half
+from dmsae_ray.attribution.ledger import Ledger
+from dmsae_ray.attribution.partial import Partial
+from dmsae_ray.attribution.scores import ScoreSettings, enough, scores, split_half
 from dmsae_ray.distill.select import select
 
 

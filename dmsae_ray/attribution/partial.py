@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmsae_ray.distill.histogram import Histogram
+from dmsae_ray.attribution.histogram import Histogram
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmsae_ray.distill.partial import Partial
+from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.files import replacing
 
 ALL_DONE, WAIT = -1, -2

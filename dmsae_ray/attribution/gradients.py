@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from dmsae_ray.activations.outliers import counted
-from dmsae_ray.distill.histogram import Histogram
-from dmsae_ray.distill.partial import Partial
+from dmsae_ray.attribution.histogram import Histogram
+from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 ROWS_AT_ONCE = 1024

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dmsae_ray.distill.histogram import Histogram
-from dmsae_ray.distill.partial import Partial
+from dmsae_ray.attribution.histogram import Histogram
+from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.distill.select import jaccard, select
 
 
