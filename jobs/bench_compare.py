@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmsae_ray.compare.chain import ChainIdentity, ChainResult
+from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.consensus import NamedCore, find_consensus
 from dmsae_ray.compare.density import FreeDraws

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from dmsae_ray.compare.activation import ROWS, Standardised, agreement, standardised
-from dmsae_ray.compare.chain import ChainResult
+from dmsae_ray.compare.chain_result import ChainResult
 from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
 from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
 from dmsae_ray.compare.density import FreeDraws, matched_density_null

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Literal
 
-from dmsae_ray.compare.chain import ChainIdentity
+from dmsae_ray.compare.chain_result import ChainIdentity
 
 Differs = Literal["seed", "init", "data", "k", "both", "arm"]
 

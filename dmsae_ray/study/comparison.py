@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.compare.chain import ChainIdentity, ChainResult
+from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.pair import CompareSettings, PairResult

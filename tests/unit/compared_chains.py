@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dmsae_ray.compare.chain import ChainIdentity, ChainResult
+from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.pair import CompareSettings
