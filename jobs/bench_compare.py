@@ -28,7 +28,7 @@ from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import hungarian
 from dmsae_ray.compare.pair import CompareSettings
 from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def s3():
 
 def core_bytes(output: Path) -> dict[str, bytes]:
     """Every core of every chain, by its place."""
-    from dmsae_ray.distill.core import Core
+    from dmsae_ray.core.core import Core
 
     cores = {}
     for path in sorted((output / "chains").glob("*/cycle_*/core.safetensors")):

@@ -13,7 +13,7 @@ import ray
 from dmsae_ray.attribution.ledger import Ledger
 from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.attribution.scores import ScoreSettings, enough, scores, split_half
-from dmsae_ray.distill.select import select
+from dmsae_ray.core.select import select
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)

@@ -12,7 +12,7 @@ import torch
 
 from dmsae_ray.attribution.histogram import Histogram
 from dmsae_ray.attribution.partial import Partial
-from dmsae_ray.distill.select import jaccard, select
+from dmsae_ray.core.select import jaccard, select
 
 
 @dataclass(frozen=True)

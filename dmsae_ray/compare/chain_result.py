@@ -13,7 +13,7 @@ import torch
 from dmsae_ray.compare.latents import Latents
 
 if TYPE_CHECKING:
-    from dmsae_ray.distill.core import Core
+    from dmsae_ray.core.core import Core
 
 
 @dataclass(frozen=True)

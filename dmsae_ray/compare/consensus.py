@@ -15,7 +15,7 @@ import torch
 
 from dmsae_ray.compare.interval import wilson
 from dmsae_ray.compare.match import cosines, hungarian, shared_pairs
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 SEEDS_IN_CONSENSUS = 2
 """A feature that one seed alone has is no agreement, however small the share asked for."""

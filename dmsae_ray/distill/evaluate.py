@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dmsae_ray.activations.outliers import counted
-from dmsae_ray.distill.criterion import removal_cost
+from dmsae_ray.core.criterion import removal_cost
 from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.sae.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE

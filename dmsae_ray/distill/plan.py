@@ -13,10 +13,10 @@ from dmsae_ray.activations.rowgroup import Unit
 from dmsae_ray.activations.stream import StreamLimits
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.attribution.gradients import AttributionSettings
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.attribution.scores import ScoreSettings
-from dmsae_ray.distill.select import count_of
+from dmsae_ray.core.select import count_of
 from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
 

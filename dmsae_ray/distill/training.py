@@ -14,7 +14,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.stream import MASK
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import replacing

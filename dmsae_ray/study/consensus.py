@@ -9,7 +9,7 @@ from dmsae_ray.compare.consensus import Consensus, NamedCore, find_consensus
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought, summarise_rediscovery
 from dmsae_ray.config import Config, fields_key
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from dmsae_ray.distill.coverage import coverage, coverage_ranks
+from dmsae_ray.core.score_file import coverage, coverage_ranks
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json

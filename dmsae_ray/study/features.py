@@ -15,7 +15,7 @@ import torch
 
 from dmsae_ray.config import FeaturesConfig, fields_key
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.study.contexts import Peak, find_peaks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 
 @dataclass(frozen=True)

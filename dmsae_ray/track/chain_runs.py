@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dmsae_ray.distill.coverage import coverage
+from dmsae_ray.core.score_file import coverage
 from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.track import figures
 from dmsae_ray.track.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten

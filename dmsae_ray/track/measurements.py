@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmsae_ray.distill.coverage import coverage_ranks
+from dmsae_ray.core.score_file import coverage_ranks
 from dmsae_ray.track.run_store import Point
 
 COVERAGE_POINTS = 200

@@ -8,8 +8,8 @@ import torch
 from conftest import command, run_command
 from safetensors.torch import load_file
 
-from dmsae_ray.distill.core import Core
-from dmsae_ray.distill.select import top
+from dmsae_ray.core.core import Core
+from dmsae_ray.core.select import top
 from dmsae_ray.sweep import main
 
 PLACEBO = ("--selection.by", "reconstruction", "--selection.size", "match")

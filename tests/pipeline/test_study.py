@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARMS, results, run_command, study_config
 
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 
 def read(output, name):

@@ -8,7 +8,7 @@ from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.pair import CompareSettings
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 D, WIDTH, ROWS = 16, 60, 512
 SETTINGS = CompareSettings(draws=20)

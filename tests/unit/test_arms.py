@@ -9,7 +9,7 @@ import torch
 
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import BASE, check_start, plan_all
 
 STUDY = """

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from dmsae_ray.corpus.documents import load_documents
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute, gradients
 from dmsae_ray.attribution.scores import ScoreSettings, scores
-from dmsae_ray.distill.select import select
+from dmsae_ray.core.select import select
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, schedule

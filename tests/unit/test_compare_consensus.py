@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dmsae_ray.compare.consensus import Member, NamedCore, find_consensus, group, links
 from dmsae_ray.compare.match import cosines
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 D = 64
 COMMON = 10

@@ -14,9 +14,9 @@ from shards import D, make_dataset
 from test_chain_plan import plans_of
 
 from dmsae_ray.config import CompareConfig
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import RECORD_VERSION
-from dmsae_ray.distill.select import next_core, save_scores
+from dmsae_ray.core.select import next_core, save_scores
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.study import comparison

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 
 FIELDS = ("W_enc_CD", "W_dec_CD", "b_enc_C", "b_dec_D", "scores_C", "density_C", "latent_ids_C", "entered_C")
 

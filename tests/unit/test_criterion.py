@@ -9,7 +9,7 @@ import torch
 from shards import make_dataset
 from test_chain_plan import configured, plans_of
 
-from dmsae_ray.distill.criterion import choose, criterion, removal_cost
+from dmsae_ray.core.criterion import choose, criterion, removal_cost
 from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.sae.sae import MatryoshkaSAE
 

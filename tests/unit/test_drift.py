@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dmsae_ray.distill.drift import decoder_drift
+from dmsae_ray.core.drift import decoder_drift
 
 
 def turned(degrees, d=6):

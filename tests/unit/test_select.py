@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dmsae_ray.distill.select import carried, count_of, jaccard, load_scores, next_core, rank, save_scores, select, top
+from dmsae_ray.core.select import carried, count_of, jaccard, load_scores, next_core, rank, save_scores, select, top
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 

@@ -11,7 +11,7 @@ from shards import D, make_dataset
 from test_chain_plan import plans_of
 
 from dmsae_ray.activations.shard import read_rows
-from dmsae_ray.distill.select import select
+from dmsae_ray.core.select import select
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.step import Trainer
 from dmsae_ray.sae.threshold import calibrate

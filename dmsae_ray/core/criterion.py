@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dmsae_ray.distill.select import top
+from dmsae_ray.core.select import top
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from dmsae_ray.distill.core import Core
+from dmsae_ray.core.core import Core
 from dmsae_ray.files import replacing
 
 if TYPE_CHECKING:
