@@ -19,10 +19,10 @@ from dmsae_ray.activations.harvester import find_datasets
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.command import EvaluateCommand, load, read_yaml
 from dmsae_ray.config import Config, EvaluateConfig
-from dmsae_ray.distill.evaluate import Tally, read_references, references_path, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, read_references, references_path, scores_of, tally_batch
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.references import references_of, write_references
+from dmsae_ray.evaluation.references import references_of, write_references
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.housekeeping import planned
 from dmsae_ray.lm.model import LanguageModel

@@ -23,7 +23,7 @@ from dmsae_ray.causes import disk_trouble
 from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.config import Config, fields_key
-from dmsae_ray.distill.evaluate import references_path
+from dmsae_ray.evaluation.measure import references_path
 from dmsae_ray.distill.folder import Lease, OutputUnseen, Superseded
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.files import replacing, write_json
@@ -228,7 +228,7 @@ class Sweep:
             self.say(line)
         folder = self.config.home / "data" / dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():
-            from dmsae_ray.distill.references import measure_references
+            from dmsae_ray.evaluation.references import measure_references
 
             self.connect()
             measure_references(self.config, dataset, folder)

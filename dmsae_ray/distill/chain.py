@@ -31,7 +31,7 @@ from dmsae_ray.attribution import gradients as attribution_
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.criterion import choose
 from dmsae_ray.core.drift import decoder_drift
-from dmsae_ray.distill.evaluate import Tally, read_references, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder, Superseded
 from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
 from dmsae_ray.distill.plan import ChainPlan

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from thread_ranks import on_ranks
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers the backend `fake`)
 
-from dmsae_ray.distill.evaluate import Tally
+from dmsae_ray.evaluation.measure import Tally
 from dmsae_ray.sae import collective
 from dmsae_ray.sae.collective import TorchCollective, gather_objects, gather_ragged, meet
 

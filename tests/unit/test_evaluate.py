@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmsae_ray.distill.evaluate import Tally, prefixes_of, reconstructions, reference_losses, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, prefixes_of, reconstructions, reference_losses, scores_of, tally_batch
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 

@@ -14,7 +14,7 @@ from dmsae_ray.activations.outliers import MULTIPLE, dataset_facts, notes, outli
 from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.distill.evaluate import Tally, reference_losses, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, reference_losses, scores_of, tally_batch
 from dmsae_ray.distill.plan import plan_all
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows

@@ -11,7 +11,7 @@ from test_sae_memory import allocations, peak
 
 from dmsae_ray.command import SweepCommand, load
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute
-from dmsae_ray.distill.evaluate import Tally, tally_batch
+from dmsae_ray.evaluation.measure import Tally, tally_batch
 from dmsae_ray.distill.plan import grid
 from dmsae_ray.lm.model import LanguageModel, model_info
 from dmsae_ray.preflight import disk_bytes

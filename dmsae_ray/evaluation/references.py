@@ -8,7 +8,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.config import Config, EvaluateConfig
-from dmsae_ray.distill.evaluate import reference_losses, references_path
+from dmsae_ray.evaluation.measure import reference_losses, references_path
 from dmsae_ray.files import write_json
 from dmsae_ray.secret_url import SecretUrl
 

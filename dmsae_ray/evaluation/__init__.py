@@ -1,0 +1,1 @@
+"""How good an SAE is on held-out text: reconstruction, the model's loss through it, and what both are compared with."""
