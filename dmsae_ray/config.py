@@ -1,7 +1,7 @@
 """The whole experiment as one typed tree.
 
 Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file
-(`--config`) with overrides from the command line (`--train.tokens 2_000_000`), read by command.py; an unknown key is an error.
+(`--config`) with overrides from the command line (`--train.tokens 2_000_000`), read by driver/options.py; an unknown key is an error.
 Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and
 the like are those of the README's glossary; `[D]` marks a decision the literature leaves open.
 """
@@ -510,7 +510,7 @@ class Config(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
-        # No environment variables: what a run used must be visible in its file and its command line (command.py adds those).
+        # No environment variables: what a run used must be visible in its file and its command line (driver/options.py adds those).
         return (init_settings,)
 
     @model_validator(mode="before")

@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import sys
 
-from dmsae_ray.command import HarvestCommand, load
+from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.track.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move
 

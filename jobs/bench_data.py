@@ -40,7 +40,7 @@ from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits, _blocks, _views
 from dmsae_ray.cluster.connection import QUIET
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.corpus.prepare import prepare_tokens
 from dmsae_ray.lm.model import load_tokenizer
 

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.sae.memory import footprint
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.traffic import StepFacts, bytes_per_step

@@ -19,7 +19,7 @@ from typing import Any
 from dmsae_ray.cluster.address import check_answers, cluster_address
 from dmsae_ray.config import Config
 from dmsae_ray.cluster.nodes import Bundle, Node, figure, fitting, listed, missing, plural
-from dmsae_ray.stop import deaf, keeping_signals
+from dmsae_ray.driver.stop import deaf, keeping_signals
 from dmsae_ray.cluster.waiting import Waits
 
 DATA_CPUS = 1

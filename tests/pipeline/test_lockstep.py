@@ -6,10 +6,10 @@ import shutil
 import pytest
 from conftest import core_bytes, data_digests, digest_of_rows, run_command, sae_tensors
 
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import in_lockstep
-from dmsae_ray.housekeeping import planned
+from dmsae_ray.driver.housekeeping import planned
 
 
 def groups_of(*argv):

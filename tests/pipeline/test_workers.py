@@ -20,7 +20,7 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import read_unit
 from dmsae_ray.activations.shard import as_tensor
 from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.attribution.gradients import AttributionSettings

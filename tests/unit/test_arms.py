@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import BASE, check_start, plan_all

@@ -6,7 +6,7 @@ import pytest
 import torch
 from shards import PER_GROUP, make_dataset
 
-from dmsae_ray.command import HarvestCommand, SweepCommand, load
+from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.config import fields_key
 from dmsae_ray.distill.folder import Lease
 from dmsae_ray.distill.plan import plan_chains

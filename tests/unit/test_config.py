@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.command import HarvestCommand, SweepCommand, load
+from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.config import Config, CorpusPart, fields_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,7 +14,7 @@ import pytest
 from dmsae_ray.activations.harvester import Harvest, find_datasets
 from dmsae_ray.activations.shard_maker import ShardMaker
 from dmsae_ray.activations.shard import ShardEntry
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config, CorpusConfig
 from dmsae_ray.corpus.documents import check_source, corpus_fingerprint, load_documents
 from dmsae_ray.corpus.encode import encode

@@ -11,8 +11,8 @@ from features_cases import BOS, random_sae
 from language_models import load
 from test_core import make_core
 
-from dmsae_ray.command import SweepCommand
-from dmsae_ray.command import load as load_config
+from dmsae_ray.driver.options import SweepCommand
+from dmsae_ray.driver.options import load as load_config
 from dmsae_ray.config import FeaturesConfig
 from dmsae_ray.corpus.documents import Document
 from dmsae_ray.corpus.encode import encode

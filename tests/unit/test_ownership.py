@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.ownership import MARKER, marked, scratch
 from dmsae_ray.sweep import main
@@ -301,7 +301,7 @@ def test_a_disk_s_trouble_is_told_in_one_line_whoever_raised_it():
 
 
 def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
-    from dmsae_ray.study.other import OtherSweep
+    from dmsae_ray.driver.other_sweep import OtherSweep
 
     folder = tmp_path / "out" / "sweeps" / "small-0123456789ab"
     put(folder / "config.yaml", "name: small\n")
@@ -358,7 +358,7 @@ def test_a_node_says_which_folders_it_does_not_see(tmp_path, monkeypatch):
 
 STOPPED = """
 import ctypes, os, signal, time
-from dmsae_ray.stop import deaf, keeping_signals, stoppable
+from dmsae_ray.driver.stop import deaf, keeping_signals, stoppable
 
 def strike():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.command import EvaluateCommand, SweepCommand, load
+from dmsae_ray.driver.options import EvaluateCommand, SweepCommand, load
 from dmsae_ray.config import fields_key
 from dmsae_ray.distill.plan import plan_all
 from dmsae_ray.lm.source import TINY
@@ -121,7 +121,7 @@ def test_a_tracking_store_in_a_file_is_absolute(here, given, meant):
 
 
 def test_an_arm_s_core_and_another_sweep_s_folder_are_absolute(here):
-    from dmsae_ray.command import ReportCommand
+    from dmsae_ray.driver.options import ReportCommand
 
     (here / "mine.yaml").write_text("study: {arms: {moved: {fields: {sae.core: a.safetensors}}}}\n")
     config = load(SweepCommand, ["--config", "mine.yaml"])

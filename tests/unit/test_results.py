@@ -10,7 +10,7 @@ from test_compare_folders import COMPARE, chains
 
 from dmsae_ray.distill.folder import Superseded
 from dmsae_ray.files import file_sha256, write_json
-from dmsae_ray.results import write_results
+from dmsae_ray.driver.results import write_results
 from dmsae_ray.study.describe import features_key
 from dmsae_ray.study.parts import Parts, reason_of
 from dmsae_ray.track.terminal import plain_text

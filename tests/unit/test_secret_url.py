@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from dmsae_ray import evaluate, harvest, report, sweep, ui
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
-from dmsae_ray.preflight import preflight
-from dmsae_ray.screen import Screen
+from dmsae_ray.driver.preflight import preflight
+from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.secret_url import SecretUrl, masked, scrub
 
 SECRET = "hunter2/+x"
@@ -117,7 +117,7 @@ def test_what_libraries_print_is_kept_without_them(tmp_path):
 
 def test_an_error_that_nobody_expected_is_printed_without_them(tmp_path):
     code = (
-        "from dmsae_ray.command import SweepCommand, load\n"
+        "from dmsae_ray.driver.options import SweepCommand, load\n"
         "config = load(SweepCommand, ['--track.uri', 'https://u:hunter2@h/x'])\n"
         "raise RuntimeError('cannot open ' + config.track.uri.reveal()) from KeyError('hunter2')"
     )

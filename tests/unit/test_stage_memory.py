@@ -9,14 +9,14 @@ import pytest
 import torch
 from test_sae_memory import allocations, peak
 
-from dmsae_ray.command import SweepCommand, load
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute
 from dmsae_ray.evaluation.measure import Tally, tally_batch
 from dmsae_ray.distill.plan import grid
 from dmsae_ray.lm.model import LanguageModel, model_info
-from dmsae_ray.preflight import disk_bytes
+from dmsae_ray.driver.preflight import disk_bytes
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
-from dmsae_ray.stage_memory import ModelShape, attribution, chain_stages, evaluation, features_stage, harvest_stage
+from dmsae_ray.driver.stage_memory import ModelShape, attribution, chain_stages, evaluation, features_stage, harvest_stage
 from dmsae_ray.sweep import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,7 +94,7 @@ def test_the_gemma_configurations_fit_an_80_gb_gpu(name, tmp_path):
 
 def test_the_disk_that_the_readme_names_is_what_preflight_asks_for(monkeypatch, tmp_path):
     """The hub is not asked: names of chains do not matter here."""
-    monkeypatch.setattr("dmsae_ray.preflight.planned", lambda config: grid(config, "base", "d", "k", None))
+    monkeypatch.setattr("dmsae_ray.driver.preflight.planned", lambda config: grid(config, "base", "d", "k", None))
     config = load(SweepCommand, ["--config", str(CONFIGS / "gemma2_2b_l12_65k.yaml"), "--output", str(tmp_path)])
     assert f"{math.ceil(disk_bytes(config, GEMMA.d) / 1e10) / 100} TB of disk" in (CONFIGS.parent / "README.md").read_text()
 

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from dmsae_ray import ui
-from dmsae_ray.command import HarvestCommand, load
+from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.track.run_store import RunStore
 
 

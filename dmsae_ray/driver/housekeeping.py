@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from dmsae_ray.activations.harvester import Identity
-from dmsae_ray.command import read_yaml
+from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.distill.plan import ChainPlan, plan_all

@@ -18,7 +18,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from dmsae_ray.config import Config, Place, problem_lines
 from dmsae_ray.ownership import marked
-from dmsae_ray.screen import show_anything
+from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.secret_url import print_scrubbed, scrub
 
 
@@ -82,7 +82,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
 
 def default_config_path() -> Path:
     """The quickstart that is shipped with the package."""
-    return Path(__file__).parent / "configs" / "quickstart.yaml"
+    return Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 class Command(Config):
