@@ -401,7 +401,7 @@ class ExpectConfig(Section):
 
 
 NUMBERS = ("chains", "evaluation", "consistency", "consensus", "rediscovery")
-"""First parts of the names of results, see study/numbers.py."""
+"""First parts of the names of results, see results/numbers.py."""
 
 
 class StudyConfig(Section):

@@ -16,7 +16,7 @@ from dmsae_ray.driver.preflight import pinned, preflight
 from dmsae_ray.driver.results import has_core
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.driver.stop import INTERRUPTED, stoppable
-from dmsae_ray.study.comparison import compare_across
+from dmsae_ray.results.comparison import compare_across
 from dmsae_ray.driver.other_sweep import OtherSweep
 from dmsae_ray.sweep import Finished, Sweep
 from dmsae_ray.track.terminal import across_tables, terminal_console, write_report

@@ -20,14 +20,14 @@ from dmsae_ray.config import Config
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.ownership import ours_in
-from dmsae_ray.study.comparison import compare_chains
-from dmsae_ray.study.consensus import write_consensus
-from dmsae_ray.study.describe import describe
-from dmsae_ray.study.evaluation import write_evaluation
-from dmsae_ray.study.expectations import judge
-from dmsae_ray.study.numbers import numbers_of
-from dmsae_ray.study.parts import FILE as FAILED_PARTS
-from dmsae_ray.study.parts import Parts
+from dmsae_ray.results.comparison import compare_chains
+from dmsae_ray.results.consensus import write_consensus
+from dmsae_ray.results.features.task import describe
+from dmsae_ray.results.evaluation import write_evaluation
+from dmsae_ray.results.expectations import judge
+from dmsae_ray.results.numbers import numbers_of
+from dmsae_ray.results.parts import FILE as FAILED_PARTS
+from dmsae_ray.results.parts import Parts
 from dmsae_ray.track.figures import consistency_matrix, matrices, save
 from dmsae_ray.track.page import write_page
 from dmsae_ray.track.tables import (

@@ -19,8 +19,8 @@ from dmsae_ray.corpus.encode import encode
 from dmsae_ray.corpus.packing import Concatenate
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.divergence import token_losses
-from dmsae_ray.study.features import NEAR, ChainCore, features_key, write_features
-from dmsae_ray.study.roster import roster_of
+from dmsae_ray.results.features.features import NEAR, ChainCore, features_key, write_features
+from dmsae_ray.results.features.roster import roster_of
 
 SCALE = 20.0
 TEXTS = [

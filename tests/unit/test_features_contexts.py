@@ -8,8 +8,8 @@ import torch
 from features_cases import BOS, TableModel, random_sae, sae_of, sequences_of
 from language_models import load
 
-from dmsae_ray.study.contexts import SAMPLE, find_peaks
-from dmsae_ray.study.latents import Latents
+from dmsae_ray.results.features.contexts import SAMPLE, find_peaks
+from dmsae_ray.results.features.latents import Latents
 
 D, V = 4, 40
 

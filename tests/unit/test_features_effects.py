@@ -10,8 +10,8 @@ from language_models import IDS_BT, LENGTHS, load
 
 from dmsae_ray.lm import divergence as divergence_
 from dmsae_ray.lm.divergence import token_losses
-from dmsae_ray.study.effects import remove_latents
-from dmsae_ray.study.latents import Latents
+from dmsae_ray.results.features.effects import remove_latents
+from dmsae_ray.results.features.latents import Latents
 
 SCALE = 20.0
 PLACES = [

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dmsae_ray.lm.source import load_tokenizer
-from dmsae_ray.study.text import TokenText
+from dmsae_ray.results.features.token_text import TokenText
 
 TEXT = "def f(x):\n    return x  # naïve — 思 🙂\n\tThe end."
 

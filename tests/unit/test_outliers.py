@@ -18,9 +18,9 @@ from dmsae_ray.evaluation.measure import Tally, reference_losses, scores_of, tal
 from dmsae_ray.distill.plan import plan_all
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
-from dmsae_ray.study.contexts import find_peaks
-from dmsae_ray.study.effects import remove_latents
-from dmsae_ray.study.latents import Latents
+from dmsae_ray.results.features.contexts import find_peaks
+from dmsae_ray.results.features.effects import remove_latents
+from dmsae_ray.results.features.latents import Latents
 
 SCALE = 20.0
 

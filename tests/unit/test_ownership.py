@@ -317,7 +317,7 @@ def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys
     """Those of a sweep's results stay, also of another one than is cleaned for; where its needs cannot be told, all do."""
     from dmsae_ray.config import CompareConfig
     from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
-    from dmsae_ray.study.comparison import pair_names
+    from dmsae_ray.results.comparison import pair_names
 
     home = tmp_path / "out"
     OutputLock(home).release()

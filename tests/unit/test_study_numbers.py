@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dmsae_ray.config import ExpectConfig
-from dmsae_ray.study.expectations import in_words, judge
-from dmsae_ray.study.numbers import METRICS, numbers_of
+from dmsae_ray.results.expectations import in_words, judge
+from dmsae_ray.results.numbers import METRICS, numbers_of
 
 
 def row(arm="base", seed=0, k=16, last=True, **values):

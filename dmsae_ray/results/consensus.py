@@ -13,8 +13,8 @@ from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.study.comparison import key_of
-from dmsae_ray.study.parts import known_from
+from dmsae_ray.results.comparison import key_of
+from dmsae_ray.results.parts import known_from
 
 FORMAT_VERSION = 1
 

@@ -17,7 +17,7 @@ import torch
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.divergence import token_losses
-from dmsae_ray.study.latents import Latents
+from dmsae_ray.results.features.latents import Latents
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.study.latents import Latents
+from dmsae_ray.results.features.latents import Latents
 
 SAMPLE = 64
 """Sequences drawn for each latent, which the weaker contexts are chosen from: a quantile among them is right to 0.06 (standard error)."""

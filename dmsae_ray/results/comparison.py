@@ -27,7 +27,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.core.select import load_scores, rank
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.study.parts import UNREADABLE, damaged, known_from
+from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.track.progress import duration
 
 FORMAT_VERSION = 2

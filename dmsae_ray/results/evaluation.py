@@ -16,7 +16,7 @@ from dmsae_ray.core.score_file import coverage, coverage_ranks
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
-from dmsae_ray.study.parts import UNREADABLE, damaged
+from dmsae_ray.results.parts import UNREADABLE, damaged
 
 FORMAT_VERSION = 1
 DECADES = 5
