@@ -41,7 +41,7 @@ from dense_step import DenseTrainer  # noqa: E402
 
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.settings import SAESettings, group_sizes  # noqa: E402
-from dmsae_ray.sae.step import Trainer  # noqa: E402
+from dmsae_ray.sae.trainer import Trainer  # noqa: E402
 
 SHAPES = ("256/4096/1024/32", "768/16384/2048/40", "2304/16384/1024/80")
 TINY_LR = 1e-9

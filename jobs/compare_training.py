@@ -22,7 +22,7 @@ from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchT
 
 from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.settings import SAESettings, group_sizes  # noqa: E402
-from dmsae_ray.sae.step import Trainer  # noqa: E402
+from dmsae_ray.sae.trainer import Trainer  # noqa: E402
 
 D, WIDTH, K, BATCH, LR = 64, 1024, 4, 256, 3e-3
 

@@ -40,7 +40,7 @@ from dmsae_ray.distill.training import Training, first_step
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.sae.step import Diverged
+from dmsae_ray.sae.trainer import Diverged
 from dmsae_ray.sae.threshold import calibrate
 from dmsae_ray.secret_url import scrub
 

@@ -22,7 +22,7 @@ from dmsae_ray.sae.collective import Collective
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.step import StepReport, Trainer
+from dmsae_ray.sae.trainer import StepReport, Trainer
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What is made of a sweep's chains when they are done: evaluation, features, expectations."""
+"""What is made of a sweep's chains when they are done, a file for each artifact: evaluation, comparison, consensus, features, numbers, expectations."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmsae_ray.sae.aux import add_aux, find_dead
+from dmsae_ray.sae.auxk import add_aux, find_dead
 from dmsae_ray.sae.collective import Alone, Collective
 from dmsae_ray.sae.exchange import all_pairs, all_rows, order_of
 from dmsae_ray.sae.gate import gate

@@ -14,14 +14,14 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from dmsae_ray.sae.aux import CHUNK as AUX_CHUNK
-from dmsae_ray.sae.device_gate import PLACES
-from dmsae_ray.sae.device_step import Steps
+from dmsae_ray.sae.auxk import CHUNK as AUX_CHUNK
+from dmsae_ray.sae.gate_on_device import PLACES
+from dmsae_ray.sae.steps_on_device import Steps
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import CHUNK
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.step import Trainer
+from dmsae_ray.sae.trainer import Trainer
 
 PAIR = 5 * 4
 """Bytes of a kept pair: row, latent, value, gradient, place in the order by latent."""

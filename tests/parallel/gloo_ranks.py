@@ -19,7 +19,7 @@ from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.pairs import NativePairs, Pairs, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.step import Diverged, Trainer
+from dmsae_ray.sae.trainer import Diverged, Trainer
 from dmsae_ray.sae.traffic import Counting, StepFacts, bytes_per_step, reduced
 
 BATCH, WIDTH = 24, 18

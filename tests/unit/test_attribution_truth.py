@@ -16,7 +16,7 @@ from dmsae_ray.core.select import select
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, schedule
-from dmsae_ray.sae.step import Trainer
+from dmsae_ray.sae.trainer import Trainer
 from dmsae_ray.sae.threshold import calibrate
 
 FLOORS = {"each": 0.85, "sum": 0.55}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.step import Trainer
+from dmsae_ray.sae.trainer import Trainer
 
 RECORDED = Path(__file__).parent.parent / "data" / "dictionary_learning_updates.safetensors"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -9,7 +9,7 @@ from thread_ranks import on_ranks
 from dmsae_ray.sae.memory import footprint, lasting_tensors
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.step import Trainer
+from dmsae_ray.sae.trainer import Trainer
 
 SETTINGS = SAESettings(d=128, width=2048, k=16, batch=1024, kernels="compiled", screen="bf16", dead_window_tokens=10**9)
 CORE = 40

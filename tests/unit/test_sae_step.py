@@ -12,7 +12,7 @@ from dmsae_ray.sae import native
 from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.step import Diverged, Trainer
+from dmsae_ray.sae.trainer import Diverged, Trainer
 
 SETTINGS = SAESettings(
     d=6, width=24, k=2, batch=16, lr=3e-3, warmup_steps=3, decay_steps=5, total_steps=20, dead_window_tokens=48,

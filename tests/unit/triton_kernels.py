@@ -24,13 +24,14 @@ from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from reference_sae import reference_mask  # noqa: E402
 
-from dmsae_ray.sae import device_gate, device_step, loss, triton_pairs  # noqa: E402
+from dmsae_ray.sae import loss, triton_pairs  # noqa: E402
+from dmsae_ray.sae import gate_on_device as device_gate, steps_on_device as device_step
 from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
 from dmsae_ray.sae.memory import footprint  # noqa: E402
 from dmsae_ray.sae.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
-from dmsae_ray.sae.step import Diverged, Trainer  # noqa: E402
+from dmsae_ray.sae.trainer import Diverged, Trainer  # noqa: E402
 
 PLAIN = TorchPairs()
 ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)

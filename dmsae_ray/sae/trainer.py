@@ -25,7 +25,7 @@ from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.shard import Shard
-from dmsae_ray.sae.update import Adam
+from dmsae_ray.sae.adam import Adam
 
 STATE_VERSION = 2
 """Raised when older training states cannot be continued."""

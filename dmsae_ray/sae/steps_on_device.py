@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmsae_ray.sae.gate import GUESS, check_margins
 from dmsae_ray.sae.loss import Outcome
-from dmsae_ray.sae.step import EXPLODED, RECENT, Diverged, Trainer
+from dmsae_ray.sae.trainer import EXPLODED, RECENT, Diverged, Trainer
 
 ROUND_DEAD = 128
 """Places for dead latents come in such numbers: fewer shapes, and memory that is used again."""

@@ -1,0 +1,1 @@
+"""What a step needs, computed from its shapes: bytes of memory and bytes moved."""
