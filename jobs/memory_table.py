@@ -2,8 +2,8 @@
 
     python jobs/memory_table.py [--config configs/gemma2_2b_l12_65k.yaml] [--output jobs/memory_table.md]
 
-Computed from the code's own allocation (dmsae_ray/sae/memory.py) and from the formula that tests compare with counted bytes
-(dmsae_ray/sae/traffic.py). Nothing here was measured on a GPU.
+Computed from the code's own allocation (dmsae_ray/sae/cost/memory.py) and from the formula that tests compare with counted bytes
+(dmsae_ray/sae/cost/traffic.py). Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import dataclasses
 from pathlib import Path
 
 from dmsae_ray.driver.options import SweepCommand, load
-from dmsae_ray.sae.memory import footprint
+from dmsae_ray.sae.cost.memory import footprint
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.traffic import StepFacts, bytes_per_step
+from dmsae_ray.sae.cost.traffic import StepFacts, bytes_per_step
 
 D = 2304
 """Length of Gemma-2-2B's residual stream."""

@@ -15,7 +15,7 @@ from dmsae_ray.distill.plan import BASE, ChainPlan, grid
 from dmsae_ray.lm.divergence import LOGITS_AT_ONCE
 from dmsae_ray.lm.site import AFTER
 from dmsae_ray.lm.source import ModelInfo, load_config
-from dmsae_ray.sae.memory import footprint
+from dmsae_ray.sae.cost.memory import footprint
 
 GB = 10**9
 HEADROOM = 0.92

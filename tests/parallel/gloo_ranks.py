@@ -20,7 +20,7 @@ from dmsae_ray.sae.pairs import NativePairs, Pairs, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Diverged, Trainer
-from dmsae_ray.sae.traffic import Counting, StepFacts, bytes_per_step, reduced
+from dmsae_ray.sae.cost.traffic import Counting, StepFacts, bytes_per_step, reduced
 
 BATCH, WIDTH = 24, 18
 MODES = ("ddp", "gather", "latent")

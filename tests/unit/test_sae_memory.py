@@ -6,7 +6,7 @@ import pytest
 import torch
 from thread_ranks import on_ranks
 
-from dmsae_ray.sae.memory import footprint, lasting_tensors
+from dmsae_ray.sae.cost.memory import footprint, lasting_tensors
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Trainer
