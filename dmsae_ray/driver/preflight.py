@@ -15,7 +15,7 @@ from dmsae_ray.driver.housekeeping import planned
 from dmsae_ray.lm.model import ModelInfo, layer_of
 from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
 from dmsae_ray.ownership import refuse_strangers
-from dmsae_ray.sae import native
+from dmsae_ray.sae.ops import native
 from dmsae_ray.cluster.temporary import check_temporary_folder
 from dmsae_ray.driver.stage_memory import check_memory
 

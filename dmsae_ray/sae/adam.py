@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.collective import Alone, Collective
-from dmsae_ray.sae.pairs import AdamStep, TorchPairs
+from dmsae_ray.sae.ops.pairs import AdamStep, TorchPairs
 from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings

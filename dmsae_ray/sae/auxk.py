@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.collective import Alone, Collective
-from dmsae_ray.sae.pairs import TorchPairs
+from dmsae_ray.sae.ops.pairs import TorchPairs
 
 CHUNK = 1 << 22
 """Most (row, dead latent) pairs at a time."""

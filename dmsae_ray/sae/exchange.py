@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.collective import Collective
-from dmsae_ray.sae.pairs import Pairs
+from dmsae_ray.sae.ops.pairs import Pairs
 
 
 def order_of(comm: Collective, token_index_B: Tensor | None, device: torch.device) -> Tensor | None:

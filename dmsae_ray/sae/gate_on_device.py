@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.gate import Kept, check_margins
-from dmsae_ray.sae.pairs import Pairs, Rounded
+from dmsae_ray.sae.ops.pairs import Pairs, Rounded
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
 
 if TYPE_CHECKING:
-    from dmsae_ray.sae.triton_pairs import TritonPairs
+    from dmsae_ray.sae.ops.cuda_ops import TritonPairs
 
 PLACES = 4
 """Places for candidates, per pair that can be kept by BatchTopK. 1.2 to 2.1 are used on the CPU's bench (jobs/bench_step.md)."""

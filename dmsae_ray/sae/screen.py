@@ -28,7 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.pairs import Candidates, Margin, Rounded, TorchPairs
+from dmsae_ray.sae.ops.pairs import Candidates, Margin, Rounded, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 CHUNK = 1 << 25

@@ -16,7 +16,7 @@ from dmsae_ray.sae import loss as loss_module
 from dmsae_ray.sae.collective import Alone, TorchCollective
 from dmsae_ray.sae.gate import Kept, gate, select
 from dmsae_ray.sae.loss import LossModule
-from dmsae_ray.sae.pairs import NativePairs, Pairs, TorchPairs
+from dmsae_ray.sae.ops.pairs import NativePairs, Pairs, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Diverged, Trainer

@@ -8,7 +8,7 @@ from thread_ranks import on_ranks
 
 from dmsae_ray.sae.collective import Alone
 from dmsae_ray.sae.gate import kth_largest, select
-from dmsae_ray.sae.pairs import NativePairs, TorchPairs
+from dmsae_ray.sae.ops.pairs import NativePairs, TorchPairs
 from dmsae_ray.sae.settings import SAESettings
 
 OPS = {"torch": TorchPairs(), "compiled": NativePairs()}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference_sae import reference_mask
 
 from dmsae_ray.sae.gate import ScreenError, gate
-from dmsae_ray.sae.pairs import NativePairs, Rounded, TorchPairs
+from dmsae_ray.sae.ops.pairs import NativePairs, Rounded, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings

@@ -18,9 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
-from dmsae_ray.sae import loss, triton_pairs
+from dmsae_ray.sae import loss
+from dmsae_ray.sae.ops import cuda_ops as triton_pairs
 from dmsae_ray.sae import steps_on_device as device_step
-from dmsae_ray.sae.pairs import Pairs
+from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, group_sizes
 from dmsae_ray.sae.trainer import RECENT, Trainer

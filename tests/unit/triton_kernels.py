@@ -28,7 +28,7 @@ from dmsae_ray.sae import loss, triton_pairs  # noqa: E402
 from dmsae_ray.sae import gate_on_device as device_gate, steps_on_device as device_step
 from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
 from dmsae_ray.sae.cost.memory import footprint  # noqa: E402
-from dmsae_ray.sae.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
+from dmsae_ray.sae.ops.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
 from dmsae_ray.sae.trainer import Diverged, Trainer  # noqa: E402

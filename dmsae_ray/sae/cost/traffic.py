@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.collective import Collective
-from dmsae_ray.sae.pairs import DIGIT_BITS
+from dmsae_ray.sae.ops.pairs import DIGIT_BITS
 from dmsae_ray.sae.settings import SAESettings
 
 

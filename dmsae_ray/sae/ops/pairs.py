@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmsae_ray.sae import native
+from dmsae_ray.sae.ops import native
 
 DIGIT_BITS = 11
 """Bits of one pass of a radix select."""
@@ -435,7 +435,7 @@ def pairs_on(device: torch.device | str, kernels: str = "auto", dtype: torch.dty
         if kind != "cuda" or dtype != torch.float32:
             raise native.NotBuilt(f"there are none for {dtype} on {kind}")
         try:
-            from dmsae_ray.sae.triton_pairs import TritonPairs  # triton comes with torch's CUDA wheels only
+            from dmsae_ray.sae.ops.cuda_ops import TritonPairs  # triton comes with torch's CUDA wheels only
         except ImportError as error:
             raise native.NotBuilt(f"triton cannot be imported ({error})") from error
         return TritonPairs()
