@@ -38,7 +38,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.core.select import carried, jaccard, next_core, save_scores
 from dmsae_ray.distill.training import Training, first_step
 from dmsae_ray.files import write_json
-from dmsae_ray.sae.collective import Alone, TorchCollective, gather_objects
+from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.trainer import Diverged
 from dmsae_ray.sae.threshold import calibrate

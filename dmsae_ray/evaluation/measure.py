@@ -18,7 +18,7 @@ import torch
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.core.criterion import removal_cost
 from dmsae_ray.lm.divergence import divergence
-from dmsae_ray.sae.collective import Collective
+from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 CORE = "core"

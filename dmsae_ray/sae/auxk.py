@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.collective import Alone, Collective
+from dmsae_ray.sae.ranks.collective import Alone, Collective
 from dmsae_ray.sae.ops.pairs import TorchPairs
 
 CHUNK = 1 << 22

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmsae_ray.sae import gate as gate_module
 from dmsae_ray.sae import loss as loss_module
-from dmsae_ray.sae.collective import Alone, TorchCollective
+from dmsae_ray.sae.ranks.collective import Alone, TorchCollective
 from dmsae_ray.sae.gate import Kept, gate, select
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.ops.pairs import NativePairs, Pairs, TorchPairs

@@ -5,7 +5,7 @@ import torch
 import torch.multiprocessing
 from gloo_ranks import CASES, FLOAT32_STEPS, HANDOVERS, LEG, MODES, STEPS, cases_of, hand_over, rank_main, run_alone, undisturbed
 
-from dmsae_ray.sae.collective import Alone
+from dmsae_ray.sae.ranks.collective import Alone
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from thread_ranks import on_ranks
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers the backend `fake`)
 
 from dmsae_ray.evaluation.measure import Tally
-from dmsae_ray.sae import collective
-from dmsae_ray.sae.collective import TorchCollective, gather_objects, gather_ragged, meet
+from dmsae_ray.sae.ranks import collective
+from dmsae_ray.sae.ranks.collective import TorchCollective, gather_objects, gather_ragged, meet
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.collective import Collective
+from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.ops.pairs import Pairs
 
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.collective import Collective, gather_ragged
+from dmsae_ray.sae.ranks.collective import Collective, gather_ragged
 from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
 
 
