@@ -1,6 +1,6 @@
 """Making datasets: documents -> token sequences on disk -> residual stream -> shards -> manifest, one dataset per hook.
 
-A shard is a unit of work whose bytes depend only on the configuration (see maker.py), so any number of actors gives the same
+A shard is a unit of work whose bytes depend only on the configuration (see shard_maker.py), so any number of actors gives the same
 files, and a finished one is kept.
 """
 

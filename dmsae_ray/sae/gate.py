@@ -75,15 +75,15 @@ def gate(
     holds the whole batch and the latents are spread; None: every rank holds all latents. Raises `ScreenError`.
 
     guess as a 0-dim tensor, for one worker with fused kernels: nothing waits for the device, and all numbers in `Kept` stay there,
-    as 0-dim tensors (device_gate.py).
+    as 0-dim tensors (gate_on_device.py).
     """
     sae, ops = screen.sae, screen.ops
     if ops.fused and comm.world == 1:
-        from dmsae_ray.sae import device_gate  # needs triton
+        from dmsae_ray.sae import gate_on_device  # needs triton
 
         if isinstance(guess, Tensor):
-            return device_gate.gate_on_device(centred_BD, rows, screen, settings, guess, token_index_B)
-        return device_gate.gate_and_wait(centred_BD, rows, screen, settings, guess, token_index_B)
+            return gate_on_device.gate_on_device(centred_BD, rows, screen, settings, guess, token_index_B)
+        return gate_on_device.gate_and_wait(centred_BD, rows, screen, settings, guess, token_index_B)
     n_exempt = sae.core_size if settings.core_gate == "relu" else 0
     n_tokens, holders = (len(centred_BD) * comm.world, 1) if latent_ids_F is None else (len(centred_BD), comm.world)
     budget = settings.k * n_tokens

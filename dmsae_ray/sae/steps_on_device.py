@@ -1,6 +1,6 @@
 """Steps of one worker on a CUDA device, launched one ahead of those that the host has seen the numbers of.
 
-From the batch to the new weights nothing waits for the device: lists are as long as they can get (device_gate.py, `find_dead`), what
+From the batch to the new weights nothing waits for the device: lists are as long as they can get (gate_on_device.py, `find_dead`), what
 one step hands to the next stays on the device (`Carried`), and the update's kernels read there whether they may change anything. A
 step that must not count (the loss or the gradient is not finite, the loss exploded, a margin was wrong, candidates or dead latents had
 too few places) so leaves weights and Adam's state as they were, as do those launched after it. The host learns of it one step later,

@@ -133,9 +133,9 @@ class Trainer:
         self._bounds: deque[float] = deque(maxlen=RECENT)  # not part of the state: they decide speed only
         self._ahead = None
         if self.loss.ops.fused and comm.world == 1 and settings.micro_batch is None:
-            from dmsae_ray.sae import device_step  # which imports this module
+            from dmsae_ray.sae import steps_on_device  # which imports this module
 
-            self._ahead = device_step.Steps(self)
+            self._ahead = steps_on_device.Steps(self)
 
     @property
     def threshold(self) -> float:

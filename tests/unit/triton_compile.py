@@ -19,8 +19,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
 from dmsae_ray.sae import loss
-from dmsae_ray.sae.ops import cuda_ops as triton_pairs
-from dmsae_ray.sae import steps_on_device as device_step
+from dmsae_ray.sae.ops import cuda_ops
+from dmsae_ray.sae import steps_on_device
 from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, group_sizes
@@ -30,7 +30,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 class Compiler:
-    """Stands in for `triton_pairs.launch`: compiles what would be started, once per specialisation."""
+    """Stands in for `cuda_ops.launch`: compiles what would be started, once per specialisation."""
 
     def __init__(self):
         self.backend = make_backend(TARGET)
@@ -80,9 +80,9 @@ def step(d, width, batch, k, core, **fields):
     assert trainer.loss.ops.name == "triton"
     x_BD, order_B = torch.empty(batch, d, device="meta"), torch.arange(batch, device="meta")
     with torch.device("meta"):
-        carried = device_step.Carried(torch.zeros_like(trainer.silent_F), torch.ones(RECENT), torch.ones(()).double(), torch.tensor(True))
+        carried = steps_on_device.Carried(torch.zeros_like(trainer.silent_F), torch.ones(RECENT), torch.ones(()).double(), torch.tensor(True))
     for number in range(2):
-        outcome, numbers, carried = device_step.launch_step(trainer, x_BD, order_B, carried, number, 128)
+        outcome, numbers, carried = steps_on_device.launch_step(trainer, x_BD, order_B, carried, number, 128)
     assert numbers.device.type == "meta" and len(outcome.latent_N) == k * batch + (core * batch if settings.core_gate == "relu" else 0)
 
 
@@ -93,15 +93,15 @@ def micro_batches(d, width):
         row_N, start_F1 = torch.empty(9, dtype=torch.int32), torch.empty(width + 1, dtype=torch.int64)
         pairs = Pairs(torch.empty(9, dtype=torch.int64), row_N, row_N, torch.empty(9))
         ends = [width // 16, width // 8, width // 4, width // 2, width]
-        ops = triton_pairs.TritonPairs()
+        ops = cuda_ops.TritonPairs()
         ops.weight_gradients(S_BGD, x_BD, pairs, pairs.value_N, start_F1, row_N, ends, 0, 1.0, W_FD, b_F, W_FD, add=True)
 
 
 def main():
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
-    compiler = triton_pairs.launch = Compiler()
-    loss.pairs_on = lambda device, kernels, dtype: triton_pairs.TritonPairs()
+    compiler = cuda_ops.launch = Compiler()
+    loss.pairs_on = lambda device, kernels, dtype: cuda_ops.TritonPairs()
     step(2304, 65536, 2048, 40, core=200, screen="bf16")  # the paper's
     step(100, 1000, 512, 40, core=30, screen="fp32", core_gate="relu", core_transfer="init")
     micro_batches(2304, 65536)

@@ -24,8 +24,8 @@ from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from reference_sae import reference_mask  # noqa: E402
 
-from dmsae_ray.sae import loss, triton_pairs  # noqa: E402
-from dmsae_ray.sae import gate_on_device as device_gate, steps_on_device as device_step
+from dmsae_ray.sae import gate_on_device, loss, steps_on_device  # noqa: E402
+from dmsae_ray.sae.ops import cuda_ops  # noqa: E402
 from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
 from dmsae_ray.sae.cost.memory import footprint  # noqa: E402
 from dmsae_ray.sae.ops.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
@@ -37,7 +37,7 @@ PLAIN = TorchPairs()
 ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)
 
 
-class Interpreted(triton_pairs.TritonPairs):
+class Interpreted(cuda_ops.TritonPairs):
     """The interpreter multiplies bf16 numbers as if their bits were integers, so it is given them widened: the same products."""
 
     def append(self, left_BD, right_FD, *arguments):
@@ -48,16 +48,16 @@ class Interpreted(triton_pairs.TritonPairs):
 
 
 def new_ops():
-    return Interpreted() if DEVICE == "cpu" else triton_pairs.TritonPairs()
+    return Interpreted() if DEVICE == "cpu" else cuda_ops.TritonPairs()
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in every direction even of small problems; the interpreter's time goes by programs."""
     if DEVICE == "cpu":
-        monkeypatch.setitem(triton_pairs.TILE, torch.float32, {"ROWS": 16, "LATENTS": 32, "DEPTH": 64, "TOGETHER": 2})
-    monkeypatch.setattr(triton_pairs, "SPARSE", 32)
-    monkeypatch.setattr(triton_pairs, "SAMPLED", {"PAIRS": 512, "BLOCK": 64})
+        monkeypatch.setitem(cuda_ops.TILE, torch.float32, {"ROWS": 16, "LATENTS": 32, "DEPTH": 64, "TOGETHER": 2})
+    monkeypatch.setattr(cuda_ops, "SPARSE", 32)
+    monkeypatch.setattr(cuda_ops, "SAMPLED", {"PAIRS": 512, "BLOCK": 64})
 
 
 def close(found, expected, tolerance=2e-5):
@@ -193,7 +193,7 @@ def test_the_update_in_one_pass(shape, unit):
 
 
 def test_a_vector_is_updated_in_full():
-    for length in (1, triton_pairs.FLAT, 2 * triton_pairs.FLAT + 77):
+    for length in (1, cuda_ops.FLAT, 2 * cuda_ops.FLAT + 77):
         states = [[torch.linspace(-1, 1, length + 1, device=DEVICE)[:length] * n for n in (1, 2, 3, 4)] for _ in range(2)]
         for ops, state in zip((new_ops(), PLAIN), states, strict=True):
             state[3].abs_()
@@ -301,7 +301,7 @@ def test_a_good_guess_needs_one_scan_and_bad_ones_a_second(on_device):
 
 
 def test_too_few_places_are_seen_and_more_are_made(on_device, monkeypatch):
-    monkeypatch.setattr(device_gate, "PLACES", 1)
+    monkeypatch.setattr(gate_on_device, "PLACES", 1)
     sae, settings, x_BD = test_sae_screen.case("gaussian", 0, d=70, width=70, batch=20, k=40, core=0)  # fewer positive pairs than k * B
     screen, b_D = Screen(sae, on_device, "bf16"), sae.b_dec.detach()
     centred_BD, rows = on_device.centre(x_BD, b_D, True)
@@ -342,7 +342,7 @@ def check_selection(case, padding):
     row_C, latent_C = (torch.cat(parts) for parts in zip((row_N, latent_N), end, strict=True))
     value_C = torch.cat([mine_BF.flatten(), torch.full((padding,), -1.0, device=DEVICE)])
     n_exempt = core_size if settings.core_gate == "relu" else 0
-    pairs, least = device_gate.select_on_device(row_C, latent_C, value_C, rows, n_exempt, settings, new_ops(), order)
+    pairs, least = gate_on_device.select_on_device(row_C, latent_C, value_C, rows, n_exempt, settings, new_ops(), order)
     n = int(pairs.start_B1[-1])
     found = torch.zeros_like(expected)
     found[order[pairs.row_N[:n].long().cpu()], pairs.latent_N[:n].long().cpu()] = True
@@ -350,7 +350,7 @@ def check_selection(case, padding):
     assert torch.equal(pairs.value_N[:n], mine_BF[pairs.row_N[:n].long(), pairs.latent_N[:n].long()])
     assert torch.equal(pairs.start_B1.diff().cpu(), expected[order].sum(dim=1))
     assert (pairs.row_N[n:] == rows).all() and (pairs.latent_N[n:] == width).all() and (pairs.value_N[n:] == 0).all()
-    assert len(pairs.row_N) == min(device_gate.kept_places(settings, rows, n_exempt), len(row_C))
+    assert len(pairs.row_N) == min(gate_on_device.kept_places(settings, rows, n_exempt), len(row_C))
 
 
 def test_selection_is_the_sort_based_definition():
@@ -479,8 +479,8 @@ def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="reads the CPU's allocator")
 def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
-    monkeypatch.setitem(triton_pairs.TILE, torch.float32, {"ROWS": 256, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 2})
-    monkeypatch.setattr(triton_pairs, "SPARSE", 128)
+    monkeypatch.setitem(cuda_ops.TILE, torch.float32, {"ROWS": 256, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 2})
+    monkeypatch.setattr(cuda_ops, "SPARSE", 128)
     settings = dataclasses.replace(test_sae_memory.SETTINGS, d=64, width=256, k=4, batch=128, screen="fp32")  # bf16 would be widened here
     sae, x = test_sae_memory.new_sae(settings), test_sae_memory.batches(2, settings).unbind()
     made = []
@@ -504,13 +504,13 @@ def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_tr
         with torch.no_grad():
             trainer.sae.b_enc[20:] = -5.0  # dead after two steps
     launched = []
-    launch = device_step.launch_step
-    monkeypatch.setattr(device_step, "launch_step", lambda *arguments: launched.append(arguments[4]) or launch(*arguments))
+    launch = steps_on_device.launch_step
+    monkeypatch.setattr(steps_on_device, "launch_step", lambda *arguments: launched.append(arguments[4]) or launch(*arguments))
     for step, x_BD in enumerate(test_sae_step.batches(3)):
-        monkeypatch.setattr(device_gate, "PLACES", 4)
+        monkeypatch.setattr(gate_on_device, "PLACES", 4)
         roomy.step(x_BD)
         launched.clear()
-        monkeypatch.setattr(device_gate, "PLACES", 0)
+        monkeypatch.setattr(gate_on_device, "PLACES", 0)
         tight.loss.ops.places = 20
         if step == 0:
             tight._ahead.dead_places()  # counts them

@@ -1,5 +1,5 @@
 """Sparse operations on kept (row, latent) pairs, each in several forms: `TorchPairs` in plain torch, for any device, `NativePairs`
-by the compiled kernels, for CPUs, and `triton_pairs.TritonPairs` for CUDA devices. All compute the same, up to the order of sums.
+by the compiled kernels, for CPUs, and `cuda_ops.TritonPairs` for CUDA devices. All compute the same, up to the order of sums.
 
 Shapes: B rows of this rank's batch, F latents, D = d, G prefix groups, N pairs (sorted by row, then latent), K dead latents.
 Rows and latents of pairs are int32.

@@ -1,6 +1,6 @@
 """The fused screen: a product whose epilogue hands on the few pairs that may be kept, so that batch x width is never written.
 
-x [B, D] and W [F, D] are contiguous, both bf16 or both float32; sums are float32. See `driver/transcript.py` for margins, `device_gate.py`
+x [B, D] and W [F, D] are contiguous, both bf16 or both float32; sums are float32. See `screen.py` for margins, `gate_on_device.py`
 for how the kernels are used.
 """
 
