@@ -31,8 +31,8 @@ from dmsae_ray.driver.preflight import pinned
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.driver.stop import INTERRUPTED, stoppable
-from dmsae_ray.track.progress import duration
-from dmsae_ray.track.terminal import evaluation_tables, terminal_console
+from dmsae_ray.show.terminal.progress import duration
+from dmsae_ray.show.terminal.tables import evaluation_tables, terminal_console
 
 FORMAT_VERSION = 1
 SAY_SECONDS = 10.0

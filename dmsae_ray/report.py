@@ -19,7 +19,7 @@ from dmsae_ray.driver.stop import INTERRUPTED, stoppable
 from dmsae_ray.results.comparison import compare_across
 from dmsae_ray.driver.other_sweep import OtherSweep
 from dmsae_ray.sweep import Finished, Sweep
-from dmsae_ray.track.terminal import across_tables, terminal_console, write_report
+from dmsae_ray.show.terminal.tables import across_tables, terminal_console, write_report
 
 
 @stoppable()

@@ -36,11 +36,11 @@ from dmsae_ray.driver.results import PAGE, Results, write_results
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.driver.stop import INTERRUPTED, stoppable
-from dmsae_ray.track.chain_runs import TrackedChain
-from dmsae_ray.track.mlflow_sync import MlflowTracker, NotTracked
-from dmsae_ray.track.progress import LiveLines, ProgressBoard
-from dmsae_ray.track.run_store import RunStore, TrackingError
-from dmsae_ray.track.terminal import terminal_console
+from dmsae_ray.show.mlflow.chain_runs import TrackedChain
+from dmsae_ray.show.mlflow.tracker import MlflowTracker, NotTracked
+from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
+from dmsae_ray.show.mlflow.run_store import RunStore, TrackingError
+from dmsae_ray.show.terminal.tables import terminal_console
 
 
 @stoppable()

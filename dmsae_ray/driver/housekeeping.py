@@ -19,7 +19,7 @@ from dmsae_ray.distill.plan import ChainPlan, plan_all
 from dmsae_ray.lock import OutputLock, no_locks
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names
-from dmsae_ray.track.terminal import terminal_console
+from dmsae_ray.show.terminal.tables import terminal_console
 
 
 def planned(config: Config) -> list[ChainPlan]:

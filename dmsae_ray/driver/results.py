@@ -28,9 +28,9 @@ from dmsae_ray.results.expectations import judge
 from dmsae_ray.results.numbers import numbers_of
 from dmsae_ray.results.parts import FILE as FAILED_PARTS
 from dmsae_ray.results.parts import Parts
-from dmsae_ray.track.figures import consistency_matrix, matrices, save
-from dmsae_ray.track.page import write_page
-from dmsae_ray.track.tables import (
+from dmsae_ray.show.figures import consistency_matrix, matrices, save
+from dmsae_ray.show.page import write_page
+from dmsae_ray.show.columns import (
     ChainRow,
     chain_columns,
     chain_row,
@@ -41,7 +41,7 @@ from dmsae_ray.track.tables import (
     pair_columns,
     rediscovery_columns,
 )
-from dmsae_ray.track.terminal import report, write_report
+from dmsae_ray.show.terminal.tables import report, write_report
 
 PAGE = "report.html"
 FILES = (

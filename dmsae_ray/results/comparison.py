@@ -28,7 +28,7 @@ from dmsae_ray.core.select import load_scores, rank
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
-from dmsae_ray.track.progress import duration
+from dmsae_ray.show.terminal.progress import duration
 
 FORMAT_VERSION = 2
 """Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""

@@ -13,7 +13,7 @@ import sweeps
 from chromium import launched
 from playwright.sync_api import Browser, Page
 
-from dmsae_ray.track.page import write_page
+from dmsae_ray.show.page import write_page
 
 
 @pytest.fixture(scope="session")

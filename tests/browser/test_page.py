@@ -100,7 +100,7 @@ def test_contrast(open_page, scheme):
     ):  # fmt: skip
         ink, paper = page.locator(selector).first.evaluate(colours)
         assert contrast(ink, paper) >= 4.5, (selector, ink, paper)
-    from dmsae_ray.track.page.arms import COLOURS
+    from dmsae_ray.show.page.arm_style import COLOURS
 
     paper = page.locator(".card").first.evaluate(colours)[1]
     for colour in COLOURS:

@@ -30,7 +30,7 @@ from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.distill.trials import run_chains
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.track.progress import ProgressBoard
+from dmsae_ray.show.terminal.progress import ProgressBoard
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from dmsae_ray.compare.comparer import compare_all
 from dmsae_ray.compare.interval import COVERAGE, Z, spread, wilson
 from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES, summarise
-from dmsae_ray.track.tables import group_columns
+from dmsae_ray.show.columns import group_columns
 
 (MODEL,) = compare_all([make_chain(0), make_chain(1)], comparer())
 

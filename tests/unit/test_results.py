@@ -13,7 +13,7 @@ from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.driver.results import write_results
 from dmsae_ray.results.features.task import features_key
 from dmsae_ray.results.parts import Parts, reason_of
-from dmsae_ray.track.terminal import plain_text
+from dmsae_ray.show.terminal.tables import plain_text
 
 METRICS = {"l0": 4.0, "core_l0": 1.0, "free_l0": 3.0, "fvu": 0.5, "kl": 0.1, "loss_recovered_zero": 0.9, "dead_share": 0.0}
 

@@ -20,12 +20,12 @@ from sqlalchemy.engine import Engine
 from dmsae_ray import sweep as sweep_
 from dmsae_ray.distill.chain import write_failure
 from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, failure_text
-from dmsae_ray.track import mlflow_sync, run_store
-from dmsae_ray.track.chain_runs import TrackedChain
-from dmsae_ray.track.mlflow_sync import MlflowTracker
-from dmsae_ray.track.own_database import follow_move
-from dmsae_ray.track.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
-from dmsae_ray.track.tables import chain_columns, chain_row, pair_columns
+from dmsae_ray.show.mlflow import run_store, tracker
+from dmsae_ray.show.mlflow.chain_runs import TrackedChain
+from dmsae_ray.show.mlflow.tracker import MlflowTracker
+from dmsae_ray.show.mlflow.own_database import follow_move
+from dmsae_ray.show.mlflow.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
+from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
 
 CYCLES, STEPS = 2, 40
 CONFIG = {
@@ -311,7 +311,7 @@ def test_store_that_fails_is_warned_of_once_and_caught_up(sweep, request, caplog
     with caplog.at_level(logging.WARNING, "dmsae_ray"):
         assert not tracker.sync() and not tracker.sync()
     assert len(caplog.records) == 1 and "No space left" in caplog.text
-    monkeypatch.setattr(mlflow_sync, "CLOSE_WAITS", (0, 0))
+    monkeypatch.setattr(tracker, "CLOSE_WAITS", (0, 0))
     with pytest.raises(TrackingError, match=r"sqlite:.*mlflow.db.*start the same command again"):
         tracker.close()
     monkeypatch.setattr(tracker._store.client, "log_artifact", works)

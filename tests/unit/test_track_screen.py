@@ -10,14 +10,15 @@ import pytest
 from rich.console import Console
 
 from dmsae_ray.distill.folder import RECORD_VERSION
-from dmsae_ray.track import figures, tables, terminal
-from dmsae_ray.track.progress import LiveLines, ProgressBoard, duration, format_status
+from dmsae_ray.show import columns, figures
+from dmsae_ray.show.terminal import tables
+from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration, format_status
 
-ROW = tables.ChainRow(
+ROW = columns.ChainRow(
     label="seed0-k16", sizes=(49, 70, 81, 83), origins=({0: 49}, {0: 49, 1: 21}, {0: 49, 1: 21, 2: 11}, {0: 49, 1: 21, 2: 8, 3: 5}),
     jaccard=(0.7, 0.83, 0.9), l0=16.1, core_l0=10.4, fvu=0.16, loss_recovered=0.944, loss_recovered_mean=0.905, dead=0.012, tokens_per_s=12345.0, status="done",
 )  # fmt: skip
-EMPTY = tables.ChainRow("seed1-k32", (), (), (), None, None, None, None, None, None, None, "not started")
+EMPTY = columns.ChainRow("seed1-k32", (), (), (), None, None, None, None, None, None, None, "not started")
 
 
 def pair(a="seed0-k16", b="seed1-k16", **changes):
@@ -38,9 +39,9 @@ def test_tables_fit_and_say_what_is_missing():
     bare = pair("seed10-k128", "seed11-k128", differs="both", size_a=1083, size_b=1084, pw_mcc=None, nulls={}, mmcs_ab=None)
     pairs = [pair(), bare]
     found = comparison(["seed0-k16", "seed1-k16", "seed10-k128"], pairs, failed=["seed1-k32"])
-    text = terminal.plain_text(terminal.report([ROW, EMPTY], found))
+    text = tables.plain_text(tables.report([ROW, EMPTY], found))
     lines = text.splitlines()
-    assert max(map(len, lines)) <= terminal.WIDTH
+    assert max(map(len, lines)) <= tables.WIDTH
     chain = next(line for line in lines if line.startswith("seed0-k16"))
     assert chain.split() == ["seed0-k16", "49>70>81>83", "0.83>0.90", "16.1", "10.4", "0.160", "0.944/0.905", "0.012", "12.3k", "done"]
     first = next(line for line in lines if line.startswith("seed0-k16 ") and "83/84" in line)
@@ -58,28 +59,28 @@ def test_both_ablations_and_both_sets_of_rows_are_shown(tmp_path):
     }  # fmt: skip
     (tmp_path / "cycle_00").mkdir()
     (tmp_path / "cycle_00" / "record.json").write_text(json.dumps(last))
-    row = tables.chain_row("seed0-k16", tmp_path, 1)
-    text = terminal.plain_text(terminal.chains_table([row]))
+    row = columns.chain_row("seed0-k16", tmp_path, 1)
+    text = tables.plain_text(tables.chains_table([row]))
     assert "0.940/0.900" in text and "0.210/0.640" in text
-    columns = tables.chain_columns([row])
+    columns = columns.chain_columns([row])
     assert (columns["loss recovered"], columns["loss recovered (mean)"], columns["FVU (all rows)"]) == ([0.94], [0.9], [0.64])
-    none_left = terminal.plain_text(terminal.chains_table([replace(row, fvu_all_rows=None)]))
+    none_left = tables.plain_text(tables.chains_table([replace(row, fvu_all_rows=None)]))
     assert "0.210/" not in none_left and "0.210" in none_left
 
 
 def test_eight_cycles_and_long_labels_stay_readable():
     sizes = (1049, 1070, 1081, 1083, 1084, 1084, 1085, 1085)
     long = replace(ROW, label="seed12-k128", sizes=sizes, jaccard=(0.9,) * 7, l0=128.0, status="7 of 8 cycles")
-    lines = terminal.plain_text(terminal.chains_table([long])).splitlines()
-    assert max(map(len, lines)) <= terminal.WIDTH
+    lines = tables.plain_text(tables.chains_table([long])).splitlines()
+    assert max(map(len, lines)) <= tables.WIDTH
     assert any("1049>1070" in line and "seed12-k128" in line for line in lines)
 
 
 def test_single_chain_is_not_available_rather_than_perfect():
     found = comparison(["seed0-k16"], [])
-    text = terminal.plain_text(terminal.report([ROW], found))
+    text = tables.plain_text(tables.report([ROW], found))
     assert "not available" in text and "1.00" not in text.split("Pairs")[1]
-    assert tables.summary(found) == {
+    assert columns.summary(found) == {
         "chains": 1, "failed": 0, "pairs": 0, "covariance_available": 0, "matched_density_available": 0, "cycle0_available": 0,
     }  # fmt: skip
 
@@ -87,34 +88,34 @@ def test_single_chain_is_not_available_rather_than_perfect():
 def test_markup_in_a_reason_is_printed_as_it_is():
     found = comparison([], [], failed=["a"])
     found["failed"][0]["reason"] = "[Errno 28] No space [/bold]"
-    assert "a: [Errno 28] No space [/bold]" in terminal.plain_text(terminal.report([], found))
+    assert "a: [Errno 28] No space [/bold]" in tables.plain_text(tables.report([], found))
 
 
 def test_summary_counts_only_nulls_that_exist():
-    numbers = tables.summary(comparison(["a", "b", "c"], [pair(), pair(pw_mcc=0.2), pair(pw_mcc=None)]))
+    numbers = columns.summary(comparison(["a", "b", "c"], [pair(), pair(pw_mcc=0.2), pair(pw_mcc=None)]))
     assert numbers["pw_mcc_mean"] == pytest.approx(0.485) and numbers["pw_mcc_min"] == 0.2
     assert numbers["share_above_covariance"] == 0.5 and numbers["covariance_available"] == 2
     assert "share_above_matched_density" not in numbers
 
 
 def test_report_is_written_whole(tmp_path):
-    terminal.write_report(tmp_path / "report.txt", terminal.chains_table([ROW]), "where: /a/b")
+    tables.write_report(tmp_path / "report.txt", tables.chains_table([ROW]), "where: /a/b")
     assert "49>70>81>83" in (tmp_path / "report.txt").read_text() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_chain_row_reads_the_folder(tmp_path):
-    assert tables.chain_row("x", tmp_path / "missing", 2) == replace(EMPTY, label="x")
+    assert columns.chain_row("x", tmp_path / "missing", 2) == replace(EMPTY, label="x")
     for cycle in range(2):
         (tmp_path / f"cycle_{cycle:02d}").mkdir()
         record = {"format_version": RECORD_VERSION, "cycle": cycle, "core_out": 5 + cycle, "origins": {"0": 5}, "l0": 16.0}
         record["jaccard"] = 0.8 if cycle else None
         (tmp_path / f"cycle_{cycle:02d}" / "record.json").write_text(json.dumps(record))
-    row = tables.chain_row("x", tmp_path, 4)
+    row = columns.chain_row("x", tmp_path, 4)
     assert (row.sizes, row.jaccard, row.l0, row.fvu, row.status) == ((5, 6), (0.8,), 16.0, None, "2 of 4 cycles")
-    assert tables.chain_row("x", tmp_path, 4, "running").status == "running"
+    assert columns.chain_row("x", tmp_path, 4, "running").status == "running"
     (tmp_path / "failed.json").write_text(json.dumps({"cycle": 2, "step": 1, "reason": "r", "generation": 1}))
-    assert tables.chain_row("x", tmp_path, 4).status == "failed"
-    assert tables.chain_row("x", tmp_path, 2).status == "done"
+    assert columns.chain_row("x", tmp_path, 4).status == "failed"
+    assert columns.chain_row("x", tmp_path, 2).status == "done"
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 13])

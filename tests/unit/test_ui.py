@@ -6,7 +6,7 @@ import pytest
 
 from dmsae_ray import ui
 from dmsae_ray.driver.options import HarvestCommand, load
-from dmsae_ray.track.run_store import RunStore
+from dmsae_ray.show.mlflow.run_store import RunStore
 
 
 def test_the_address_is_that_of_the_runs_also_after_a_move(tmp_path):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dmsae_ray.track.page.arms import Style
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, above_bars, figure, plain, span, totals
-from dmsae_ray.track.page.numerals import shown
-from dmsae_ray.track.page.table import Column, Table
-from dmsae_ray.track.page.view import Grid, Note, Part, View
+from dmsae_ray.show.page.arm_style import Style
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.chart import Chart, Choice, above_bars, figure, plain, span, totals
+from dmsae_ray.show.page.numerals import shown
+from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.view import Grid, Note, Part, View
 
 LEAD = (
     "Does the core settle? After every cycle each member has to earn its place again. A core that has settled keeps its size, its members "

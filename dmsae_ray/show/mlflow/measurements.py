@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dmsae_ray.core.score_file import coverage_ranks
-from dmsae_ray.track.run_store import Point
+from dmsae_ray.show.mlflow.run_store import Point
 
 COVERAGE_POINTS = 200
 """points of a coverage curve in MLflow; all of it lies in scores.safetensors"""

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmsae_ray.files import replacing
-from dmsae_ray.track.tables import ChainRow, null_of, null_value
+from dmsae_ray.show.columns import ChainRow, null_of, null_value
 
 WIDTH = 120
 """columns of report.txt, and of output that is not a terminal"""

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dmsae_ray.files import replacing
-from dmsae_ray.track.tables import ChainRow, null_value
+from dmsae_ray.show.columns import ChainRow, null_value
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 """Okabe and Ito, Color Universal Design (2008)"""

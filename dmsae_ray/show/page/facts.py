@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from dmsae_ray.track.page.numerals import whole
-from dmsae_ray.track.page.view import Raw
+from dmsae_ray.show.page.numerals import whole
+from dmsae_ray.show.page.view import Raw
 
 
 @dataclass(frozen=True)

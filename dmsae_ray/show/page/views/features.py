@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.view import Note, Part, Raw, View
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.view import Note, Part, Raw, View
 
 LEAD = (
     "What do the features mean? Each stands with the held-out texts in which it is most active (the stronger its shade, the more active "

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmsae_ray.files import replacing
-from dmsae_ray.track.page.artifacts import read
-from dmsae_ray.track.page.document import document
+from dmsae_ray.show.page.artifacts import read
+from dmsae_ray.show.page.document import document
 
 
 def write_page(folder: Path, path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmsae_ray.track.page.artifacts import Artifacts
-from dmsae_ray.track.page.facts import Fact, facts
-from dmsae_ray.track.page.numerals import digits, percent
-from dmsae_ray.track.page.view import Note, Raw
+from dmsae_ray.show.page.artifacts import Artifacts
+from dmsae_ray.show.page.facts import Fact, facts
+from dmsae_ray.show.page.numerals import digits, percent
+from dmsae_ray.show.page.view import Note, Raw
 
 
 def rows_facts(artifacts: Artifacts) -> Raw | Note:

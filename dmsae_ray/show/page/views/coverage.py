@@ -7,11 +7,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dmsae_ray.track.page.arms import Style
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, figure, plain
-from dmsae_ray.track.page.table import Column, Table
-from dmsae_ray.track.page.view import Note, Part, View
+from dmsae_ray.show.page.arm_style import Style
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.chart import Chart, Choice, figure, plain
+from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
     "How few latents carry the effect on the loss? Candidates stand by falling attribution; the curve adds up their shares. The ring "

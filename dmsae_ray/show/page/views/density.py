@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dmsae_ray.track.page.arms import Style
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, figure
-from dmsae_ray.track.page.numerals import percent
-from dmsae_ray.track.page.table import Column, Table
-from dmsae_ray.track.page.view import Note, Part, View
+from dmsae_ray.show.page.arm_style import Style
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.chart import Chart, Choice, figure
+from dmsae_ray.show.page.numerals import percent
+from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
     "How often do latents fire? Density is the share of held-out tokens on which a latent is active. Core latents usually fire more often "

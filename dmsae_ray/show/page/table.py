@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from dmsae_ray.track.page.numerals import MISSING, NOTHING, WRITTEN, shown, whole
+from dmsae_ray.show.page.numerals import MISSING, NOTHING, WRITTEN, shown, whole
 
 ROWS_FOR_FILTER = 25
 """Longer tables scroll, and get a field that filters their rows."""

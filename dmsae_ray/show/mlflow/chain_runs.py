@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from dmsae_ray.core.score_file import coverage
 from dmsae_ray.distill.folder import ChainFolder, failure_text
-from dmsae_ray.track import figures
-from dmsae_ray.track.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
-from dmsae_ray.track.run_store import Point, RunStore, TrackingError, now_ms
+from dmsae_ray.show import figures
+from dmsae_ray.show.mlflow.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
+from dmsae_ray.show.mlflow.run_store import Point, RunStore, TrackingError, now_ms
 
 
 class TrackedChain(NamedTuple):

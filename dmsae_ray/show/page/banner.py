@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from dmsae_ray.track.page.artifacts import Artifacts
-from dmsae_ray.track.page.view import Raw
+from dmsae_ray.show.page.artifacts import Artifacts
+from dmsae_ray.show.page.view import Raw
 
 
 def banners(artifacts: Artifacts) -> list[Raw]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dmsae_ray.track.page.arms import Style
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, above_bars, figure, totals
-from dmsae_ray.track.page.spread import ONE_SEED, over_seeds
-from dmsae_ray.track.page.table import Column, Table
-from dmsae_ray.track.page.view import Note, Part, View
+from dmsae_ray.show.page.arm_style import Style
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.chart import Chart, above_bars, figure, totals
+from dmsae_ray.show.page.spread import ONE_SEED, over_seeds
+from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
     "Which features do independent chains find again? Latents of different chains that name each other as best match, by encoder and by "

@@ -30,11 +30,11 @@ from typing import Any
 import pandas
 
 from dmsae_ray.secret_url import SecretUrl
-from dmsae_ray.track import figures
-from dmsae_ray.track.chain_runs import ChainRuns, SweepRun, TrackedChain
-from dmsae_ray.track.measurements import flatten
-from dmsae_ray.track.run_store import STORE_ERRORS, Point, RunStore, TrackingError, now_ms, one_line
-from dmsae_ray.track.tables import chain_row, summary
+from dmsae_ray.show import figures
+from dmsae_ray.show.mlflow.chain_runs import ChainRuns, SweepRun, TrackedChain
+from dmsae_ray.show.mlflow.measurements import flatten
+from dmsae_ray.show.mlflow.run_store import STORE_ERRORS, Point, RunStore, TrackingError, now_ms, one_line
+from dmsae_ray.show.columns import chain_row, summary
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, figure, plain
-from dmsae_ray.track.page.numerals import shown
-from dmsae_ray.track.page.table import Column, Table
-from dmsae_ray.track.page.view import Note, Part, View
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.chart import Chart, Choice, figure, plain
+from dmsae_ray.show.page.numerals import shown
+from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
     "How far do the cores of two chains agree, beside what chance would give? A number alone says nothing here: directions with the "

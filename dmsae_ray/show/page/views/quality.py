@@ -8,13 +8,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dmsae_ray.track.page.arms import Style
-from dmsae_ray.track.page.artifacts import Artifacts, unique
-from dmsae_ray.track.page.chart import Chart, Choice, figure, plain, span
-from dmsae_ray.track.page.numerals import shown
-from dmsae_ray.track.page.spread import ONE_SEED, Spread, over_seeds
-from dmsae_ray.track.page.table import Column, Table
-from dmsae_ray.track.page.view import Grid, Note, Part, View
+from dmsae_ray.show.page.arm_style import Style
+from dmsae_ray.show.page.artifacts import Artifacts, unique
+from dmsae_ray.show.page.chart import Chart, Choice, figure, plain, span
+from dmsae_ray.show.page.numerals import shown
+from dmsae_ray.show.page.spread import ONE_SEED, Spread, over_seeds
+from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.view import Grid, Note, Part, View
 
 LEAD = (
     "What does distillation cost, and what does it give? All SAEs are evaluated on the same held-out tokens, each at the last cycle of its "

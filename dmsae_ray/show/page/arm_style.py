@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dmsae_ray.track.page.artifacts import BASE
-from dmsae_ray.track.page.numerals import NOTHING
+from dmsae_ray.show.page.artifacts import BASE
+from dmsae_ray.show.page.numerals import NOTHING
 
 WORDS = {
     ("selection.by", "attribution"): "core chosen by attribution",

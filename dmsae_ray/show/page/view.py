@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dmsae_ray.track.page.chart import Chart
-from dmsae_ray.track.page.table import Table
+from dmsae_ray.show.page.chart import Chart
+from dmsae_ray.show.page.table import Table
 
 
 @dataclass(frozen=True)

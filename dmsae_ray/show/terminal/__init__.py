@@ -1,0 +1,1 @@
+"""The terminal: live lines of progress, and tables."""
