@@ -62,8 +62,8 @@ def test_both_ablations_and_both_sets_of_rows_are_shown(tmp_path):
     row = columns.chain_row("seed0-k16", tmp_path, 1)
     text = tables.plain_text(tables.chains_table([row]))
     assert "0.940/0.900" in text and "0.210/0.640" in text
-    columns = columns.chain_columns([row])
-    assert (columns["loss recovered"], columns["loss recovered (mean)"], columns["FVU (all rows)"]) == ([0.94], [0.9], [0.64])
+    cells = columns.chain_columns([row])
+    assert (cells["loss recovered"], cells["loss recovered (mean)"], cells["FVU (all rows)"]) == ([0.94], [0.9], [0.64])
     none_left = tables.plain_text(tables.chains_table([replace(row, fvu_all_rows=None)]))
     assert "0.210/" not in none_left and "0.210" in none_left
 
