@@ -20,7 +20,7 @@ from sqlalchemy.engine import Engine
 from dmsae_ray import sweep as sweep_
 from dmsae_ray.distill.chain import write_failure
 from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, failure_text
-from dmsae_ray.show.mlflow import run_store, tracker
+from dmsae_ray.show.mlflow import run_store
 from dmsae_ray.show.mlflow.chain_runs import TrackedChain
 from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.mlflow.own_database import follow_move
@@ -311,7 +311,7 @@ def test_store_that_fails_is_warned_of_once_and_caught_up(sweep, request, caplog
     with caplog.at_level(logging.WARNING, "dmsae_ray"):
         assert not tracker.sync() and not tracker.sync()
     assert len(caplog.records) == 1 and "No space left" in caplog.text
-    monkeypatch.setattr(tracker, "CLOSE_WAITS", (0, 0))
+    monkeypatch.setattr("dmsae_ray.show.mlflow.tracker.CLOSE_WAITS", (0, 0))
     with pytest.raises(TrackingError, match=r"sqlite:.*mlflow.db.*start the same command again"):
         tracker.close()
     monkeypatch.setattr(tracker._store.client, "log_artifact", works)
