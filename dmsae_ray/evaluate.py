@@ -17,20 +17,20 @@ import torch
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvester import find_datasets
 from dmsae_ray.causes import disk_trouble
-from dmsae_ray.driver.options import EvaluateCommand, load, read_yaml
 from dmsae_ray.config import Config, EvaluateConfig
-from dmsae_ray.evaluation.measure import Tally, read_references, references_path, scores_of, tally_batch
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.driver.housekeeping import planned
+from dmsae_ray.driver.options import EvaluateCommand, load, read_yaml
+from dmsae_ray.driver.preflight import pinned
+from dmsae_ray.driver.stop import INTERRUPTED, stoppable
+from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.evaluation.measure import Tally, read_references, references_path, scores_of, tally_batch
 from dmsae_ray.evaluation.references import references_of, write_references
 from dmsae_ray.files import file_sha256, write_json
-from dmsae_ray.driver.housekeeping import planned
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.driver.preflight import pinned
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.driver.stop import INTERRUPTED, stoppable
 from dmsae_ray.show.terminal.progress import duration
 from dmsae_ray.show.terminal.tables import evaluation_tables, terminal_console
 

@@ -10,17 +10,17 @@ from dmsae_ray.activations.harvester import Harvest, Identity, find_datasets
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
-from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.causes import disk_trouble
+from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.cluster.connection import check_fits_here, connect, disconnect
-from dmsae_ray.driver.options import HarvestCommand, load
+from dmsae_ray.cluster.probe import check_nodes
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
-from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.driver.preflight import pinned, preflight
-from dmsae_ray.cluster.probe import check_nodes
-from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.driver.stop import INTERRUPTED, stoppable
+from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.lock import OutputBusy, OutputLock
 
 
 @stoppable()

@@ -8,11 +8,14 @@ import json
 import os
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from dmsae_ray.distill.folder import Lease
 from dmsae_ray.files import replacing
 from dmsae_ray.ownership import mark
+
+PATIENCE_S = 10.0
+"""How long a generation that cannot be read is asked for again."""
 
 
 class OutputBusy(RuntimeError):
@@ -84,3 +87,53 @@ class OutputLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+class Superseded(RuntimeError):
+    """Another driver has taken the output folder over; this worker must stop without writing."""
+
+
+class OutputUnseen(OSError):
+    """The output folder cannot be read from here, now: no word on who owns it, so worth another try."""
+
+    def __init__(self, path: Path | str, error: Exception | str):
+        why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        seen = (
+            f"{path}: {why} on node {socket.gethostname()}: this node does not see the output folder. All nodes must share it: mount it "
+            "here, or give --output a folder that they share"
+        )
+        super().__init__(error if isinstance(error, str) else seen)
+        self.path = path
+
+    def __reduce__(self):
+        return OutputUnseen, (self.path, str(self))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write below an output folder, as long as its generation is the newest."""
+
+    path: Path
+    generation: int
+
+    def check(self) -> None:
+        """Raises Superseded if a later driver has started: its number is larger, and nothing else counts as one.
+
+        A file that cannot be read (a server that stutters, a handle that went stale) is tried again for PATIENCE_S seconds; then
+        OutputUnseen is raised.
+        """
+        newest = self._newest()
+        if newest > self.generation:
+            raise Superseded(f"{self.path}: generation {newest} has taken over from {self.generation}; nothing was written")
+
+    def _newest(self) -> int:
+        end, wait = time.monotonic() + PATIENCE_S, 0.05
+        while True:
+            try:
+                return int(self.path.read_text())
+            except (OSError, ValueError) as error:
+                why = error
+            if time.monotonic() + wait > end:
+                raise OutputUnseen(self.path, why)  # not from it: a ValueError among its causes would look like one to give up on
+            time.sleep(wait)
+            wait = min(2 * wait, 2.0)

@@ -18,28 +18,27 @@ import yaml
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvester import Harvest, find_datasets
 from dmsae_ray.activations.outliers import notes
-from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.causes import disk_trouble
+from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
-from dmsae_ray.driver.options import SweepCommand, load
-from dmsae_ray.config import Config, fields_key
-from dmsae_ray.evaluation.measure import references_path
-from dmsae_ray.distill.folder import Lease, OutputUnseen, Superseded
-from dmsae_ray.distill.plan import ChainPlan, plan_chains
-from dmsae_ray.files import replacing, write_json
-from dmsae_ray.driver.housekeeping import clean, planned, status
-from dmsae_ray.lock import OutputBusy, OutputLock
-from dmsae_ray.ownership import scratch
-from dmsae_ray.driver.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.cluster.probe import check_nodes
+from dmsae_ray.config import Config, fields_key
+from dmsae_ray.distill.plan import ChainPlan, plan_chains
+from dmsae_ray.driver.housekeeping import clean, planned, status
+from dmsae_ray.driver.options import SweepCommand, load
+from dmsae_ray.driver.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
-from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.driver.stop import INTERRUPTED, stoppable
+from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.evaluation.measure import references_path
+from dmsae_ray.files import replacing, write_json
+from dmsae_ray.lock import Lease, OutputBusy, OutputLock, OutputUnseen, Superseded
+from dmsae_ray.ownership import scratch
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show.mlflow.chain_runs import TrackedChain
+from dmsae_ray.show.mlflow.run_store import RunStore, TrackingError
 from dmsae_ray.show.mlflow.tracker import MlflowTracker, NotTracked
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
-from dmsae_ray.show.mlflow.run_store import RunStore, TrackingError
 from dmsae_ray.show.terminal.tables import terminal_console
 
 

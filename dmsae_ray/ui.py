@@ -7,8 +7,8 @@ import socket
 import sqlite3
 import sys
 
-from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.config import Config
+from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.show.mlflow.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move
 
 HOST = "127.0.0.1"

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from dmsae_ray.corpus.documents import load_documents
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute, candidates_of
+from dmsae_ray.corpus.documents import load_documents
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lm.source import TINY
 from dmsae_ray.sae.sae import MatryoshkaSAE

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.sae.cost.memory import footprint
-from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.cost.traffic import StepFacts, bytes_per_step
+from dmsae_ray.sae.settings import SAESettings
 
 D = 2304
 """Length of Gemma-2-2B's residual stream."""

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, read_held_out, statistics_of
-from dmsae_ray.activations.shard_maker import MAX_NORM, ShardMaker, Target
 from dmsae_ray.activations.outliers import outliers_of
-from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
 from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
+from dmsae_ray.activations.shard_maker import MAX_NORM, ShardMaker, Target
+from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
 from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.causes import causes
 from dmsae_ray.config import Config, fields_key

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmsae_ray.activations.shard_plan import ShardPlan
 from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardError, ShardWriter, first_not_finite, inspect_shard
+from dmsae_ray.activations.shard_plan import ShardPlan
 from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences

@@ -21,9 +21,9 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from dmsae_ray.activations.prefetch import Ahead
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.order import Order
+from dmsae_ray.activations.prefetch import Ahead
 from dmsae_ray.activations.rowgroup import COLUMN, Unit, read_units
 from dmsae_ray.activations.shard import DTYPES, as_tensor
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_ray.cluster.address import check_answers, cluster_address
-from dmsae_ray.config import Config
 from dmsae_ray.cluster.nodes import Bundle, Node, figure, fitting, listed, missing, plural
-from dmsae_ray.driver.stop import deaf, keeping_signals
 from dmsae_ray.cluster.waiting import Waits
+from dmsae_ray.config import Config
+from dmsae_ray.driver.stop import deaf, keeping_signals
 
 DATA_CPUS = 1
 """Left free by a sweep's chains: for their read tasks, a hundredth each, and for what other drivers do meanwhile."""

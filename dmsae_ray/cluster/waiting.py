@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from dmsae_ray.activations.stream import READ_CPUS
-from dmsae_ray.config import Config
 from dmsae_ray.cluster.nodes import Bundle, listed, plural
+from dmsae_ray.config import Config
 
 LOOK_S, PATIENCE_S, AGAIN_S = 5.0, 60.0, 600.0
 """Between two looks; of waiting before it is told, and told again."""

@@ -17,7 +17,7 @@ from dmsae_ray.corpus.documents import Document
 from dmsae_ray.corpus.encode import EncodedDocument, encode
 from dmsae_ray.corpus.mixture import interleave, load_parts, whole_weights
 from dmsae_ray.corpus.packing import PACKINGS
-from dmsae_ray.corpus.split import HELD_OUT, SPLITS, split_of
+from dmsae_ray.corpus.split import SPLITS, split_of
 from dmsae_ray.corpus.token_file import MANY, TokenFileWriter
 from dmsae_ray.corpus.tokens import TokenSequences, pad_id_of
 from dmsae_ray.files import remove_leftovers

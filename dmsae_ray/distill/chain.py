@@ -25,23 +25,24 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.store import StoreError
 from dmsae_ray.activations.stream import MASK, Batches, Stream
-from dmsae_ray.causes import causes
-from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.attribution import gradients as attribution_
+from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
+from dmsae_ray.causes import causes
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.criterion import choose
 from dmsae_ray.core.drift import decoder_drift
-from dmsae_ray.evaluation.measure import Tally, read_references, scores_of, tally_batch
-from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder, Superseded
-from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
-from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.core.select import carried, jaccard, next_core, save_scores
+from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
+from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.training import Training, first_step
+from dmsae_ray.evaluation.measure import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.files import write_json
+from dmsae_ray.lock import Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.sae.trainer import Diverged
 from dmsae_ray.sae.threshold import calibrate
+from dmsae_ray.sae.trainer import Diverged
 from dmsae_ray.secret_url import scrub
 
 OPEN_AT = 0.5

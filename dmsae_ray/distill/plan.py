@@ -11,12 +11,13 @@ from dmsae_ray.activations.dataset import ActivationDataset, Manifest
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import Unit
 from dmsae_ray.activations.stream import StreamLimits
-from dmsae_ray.config import Config, fields_key
 from dmsae_ray.attribution.gradients import AttributionSettings
-from dmsae_ray.core.core import Core
-from dmsae_ray.distill.folder import ChainFolder, Lease
 from dmsae_ray.attribution.scores import ScoreSettings
+from dmsae_ray.config import Config, fields_key
+from dmsae_ray.core.core import Core
 from dmsae_ray.core.select import count_of
+from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.lock import Lease
 from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
 

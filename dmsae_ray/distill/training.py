@@ -18,8 +18,8 @@ from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import replacing
-from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.loss import LossModule
+from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import StepReport, Trainer

@@ -12,10 +12,10 @@ from rich import box
 from rich.table import Table
 
 from dmsae_ray.activations.harvester import Identity
-from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.distill.plan import ChainPlan, plan_all
+from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.lock import OutputLock, no_locks
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names

@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
+from dmsae_ray.cluster.temporary import check_temporary_folder
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture
 from dmsae_ray.distill.plan import ChainPlan, check_twins
 from dmsae_ray.driver.housekeeping import planned
+from dmsae_ray.driver.stage_memory import check_memory
 from dmsae_ray.lm.model import ModelInfo, layer_of
 from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
 from dmsae_ray.ownership import refuse_strangers
 from dmsae_ray.sae.ops import native
-from dmsae_ray.cluster.temporary import check_temporary_folder
-from dmsae_ray.driver.stage_memory import check_memory
 
 MARGIN = 1.2
 """Margin on the disk estimate."""

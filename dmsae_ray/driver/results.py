@@ -22,14 +22,12 @@ from dmsae_ray.files import write_json
 from dmsae_ray.ownership import ours_in
 from dmsae_ray.results.comparison import compare_chains
 from dmsae_ray.results.consensus import write_consensus
-from dmsae_ray.results.features.task import describe
 from dmsae_ray.results.evaluation import write_evaluation
 from dmsae_ray.results.expectations import judge
+from dmsae_ray.results.features.task import describe
 from dmsae_ray.results.numbers import numbers_of
 from dmsae_ray.results.parts import FILE as FAILED_PARTS
 from dmsae_ray.results.parts import Parts
-from dmsae_ray.show.figures import consistency_matrix, matrices, save
-from dmsae_ray.show.page import write_page
 from dmsae_ray.show.columns import (
     ChainRow,
     chain_columns,
@@ -41,6 +39,8 @@ from dmsae_ray.show.columns import (
     pair_columns,
     rediscovery_columns,
 )
+from dmsae_ray.show.figures import consistency_matrix, matrices, save
+from dmsae_ray.show.page import write_page
 from dmsae_ray.show.terminal.tables import report, write_report
 
 PAGE = "report.html"

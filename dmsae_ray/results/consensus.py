@@ -12,9 +12,9 @@ from dmsae_ray.config import Config, fields_key
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
-from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.results.comparison import key_of
 from dmsae_ray.results.parts import known_from
+from dmsae_ray.sae.sae import MatryoshkaSAE
 
 FORMAT_VERSION = 1
 

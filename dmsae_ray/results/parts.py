@@ -15,8 +15,8 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from dmsae_ray.causes import causes
-from dmsae_ray.distill.folder import Superseded
 from dmsae_ray.files import write_json
+from dmsae_ray.lock import Superseded
 from dmsae_ray.secret_url import scrub
 
 FILE = "failed_parts.json"

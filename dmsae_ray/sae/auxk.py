@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ranks.collective import Alone, Collective
 from dmsae_ray.sae.ops.pairs import TorchPairs
+from dmsae_ray.sae.ranks.collective import Alone, Collective
 
 CHUNK = 1 << 22
 """Most (row, dead latent) pairs at a time."""

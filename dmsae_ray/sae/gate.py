@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ranks.collective import Alone, Collective, gather_ragged
 from dmsae_ray.sae.ops.pairs import DIGIT_BITS, Pairs, Rounded, TorchPairs
+from dmsae_ray.sae.ranks.collective import Alone, Collective, gather_ragged
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
 

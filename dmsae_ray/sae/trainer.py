@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmsae_ray.sae.ranks.collective import Alone, Collective
-from dmsae_ray.sae.ranks.exchange import all_rows, order_of
+from dmsae_ray.sae.adam import Adam
 from dmsae_ray.sae.gate import GUESS
 from dmsae_ray.sae.loss import LossModule, Outcome
 from dmsae_ray.sae.median import geometric_median
+from dmsae_ray.sae.ranks.collective import Alone, Collective
+from dmsae_ray.sae.ranks.exchange import all_rows, order_of
+from dmsae_ray.sae.ranks.partition import Shard
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.ranks.partition import Shard
-from dmsae_ray.sae.adam import Adam
 
 STATE_VERSION = 2
 """Raised when older training states cannot be continued."""

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import BASE, check_start, plan_all
+from dmsae_ray.driver.options import SweepCommand, load
 
 STUDY = """
 name: study

@@ -9,15 +9,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from dmsae_ray.corpus.documents import load_documents
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute, gradients
 from dmsae_ray.attribution.scores import ScoreSettings, scores
 from dmsae_ray.core.select import select
+from dmsae_ray.corpus.documents import load_documents
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, schedule
-from dmsae_ray.sae.trainer import Trainer
 from dmsae_ray.sae.threshold import calibrate
+from dmsae_ray.sae.trainer import Trainer
 
 FLOORS = {"each": 0.85, "sum": 0.55}
 """Rank correlation of mean_abs with ablation that must be reached: with the mean over tokens of |change of the token's loss|,

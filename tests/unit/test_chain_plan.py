@@ -6,10 +6,10 @@ import pytest
 import torch
 from shards import PER_GROUP, make_dataset
 
-from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.config import fields_key
-from dmsae_ray.distill.folder import Lease
 from dmsae_ray.distill.plan import plan_chains
+from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
+from dmsae_ray.lock import Lease
 
 SMALL = (
     "--harvest.rows_per_group", str(PER_GROUP), "--harvest.rows_per_shard", "32", "--train.lanes", "4", "--train.batch", "32",

@@ -16,10 +16,10 @@ import pytest
 
 from dmsae_ray.cluster import connection
 from dmsae_ray.cluster.connection import capacity, check_fits_here, keep_logs
+from dmsae_ray.cluster.nodes import Bundle, Node, fitting, missing, slots
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import torch_config
 from dmsae_ray.harvest import main as harvest
-from dmsae_ray.cluster.nodes import Bundle, Node, fitting, missing, slots
 from dmsae_ray.sweep import main
 
 PLENTY = 1 << 20

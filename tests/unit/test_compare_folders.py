@@ -15,13 +15,13 @@ from test_chain_plan import plans_of
 
 from dmsae_ray.config import CompareConfig
 from dmsae_ray.core.core import Core
-from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.core.select import next_core, save_scores
+from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.files import write_json
-from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.results import comparison
 from dmsae_ray.results.comparison import compare_across, compare_chains, identity
 from dmsae_ray.results.consensus import write_consensus
+from dmsae_ray.sae.sae import MatryoshkaSAE
 
 WIDTH, CANDIDATES = 48, 12
 COMPARE = CompareConfig(draws=20)

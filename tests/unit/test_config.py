@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.config import Config, CorpusPart, fields_key
+from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmsae_ray.activations.harvester import Harvest, find_datasets
-from dmsae_ray.activations.shard_maker import ShardMaker
 from dmsae_ray.activations.shard import ShardEntry
-from dmsae_ray.driver.options import SweepCommand, load
+from dmsae_ray.activations.shard_maker import ShardMaker
 from dmsae_ray.config import Config, CorpusConfig
 from dmsae_ray.corpus.documents import check_source, corpus_fingerprint, load_documents
 from dmsae_ray.corpus.encode import encode
@@ -22,6 +21,7 @@ from dmsae_ray.corpus.mixture import check_mixture, ignored
 from dmsae_ray.corpus.pieces import BOOK, PIECE, pieces_of
 from dmsae_ray.corpus.prepare import prepare_tokens
 from dmsae_ray.corpus.split import SPLITS
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lm.source import TINY, load_tokenizer
 from dmsae_ray.sweep import main
 

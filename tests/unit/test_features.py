@@ -11,13 +11,13 @@ from features_cases import BOS, random_sae
 from language_models import load
 from test_core import make_core
 
-from dmsae_ray.driver.options import SweepCommand
-from dmsae_ray.driver.options import load as load_config
 from dmsae_ray.config import FeaturesConfig
 from dmsae_ray.corpus.documents import Document
 from dmsae_ray.corpus.encode import encode
 from dmsae_ray.corpus.packing import Concatenate
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.driver.options import SweepCommand
+from dmsae_ray.driver.options import load as load_config
 from dmsae_ray.lm.divergence import token_losses
 from dmsae_ray.results.features.features import NEAR, ChainCore, features_key, write_features
 from dmsae_ray.results.features.roster import roster_of

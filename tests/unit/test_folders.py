@@ -12,9 +12,9 @@ import threading
 import pytest
 
 from dmsae_ray.config import Config
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, OutputUnseen, Superseded
-from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
 from dmsae_ray.driver.preflight import check_stream
+from dmsae_ray.lock import Lease, OutputBusy, OutputLock, OutputUnseen, Superseded
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+
 import pytest
 
 from dmsae_ray.hub import SECONDS

@@ -15,9 +15,9 @@ from language_models import TINY, reference
 from safetensors.torch import load_file, save_file
 from shards import bits, some_rows
 
+from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardWriter, inspect_shard
 from dmsae_ray.activations.shard_maker import ShardMaker, Target, drop, median_norm
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
-from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardWriter, inspect_shard
 from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences

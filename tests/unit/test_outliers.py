@@ -12,15 +12,15 @@ from shards import D, make_dataset, some_rows, write
 from dmsae_ray.activations.dataset import ActivationDataset, statistics_of
 from dmsae_ray.activations.outliers import MULTIPLE, dataset_facts, notes, outliers_of, write_data
 from dmsae_ray.activations.shard import read_rows
-from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.evaluation.measure import Tally, reference_losses, scores_of, tally_batch
 from dmsae_ray.distill.plan import plan_all
+from dmsae_ray.driver.options import SweepCommand, load
+from dmsae_ray.evaluation.measure import Tally, reference_losses, scores_of, tally_batch
 from dmsae_ray.lm.model import LanguageModel
-from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 from dmsae_ray.results.features.contexts import find_peaks
 from dmsae_ray.results.features.effects import remove_latents
 from dmsae_ray.results.features.latents import Latents
+from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 
 SCALE = 20.0
 

@@ -12,13 +12,13 @@ import pytest
 from dmsae_ray.show.page import write_page
 from dmsae_ray.show.page.arm_style import Style, words
 from dmsae_ray.show.page.chart import Chart, Choice, span
-from dmsae_ray.show.page.views.consistency import beyond_chance
-from dmsae_ray.show.page.views.coverage import rank_at
-from dmsae_ray.show.page.views.density import median, pooled
 from dmsae_ray.show.page.document import embedded
 from dmsae_ray.show.page.numerals import shown, whole
 from dmsae_ray.show.page.spread import over_seeds
 from dmsae_ray.show.page.table import Column, Table
+from dmsae_ray.show.page.views.consistency import beyond_chance
+from dmsae_ray.show.page.views.coverage import rank_at
+from dmsae_ray.show.page.views.density import median, pooled
 
 ROW = {"chain": "seed0-k16", "arm": "base", "stage": "distill", "seed": 0, "k": 16, "cycle": 0, "last": True, "from": None}
 

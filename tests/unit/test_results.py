@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from shards import D, make_dataset
+from shards import make_dataset
 from test_compare_folders import COMPARE, chains
 
-from dmsae_ray.distill.folder import Superseded
-from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.driver.results import write_results
+from dmsae_ray.files import file_sha256, write_json
+from dmsae_ray.lock import Superseded
 from dmsae_ray.results.features.task import features_key
 from dmsae_ray.results.parts import Parts, reason_of
 from dmsae_ray.show.terminal.tables import plain_text

@@ -6,8 +6,8 @@ from thread_ranks import on_ranks
 
 from dmsae_ray.sae.auxk import find_dead, keep_top_of_ranks
 from dmsae_ray.sae.ops.pairs import TorchPairs
-from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.ranks.partition import Shard
+from dmsae_ray.sae.sae import MatryoshkaSAE
 
 
 @st.composite

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from reference_sae import reference_mask
 from thread_ranks import on_ranks
 
-from dmsae_ray.sae.ranks.collective import Alone
 from dmsae_ray.sae.gate import kth_largest, select
 from dmsae_ray.sae.ops.pairs import NativePairs, TorchPairs
+from dmsae_ray.sae.ranks.collective import Alone
 from dmsae_ray.sae.settings import SAESettings
 
 OPS = {"torch": TorchPairs(), "compiled": NativePairs()}

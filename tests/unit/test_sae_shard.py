@@ -2,9 +2,9 @@ import pytest
 import torch
 from thread_ranks import on_ranks
 
+from dmsae_ray.sae.ranks.partition import Shard
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.ranks.partition import Shard
 
 
 def new_sae(core_transfer="frozen", core_size=5):

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dmsae_ray import evaluate, harvest, report, sweep, ui
-from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import preflight
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.secret_url import SecretUrl, masked, scrub

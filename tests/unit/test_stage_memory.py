@@ -9,14 +9,14 @@ import pytest
 import torch
 from test_sae_memory import allocations, peak
 
-from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute
-from dmsae_ray.evaluation.measure import Tally, tally_batch
 from dmsae_ray.distill.plan import grid
-from dmsae_ray.lm.model import LanguageModel, model_info
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import disk_bytes
-from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 from dmsae_ray.driver.stage_memory import ModelShape, attribution, chain_stages, evaluation, features_stage, harvest_stage
+from dmsae_ray.evaluation.measure import Tally, tally_batch
+from dmsae_ray.lm.model import LanguageModel, model_info
+from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 from dmsae_ray.sweep import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"

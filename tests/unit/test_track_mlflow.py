@@ -19,13 +19,14 @@ from sqlalchemy.engine import Engine
 
 from dmsae_ray import sweep as sweep_
 from dmsae_ray.distill.chain import write_failure
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, Lease, failure_text
+from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, failure_text
+from dmsae_ray.lock import Lease
+from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
 from dmsae_ray.show.mlflow import run_store
 from dmsae_ray.show.mlflow.chain_runs import TrackedChain
-from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.mlflow.own_database import follow_move
 from dmsae_ray.show.mlflow.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
-from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
+from dmsae_ray.show.mlflow.tracker import MlflowTracker
 
 CYCLES, STEPS = 2, 40
 CONFIG = {

@@ -13,8 +13,8 @@ from test_chain_plan import plans_of
 from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.core.select import select
 from dmsae_ray.sae.sae import MatryoshkaSAE
-from dmsae_ray.sae.trainer import Trainer
 from dmsae_ray.sae.threshold import calibrate
+from dmsae_ray.sae.trainer import Trainer
 
 CORE_CD = torch.randn(3, D, generator=torch.Generator().manual_seed(0))
 

@@ -1,7 +1,7 @@
 """What waits for room on a cluster says so, once a minute has passed."""
 
-from dmsae_ray.config import Config
 from dmsae_ray.cluster.waiting import AGAIN_S, PATIENCE_S, Waits, names, shape_of
+from dmsae_ray.config import Config
 
 WORKER = shape_of({"CPU": 0.5})
 

@@ -18,9 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
-from dmsae_ray.sae import loss
+from dmsae_ray.sae import loss, steps_on_device
 from dmsae_ray.sae.ops import cuda_ops
-from dmsae_ray.sae import steps_on_device
 from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, group_sizes

@@ -25,9 +25,9 @@ from hypothesis import strategies as st  # noqa: E402
 from reference_sae import reference_mask  # noqa: E402
 
 from dmsae_ray.sae import gate_on_device, loss, steps_on_device  # noqa: E402
-from dmsae_ray.sae.ops import cuda_ops  # noqa: E402
-from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
 from dmsae_ray.sae.cost.memory import footprint  # noqa: E402
+from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
+from dmsae_ray.sae.ops import cuda_ops  # noqa: E402
 from dmsae_ray.sae.ops.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402

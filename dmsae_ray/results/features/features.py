@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from dmsae_ray.config import FeaturesConfig, fields_key
-from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.core.core import Core
+from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.files import write_json
-from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.results.features.contexts import Peak, find_peaks
 from dmsae_ray.results.features.effects import Removals, remove_latents
 from dmsae_ray.results.features.latents import Latents
 from dmsae_ray.results.features.roster import Feature, cosines_to_representative, roster_of
 from dmsae_ray.results.features.token_text import TokenText
+from dmsae_ray.sae.sae import MatryoshkaSAE
 
 FORMAT_VERSION = 1
 NEAR = 8

@@ -12,9 +12,9 @@ from dmsae_ray.config import Config, fields_key
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256
-from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.results.features.features import ChainCore, features_key, write_features
 from dmsae_ray.results.parts import earlier, known_from, reason_of
+from dmsae_ray.secret_url import SecretUrl
 
 TRIES = 3
 """Tasks begun, one after the other, while their workers or nodes are lost."""

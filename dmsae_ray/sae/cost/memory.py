@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dmsae_ray.sae.auxk import CHUNK as AUX_CHUNK
 from dmsae_ray.sae.gate_on_device import PLACES
-from dmsae_ray.sae.steps_on_device import Steps
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import CHUNK
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.steps_on_device import Steps
 from dmsae_ray.sae.trainer import Trainer
 
 PAIR = 5 * 4

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.ops.pairs import DIGIT_BITS
+from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.settings import SAESettings
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.ops.pairs import Pairs
+from dmsae_ray.sae.ranks.collective import Collective
 
 
 def order_of(comm: Collective, token_index_B: Tensor | None, device: torch.device) -> Tensor | None:

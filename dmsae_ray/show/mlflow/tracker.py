@@ -31,10 +31,10 @@ import pandas
 
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show import figures
+from dmsae_ray.show.columns import chain_row, summary
 from dmsae_ray.show.mlflow.chain_runs import ChainRuns, SweepRun, TrackedChain
 from dmsae_ray.show.mlflow.measurements import flatten
 from dmsae_ray.show.mlflow.run_store import STORE_ERRORS, Point, RunStore, TrackingError, now_ms, one_line
-from dmsae_ray.show.columns import chain_row, summary
 
 logger = logging.getLogger(__name__)
 

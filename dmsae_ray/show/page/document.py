@@ -12,10 +12,10 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from dmsae_ray.show.page.views import consensus, consistency, cores, coverage, density, features, quality, summary
 from dmsae_ray.show.page.artifacts import Artifacts
 from dmsae_ray.show.page.chart import templates
 from dmsae_ray.show.page.view import View
+from dmsae_ray.show.page.views import consensus, consistency, cores, coverage, density, features, quality, summary
 
 VIEWS = (summary, consistency, consensus, cores, coverage, quality, density, features)
 SCRIPTS = ("theme.js", "tables.js", "charts.js", "features.js", "views.js")

@@ -9,7 +9,6 @@ import numpy as np
 
 from dmsae_ray.compare import interval
 
-
 ONE_SEED = "one seed says nothing about the others"
 """Why a spread has no ends."""
 

@@ -11,13 +11,13 @@ from dmsae_ray.secret_url import masked
 from dmsae_ray.show.page.arm_style import words
 from dmsae_ray.show.page.artifacts import BASE, Artifacts, unique
 from dmsae_ray.show.page.banner import banners
-from dmsae_ray.show.page.views.consistency import beyond_chance, null_value
 from dmsae_ray.show.page.facts import Fact, facts
 from dmsae_ray.show.page.numerals import shown, whole
 from dmsae_ray.show.page.rows import rows_facts
 from dmsae_ray.show.page.spread import Spread, over_seeds
 from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, Raw, View
+from dmsae_ray.show.page.views.consistency import beyond_chance, null_value
 
 LEAD = (
     "Which features of the model are really there, and which are an accident of one training run? Chains distil Matryoshka SAEs into a "
