@@ -40,9 +40,9 @@ from dmsae_ray.evaluation.measure import Tally, read_references, scores_of, tall
 from dmsae_ray.files import write_json
 from dmsae_ray.lock import Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
+from dmsae_ray.sae.report import Diverged
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.threshold import calibrate
-from dmsae_ray.sae.trainer import Diverged
 from dmsae_ray.secret_url import scrub
 
 OPEN_AT = 0.5

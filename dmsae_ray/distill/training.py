@@ -20,9 +20,10 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import replacing
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.ranks.collective import Collective
+from dmsae_ray.sae.report import StepReport
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.trainer import StepReport, Trainer
+from dmsae_ray.sae.trainer import Trainer
 
 
 @dataclass

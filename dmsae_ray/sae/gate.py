@@ -18,49 +18,20 @@ used; if no guess led to enough pairs, L is 0 and all pairs that can be positive
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from dmsae_ray.sae.kept import Kept, check_margins
 from dmsae_ray.sae.ops.pairs import DIGIT_BITS, Pairs, Rounded, TorchPairs
 from dmsae_ray.sae.ranks.collective import Alone, Collective, gather_ragged
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
-
-GUESS = 0.97
-"""The proven bound L of the next batch is guessed to exceed this share of the smallest of the last ones. A wrong guess costs a
-second scan, never correctness."""
 
 SAMPLE_GUESS = 0.85
 """The same for a guess from a few rows of the batch itself, whose values have not had their margins taken off."""
 
 LOWER, RETRIES = 0.85, 8
 """A guess that was too high is lowered by this factor, so many times; then every pair that can be positive is a candidate."""
-
-
-class ScreenError(ArithmeticError):
-    """A screened value was farther from the exact one than its margin: this machine's product is worse than assumed."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The kept pairs of this rank's rows."""
-
-    pairs: Pairs
-    """on the device alone: may end in padding (row B, latent F, value 0)"""
-    smallest: float
-    """smallest value kept by BatchTopK in the global batch (an exempt core left out); 0 if nothing was kept"""
-    bound: float
-    """the proven bound L; a guess for the next batch is GUESS of it"""
-    candidates: int
-    """pairs of this rank that the screen could not rule out"""
-    retries: int
-    """scans beyond the first"""
-    wrong: int = 0
-    """pairs that were beyond their margin: above 0 on the device alone, where `ScreenError` is still to be raised"""
-    short: bool = False
-    """on the device alone: too few places for the candidates, the pairs are of no use"""
 
 
 def gate(
@@ -116,15 +87,6 @@ def gate(
         found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B, latent_ids_F
     )
     return Kept(kept, smallest, bound, len(value_N), retries)
-
-
-def check_margins(wrong: int) -> None:
-    """Raises `ScreenError` if values were beyond their margin."""
-    if wrong:
-        raise ScreenError(
-            f"{wrong} screened pre-activations were off by more than their proven margin: this machine's "
-            "matrix product is less exact than any order of sums allows. Set train.screen to fp32, and report this machine"
-        )
 
 
 def select(

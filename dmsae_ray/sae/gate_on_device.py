@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.gate import Kept, check_margins
+from dmsae_ray.sae.kept import Kept, check_margins
 from dmsae_ray.sae.ops.pairs import Pairs, Rounded
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings

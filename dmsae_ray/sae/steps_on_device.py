@@ -17,9 +17,10 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.gate import GUESS, check_margins
+from dmsae_ray.sae.kept import GUESS, check_margins
 from dmsae_ray.sae.loss import Outcome
-from dmsae_ray.sae.trainer import EXPLODED, RECENT, Diverged, Trainer
+from dmsae_ray.sae.report import EXPLODED, RECENT, Diverged
+from dmsae_ray.sae.trainer import Trainer
 
 ROUND_DEAD = 128
 """Places for dead latents come in such numbers: fewer shapes, and memory that is used again."""

@@ -9,7 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from reference_sae import reference_mask
 
-from dmsae_ray.sae.gate import ScreenError, gate
+from dmsae_ray.sae.gate import gate
+from dmsae_ray.sae.kept import ScreenError
 from dmsae_ray.sae.ops.pairs import NativePairs, Rounded, TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen

@@ -10,9 +10,10 @@ from test_sae_loss import NAMES, random_case, reference_of
 
 from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.ops import native
+from dmsae_ray.sae.report import Diverged
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
-from dmsae_ray.sae.trainer import Diverged, Trainer
+from dmsae_ray.sae.trainer import Trainer
 
 SETTINGS = SAESettings(
     d=6, width=24, k=2, batch=16, lr=3e-3, warmup_steps=3, decay_steps=5, total_steps=20, dead_window_tokens=48,

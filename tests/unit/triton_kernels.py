@@ -26,12 +26,14 @@ from reference_sae import reference_mask  # noqa: E402
 
 from dmsae_ray.sae import gate_on_device, loss, steps_on_device  # noqa: E402
 from dmsae_ray.sae.cost.memory import footprint  # noqa: E402
-from dmsae_ray.sae.gate import ScreenError, gate  # noqa: E402
+from dmsae_ray.sae.gate import gate  # noqa: E402
+from dmsae_ray.sae.kept import ScreenError  # noqa: E402
 from dmsae_ray.sae.ops import cuda_ops  # noqa: E402
 from dmsae_ray.sae.ops.pairs import AdamStep, Margin, Pairs, TorchPairs  # noqa: E402
+from dmsae_ray.sae.report import Diverged  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
-from dmsae_ray.sae.trainer import Diverged, Trainer  # noqa: E402
+from dmsae_ray.sae.trainer import Trainer  # noqa: E402
 
 PLAIN = TorchPairs()
 ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)
