@@ -65,7 +65,7 @@ class Outcome:
     """scans of the screen beyond the first"""
     wrong: int = 0
     short: bool = False
-    """this and `wrong`: see `gate.Kept`. If the guess was a tensor all numbers are 0-dim tensors, and latent_N ends in padding"""
+    """this and `wrong`: see `kept.Kept`. If the guess was a tensor all numbers are 0-dim tensors, and latent_N ends in padding"""
 
 
 class LossModule(nn.Module):
