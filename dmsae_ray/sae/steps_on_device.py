@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from torch import Tensor
 from dmsae_ray.sae.kept import GUESS, check_margins
 from dmsae_ray.sae.loss import Outcome
 from dmsae_ray.sae.report import EXPLODED, RECENT, Diverged
-from dmsae_ray.sae.trainer import Trainer
+
+if TYPE_CHECKING:
+    from dmsae_ray.sae.trainer import Trainer
 
 ROUND_DEAD = 128
 """Places for dead latents come in such numbers: fewer shapes, and memory that is used again."""
