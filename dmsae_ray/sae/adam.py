@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ops.pairs import AdamStep, TorchPairs
+from dmsae_ray.sae.ops.pairs import AdamStep
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.ranks.collective import Alone, Collective
 from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen

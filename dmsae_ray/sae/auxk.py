@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ops.pairs import TorchPairs
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.ranks.collective import Alone, Collective
 
 CHUNK = 1 << 22

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.kept import Kept, check_margins
-from dmsae_ray.sae.ops.pairs import DIGIT_BITS, Pairs, Rounded, TorchPairs
+from dmsae_ray.sae.ops.pairs import DIGIT_BITS, Pairs, Rounded
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.ranks.collective import Alone, Collective, gather_ragged
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from dmsae_ray.sae.auxk import add_aux, find_dead
 from dmsae_ray.sae.gate import gate
-from dmsae_ray.sae.ops.pairs import Pairs, pairs_on
+from dmsae_ray.sae.ops.choose import pairs_on
+from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.ranks.collective import Alone, Collective
 from dmsae_ray.sae.ranks.exchange import all_pairs, all_rows, order_of
 from dmsae_ray.sae.sae import MatryoshkaSAE

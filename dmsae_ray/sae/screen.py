@@ -28,7 +28,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dmsae_ray.sae.ops.pairs import Candidates, Margin, Rounded, TorchPairs
+from dmsae_ray.sae.ops.pairs import Candidates, Margin, Rounded
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 CHUNK = 1 << 25

@@ -17,7 +17,9 @@ from dmsae_ray.sae.ranks.collective import Alone, TorchCollective
 from dmsae_ray.sae.gate import gate, select
 from dmsae_ray.sae.kept import Kept
 from dmsae_ray.sae.loss import LossModule
-from dmsae_ray.sae.ops.pairs import NativePairs, Pairs, TorchPairs
+from dmsae_ray.sae.ops.pairs import Pairs
+from dmsae_ray.sae.ops.cpu_ops import NativePairs
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Trainer

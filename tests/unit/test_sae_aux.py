@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from thread_ranks import on_ranks
 
 from dmsae_ray.sae.auxk import find_dead, keep_top_of_ranks
-from dmsae_ray.sae.ops.pairs import TorchPairs
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.ranks.partition import Shard
 from dmsae_ray.sae.sae import MatryoshkaSAE
 

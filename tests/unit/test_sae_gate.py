@@ -7,7 +7,8 @@ from reference_sae import reference_mask
 from thread_ranks import on_ranks
 
 from dmsae_ray.sae.gate import kth_largest, select
-from dmsae_ray.sae.ops.pairs import NativePairs, TorchPairs
+from dmsae_ray.sae.ops.cpu_ops import NativePairs
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.ranks.collective import Alone
 from dmsae_ray.sae.settings import SAESettings
 

@@ -11,7 +11,9 @@ from reference_sae import reference_mask
 
 from dmsae_ray.sae.gate import gate
 from dmsae_ray.sae.kept import ScreenError
-from dmsae_ray.sae.ops.pairs import NativePairs, Rounded, TorchPairs
+from dmsae_ray.sae.ops.cpu_ops import NativePairs
+from dmsae_ray.sae.ops.pairs import Rounded
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from dmsae_ray.sae.ops import triton_rows, triton_screen, triton_select, triton_sparse
-from dmsae_ray.sae.ops.pairs import DIGIT_BITS, AdamStep, Candidates, Margin, Pairs, Rounded, TorchPairs, new_rounded
+from dmsae_ray.sae.ops.pairs import DIGIT_BITS, AdamStep, Candidates, Margin, Pairs, Rounded, new_rounded
+from dmsae_ray.sae.ops.torch_ops import TorchPairs
 
 TILE = {
     torch.bfloat16: {"ROWS": 128, "LATENTS": 128, "DEPTH": 64, "TOGETHER": 8, "num_warps": 8, "num_stages": 3},

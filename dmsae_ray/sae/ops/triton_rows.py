@@ -1,7 +1,7 @@
 """Triton kernels over the rows of a matrix: one program holds one row, and every sum within it has a fixed order.
 
 All matrices are contiguous, float32; d is a row's length, BLOCK the next power of two. Sums of squares are taken in float64, so
-that none overflows or is lost. `pairs.TorchPairs` says what each kernel computes.
+that none overflows or is lost. `torch_ops.TorchPairs` says what each kernel computes.
 """
 
 from __future__ import annotations

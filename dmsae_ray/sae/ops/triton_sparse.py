@@ -1,7 +1,7 @@
 """Triton kernels over kept (row, latent) pairs. No atomics but for a count: every sum has a fixed order.
 
 Pairs are sorted by row, then latent; a list may end in padding, whose row is the number of rows. All matrices are contiguous,
-float32; d is a row's length. `pairs.TorchPairs` says what each kernel computes.
+float32; d is a row's length. `torch_ops.TorchPairs` says what each kernel computes.
 
 One program adds up all rows of a bag, however many: a row of large norm has thousands of pairs, a latent that is always on has a pair
 with every row. So it asks memory for LONG rows at a time while there are so many, then for SHORT ones; the order of sums is the same.
