@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from dmsae_ray.activations.catalogue import find_datasets
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvester import find_datasets
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.distill.folder import CycleFolder

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
+from dmsae_ray.activations.catalogue import Identity, find_datasets
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvester import Harvest, Identity, find_datasets
+from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from dmsae_ray.activations.catalogue import find_datasets
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvester import Harvest, find_datasets
+from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.cluster.address import cluster_address

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, read_held_out, statistics_of
 from dmsae_ray.activations.outliers import outliers_of
 from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
@@ -20,90 +21,19 @@ from dmsae_ray.activations.shard_maker import MAX_NORM, ShardMaker, Target
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
 from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.causes import causes
-from dmsae_ray.config import Config, fields_key
-from dmsae_ray.corpus.mixture import check_mixture, hub_commits, ignored, mixture_fingerprint
+from dmsae_ray.config import Config
+from dmsae_ray.corpus.mixture import hub_commits, ignored
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.files import remove_leftovers
-from dmsae_ray.lm.source import info_of, local_folder, tokenizer_of
+from dmsae_ray.lm.source import local_folder, tokenizer_of
 from dmsae_ray.ownership import ours_in
 
 SAY_SECONDS = 3.0
 """Shortest time between two lines of progress: thousands of shards would fill the screen."""
 PLANS_PER_TASK = 8
 """Shards an actor is given at a time: within these, one is written while the next is computed."""
-
-
-class Identity:
-    """What names the datasets of a configuration; loads no weights."""
-
-    def __init__(self, config: Config):
-        self.config, self.info = config, info_of(config.model)
-        self.corpus = mixture_fingerprint(config.corpus)
-        self.chat_template = self.info.chat_template if check_mixture(config.corpus) else None
-        """stands for the tokenizer's template, where documents are chat messages"""
-
-    def fields(self, hook: str) -> dict:
-        return self.config.dataset_fields(self.info.fingerprint, self.corpus, hook, self.chat_template)
-
-    def key(self, hook: str) -> str:
-        return fields_key(self.fields(hook))
-
-    @property
-    def tokens_key(self) -> str:
-        """Names the token sequences, which all hooks share. How many are wanted is no part of it: more of them begin with the same."""
-        fields = self.fields("")
-        return fields_key({name: fields[name] for name in ("format", "corpus", "corpus_fingerprint", "model_fingerprint")} | {
-            "context": fields["model"]["context"],
-        })  # fmt: skip
-
-    @property
-    def tokens(self) -> Path:
-        """The folder of the token sequences."""
-        return self.config.home / "tokens" / self.tokens_key
-
-    def store(self, hook: str) -> Store:
-        """Where a hook's dataset lies, or will."""
-        config = self.config
-        if config.harvest.dataset is not None and hook == config.model.hook:
-            return Store(config.harvest.dataset)
-        return Store(config.harvest.store or config.home / "data").child(self.key(hook))
-
-
-def find_datasets(
-    config: Config, hooks: tuple[str, ...], say: Callable[[str], None] = lambda line: None
-) -> dict[str, ActivationDataset | None]:  # fmt: skip
-    """The finished datasets of these hooks, checked; None where something has yet to be harvested.
-
-    Where the configuration looks at more held-out tokens than were read, they are read now: the caller holds the output folder.
-
-    Raises DatasetError, ShardError or StoreError if what is there is damaged or, for `harvest.dataset`, not what is asked for.
-    """
-    identity = Identity(config)
-    return {hook: _find(config, identity, hook, say) for hook in hooks}
-
-
-def _find(config: Config, identity: Identity, hook: str, say: Callable[[str], None]) -> ActivationDataset | None:
-    store, given = identity.store(hook), config.harvest.dataset is not None
-    if not given and store.size("manifest.json") is None:
-        return None
-    dataset = ActivationDataset(store)
-    dataset.expect(identity.fields(hook))
-    needed = {entry.file for entry in dataset.entries()} | {f"tokens/{split}.safetensors" for split in HELD_OUT}
-    if not given and not needed <= store.sizes("shards").keys() | store.sizes("tokens").keys():
-        return None
-    dataset.verify()
-    held_out = {split: dataset.held_out(split) for split in HELD_OUT}
-    wanted = held_out_tokens(config)
-    short = {split: wanted[split] for split in HELD_OUT if held_out[split].tokens < wanted[split] and not held_out[split].ends}
-    if short and not given:  # the corpus has more than was read of it
-        say(f"tokens: reading on in the corpus, for {' and '.join(f'{tokens:,} tokens of {split}' for split, tokens in short.items())}")
-        prepare_tokens(config.corpus, tokenizer_of(config.model), config.model.context, identity.tokens, short, say)
-        _store_held_out(identity.tokens, store, tuple(short))
-        held_out = {split: dataset.held_out(split) for split in HELD_OUT}
-    check_held_out(config, held_out)
-    return dataset
 
 
 class Harvest:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from dmsae_ray.activations.harvester import Identity
+from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
 from dmsae_ray.distill.plan import ChainPlan, plan_all

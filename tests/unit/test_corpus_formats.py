@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmsae_ray.activations.harvester import Harvest, find_datasets
+from dmsae_ray.activations.catalogue import find_datasets
+from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.shard import ShardEntry
 from dmsae_ray.activations.shard_maker import ShardMaker
 from dmsae_ray.config import Config, CorpusConfig
