@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvester import _store_held_out
+from dmsae_ray.activations.harvester import _tokens_in
 from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
+from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.source import info_of, tokenizer_of
 
 
@@ -84,3 +85,11 @@ def _find(config: Config, identity: Identity, hook: str, say: Callable[[str], No
         held_out = {split: dataset.held_out(split) for split in HELD_OUT}
     check_held_out(config, held_out)
     return dataset
+
+
+def _store_held_out(tokens: Path, store: Store, splits: tuple[str, ...]) -> None:
+    """Put held-out sequences beside the shards, unless there are as many: a store may be shared with whoever asked for more."""
+    for split in splits:
+        path = tokens / f"{split}.safetensors"
+        if TokenSequences.load(path).tokens > _tokens_in(store, split):
+            store.write(f"tokens/{split}.safetensors", path.read_bytes())

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
-from dmsae_ray.activations.catalogue import Identity
+from dmsae_ray.activations.catalogue import Identity, _store_held_out
 from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, read_held_out, statistics_of
 from dmsae_ray.activations.outliers import outliers_of
 from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
@@ -25,7 +24,6 @@ from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import hub_commits, ignored
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
-from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.files import remove_leftovers
 from dmsae_ray.lm.source import local_folder, tokenizer_of
 from dmsae_ray.ownership import ours_in
@@ -160,14 +158,6 @@ class Harvest:
         parts = ActivationDataset.of(manifest, store).some_rows()
         replace(manifest, outliers=outliers_of(parts, manifest.norm_quantiles["0.5"]).to_dict()).save(store)
         return ActivationDataset(store)
-
-
-def _store_held_out(tokens: Path, store: Store, splits: tuple[str, ...]) -> None:
-    """Put held-out sequences beside the shards, unless there are as many: a store may be shared with whoever asked for more."""
-    for split in splits:
-        path = tokens / f"{split}.safetensors"
-        if TokenSequences.load(path).tokens > _tokens_in(store, split):
-            store.write(f"tokens/{split}.safetensors", path.read_bytes())
 
 
 def _tokens_in(store: Store, split: str) -> int:
