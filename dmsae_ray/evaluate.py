@@ -23,7 +23,6 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.housekeeping import planned
 from dmsae_ray.driver.options import EvaluateCommand, load, read_yaml
 from dmsae_ray.driver.preflight import pinned
-from dmsae_ray.driver.stop import INTERRUPTED, stoppable
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.measure import Tally, read_references, references_path, scores_of, tally_batch
 from dmsae_ray.evaluation.references import references_of, write_references
@@ -33,6 +32,7 @@ from dmsae_ray.lock import OutputBusy, OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
 from dmsae_ray.show.terminal.tables import evaluation_tables, terminal_console
+from dmsae_ray.stop import INTERRUPTED, stoppable
 
 FORMAT_VERSION = 1
 SAY_SECONDS = 10.0

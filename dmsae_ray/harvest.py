@@ -19,9 +19,9 @@ from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.driver.preflight import pinned, preflight
-from dmsae_ray.driver.stop import INTERRUPTED, stoppable
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.lock import OutputBusy, OutputLock
+from dmsae_ray.stop import INTERRUPTED, stoppable
 
 
 @stoppable()

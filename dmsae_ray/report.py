@@ -13,11 +13,11 @@ from dmsae_ray.driver.options import ReportCommand, load
 from dmsae_ray.driver.other_sweep import OtherSweep
 from dmsae_ray.driver.preflight import pinned, preflight
 from dmsae_ray.driver.results import has_core
-from dmsae_ray.driver.stop import INTERRUPTED, stoppable
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
 from dmsae_ray.results.comparison import compare_across
 from dmsae_ray.show.terminal.tables import across_tables, terminal_console, write_report
+from dmsae_ray.stop import INTERRUPTED, stoppable
 from dmsae_ray.sweep import Finished, Sweep
 
 

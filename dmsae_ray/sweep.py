@@ -29,7 +29,6 @@ from dmsae_ray.driver.housekeeping import clean, planned, status
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
-from dmsae_ray.driver.stop import INTERRUPTED, stoppable
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.measure import references_path
 from dmsae_ray.files import replacing, write_json
@@ -41,6 +40,7 @@ from dmsae_ray.show.mlflow.run_store import RunStore, TrackingError
 from dmsae_ray.show.mlflow.tracker import MlflowTracker, NotTracked
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
 from dmsae_ray.show.terminal.tables import terminal_console
+from dmsae_ray.stop import INTERRUPTED, stoppable
 
 
 @stoppable()

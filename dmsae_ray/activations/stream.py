@@ -26,6 +26,7 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.prefetch import Ahead
 from dmsae_ray.activations.rowgroup import COLUMN, Unit, read_units
 from dmsae_ray.activations.shard import DTYPES, as_tensor
+from dmsae_ray.cluster.nodes import READ_CPUS
 
 BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 10, 4
 """Blocks of one stream that its share of the object store has room for, and those of them that Ray Data is told of. It does not count
@@ -37,8 +38,6 @@ TASK_BYTES = 8 << 30
 CACHE_BYTES = 1 << 20
 TASKS_PER_PIPELINE = 16
 """Each task is 10 to 25 ms of preparation before the first of them runs: a pass over terabytes is several pipelines, one after the other."""
-READ_CPUS = 0.01
-"""A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine leave none."""
 PAUSE_S = 0.01
 """Rest of Ray Data's scheduling loop between two rounds. While its output waits for a slower consumer the loop of Ray 2.60 spins
 without one, on the interpreter lock that training needs: measured, about 0.4 of a core per worker."""

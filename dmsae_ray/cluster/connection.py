@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_ray.cluster.address import check_answers, cluster_address
-from dmsae_ray.cluster.nodes import Bundle, Node, figure, fitting, listed, missing, plural
+from dmsae_ray.cluster.nodes import Bundle, Node, figure, fitting, listed, missing, nodes_now, plural
 from dmsae_ray.cluster.waiting import Waits
 from dmsae_ray.config import Config
-from dmsae_ray.driver.stop import deaf, keeping_signals
+from dmsae_ray.stop import deaf, keeping_signals
 
 DATA_CPUS = 1
 """Left free by a sweep's chains: for their read tasks, a hundredth each, and for what other drivers do meanwhile."""
@@ -147,21 +147,6 @@ def check_fits_here(config: Config, chains: int) -> None:
     cpus = logical_cpus(config, chains)
     here = ResourceAndLabelSpec(num_cpus=cpus).resolve(is_head=True, node_ip_address="127.0.0.1")
     capacity(config, [Node(cpus, here.num_gpus or 0, here.object_store_memory / 2**20)], chains, local=True)
-
-
-def nodes_now() -> list[Node]:
-    """The nodes of the connected cluster."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free, found = available_resources_per_node(), []
-    for node in (node for node in ray.nodes() if node["Alive"]):
-        has, left = node["Resources"], free.get(node["NodeID"], {})
-        store_mb = has.get("object_store_memory", 0.0) / 2**20
-        found.append(
-            Node(has.get("CPU", 0.0), has.get("GPU", 0.0), store_mb, left.get("CPU", 0.0), left.get("GPU", 0.0))
-        )
-    return found
 
 
 def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool) -> Capacity:

@@ -10,6 +10,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dmsae_ray.cluster.nodes import Node
+
+READ_CPUS = 0.01
+"""A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine leave none."""
+
 SLACK = 1e-9
 """Of divisions: ten bundles of a tenth of a GPU fit on one."""
 
@@ -118,3 +123,18 @@ def plural(word: str, count: float) -> str:
 def _times(have: float, each: float) -> int:
     """How often `each` is contained; a need of nothing fits ever so often."""
     return max(0, int(have / each + SLACK)) if each else 1 << 30
+
+
+def nodes_now() -> list[Node]:
+    """The nodes of the connected cluster."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free, found = available_resources_per_node(), []
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        has, left = node["Resources"], free.get(node["NodeID"], {})
+        store_mb = has.get("object_store_memory", 0.0) / 2**20
+        found.append(
+            Node(has.get("CPU", 0.0), has.get("GPU", 0.0), store_mb, left.get("CPU", 0.0), left.get("GPU", 0.0))
+        )
+    return found

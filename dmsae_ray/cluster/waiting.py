@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from dmsae_ray.activations.stream import READ_CPUS
-from dmsae_ray.cluster.nodes import Bundle, listed, plural
+from dmsae_ray.cluster.nodes import READ_CPUS, Bundle, listed, plural
 from dmsae_ray.config import Config
 
 LOOK_S, PATIENCE_S, AGAIN_S = 5.0, 60.0, 600.0
@@ -107,7 +106,7 @@ def cluster_now() -> str:
     import ray
     from ray._private.state import jobs
 
-    from dmsae_ray.cluster.connection import nodes_now
+    from dmsae_ray.cluster.nodes import nodes_now
 
     nodes = nodes_now()
     parts = [f"{sum(n.cpus for n in nodes):g} CPUs, {max(0.0, sum(n.free_cpus for n in nodes)):.2g} free"]

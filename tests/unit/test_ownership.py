@@ -358,7 +358,7 @@ def test_a_node_says_which_folders_it_does_not_see(tmp_path, monkeypatch):
 
 STOPPED = """
 import ctypes, os, signal, time
-from dmsae_ray.driver.stop import deaf, keeping_signals, stoppable
+from dmsae_ray.stop import deaf, keeping_signals, stoppable
 
 def strike():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
