@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.harvester import _tokens_in
-from dmsae_ray.activations.store import Store
+from dmsae_ray.activations.dataset import ActivationDataset, read_held_out
+from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
@@ -93,3 +92,13 @@ def _store_held_out(tokens: Path, store: Store, splits: tuple[str, ...]) -> None
         path = tokens / f"{split}.safetensors"
         if TokenSequences.load(path).tokens > _tokens_in(store, split):
             store.write(f"tokens/{split}.safetensors", path.read_bytes())
+
+
+def _tokens_in(store: Store, split: str) -> int:
+    """Held-out tokens that a dataset already has. Raises StoreError if its place cannot be read."""
+    try:
+        return read_held_out(store, split).tokens
+    except ValueError as error:
+        if isinstance(error, StoreError) and not isinstance(error, Missing):
+            raise
+        return 0  # missing or damaged

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from dmsae_ray.activations.catalogue import Identity, _store_held_out
-from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, read_held_out, statistics_of
+from dmsae_ray.activations.dataset import ActivationDataset, DatasetError, Manifest, statistics_of
 from dmsae_ray.activations.outliers import outliers_of
 from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
 from dmsae_ray.activations.shard_maker import MAX_NORM, ShardMaker, Target
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
-from dmsae_ray.activations.store import Missing, Store, StoreError
+from dmsae_ray.activations.store import StoreError
 from dmsae_ray.causes import causes
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import hub_commits, ignored
@@ -158,16 +158,6 @@ class Harvest:
         parts = ActivationDataset.of(manifest, store).some_rows()
         replace(manifest, outliers=outliers_of(parts, manifest.norm_quantiles["0.5"]).to_dict()).save(store)
         return ActivationDataset(store)
-
-
-def _tokens_in(store: Store, split: str) -> int:
-    """Held-out tokens that a dataset already has. Raises StoreError if its place cannot be read."""
-    try:
-        return read_held_out(store, split).tokens
-    except ValueError as error:
-        if isinstance(error, StoreError) and not isinstance(error, Missing):
-            raise
-        return 0  # missing or damaged
 
 
 def _own(error: BaseException) -> BaseException:

@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dmsae_ray.cluster.nodes import Node
-
 READ_CPUS = 0.01
 """A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine leave none."""
 
