@@ -29,12 +29,14 @@ from dmsae_ray.attribution import gradients as attribution_
 from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
 from dmsae_ray.causes import causes
 from dmsae_ray.core.core import Core
-from dmsae_ray.core.criterion import choose
 from dmsae_ray.core.drift import decoder_drift
-from dmsae_ray.core.select import carried, jaccard, next_core, save_scores
+from dmsae_ray.core.next_core import next_core
+from dmsae_ray.core.score_file import save_scores
+from dmsae_ray.core.select import carried, jaccard
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training, first_step
 from dmsae_ray.evaluation.measure import Tally, read_references, scores_of, tally_batch
 from dmsae_ray.files import write_json

@@ -22,7 +22,8 @@ from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sampl
 from dmsae_ray.compare.summary import summarise
 from dmsae_ray.config import CompareConfig, Config, fields_key
 from dmsae_ray.core.core import Core
-from dmsae_ray.core.select import load_scores, rank
+from dmsae_ray.core.score_file import load_scores
+from dmsae_ray.core.select import rank
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256, write_json

@@ -15,7 +15,8 @@ from test_chain_plan import plans_of
 
 from dmsae_ray.config import CompareConfig
 from dmsae_ray.core.core import Core
-from dmsae_ray.core.select import next_core, save_scores
+from dmsae_ray.core.next_core import next_core
+from dmsae_ray.core.score_file import save_scores
 from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.files import write_json
 from dmsae_ray.results import comparison

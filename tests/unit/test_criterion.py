@@ -9,8 +9,9 @@ import torch
 from shards import make_dataset
 from test_chain_plan import configured, plans_of
 
-from dmsae_ray.core.criterion import choose, criterion, removal_cost
+from dmsae_ray.core.criterion import criterion, removal_cost
 from dmsae_ray.distill.folder import RECORD_VERSION
+from dmsae_ray.distill.selection import choose
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 D, WIDTH, CANDIDATES = 8, 12, 5

@@ -6,7 +6,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dmsae_ray.core.select import carried, count_of, jaccard, load_scores, next_core, rank, save_scores, select, top
+from dmsae_ray.core.next_core import next_core
+from dmsae_ray.core.score_file import load_scores, save_scores
+from dmsae_ray.core.select import carried, count_of, jaccard, rank, select, top
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 
