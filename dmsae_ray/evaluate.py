@@ -24,8 +24,8 @@ from dmsae_ray.driver.housekeeping import planned
 from dmsae_ray.driver.options import EvaluateCommand, load, read_yaml
 from dmsae_ray.driver.preflight import pinned
 from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.evaluation.measure import Tally, read_references, references_path, scores_of, tally_batch
-from dmsae_ray.evaluation.references import references_of, write_references
+from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
+from dmsae_ray.evaluation.references import read_references, references_of, references_path, write_references
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lock import OutputBusy, OutputLock

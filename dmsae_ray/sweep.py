@@ -30,7 +30,7 @@ from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
 from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.evaluation.measure import references_path
+from dmsae_ray.evaluation.references import references_path
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.lock import Lease, OutputBusy, OutputLock, OutputUnseen, Superseded
 from dmsae_ray.ownership import scratch

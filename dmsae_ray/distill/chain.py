@@ -38,7 +38,8 @@ from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training, first_step
-from dmsae_ray.evaluation.measure import Tally, read_references, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
+from dmsae_ray.evaluation.references import read_references
 from dmsae_ray.files import write_json
 from dmsae_ray.lock import Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects

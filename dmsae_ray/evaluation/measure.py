@@ -7,49 +7,18 @@ norms), D model dimension, F width, Q prefixes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.core.criterion import removal_cost
+from dmsae_ray.evaluation.prefixes import Prefix, prefixes_of, reconstructions
 from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
-
-CORE = "core"
-"""Name of the prefix that is the core alone."""
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The first latents of an SAE."""
-
-    name: str
-    """`core`, or the number g of the last group in it: core + groups 0..g"""
-    latents: int
-
-
-def prefixes_of(sae: MatryoshkaSAE) -> list[Prefix]:
-    """The core alone, if there is one, then core + groups 0..g for every g; the last one is the whole SAE."""
-    core = [Prefix(CORE, sae.core_size)] if sae.core_size else []
-    return core + [Prefix(str(g), end) for g, end in enumerate(sae.group_ends)]
-
-
-def reconstructions(sae: MatryoshkaSAE, z_RF: torch.Tensor) -> Iterator[torch.Tensor]:
-    """x_hat [R, D] of each prefix, `b_dec` plus its latents: each is the one before plus the latents between, a whole decode in all.
-
-    A latent's activation by the inference rule does not depend on the others, so that in every prefix it is the same.
-    """
-    x_hat_RD, start = sae.b_dec.detach().expand(len(z_RF), -1), 0
-    for prefix in prefixes_of(sae):
-        x_hat_RD = x_hat_RD + z_RF[:, start : prefix.latents] @ sae.W_dec[start : prefix.latents].detach()
-        start = prefix.latents
-        yield x_hat_RD
 
 
 @dataclass
@@ -167,25 +136,3 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
     return metrics, density_F
 
 
-@torch.no_grad()
-def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, float]:
-    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept, and rows beyond
-    max_norm, as a splice keeps them)."""
-    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-    for ids_NT, lengths_N in batches:
-        rows_NT = lm.rows(ids_NT, lengths_N)
-        cut = lm.cut(ids_NT)
-        tokens += int(rows_NT.sum())
-        counts_NT1 = counted(rows_NT, cut.value_BTD, max_norm)[:, :, None]
-        ablated = [torch.where(counts_NT1, value_D.to(cut.value_BTD), cut.value_BTD) for value_D in (torch.zeros_like(mean_D), mean_D)]
-        sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
-    return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
-
-
-def references_path(dataset_folder: Path, evaluate) -> Path:
-    """Where the reference losses of these evaluation settings lie."""
-    return dataset_folder / f"references-{evaluate.tokens}-{evaluate.sequences_per_batch}.json"
-
-
-def read_references(dataset_folder: Path, evaluate) -> dict[str, float]:
-    return json.loads(references_path(dataset_folder, evaluate).read_text())

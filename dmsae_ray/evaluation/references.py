@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.outliers import counted
 from dmsae_ray.config import Config, EvaluateConfig
-from dmsae_ray.evaluation.measure import reference_losses, references_path
 from dmsae_ray.files import write_json
+from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.secret_url import SecretUrl
 
 
@@ -39,3 +41,27 @@ def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
     torch.set_num_threads(config.harvest.threads)
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
     return references_of(LanguageModel.of(config.model, device), ActivationDataset(dataset), config.evaluate, device)
+
+
+@torch.no_grad()
+def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, float]:
+    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept, and rows beyond
+    max_norm, as a splice keeps them)."""
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    for ids_NT, lengths_N in batches:
+        rows_NT = lm.rows(ids_NT, lengths_N)
+        cut = lm.cut(ids_NT)
+        tokens += int(rows_NT.sum())
+        counts_NT1 = counted(rows_NT, cut.value_BTD, max_norm)[:, :, None]
+        ablated = [torch.where(counts_NT1, value_D.to(cut.value_BTD), cut.value_BTD) for value_D in (torch.zeros_like(mean_D), mean_D)]
+        sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
+    return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
+
+
+def references_path(dataset_folder: Path, evaluate) -> Path:
+    """Where the reference losses of these evaluation settings lie."""
+    return dataset_folder / f"references-{evaluate.tokens}-{evaluate.sequences_per_batch}.json"
+
+
+def read_references(dataset_folder: Path, evaluate) -> dict[str, float]:
+    return json.loads(references_path(dataset_folder, evaluate).read_text())

@@ -7,7 +7,8 @@ import torch
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute, gradients
 from dmsae_ray.attribution.histogram import RELATIVE_ERROR
 from dmsae_ray.attribution.scores import ScoreSettings, scores
-from dmsae_ray.evaluation.measure import Tally, reference_losses, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
+from dmsae_ray.evaluation.references import reference_losses
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmsae_ray.evaluation.measure import Tally, prefixes_of, reconstructions, reference_losses, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
+from dmsae_ray.evaluation.prefixes import prefixes_of, reconstructions
+from dmsae_ray.evaluation.references import reference_losses
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 

@@ -15,7 +15,8 @@ from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill.plan import plan_all
 from dmsae_ray.driver.options import SweepCommand, load
-from dmsae_ray.evaluation.measure import Tally, reference_losses, scores_of, tally_batch
+from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
+from dmsae_ray.evaluation.references import reference_losses
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.results.features.contexts import find_peaks
 from dmsae_ray.results.features.effects import remove_latents
