@@ -247,7 +247,7 @@ class Sweep:
             return
         import ray
 
-        from dmsae_ray.distill.chain import write_failure
+        from dmsae_ray.distill.failure import write_failure
         from dmsae_ray.distill.trials import run_chains
 
         capacity = self.connect()

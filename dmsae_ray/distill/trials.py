@@ -17,8 +17,9 @@ import ray.train.torch
 from ray import tune
 
 from dmsae_ray.attribution.aggregator import Aggregator
-from dmsae_ray.distill.chain import train_chains, write_failure
+from dmsae_ray.distill.failure import write_failure
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.worker import train_chains
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
 """Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a core

@@ -24,7 +24,7 @@ from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.attribution.gradients import AttributionSettings
-from dmsae_ray.distill.chain import score_shards
+from dmsae_ray.attribution.worker import score_shards
 from dmsae_ray.distill.plan import ChainPlan, plan_chains
 from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.distill.trials import run_chains

@@ -18,7 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dmsae_ray import sweep as sweep_
-from dmsae_ray.distill.chain import write_failure
+from dmsae_ray.distill.failure import write_failure
 from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, failure_text
 from dmsae_ray.lock import Lease
 from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
