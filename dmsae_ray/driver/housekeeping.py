@@ -14,7 +14,8 @@ from rich.table import Table
 from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
-from dmsae_ray.distill.plan import ChainPlan, plan_all
+from dmsae_ray.distill.grid import plan_all
+from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.lock import OutputLock, no_locks
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries

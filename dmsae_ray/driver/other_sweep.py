@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dmsae_ray.config import Config, problem_lines
-from dmsae_ray.distill.plan import ChainPlan, plan_all
+from dmsae_ray.distill.grid import plan_all
+from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.ownership import KEY
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from dmsae_ray.config import Config
-from dmsae_ray.distill.plan import BASE, ChainPlan, grid
+from dmsae_ray.distill.grid import grid
+from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.lm.divergence import LOGITS_AT_ONCE
 from dmsae_ray.lm.site import AFTER
 from dmsae_ray.lm.source import ModelInfo, load_config

@@ -9,7 +9,8 @@ import torch
 
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
-from dmsae_ray.distill.plan import BASE, check_start, plan_all
+from dmsae_ray.distill.grid import check_start, plan_all
+from dmsae_ray.distill.plan import BASE
 from dmsae_ray.driver.options import SweepCommand, load
 
 STUDY = """

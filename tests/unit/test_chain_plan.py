@@ -7,7 +7,7 @@ import torch
 from shards import PER_GROUP, make_dataset
 
 from dmsae_ray.config import fields_key
-from dmsae_ray.distill.plan import plan_chains
+from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.lock import Lease
 

@@ -13,7 +13,7 @@ from dmsae_ray.activations.dataset import ActivationDataset, statistics_of
 from dmsae_ray.activations.outliers import MULTIPLE, dataset_facts, notes, outliers_of, write_data
 from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.distill.plan import plan_all
+from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import reference_losses

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmsae_ray.config import fields_key
-from dmsae_ray.distill.plan import plan_all
+from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.driver.options import EvaluateCommand, SweepCommand, load
 from dmsae_ray.lm.source import TINY
 

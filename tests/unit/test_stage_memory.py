@@ -10,7 +10,7 @@ import torch
 from test_sae_memory import allocations, peak
 
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute
-from dmsae_ray.distill.plan import grid
+from dmsae_ray.distill.grid import grid
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import disk_bytes
 from dmsae_ray.driver.stage_memory import ModelShape, attribution, chain_stages, evaluation, features_stage, harvest_stage
