@@ -19,8 +19,8 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.distill.folder import CycleFolder
+from dmsae_ray.distill.grid import planned
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.driver.housekeeping import planned
 from dmsae_ray.driver.options import EvaluateCommand, load, read_yaml
 from dmsae_ray.driver.preflight import pinned
 from dmsae_ray.driver.transcript import Screen

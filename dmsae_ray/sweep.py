@@ -24,9 +24,9 @@ from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.cluster.probe import check_nodes
 from dmsae_ray.config import Config, fields_key
-from dmsae_ray.distill.grid import plan_chains
+from dmsae_ray.distill.grid import plan_chains, planned
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.driver.housekeeping import clean, planned, status
+from dmsae_ray.driver.housekeeping import clean, status
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import check_needs, pinned, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
@@ -31,13 +32,18 @@ from dmsae_ray.distill.folder import RECORD_VERSION, CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training
-from dmsae_ray.distill.worker import OPEN_AT, Worker
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import read_references
 from dmsae_ray.files import write_json
 from dmsae_ray.sae.report import Diverged
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.threshold import calibrate
+
+if TYPE_CHECKING:
+    from dmsae_ray.distill.worker import Worker
+
+OPEN_AT = 0.5
+"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits costs some CPU."""
 
 
 class Chain:
@@ -249,5 +255,3 @@ class Chain:
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
         write_failure(self.plan, kind, reason, self.cycle, self.at_step)
         self.board.update.remote(self.plan.label, phase="failed", message=reason)
-
-

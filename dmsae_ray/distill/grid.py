@@ -5,30 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.activations.dataset import ActivationDataset, Manifest
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
-from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import BASE, ChainPlan, Start
 from dmsae_ray.lock import Lease
 from dmsae_ray.secret_url import SecretUrl
-
-
-def check_twins(twins: dict[str, tuple[ChainFolder, int]]) -> None:
-    """The chains that `selection.size: match` takes core sizes from have done what is needed.
-
-    twins: by the label of their placebo, folder and cycles needed. Raises ValueError with the command that makes them.
-    """
-    done = {label: len(folder.records()) for label, (folder, _) in twins.items()}
-    short = [
-        f"{label} from {folder.path} ({done[label]} of {cycles} cycles done)"
-        for label, (folder, cycles) in twins.items() if done[label] < cycles
-    ]  # fmt: skip
-    if short:
-        raise ValueError(
-            "selection.size match: core sizes are taken from the chain that selects by attribution and has all else in common, "
-            f"{', '.join(short)}. Finish it first: the same command with --selection.by attribution --selection.size tau"
-        )
 
 
 def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> list[ChainPlan]:
@@ -86,3 +69,8 @@ def check_start(path: Path, manifest: Manifest) -> None:
                 f"sae.core {path}: made with {what} {there}, the activations have {here}: its encoder rows mean nothing here; "
                 "use the model, hook and dataset it was made with, or leave sae.core empty"
             )
+
+
+def planned(config: Config) -> list[ChainPlan]:
+    """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is missed."""
+    return plan_all(config, "", Identity(config).key(config.model.hook), None)

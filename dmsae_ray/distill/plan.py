@@ -16,7 +16,6 @@ from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.core.select import count_of
 from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.distill.grid import check_twins
 from dmsae_ray.lock import Lease
 from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
@@ -206,3 +205,18 @@ class ChainPlan:
         return len(self.folder.records()) >= self.cycles
 
 
+def check_twins(twins: dict[str, tuple[ChainFolder, int]]) -> None:
+    """The chains that `selection.size: match` takes core sizes from have done what is needed.
+
+    twins: by the label of their placebo, folder and cycles needed. Raises ValueError with the command that makes them.
+    """
+    done = {label: len(folder.records()) for label, (folder, _) in twins.items()}
+    short = [
+        f"{label} from {folder.path} ({done[label]} of {cycles} cycles done)"
+        for label, (folder, cycles) in twins.items() if done[label] < cycles
+    ]  # fmt: skip
+    if short:
+        raise ValueError(
+            "selection.size match: core sizes are taken from the chain that selects by attribution and has all else in common, "
+            f"{', '.join(short)}. Finish it first: the same command with --selection.by attribution --selection.size tau"
+        )

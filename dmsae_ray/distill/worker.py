@@ -23,9 +23,6 @@ from dmsae_ray.lock import Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.report import Diverged
 
-OPEN_AT = 0.5
-"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits costs some CPU."""
-
 
 def train_chains(loop: dict) -> None:
     """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), aggregator and board (actor handles)."""

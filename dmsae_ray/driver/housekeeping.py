@@ -14,18 +14,12 @@ from rich.table import Table
 from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder, failure_text
-from dmsae_ray.distill.grid import plan_all
-from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.grid import planned
 from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.lock import OutputLock, no_locks
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names
 from dmsae_ray.show.terminal.tables import terminal_console
-
-
-def planned(config: Config) -> list[ChainPlan]:
-    """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is missed."""
-    return plan_all(config, "", Identity(config).key(config.model.hook), None)
 
 
 def driver_alive(home: Path) -> bool:

@@ -110,7 +110,7 @@ def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
 
 def test_a_diverged_chain_is_not_run_again_and_the_comparison_says_over_how_many(small_sweep, tmp_path):
     from dmsae_ray.driver.options import SweepCommand, load
-    from dmsae_ray.driver.housekeeping import planned
+    from dmsae_ray.distill.grid import planned
 
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output, output)

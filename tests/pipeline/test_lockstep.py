@@ -9,7 +9,7 @@ from conftest import core_bytes, data_digests, digest_of_rows, run_command, sae_
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import in_lockstep
-from dmsae_ray.driver.housekeeping import planned
+from dmsae_ray.distill.grid import planned
 
 
 def groups_of(*argv):
