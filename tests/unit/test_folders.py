@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from dmsae_ray.config import Config
+from dmsae_ray.distill import failure
 from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
 from dmsae_ray.driver.preflight import check_stream
 from dmsae_ray.lock import Lease, OutputBusy, OutputLock, OutputUnseen, Superseded
@@ -53,15 +54,13 @@ def test_a_worker_of_an_earlier_driver_cannot_commit(tmp_path):
 
 @pytest.mark.parametrize("content, words", [(None, "does not see the output folder"), ("", "cannot be read"), ("two\n", "cannot be read")])
 def test_a_generation_that_cannot_be_read_is_asked_for_again_and_is_no_successor(tmp_path, monkeypatch, content, words):
-    from dmsae_ray.distill import chain, folder
-
-    monkeypatch.setattr(folder, "PATIENCE_S", 0.3)
+    monkeypatch.setattr("dmsae_ray.lock.PATIENCE_S", 0.3)
     path = tmp_path / "generation"
     if content is not None:
         path.write_text(content)
     with pytest.raises(OutputUnseen, match=f"generation: .*{words}.*--output a folder that they share") as error:
         Lease(path, 1).check()
-    assert chain._cause(error.value, chain.FINAL) is None, "a worker that raises it is tried again"
+    assert failure._cause(error.value, failure.FINAL) is None, "a worker that raises it is tried again"
     travelled = pickle.loads(pickle.dumps(error.value))
     assert isinstance(travelled, OutputUnseen) and str(travelled) == str(error.value)
     timer = threading.Timer(0.1, path.write_text, ["1"])
