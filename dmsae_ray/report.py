@@ -1,79 +1,20 @@
-"""python -m dmsae_ray.report: make all results of a sweep again from its chains' files, without training, and compare two sweeps."""
+"""python -m dmsae_ray.report: make all results of a sweep again from its chains' files, without training, and compare two sweeps.
+The work is in driver/report_run.py."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from rich.console import Group
-
-from dmsae_ray.causes import disk_trouble
-from dmsae_ray.config import Config
-from dmsae_ray.driver.options import ReportCommand, load
-from dmsae_ray.driver.other_sweep import OtherSweep
-from dmsae_ray.driver.preflight import pinned, preflight
-from dmsae_ray.driver.results import has_core
-from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
-from dmsae_ray.results.comparison import compare_across
-from dmsae_ray.show.terminal.tables import across_tables, terminal_console, write_report
-from dmsae_ray.stop import INTERRUPTED, stoppable
-from dmsae_ray.sweep import Finished, Sweep
+from dmsae_ray.driver.options import ReportCommand
+from dmsae_ray.driver.session import door
 
 
-@stoppable()
-def main(argv: list[str] | None = None) -> int:
+@door(ReportCommand, interrupted="the same command continues")
+def main(command: ReportCommand) -> int:
     """Exit status: 0 done, 1 some chains are not finished or a part of the results could not be made, 2 bad input, 130 interrupted."""
-    try:
-        return run(load(ReportCommand, sys.argv[1:] if argv is None else argv))
-    except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if (line := disk_trouble(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+    from dmsae_ray.driver.report_run import run
 
-
-def run(command: ReportCommand) -> int:
-    """Raises ValueError on bad input before anything is computed."""
-    config = Config(**command.sections())
-    other = None if command.against is None else OtherSweep.open(command.against)
-    preflight(config)
-    config = pinned(config)
-    lock = OutputLock(config.home)
-    try:
-        with Screen(config.home, "report", command.verbose) as say:
-            finished = Sweep(config, lock.lease(), say, command.verbose).run(train=False, fresh=command.fresh)
-            finished.show(say)
-            if command.numbers:
-                for name, value in finished.results.numbers.items():
-                    say(f"{name} {value:.6g}")
-            if other is not None:
-                across(finished, other, say)
-    finally:
-        lock.release()
-    return 0 if finished.done else 1
-
-
-def across(finished: Finished, other: OtherSweep, say: Screen) -> None:
-    """Cores of this sweep and the other one, pair by pair, and their numbers side by side; kept in this sweep's folder."""
-    if finished.folder.resolve() == other.folder.resolve():
-        raise ValueError(f"--against {other.folder}: is this sweep itself")
-    names = finished.folder.name, other.folder.name
-    stem = f"against-{other.folder.name}"
-    comparison = compare_across(
-        finished.config, finished.dataset, [plan for plan in finished.plans if has_core(plan)], [plan for plan in other.plans if has_core(plan)],
-        names, finished.folder / f"{stem}.json", say,
-    )  # fmt: skip
-    tables: Group = across_tables(names, comparison, finished.results.means(), other.numbers)
-    write_report(Path(finished.folder / f"{stem}.txt"), tables)
-    terminal_console(say.stream).print(tables)
-    say(f"both sweeps compared in {finished.folder / stem}.json and .txt")
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""One run of the harvest: find what is there, make what is missing; or read it all again, and delete what is bad."""
+
+from __future__ import annotations
+
+import time
+
+from dmsae_ray.activations.catalogue import Identity, find_datasets
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.activations.harvester import Harvest
+from dmsae_ray.activations.outliers import notes
+from dmsae_ray.activations.rowgroup import REPAIR
+from dmsae_ray.activations.store import Missing, StoreError
+from dmsae_ray.cluster.address import cluster_address
+from dmsae_ray.cluster.connection import check_fits_here, connect, disconnect
+from dmsae_ray.cluster.probe import check_nodes
+from dmsae_ray.config import Config
+from dmsae_ray.corpus.split import HELD_OUT
+from dmsae_ray.driver.options import HarvestCommand
+from dmsae_ray.driver.preflight import pinned, preflight
+from dmsae_ray.driver.session import session
+from dmsae_ray.driver.transcript import Screen
+
+
+def run(command: HarvestCommand) -> int:
+    """Exit status: 1 if something is bad. Raises ValueError on bad input before anything is made."""
+    config = Config(**command.sections())
+    preflight(config, print)
+    config = pinned(config)
+    with session(config, "harvest", command.verbose) as (_, say):
+        bad = 0
+        if command.verify or command.repair:
+            bad = verify(config, say, repair=command.repair)
+            if command.verify or not bad:
+                return 1 if bad else 0
+        # A dataset given by harvest.dataset lacks what was just deleted, which otherwise is an error there.
+        datasets = {} if bad else find_datasets(config, config.hooks, say)
+        if bad or None in datasets.values():
+            datasets = make(config, say, command.verbose)
+        for dataset in datasets.values():
+            say(summary(dataset))
+            for line in notes(dataset):
+                say(line)
+    return 0
+
+
+def make(config: Config, say: Screen, verbose: bool) -> dict[str, ActivationDataset]:
+    """The datasets of all hooks, made on the cluster that is to be joined, or on one of our own."""
+    capacity = None
+    # Before hours of tokenising: a cluster that is not there, or is too small.
+    if cluster_address(config) is not None:
+        capacity = connect(config, chains=0, verbose=verbose, say=say)
+    check_fits_here(config, chains=0)
+    try:
+        if capacity is not None:
+            check_nodes(config)
+        work = Harvest(config, say)
+        capacity = capacity or connect(config, chains=0, verbose=verbose, say=say)
+        return work.run(capacity.harvest_actors)
+    finally:
+        if capacity is not None:
+            disconnect(capacity, say.path.with_suffix(".ray"))
+
+
+def summary(dataset: ActivationDataset) -> str:
+    m = dataset.manifest
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in m.positions.items() if count)
+    return (
+        f"{dataset}: {m.rows:,} training rows in {len(m.shards)} shards, {m.calibration.rows:,} held back, {m.hook}, d = {m.d}, {m.dtype}, "
+        f"scale {m.scale:.6g}; positions that are no rows: {dropped}"
+    )
+
+
+def verify(config: Config, say: Screen, repair: bool) -> int:
+    """Read everything again and say what is bad; with repair, delete the bad files too. Returns how many are bad.
+
+    Raises DatasetError if a dataset is not what the configuration makes: nothing else may be deleted.
+    """
+    bad, identity = 0, Identity(config)
+    for hook in config.hooks:
+        store = identity.store(hook)
+        dataset, start, size = ActivationDataset(store), time.monotonic(), 0
+        dataset.expect(identity.fields(hook))
+        for entry, error in dataset.problems(read=True):
+            size += entry.bytes
+            if error is not None:
+                bad += 1
+                say(f"bad: {error}")
+                if repair:
+                    store.delete(entry.file)
+        for split in HELD_OUT:
+            try:
+                dataset.held_out(split)
+            except ValueError as error:
+                if isinstance(error, StoreError) and not isinstance(error, Missing):
+                    raise  # a server that cannot be asked says nothing about its files
+                bad += 1
+                say(f"bad: {error}")
+                if repair:
+                    store.delete(f"tokens/{split}.safetensors")
+        if not bad:
+            dataset.check_scale()
+        seconds = time.monotonic() - start
+        say(f"verified {dataset}: {len(dataset.entries())} shards, {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)")
+    if bad and not repair:
+        say(f"{bad} bad. To make only these again: {REPAIR} with the same configuration")
+    elif not bad:
+        say("nothing is bad")
+    return bad

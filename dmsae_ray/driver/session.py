@@ -1,0 +1,61 @@
+"""What is around every command: how it ends, and the output folder and terminal that are its own while it runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dmsae_ray.causes import disk_trouble
+from dmsae_ray.config import Config
+from dmsae_ray.driver.options import Command, load
+from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
+from dmsae_ray.stop import INTERRUPTED, stoppable
+
+BAD_INPUT = 2
+"""Exit status of a command that was refused, or that a full disk or another driver ended; the last line says why."""
+
+
+def door(command: type[Command], interrupted: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Makes a command's work, which takes its options and returns an exit status, a `main` that takes the command line.
+
+    Whatever ends it is one line and an exit status; only what nobody expected is a traceback. interrupted: said when a signal ends it.
+    """
+
+    def decorate(work: Callable[..., int]) -> Callable[..., int]:
+        @stoppable()
+        @functools.wraps(work)
+        def main(argv: list[str] | None = None) -> int:
+            try:
+                return work(load(command, sys.argv[1:] if argv is None else argv))
+            except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return BAD_INPUT
+            except KeyboardInterrupt:
+                print(f"interrupted; {interrupted}", file=sys.stderr)
+                return INTERRUPTED
+            except Exception as error:
+                if (line := disk_trouble(error)) is None:
+                    raise
+                print(f"error: {line}", file=sys.stderr)
+                return BAD_INPUT
+
+        return main
+
+    return decorate
+
+
+@contextmanager
+def session(config: Config, name: str, verbose: bool) -> Iterator[tuple[OutputLock, Screen]]:
+    """While open, the output folder is this command's, and the terminal shows what it says and nothing else.
+
+    name: the command's, for its log. Raises ValueError if the folder cannot be written, OutputBusy if another driver works on it.
+    """
+    lock = OutputLock(config.home)
+    try:
+        with Screen(config.home, name, verbose) as say:
+            yield lock, say
+    finally:
+        lock.release()
