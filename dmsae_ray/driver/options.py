@@ -6,10 +6,9 @@ import argparse
 import contextlib
 import copy
 import io
-import itertools
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -143,13 +142,12 @@ class HarvestCommand(Command):
 
 
 def load(command: type[Config], argv: list[str]) -> Config:
-    """Configuration from `--config` and the command line.
+    """Configuration from `--config` and the command line. Of a flag given twice the last counts, so that a script's can be overridden.
 
     Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
     """
     show_anything()
     sys.excepthook = print_scrubbed
-    _refuse_twice(command, argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, default=None)
     path = first.parse_known_args(argv)[0].config or default_config_path()
@@ -170,34 +168,6 @@ def load(command: type[Config], argv: list[str]) -> Config:
         raise ValueError(f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)") from None
     finally:
         _YamlFile.path = None
-
-
-def _refuse_twice(command: type[Config], argv: list[str]) -> None:
-    """Of a field given twice the first value would be dropped without a word; lists and mappings may come in pieces.
-
-    Raises ValueError naming the flag and both values.
-    """
-    known: dict[str, str] = {}
-    for flag, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        name, equals, value = flag.partition("=")
-        if name.startswith("--") and _is_single(command, name[2:].split(".")):
-            value = value if equals else after if not after.startswith("--") else ""
-            if name in known:
-                both = f" ({known[name]} and {value})" if known[name] or value else ""
-                raise ValueError(scrub(f"command line: {name} is given twice{both}; keep one of the two"))
-            known[name] = value
-
-
-def _is_single(model: type[BaseModel], path: list[str]) -> bool:
-    """Whether a flag names a field of one value."""
-    field = model.model_fields.get(path[0])
-    if field is None:
-        return False  # an unknown one is refused where the command line is read
-    kinds = get_args(field.annotation) or (field.annotation,)
-    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    if sections:
-        return len(path) > 1 and any(_is_single(section, path[1:]) for section in sections)
-    return len(path) == 1 and get_origin(field.annotation) not in (list, tuple, dict, set, frozenset)
 
 
 def _with_defaults_of(command: type[Config], path: Path) -> type[Config]:
