@@ -8,7 +8,8 @@ import re
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 """What a disk refuses with, or a server of files."""
 IN_TEXT = re.compile(
-    r"(No space left on device|Disk quota exceeded|database or disk is full|Read-only file system|Stale file handle)(: '[^']+')?"
+    r"(No space left on device|Disk quota exceeded|database or disk is full|Read-only file system|Stale file "
+    r"handle)(: '[^']+')?"
 )
 """The same in the words of libraries that raise errors of their own, and of errors that came through Ray as text."""
 
@@ -36,4 +37,7 @@ def disk_trouble(error: BaseException) -> str | None:
     return None
 
 
-REMEDY = "free space there, or give --output a larger disk that can be written; the same command continues, what is finished is kept"
+REMEDY = (
+    "free space there, or give --output a larger disk that can be written; the same command continues, what is "
+    "finished is kept"
+)

@@ -1,9 +1,9 @@
 """The whole experiment as one typed tree.
 
-Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file
-(`--config`) with overrides from the command line (`--train.tokens 2_000_000`), read by driver/options.py; an unknown key is an error.
-Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and
-the like are those of the README's glossary; `[D]` marks a decision the literature leaves open.
+Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file (`--config`) with
+overrides from the command line (`--train.tokens 2_000_000`), read by driver/options.py; an unknown key is an error.
+Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and the like
+are those of the README's glossary; `[D]` marks a decision the literature leaves open.
 """
 
 from __future__ import annotations
@@ -56,28 +56,40 @@ class CorpusConfig(Section):
     """Where the text comes from, how it is split and how it is cut into sequences."""
 
     source: Source = SecretUrl("embedded")
-    """`embedded` (the text shipped with the package); a file (.txt, .md, .jsonl, .json, .csv, also as .gz or .zst; .parquet), a folder or glob of them, a folder of save_to_disk; or a hub data set id. Read from its beginning and as far as needed: shuffle what is sorted"""
+    """`embedded` (the text shipped with the package); a file (.txt, .md, .jsonl, .json, .csv, also as .gz or .zst;
+    .parquet), a folder or glob of them, a folder of save_to_disk; or a hub data set id. Read from its beginning and as
+    far as needed: shuffle what is sorted
+    """
     text_field: str = "text"
-    """field (column) that holds a document's text, or chat messages (a list of {role, content}) for the tokenizer's chat template"""
+    """field (column) that holds a document's text, or chat messages (a list of {role, content}) for the tokenizer's
+    chat template
+    """
     revision: str | None = None
     """revision of a hub data set"""
     mixture: tuple[CorpusPart, ...] = ()
-    """instead of a source: parts, each {source, weight, text_field, revision}, interleaved until the one that is next is used up"""
+    """instead of a source: parts, each {source, weight, text_field, revision}, interleaved until the one that is next
+    is used up
+    """
     documents: int | None = Field(None, ge=1)
     """use the first so many documents, of all parts together; empty: as many as are needed"""
     piece_characters: int | None = Field(None, ge=200)
-    """cut longer documents at the ends of paragraphs into pieces of at most so many characters, documents of their own; empty: only a text file above 50,000, into pieces of 2,000, so that one book is a corpus"""
+    """cut longer documents at the ends of paragraphs into pieces of at most so many characters, documents of their own;
+    empty: only a text file above 50,000, into pieces of 2,000, so that one book is a corpus
+    """
     attribution_share: Share = 0.05
     """share of documents kept for attribution (by hash of the text; never trained on)"""
     evaluation_share: Share = 0.05
     """share of documents kept for evaluation (by hash of the text; never trained on)"""
     packing: Literal["separate", "concatenate"] = "separate"
-    """a sequence holds tokens of one document, or documents are joined, BOS before each, so that nothing is padding [D]"""
+    """a sequence holds tokens of one document, or documents are joined, BOS before each, so that nothing is padding [D]
+    """
 
     @property
     def parts(self) -> tuple[CorpusPart, ...]:
         """The mixture; a single source is a mixture of one."""
-        return self.mixture or (CorpusPart(source=self.source, weight=1, text_field=self.text_field, revision=self.revision),)
+        return self.mixture or (
+            CorpusPart(source=self.source, weight=1, text_field=self.text_field, revision=self.revision),
+        )
 
     @model_validator(mode="after")
     def _one_source(self) -> CorpusConfig:
@@ -86,8 +98,8 @@ class CorpusConfig(Section):
         both = [f"corpus.{name}" for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if self.mixture and both:
             raise ValueError(
-                f"corpus.mixture and {', '.join(both)} are both given: name every source, its text_field and its revision in "
-                "corpus.mixture, or leave the mixture empty"
+                f"corpus.mixture and {', '.join(both)} are both given: name every source, its text_field and its "
+                "revision in corpus.mixture, or leave the mixture empty"
             )
         return self
 
@@ -100,15 +112,22 @@ class ModelConfig(Section):
     revision: str | None = None
     """revision of a hub model; a run takes the commit that it stands for at its beginning"""
     bos_token: str | None = None
-    """text of the token that starts every sequence, one that the tokenizer has; empty: the tokenizer's own BOS, which some lack (Qwen) or use otherwise"""
+    """text of the token that starts every sequence, one that the tokenizer has; empty: the tokenizer's own BOS, which
+    some lack (Qwen) or use otherwise
+    """
     hook: str = "blocks.2.hook_resid_post"
-    """place to study, by its TransformerLens name, L counted from 0: blocks.L.hook_resid_pre, .hook_resid_mid or .hook_resid_post (the residual stream before, within and after a block), .hook_attn_out or .hook_mlp_out (what the block adds to it)"""
+    """place to study, by its TransformerLens name, L counted from 0: blocks.L.hook_resid_pre, .hook_resid_mid or
+    .hook_resid_post (the residual stream before, within and after a block), .hook_attn_out or .hook_mlp_out (what the
+    block adds to it)
+    """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision the language model runs in"""
     context: int = Field(128, ge=8)
     """tokens per sequence, BOS included"""
     device_map: str | None = None
-    """`auto`: let accelerate spread the model over the GPUs that a process (harvest actor or training worker) sees; empty: one device"""
+    """`auto`: let accelerate spread the model over the GPUs that a process (harvest actor or training worker) sees;
+    empty: one device
+    """
 
 
 class HarvestConfig(Section):
@@ -137,11 +156,18 @@ class HarvestConfig(Section):
     hooks: tuple[str, ...] = ()
     """further hooks to harvest in the same pass, a dataset each; `model.hook` is always harvested"""
     outlier_norm: float | None = Field(10.0, gt=1)
-    """leave out rows whose norm exceeds so many times the median norm of the calibration sequences' rows: one bound for training, thresholds, evaluation, nulls, attribution and features, where such positions keep what stands there; null: keep all [D]"""
+    """leave out rows whose norm exceeds so many times the median norm of the calibration sequences' rows: one bound for
+    training, thresholds, evaluation, nulls, attribution and features, where such positions keep what stands there;
+    null: keep all [D]
+    """
     outlier_reserve: Share = 0.05
-    """with outlier_norm: further text set aside for each shard, as a share of its rows, to fill the places of dropped ones; read only where rows are dropped"""
+    """with outlier_norm: further text set aside for each shard, as a share of its rows, to fill the places of dropped
+    ones; read only where rows are dropped
+    """
     store: FolderOrUrl | None = None
-    """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in the output folder"""
+    """where datasets are written: a folder that all nodes share, or a URL such as s3://bucket/prefix; empty: `data` in
+    the output folder
+    """
     dataset: FolderOrUrl | None = None
     """use the finished dataset in this folder or URL instead of harvesting; it must match the other fields"""
 
@@ -164,11 +190,15 @@ class SAEConfig(Section):
     core_budget: Literal["counted", "exempt"] = "counted"
     """with core_gate relu: whether active core pairs count against k [D]"""
     core_transfer: Literal["frozen", "init"] = "frozen"
-    """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained like all others"""
+    """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained
+    like all others
+    """
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
     core: Place | None = None
-    """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain Matryoshka SAE"""
+    """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain
+    Matryoshka SAE
+    """
     auxk_alpha: float = Field(1 / 32, ge=0)
     """weight of the loss that revives dead latents"""
     auxk_k: int | None = Field(None, ge=1)
@@ -218,13 +248,22 @@ class TrainConfig(Section):
     threads: int = Field(1, ge=1)
     """CPU threads of a training worker (part of what decides the last bit)"""
     screen: Literal["auto", "bf16", "fp32"] = "auto"
-    """precision of the product that finds a batch's candidates, exact values decide among them; `auto`: the faster one. Never changes a result"""
+    """precision of the product that finds a batch's candidates, exact values decide among them; `auto`: the faster one.
+    Never changes a result
+    """
     kernels: Literal["auto", "compiled", "torch"] = "auto"
-    """sparse operations of a step: `compiled` (C on CPUs, Triton on GPUs), plain `torch`, or `auto`, compiled where possible; differ in the order of sums"""
+    """sparse operations of a step: `compiled` (C on CPUs, Triton on GPUs), plain `torch`, or `auto`, compiled where
+    possible; differ in the order of sums
+    """
     parallel: Literal["ddp", "gather", "latent"] = "ddp"
-    """what the workers of a chain share: `ddp`, each computes its rows' gradient and they are summed; `gather`, rows and kept pairs are exchanged and each computes the whole gradient; `latent`, each holds and trains a part of the latents; differ in the order of sums"""
+    """what the workers of a chain share: `ddp`, each computes its rows' gradient and they are summed; `gather`, rows
+    and kept pairs are exchanged and each computes the whole gradient; `latent`, each holds and trains a part of the
+    latents; differ in the order of sums
+    """
     micro_batch: int | None = Field(None, ge=1)
-    """most rows whose prefix errors, a step's largest intermediate, a worker holds at a time; empty: all; the gate is over the whole batch all the same; changes the order of sums"""
+    """most rows whose prefix errors, a step's largest intermediate, a worker holds at a time; empty: all; the gate is
+    over the whole batch all the same; changes the order of sums
+    """
     checkpoint_steps: int = Field(100, ge=1)
     """steps between checkpoints inside a cycle"""
     log_steps: int = Field(10, ge=1)
@@ -239,15 +278,24 @@ class AttributionConfig(Section):
     sequences_per_shard: int = Field(32, ge=1)
     """sequences in one unit of attribution work; fixed, so that scores do not depend on who computed them"""
     until_jaccard: float | None = Field(None, gt=0, le=1)
-    """score 2, 4, 8, ... shards until the sets that carry tau of the even and of the odd ones' attribution have this Jaccard index; empty: score all tokens"""
+    """score 2, 4, 8, ... shards until the sets that carry tau of the even and of the odd ones' attribution have this
+    Jaccard index; empty: score all tokens
+    """
     candidates: Literal["first_group", "all"] = "first_group"
-    """latents that may enter the core, and that the spliced reconstruction is made of: core + first group, nothing deeper; or every latent, and the whole reconstruction"""
+    """latents that may enter the core, and that the spliced reconstruction is made of: core + first group, nothing
+    deeper; or every latent, and the whole reconstruction
+    """
     splice: Literal["replace", "keep_error"] = "replace"
     """the hook carries the reconstruction from the candidates, or that plus the SAE's error [D]"""
     outlier_norm: float | None = Field(None, gt=1)
-    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do not count; below harvest.outlier_norm, if both are set; empty: those within the bound of harvest.outlier_norm count [D]"""
+    """positions whose norm exceeds so many times the median norm of the calibration rows keep what stands there, and do
+    not count; below harvest.outlier_norm, if both are set; empty: those within the bound of harvest.outlier_norm count
+    [D]
+    """
     aggregator: Literal["mean_abs", "quantile", "mean_signed"] = "mean_abs"
-    """over tokens: mean of the absolute attribution; a quantile of it where the latent is active, times its density; or absolute value of the mean [D]"""
+    """over tokens: mean of the absolute attribution; a quantile of it where the latent is active, times its density; or
+    absolute value of the mean [D]
+    """
     quantile: float = Field(0.9, gt=0, le=1)
     """which one, with aggregator quantile; to 3 % [D]"""
     tau: float = Field(0.9, gt=0, le=1)
@@ -261,25 +309,31 @@ class AttributionConfig(Section):
 
 
 class SelectionConfig(Section):
-    """Which candidates (attribution.candidates) are the next core. Anything but attribution makes a control: a placebo chain through
-    the same slot, whose candidates' attribution is measured and stored all the same."""
+    """Which candidates (attribution.candidates) are the next core. Anything but attribution makes a control: a placebo
+    chain through the same slot, whose candidates' attribution is measured and stored all the same."""
 
     by: Literal["attribution", "frequency", "reconstruction", "norm", "random"] = "attribution"
-    """candidates are ranked by `attribution`; by `frequency`, their density on the evaluation tokens; by `reconstruction`, how much the squared error of the smallest prefix grows on those tokens when one is left out; by the `norm` of the encoder row; or in `random` order, from seed and cycle"""
+    """candidates are ranked by `attribution`; by `frequency`, their density on the evaluation tokens; by
+    `reconstruction`, how much the squared error of the smallest prefix grows on those tokens when one is left out; by
+    the `norm` of the encoder row; or in `random` order, from seed and cycle
+    """
     size: Literal["tau", "match"] | Annotated[float, Field(gt=0, le=1)] = "tau"
-    """how many are selected: `tau`, the fewest that carry attribution.tau of the attribution (by attribution only); a share of the candidates, such as 0.5; or `match`, in every cycle as many as the finished chain in the same output folder that selects by attribution and tau and has all other fields, seed and k in common (not by attribution)"""
+    """how many are selected: `tau`, the fewest that carry attribution.tau of the attribution (by attribution only); a
+    share of the candidates, such as 0.5; or `match`, in every cycle as many as the finished chain in the same output
+    folder that selects by attribution and tau and has all other fields, seed and k in common (not by attribution)
+    """
 
     @model_validator(mode="after")
     def _size_fits(self) -> SelectionConfig:
         if self.by != "attribution" and self.size == "tau":
             raise ValueError(
-                f"selection.by {self.by} has no share of the attribution to reach: set selection.size to a share of the candidates, "
-                "such as 0.5, or to match for the sizes of the chain that selects by attribution"
+                f"selection.by {self.by} has no share of the attribution to reach: set selection.size to a share of "
+                "the candidates, such as 0.5, or to match for the sizes of the chain that selects by attribution"
             )
         if self.by == "attribution" and self.size == "match":
             raise ValueError(
-                "selection.size match takes the sizes of the chain that selects by attribution, and would be that chain once more: "
-                "set selection.by, or leave selection.size at tau"
+                "selection.size match takes the sizes of the chain that selects by attribution, and would be that "
+                "chain once more: set selection.by, or leave selection.size at tau"
             )
         return self
 
@@ -294,7 +348,9 @@ class EvaluateConfig(Section):
 
 
 class FeaturesConfig(Section):
-    """How the features of the finished cores are described, in features.json: where they fire, and what they do to the loss."""
+    """How the features of the finished cores are described, in features.json: where they fire, and what they do to the
+    loss.
+    """
 
     tokens: int = Field(65_536, ge=1)
     """tokens of held-out evaluation sequences that contexts are looked for in, at most"""
@@ -303,11 +359,14 @@ class FeaturesConfig(Section):
     contexts: int = Field(8, ge=1)
     """contexts of a feature, each from another sequence"""
     spread: int = Field(2, ge=0)
-    """how many of them come not from the top but from lower quantiles of its activation: maxima alone flatter a feature"""
+    """how many of them come not from the top but from lower quantiles of its activation: maxima alone flatter a feature
+    """
     window: int = Field(20, ge=0)
     """tokens shown before and after the one on which it is strongest"""
     effects: int = Field(8, ge=0)
-    """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks do not run"""
+    """tokens of its contexts whose loss its removal changes most; 0: nothing is removed, and the model's upper blocks
+    do not run
+    """
     sequences_per_batch: int = Field(32, ge=1)
     """sequences in a forward pass; their logits are made in small parts, whatever the vocabulary"""
 
@@ -315,8 +374,8 @@ class FeaturesConfig(Section):
     def _some_from_the_top(self) -> FeaturesConfig:
         if self.spread >= self.contexts:
             raise ValueError(
-                f"features.spread {self.spread} leaves none of features.contexts {self.contexts} for the largest activations: "
-                "lower spread or raise contexts"
+                f"features.spread {self.spread} leaves none of features.contexts {self.contexts} for the largest "
+                "activations: lower spread or raise contexts"
             )
         return self
 
@@ -333,9 +392,13 @@ class SweepConfig(Section):
     data_seed: int | None = Field(None, ge=0)
     """seed of the order of data; empty: the chain's own seed"""
     data: Literal["shared", "disjoint"] = "shared"
-    """`shared`: every chain reads all shards; `disjoint`: chains of different seeds read different shards, since agreement on shared data overstates reproducibility"""
+    """`shared`: every chain reads all shards; `disjoint`: chains of different seeds read different shards, since
+    agreement on shared data overstates reproducibility
+    """
     parts: int | None = Field(None, ge=2)
-    """with data disjoint: how many parts the shards are dealt to, seed s taking part s modulo parts; empty: as many as seeds. A larger number leaves room for seeds added later"""
+    """with data disjoint: how many parts the shards are dealt to, seed s taking part s modulo parts; empty: as many as
+    seeds. A larger number leaves room for seeds added later
+    """
 
     @property
     def n_parts(self) -> int:
@@ -360,7 +423,9 @@ class ArmConfig(Section):
     """Further chains beside the grid of `sweep`, that differ from it in something: a control, a variant, a baseline."""
 
     fields: dict[str, Any] = {}
-    """what differs, by dotted name, such as {selection.by: random, selection.size: match}: fields of sae, train, attribution and selection, and sweep.data, sweep.data_seed, sweep.parts"""
+    """what differs, by dotted name, such as {selection.by: random, selection.size: match}: fields of sae, train,
+    attribution and selection, and sweep.data, sweep.data_seed, sweep.parts
+    """
     seeds: tuple[int, ...] = ()
     """seeds; empty: those of the sweep"""
     k: tuple[int, ...] = ()
@@ -368,16 +433,22 @@ class ArmConfig(Section):
     cycles: int | None = Field(None, ge=1)
     """cycles of a chain; empty: as in the sweep; 1: plain Matryoshka SAEs, which never have a core"""
     core: Literal["none", "distilled"] = "none"
-    """`none`: chains begin without a core; `distilled`: transfer, one chain on the last core of every chain of the grid with one of these seeds, at each of these k but the core's own"""
+    """`none`: chains begin without a core; `distilled`: transfer, one chain on the last core of every chain of the grid
+    with one of these seeds, at each of these k but the core's own
+    """
 
     @field_validator("fields")
     @classmethod
     def _may_differ(cls, value: dict[str, Any]) -> dict[str, Any]:
-        allowed = " and ".join([", ".join(f"{name}.*" for name in ARM_SECTIONS), ", ".join(f"sweep.{name}" for name in ARM_SWEEP_FIELDS)])
+        allowed = " and ".join(
+            [", ".join(f"{name}.*" for name in ARM_SECTIONS), ", ".join(f"sweep.{name}" for name in ARM_SWEEP_FIELDS)]
+        )
         for name in value:
             section, _, field = name.partition(".")
             if not (section in ARM_SECTIONS and field) and name not in [f"sweep.{field}" for field in ARM_SWEEP_FIELDS]:
-                raise ValueError(f"{name} cannot differ in an arm: chains are compared on the same data; may differ: {allowed}")
+                raise ValueError(
+                    f"{name} cannot differ in an arm: chains are compared on the same data; may differ: {allowed}"
+                )
         return value | {name: absolute(core) for name, core in value.items() if name == "sae.core"}
 
 
@@ -387,7 +458,8 @@ class ExpectConfig(Section):
     claim: str
     """in plain words"""
     value: str
-    """name of a number of the results, such as consistency.base.seed.pw_mcc (`dmsae_ray.report --numbers` lists them)"""
+    """name of a number of the results, such as consistency.base.seed.pw_mcc (`dmsae_ray.report --numbers` lists them)
+    """
     above: float | str | None = None
     """number, or name of one, that it is expected to exceed"""
     below: float | str | None = None
@@ -408,7 +480,8 @@ class StudyConfig(Section):
     """What runs beside the sweep's grid, and what is expected of the results."""
 
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], ArmConfig] = {}
-    """arms by name, such as {random: {fields: {selection.by: random, selection.size: match}, seeds: [0, 1], k: [16]}}"""
+    """arms by name, such as {random: {fields: {selection.by: random, selection.size: match}, seeds: [0, 1], k: [16]}}
+    """
     expect: tuple[ExpectConfig, ...] = ()
     """expected outcomes, each {claim, value, above, below}; the report says which were met"""
 
@@ -442,15 +515,22 @@ class CompareConfig(Section):
     @model_validator(mode="after")
     def _sample_has_a_size(self) -> CompareConfig:
         if (self.pairs == "sample") != (self.sample is not None):
-            raise ValueError("compare.pairs sample and compare.sample, the number of pairs of a group, go together: give both or neither")
+            raise ValueError(
+                "compare.pairs sample and compare.sample, the number of pairs of a group, go together: give both or "
+                "neither"
+            )
         return self
 
 
 class ClusterConfig(Section):
-    """What the work may use. Nothing here decides a number, except that `workers` changes the order of sums, and so last bits."""
+    """What the work may use. Nothing here decides a number, except that `workers` changes the order of sums, and so
+    last bits.
+    """
 
     address: str | None = None
-    """Ray cluster to join; `local`: start one; empty: RAY_ADDRESS, else the one `ray start` made on this machine, else a new one"""
+    """Ray cluster to join; `local`: start one; empty: RAY_ADDRESS, else the one `ray start` made on this machine, else
+    a new one
+    """
     workers: int = Field(1, ge=1)
     """training workers of a chain (see train.parallel); a stopped chain may go on with another number"""
     cpus_per_worker: float = Field(0.5, gt=0)
@@ -458,11 +538,16 @@ class ClusterConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0)
     """GPUs a training worker asks Ray for; a part of one only where a chain has one worker"""
     gpu_gb: float | None = Field(None, gt=0)
-    """memory of one of the cluster's GPUs, GB (10^9 bytes), that each stage's need is compared with before anything starts; empty: that of this machine's GPU, if it has one"""
+    """memory of one of the cluster's GPUs, GB (10^9 bytes), that each stage's need is compared with before anything
+    starts; empty: that of this machine's GPU, if it has one
+    """
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit"""
     lockstep: int = Field(1, ge=1)
-    """chains that advance together in one worker group, on one stream and one language model, where they read the same batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result is what it is alone"""
+    """chains that advance together in one worker group, on one stream and one language model, where they read the same
+    batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result
+    is what it is alone
+    """
     object_store_mb: int = Field(512, ge=64)
     """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""
     read_tasks: int = Field(2, ge=1)
@@ -509,8 +594,11 @@ class Config(BaseSettings):
     track: TrackConfig = TrackConfig()
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
-        # No environment variables: what a run used must be visible in its file and its command line (driver/options.py adds those).
+    def settings_customise_sources(
+        cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+    ):
+        # No environment variables: what a run used must be visible in its file and its command line (driver/options.py
+        # adds those).
         return (init_settings,)
 
     @model_validator(mode="before")
@@ -545,14 +633,18 @@ class Config(BaseSettings):
                 f"= {train.batch // train.lanes}"
             )
         for field, gpus in (
-            ("cluster.gpus_per_worker", self.cluster.gpus_per_worker), ("harvest.gpus_per_actor", harvest.gpus_per_actor),
-        ):  # fmt: skip
+            ("cluster.gpus_per_worker", self.cluster.gpus_per_worker),
+            ("harvest.gpus_per_actor", harvest.gpus_per_actor),
+        ):
             if gpus > 1 and gpus % 1:
-                problems.append(f"{field} {gpus:g}: Ray gives out whole GPUs, or a part of one: use {int(gpus)} or {int(gpus) + 1}")
+                problems.append(
+                    f"{field} {gpus:g}: Ray gives out whole GPUs, or a part of one: use {int(gpus)} or {int(gpus) + 1}"
+                )
         if self.cluster.workers > 1 and 0 < self.cluster.gpus_per_worker < 1:
             problems.append(
-                f"cluster.workers {self.cluster.workers} with cluster.gpus_per_worker {self.cluster.gpus_per_worker:g}: two workers of a chain "
-                "would share a GPU, which NCCL refuses; use 1 GPU per worker, or 1 worker (several chains may share a GPU)"
+                f"cluster.workers {self.cluster.workers} with cluster.gpus_per_worker "
+                f"{self.cluster.gpus_per_worker:g}: two workers of a chain would share a GPU, which NCCL refuses; use "
+                "1 GPU per worker, or 1 worker (several chains may share a GPU)"
             )
         if train.lanes % self.cluster.workers:
             problems.append(f"train.lanes {train.lanes} is not a multiple of cluster.workers {self.cluster.workers}")
@@ -571,35 +663,47 @@ class Config(BaseSettings):
         parts = self.sweep.n_parts
         if self.sweep.data == "disjoint":
             if len({seed % parts for seed in self.sweep.seeds}) < len(self.sweep.seeds):
-                enough = next(n for n in itertools.count(parts) if len({seed % n for seed in self.sweep.seeds}) == len(self.sweep.seeds))
+                enough = next(
+                    n
+                    for n in itertools.count(parts)
+                    if len({seed % n for seed in self.sweep.seeds}) == len(self.sweep.seeds)
+                )
                 problems.append(
-                    f"sweep.seeds {list(self.sweep.seeds)}: with sweep.data disjoint two of them would take the same of {parts} parts "
-                    f"(seed modulo sweep.parts); set sweep.parts to {enough}"
+                    f"sweep.seeds {list(self.sweep.seeds)}: with sweep.data disjoint two of them would take the same "
+                    f"of {parts} parts (seed modulo sweep.parts); set sweep.parts to {enough}"
                 )
             shards = harvest.tokens // harvest.rows_per_shard
             if (shards // parts) * (harvest.rows_per_shard // harvest.rows_per_group) < train.lanes:
                 problems.append(
-                    f"sweep.data disjoint: {shards} full shards (harvest.tokens / harvest.rows_per_shard) dealt to {parts} parts leave less than "
-                    f"one row group for each of {train.lanes} lanes; lower harvest.rows_per_shard or raise harvest.tokens"
+                    f"sweep.data disjoint: {shards} full shards (harvest.tokens / harvest.rows_per_shard) dealt to "
+                    f"{parts} parts leave less than one row group for each of {train.lanes} lanes; lower "
+                    "harvest.rows_per_shard or raise harvest.tokens"
                 )
         elif self.sweep.parts is not None:
             problems.append("sweep.parts has a meaning only with sweep.data disjoint")
         if self.selection.by == "reconstruction" and self.attribution.candidates == "all":
             problems.append(
-                "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates to first_group"
+                "selection.by reconstruction measures the latents of core and first group only: set "
+                "attribution.candidates to first_group"
             )
         own, bound = self.attribution.outlier_norm, harvest.outlier_norm
         if own is not None and bound is not None and own >= bound:
             problems.append(
-                f"attribution.outlier_norm {own:g} has nothing to do: harvest.outlier_norm {bound:g} leaves out as much for training and "
-                "attribution alike; lower it or leave it empty"
+                f"attribution.outlier_norm {own:g} has nothing to do: harvest.outlier_norm {bound:g} leaves out as "
+                "much for training and attribution alike; lower it or leave it empty"
             )
         if harvest.dataset is not None and (harvest.hooks or harvest.store):
-            problems.append("harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: leave them empty")
+            problems.append(
+                "harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: "
+                "leave them empty"
+            )
         if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
             problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
         if self.study.arms and self.sae.core is not None:
-            problems.append("sae.core and study.arms are both given: arms are compared with chains that began without a core; leave one empty")
+            problems.append(
+                "sae.core and study.arms are both given: arms are compared with chains that began without a core; "
+                "leave one empty"
+            )
         for name in self.study.arms:
             try:
                 self.of_arm(name)
@@ -620,21 +724,30 @@ class Config(BaseSettings):
                 kind, arm, *_ = [*name.split("."), ""]
                 if kind not in NUMBERS:
                     problems.append(f"study.expect {name!r}: results begin with {', '.join(NUMBERS)}")
-                elif kind in ("chains", "evaluation", "consistency", "rediscovery") and not arms.issuperset(arm.split("~")):
+                elif kind in ("chains", "evaluation", "consistency", "rediscovery") and not arms.issuperset(
+                    arm.split("~")
+                ):
                     problems.append(f"study.expect {name!r}: no arm {arm!r}; there are {', '.join(sorted(arms))}")
         return problems
 
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""
         arm = self.study.arms[name]
-        tree = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in self.sections().items()}
+        tree = {
+            name: value.model_dump() if isinstance(value, BaseModel) else value
+            for name, value in self.sections().items()
+        }
         tree["study"] = {}
         for field, value in arm.fields.items():
             section, _, rest = field.partition(".")
             tree[section][rest] = value
         if tree["sweep"]["data"] == "shared" and "sweep.parts" not in arm.fields:
             tree["sweep"]["parts"] = None
-        tree["sweep"] |= {"seeds": arm.seeds or self.sweep.seeds, "k": arm.k or self.sweep.k, "cycles": arm.cycles or self.sweep.cycles}
+        tree["sweep"] |= {
+            "seeds": arm.seeds or self.sweep.seeds,
+            "k": arm.k or self.sweep.k,
+            "cycles": arm.cycles or self.sweep.cycles,
+        }
         return Config(**tree)
 
     @property
@@ -644,11 +757,15 @@ class Config(BaseSettings):
         return self.output
 
     def sections(self) -> dict[str, Any]:
-        """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs included."""
+        """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs
+        included.
+        """
         return {name: getattr(self, name) for name in Config.model_fields}
 
     def section_dict(self) -> dict[str, Any]:
-        """The experiment as plain JSON types, as it is kept and logged (command flags excluded): secrets of URLs are masked."""
+        """The experiment as plain JSON types, as it is kept and logged (command flags excluded): secrets of URLs are
+        masked.
+        """
         return {name: json.loads(_dump_json(getattr(self, name))) for name in Config.model_fields}
 
     def data_seed_of(self, seed: int) -> int:
@@ -659,46 +776,70 @@ class Config(BaseSettings):
         """Every hook that is harvested, `model.hook` first."""
         return (self.model.hook, *(hook for hook in self.harvest.hooks if hook != self.model.hook))
 
-    def dataset_fields(self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None, chat_template: str | None = None) -> dict[str, Any]:
+    def dataset_fields(
+        self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None, chat_template: str | None = None
+    ) -> dict[str, Any]:
         """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder.
 
         chat_template: stands for the tokenizer's, where documents are chat messages.
         """
-        harvest = self.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"})
-        corpus = self.corpus.model_dump(mode="json", include={"documents", "piece_characters", "attribution_share", "evaluation_share", "packing"})
+        harvest = self.harvest.model_dump(
+            mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"}
+        )
+        corpus = self.corpus.model_dump(
+            mode="json", include={"documents", "piece_characters", "attribution_share", "evaluation_share", "packing"}
+        )
         corpus |= {"chat_template": chat_template} if chat_template else {}
         model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
         return {
-            # 4: the first documents, as many as are needed. 3: one bound for all shards' outliers, of the calibration sequences.
-            "format": 4, "model_fingerprint": model_fingerprint, "corpus_fingerprint": corpus_fingerprint,
-            "corpus": corpus, "model": model, "harvest": harvest,
-        }  # fmt: skip
+            # 4: the first documents, as many as are needed. 3: one bound for all shards' outliers, of the calibration
+            # sequences.
+            "format": 4,
+            "model_fingerprint": model_fingerprint,
+            "corpus_fingerprint": corpus_fingerprint,
+            "corpus": corpus,
+            "model": model,
+            "harvest": harvest,
+        }
 
     def chain_fields(self, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
         """What decides a chain's cores; its hash names the chain's folder.
 
-        The number of cycles is left out on purpose: a longer chain continues a shorter one. So are the number of workers, what they
-        share (train.parallel) and train.micro_batch, which change the order of sums alone: a stopped chain goes on with others, and
-        its record says with which.
+        The number of cycles is left out on purpose: a longer chain continues a shorter one. So are the number of
+        workers, what they share (train.parallel) and train.micro_batch, which change the order of sums alone: a stopped
+        chain goes on with others, and its record says with which.
         """
-        part = {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
+        part = (
+            {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
+        )
         return {
-            "format": CHAIN_FORMAT, "dataset": dataset_key, "seed": seed, "data_seed": self.data_seed_of(seed), "part": part, "k": k,
+            "format": CHAIN_FORMAT,
+            "dataset": dataset_key,
+            "seed": seed,
+            "data_seed": self.data_seed_of(seed),
+            "part": part,
+            "k": k,
             "sae": self.sae.model_dump(mode="json", exclude={"core"}),
-            "train": self.train.model_dump(mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}),
+            "train": self.train.model_dump(
+                mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}
+            ),
             "attribution": self.attribution.model_dump(mode="json"),
             "selection": self.selection.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),
-        }  # fmt: skip
+        }
 
     def chain_label(self, seed: int, k: int) -> str:
-        """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains of an
-        output folder, what makes it a control."""
-        controls = [self.selection.by] * (self.selection.by != "attribution") + ["init"] * (self.sae.core_transfer == "init")
+        """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains
+        of an output folder, what makes it a control."""
+        controls = [self.selection.by] * (self.selection.by != "attribution") + ["init"] * (
+            self.sae.core_transfer == "init"
+        )
         return "-".join([f"seed{seed}-k{k}", *controls])
 
     def by_attribution(self) -> Config:
-        """The same experiment with cores selected by attribution and tau: its chains are those that placebos are matched to."""
+        """The same experiment with cores selected by attribution and tau: its chains are those that placebos are
+        matched to.
+        """
         return self.model_copy(update={"selection": SelectionConfig()})
 
 

@@ -1,4 +1,6 @@
-"""python -m dmsae_ray.evaluate: measure saved SAEs on held-out text, without training. The work is in driver/evaluation_run.py."""
+"""python -m dmsae_ray.evaluate: measure saved SAEs on held-out text, without training. The work is in
+driver/evaluation_run.py.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ TEMPORARY = r"\.tmp-\d+-[0-9a-f]{6}"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what was written there becomes `path` when the block ends, and goes if it raises."""
+    """Yields a temporary name beside `path`; what was written there becomes `path` when the block ends, and goes if it
+    raises.
+    """
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -65,6 +67,8 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left under temporary names; only for a folder that is ours, and that nobody else writes to now."""
+    """Delete what killed writers left under temporary names; only for a folder that is ours, and that nobody else
+    writes to now.
+    """
     for path in leftovers(folder):
         path.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""python -m dmsae_ray.harvest: write the activation shards of a configuration, and stop. The work is in driver/harvest_run.py."""
+"""python -m dmsae_ray.harvest: write the activation shards of a configuration, and stop. The work is in
+driver/harvest_run.py.
+"""
 
 from __future__ import annotations
 

@@ -26,16 +26,17 @@ def no_locks(home: Path, error: OSError) -> ValueError:
     """What to say of a file system that refuses a lock otherwise than because another driver holds it."""
     code = errno.errorcode.get(error.errno or 0, "")
     return ValueError(
-        f"output folder {home}: its file system gives no lock ({error.strerror}, {code}), without which two drivers could write there. On NFS, "
-        "start the lock service (rpc.statd, or mount with NFS 4, or with local_lock=flock if only one machine runs drivers); or give "
-        "--output a folder on another file system"
+        f"output folder {home}: its file system gives no lock ({error.strerror}, {code}), without which two drivers "
+        "could write there. On NFS, start the lock service (rpc.statd, or mount with NFS 4, or with local_lock=flock "
+        "if only one machine runs drivers); or give --output a folder on another file system"
     )
 
 
 class OutputLock:
     """Held for a driver's life; the operating system lets go of it however the driver ends.
 
-    Raises ValueError if the folder cannot be written or holds what is not ours under our names, OutputBusy if another driver holds it.
+    Raises ValueError if the folder cannot be written or holds what is not ours under our names, OutputBusy if another
+    driver holds it.
     """
 
     def __init__(self, home: Path):
@@ -58,16 +59,20 @@ class OutputLock:
             holder = self._file.read().strip()
             self._file.close()
             raise OutputBusy(
-                f"output folder {home}: in use by another driver ({holder or 'unknown'}); wait for it, stop it, or give "
-                "--output another folder"
+                f"output folder {home}: in use by another driver ({holder or 'unknown'}); wait for it, stop it, or "
+                "give --output another folder"
             ) from None
         self.home = home
         try:
             self._file.truncate(0)
-            self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+            self._file.write(
+                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")})
+            )
             self._file.flush()
         except OSError as error:
-            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); free space there, or give --output another folder") from error
+            raise ValueError(
+                f"{self.path}: cannot be written ({error.strerror}); free space there, or give --output another folder"
+            ) from error
 
     def lease(self) -> Lease:
         """Raise the generation: workers of earlier drivers can no longer commit."""
@@ -78,8 +83,8 @@ class OutputLock:
             previous = 0
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{path}: holds no number ({error}), which tells workers of earlier drivers that they are superseded. If none of them is at "
-                "work any more, delete this file and run the same command again"
+                f"{path}: holds no number ({error}), which tells workers of earlier drivers that they are superseded. "
+                "If none of them is at work any more, delete this file and run the same command again"
             ) from error
         with replacing(path) as temporary:
             temporary.write_text(str(previous + 1))
@@ -99,8 +104,8 @@ class OutputUnseen(OSError):
     def __init__(self, path: Path | str, error: Exception | str):
         why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         seen = (
-            f"{path}: {why} on node {socket.gethostname()}: this node does not see the output folder. All nodes must share it: mount it "
-            "here, or give --output a folder that they share"
+            f"{path}: {why} on node {socket.gethostname()}: this node does not see the output folder. All nodes must "
+            "share it: mount it here, or give --output a folder that they share"
         )
         super().__init__(error if isinstance(error, str) else seen)
         self.path = path
@@ -119,12 +124,14 @@ class Lease:
     def check(self) -> None:
         """Raises Superseded if a later driver has started: its number is larger, and nothing else counts as one.
 
-        A file that cannot be read (a server that stutters, a handle that went stale) is tried again for PATIENCE_S seconds; then
-        OutputUnseen is raised.
+        A file that cannot be read (a server that stutters, a handle that went stale) is tried again for PATIENCE_S
+        seconds; then OutputUnseen is raised.
         """
         newest = self._newest()
         if newest > self.generation:
-            raise Superseded(f"{self.path}: generation {newest} has taken over from {self.generation}; nothing was written")
+            raise Superseded(
+                f"{self.path}: generation {newest} has taken over from {self.generation}; nothing was written"
+            )
 
     def _newest(self) -> int:
         end, wait = time.monotonic() + PATIENCE_S, 0.05
@@ -134,6 +141,8 @@ class Lease:
             except (OSError, ValueError) as error:
                 why = error
             if time.monotonic() + wait > end:
-                raise OutputUnseen(self.path, why)  # not from it: a ValueError among its causes would look like one to give up on
+                raise OutputUnseen(
+                    self.path, why
+                )  # not from it: a ValueError among its causes would look like one to give up on
             time.sleep(wait)
             wait = min(2 * wait, 2.0)

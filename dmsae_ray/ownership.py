@@ -1,7 +1,9 @@
-"""What in an output folder is ours: only that is ever removed, and only a folder without strangers under our names is taken.
+"""What in an output folder is ours: only that is ever removed, and only a folder without strangers under our names is
+taken.
 
-A folder is marked when it is first taken. Inside it, a file is ours by its place and whole name, as the table below has them: an output
-folder may be one that holds a person's own `data/`, or a link to another disk. Links are neither followed nor removed.
+A folder is marked when it is first taken. Inside it, a file is ours by its place and whole name, as the table below has
+them: an output folder may be one that holds a person's own `data/`, or a link to another disk. Links are neither
+followed nor removed.
 """
 
 from __future__ import annotations
@@ -72,9 +74,9 @@ def refuse_strangers(home: Path) -> None:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"output folder {home}: holds {', '.join(str(path.relative_to(home)) for path in found[:3])}{more}, which this program did not make, "
-            "under names that it would use. Nothing was touched; give --output a folder of its own, such as "
-            f"{home / 'dmsae_ray'}"
+            f"output folder {home}: holds {', '.join(str(path.relative_to(home)) for path in found[:3])}{more}, which "
+            "this program did not make, under names that it would use. Nothing was touched; give --output a folder of "
+            f"its own, such as {home / 'dmsae_ray'}"
         )
 
 
@@ -131,7 +133,8 @@ def temporaries(home: Path) -> list[Path]:
 
 
 def scratch(home: Path, generation: int) -> Path:
-    """A new folder for what Ray writes down for itself, after those of drivers that were killed are gone: nothing is ever read there.
+    """A new folder for what Ray writes down for itself, after those of drivers that were killed are gone: nothing is
+    ever read there.
 
     Raises ValueError if the name is taken by something that is not ours.
     """

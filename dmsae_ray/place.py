@@ -1,6 +1,8 @@
-"""Places that a configuration names: read against this process's folder, home and environment once, absolute ever after.
+"""Places that a configuration names: read against this process's folder, home and environment once, absolute ever
+after.
 
-A configuration travels to processes that run elsewhere, under another home. What it names there must be what it names here, so nothing
+A configuration travels to processes that run elsewhere, under another home. What it names there must be what it names
+here, so nothing
 below is asked again: a path is absolute, and whatever is still relative is no path but the id of something on the hub.
 """
 
@@ -32,13 +34,17 @@ def not_empty(value: Any) -> Any:
 
 
 def _path(value: Any) -> str | None:
-    """The text of a name that may be a path; None for whatever is none, such as a URL that holds a secret. Raises ValueError if empty."""
+    """The text of a name that may be a path; None for whatever is none, such as a URL that holds a secret. Raises
+    ValueError if empty.
+    """
     text = str(value) if isinstance(value, SecretUrl) else not_empty(value)
     return text if isinstance(text, str) and MASK not in masked(text) else None
 
 
 def absolute(value: Any) -> Any:
-    """A path, `~` and the working folder written out. Raises ValueError if it is empty or names a user who is not there."""
+    """A path, `~` and the working folder written out. Raises ValueError if it is empty or names a user who is not
+    there.
+    """
     if not isinstance(not_empty(value), str | Path):
         return value
     try:
@@ -56,10 +62,12 @@ def folder_or_url(value: Any) -> Any:
 
 
 def file_or_hub(value: Any, shipped: str) -> Any:
-    """What is on this machine, absolute; the name of what is shipped with the package, a URL or a hub id stays as it is.
+    """What is on this machine, absolute; the name of what is shipped with the package, a URL or a hub id stays as it
+    is.
 
-    Something on this machine comes before the hub. Decided here, where the name was given: another process may have a folder of that
-    name in its own working folder. A pattern of files stays one, whatever characters the working folder's own name has.
+    Something on this machine comes before the hub. Decided here, where the name was given: another process may have a
+    folder of that name in its own working folder. A pattern of files stays one, whatever characters the working
+    folder's own name has.
     """
     text = _path(value)
     if text is None or text == shipped or "://" in text:
@@ -89,5 +97,7 @@ def tracking_uri(value: Any) -> Any:
 
 
 def default_output(name: str) -> Path:
-    """Where what an experiment makes lies if its configuration does not say: `$DMSAE_RAY_HOME/<name>` or `~/dmsae_ray/<name>`."""
+    """Where what an experiment makes lies if its configuration does not say: `$DMSAE_RAY_HOME/<name>` or
+    `~/dmsae_ray/<name>`.
+    """
     return absolute(os.environ.get("DMSAE_RAY_HOME") or "~/dmsae_ray") / name

@@ -1,7 +1,8 @@
 """A path, id or URL that may hold a secret: a name and password before the host, a key or token among its options.
 
-It prints itself masked, wherever it is printed: `s3://***@bucket/prefix?region=us-east-1&secret_key=***`. Only `reveal` gives the whole.
-`scrub` does the same for texts of others (errors, tracebacks) that may repeat such a URL or a part of it. Imports nothing of ours.
+It prints itself masked, wherever it is printed: `s3://***@bucket/prefix?region=us-east-1&secret_key=***`. Only `reveal`
+gives the whole. `scrub` does the same for texts of others (errors, tracebacks) that may repeat such a URL or a part of
+it. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -20,15 +21,20 @@ from pydantic_core import core_schema
 
 MASK = "***"
 SHOWN = frozenset(
-    "region scheme endpoint_override background_writes allow_bucket_creation allow_bucket_deletion check_directory_existence_before_creation "
-    "tls_ca_file_path tls_verify_certificates force_virtual_addressing smart_defaults anonymous proxy retry_limit_seconds project_id "
-    "replication buffer_size default_block_size enable_tls blob_storage_authority dfs_storage_authority "
-    "host port dbname database driver charset sslmode ssl_mode connect_timeout timeout application_name mode cache uri "
+    "region scheme endpoint_override background_writes allow_bucket_creation allow_bucket_deletion "
+    "check_directory_existence_before_creation tls_ca_file_path tls_verify_certificates force_virtual_addressing "
+    "smart_defaults anonymous proxy retry_limit_seconds project_id replication buffer_size default_block_size "
+    "enable_tls blob_storage_authority dfs_storage_authority host port dbname database driver charset sslmode ssl_mode "
+    "connect_timeout timeout application_name mode cache uri "
     "versionId revision format".split()
 )
-"""Options of URLs whose values are shown. Any other's may be a secret, whatever its name: they differ from vendor to vendor."""
+"""Options of URLs whose values are shown. Any other's may be a secret, whatever its name: they differ from vendor to
+vendor.
+"""
 SHORTEST = 4
-"""Characters of the shortest secret that `scrub` looks for by itself: every `a` of a text masked would hide the text, not the secret."""
+"""Characters of the shortest secret that `scrub` looks for by itself: every `a` of a text masked would hide the text,
+not the secret.
+"""
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*:/{0,2}")
 _OPTIONS = re.compile(r"[?#][\w.\[\]%+-]+=")
 _IN_TEXT = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>`]+")
@@ -53,8 +59,8 @@ class SecretUrl:
         """
         if MASK in self._url:
             raise ValueError(
-                f"{self._url}: {MASK} stands for a secret that is not kept in files; give the whole URL again, in the file of --config or on "
-                "the command line"
+                f"{self._url}: {MASK} stands for a secret that is not kept in files; give the whole URL again, in the "
+                "file of --config or on the command line"
             )
         return self._url
 
@@ -120,7 +126,13 @@ def masked(text: str) -> str:
     if found is None:
         bare = rest.partition("?")
         # An option without a name is one as well, but a database's file may have such a name.
-        hidden = bool(bare[2]) and scheme is not None and head.endswith(("//", "@")) and not rest.startswith("/") and bare[2] not in SHOWN
+        hidden = (
+            bool(bare[2])
+            and scheme is not None
+            and head.endswith(("//", "@"))
+            and not rest.startswith("/")
+            and bare[2] not in SHOWN
+        )
         return f"{head}{bare[0]}?{MASK}" if hidden else head + rest
     place, options = rest[: found.start()], rest[found.start() :]
     return head + place + re.sub(r"([?&;#])([^=&;#]*)(=?)([^&;#]*)", _option, options)
@@ -135,7 +147,9 @@ def scrub(text: str) -> str:
 
 
 def scrub_files(*places: Path) -> None:
-    """Take the secrets that this process has seen out of logs of others: these files, and all files below these folders."""
+    """Take the secrets that this process has seen out of logs of others: these files, and all files below these
+    folders.
+    """
     secrets = sorted((secret.encode() for secret in _known), key=len, reverse=True)
     for place in places if secrets else ():
         for path in [place, *place.rglob("*")] if place.is_dir() else [place]:
@@ -154,7 +168,8 @@ def print_scrubbed(kind: type[BaseException], error: BaseException, trace: Trace
 def _credentials(rest: str) -> int:
     """Where the host begins in what follows a scheme: beyond the last @ of name and password, 0 if there are none.
 
-    A password may hold / ? # and @, which belong quoted there but come as they are: rather too much is masked than too little.
+    A password may hold / ? # and @, which belong quoted there but come as they are: rather too much is masked than too
+    little.
     """
     authority = re.match(r"[^/?#]*", rest)[0]
     if ":" not in authority:
@@ -188,4 +203,6 @@ def _secrets(url: str) -> set[str]:
             elif "@" in unquote(value):
                 found |= _secrets(unquote(value))
     found -= {"", MASK}
-    return {form for secret in found for form in (secret, unquote(secret), quote(secret, safe="")) if len(form) >= SHORTEST}
+    return {
+        form for secret in found for form in (secret, unquote(secret), quote(secret, safe="")) if len(form) >= SHORTEST
+    }

@@ -1,6 +1,7 @@
 """Signals that ask a command to stop: Ctrl-C, and what scancel, docker stop, Kubernetes and a closed terminal send.
 
-Each becomes a KeyboardInterrupt, so that there is one way out: what is at work is closed, and the command ends with `INTERRUPTED`.
+Each becomes a KeyboardInterrupt, so that there is one way out: what is at work is closed, and the command ends with
+`INTERRUPTED`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """While open, and for a command it decorates, the signals mean KeyboardInterrupt; those that are ignored (nohup) stay so."""
+    """While open, and for a command it decorates, the signals mean KeyboardInterrupt; those that are ignored (nohup)
+    stay so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python takes signals in its main thread only
         return
@@ -47,8 +50,8 @@ def stoppable() -> Iterator[None]:
 def keeping_signals(function: Callable[P, T]) -> Callable[P, T]:
     """A function after which the signals' handlers are the same as before.
 
-    `ray.init` puts its own in their place, in Python and below it: one that is made for crashes and aborts the process three seconds
-    after a SIGTERM, whatever the process does meanwhile.
+    `ray.init` puts its own in their place, in Python and below it: one that is made for crashes and aborts the process
+    three seconds after a SIGTERM, whatever the process does meanwhile.
     """
 
     @functools.wraps(function)
@@ -68,8 +71,8 @@ def keeping_signals(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """While open, the signals do nothing: around `ray.shutdown`, which takes every handler away below Python and then ends its
-    processes for a second or two, in which a second signal would end the command half-way.
+    """While open, the signals do nothing: around `ray.shutdown`, which takes every handler away below Python and then
+    ends its processes for a second or two, in which a second signal would end the command half-way.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -103,7 +106,8 @@ class _Handler:
     def __call__(self, number: int, frame: object) -> None:
         now = time.monotonic()
         self._first = self._first or now
-        # What is being handled while this runs tells whether the way out has begun; an interrupt that got lost is raised again.
+        # What is being handled while this runs tells whether the way out has begun; an interrupt that got lost is
+        # raised again.
         cleaning = any(isinstance(link, KeyboardInterrupt) for link in causes(sys.exc_info()[1], contexts=True))
         if cleaning and now - self._first < CLEANING_S:
             return

@@ -1,4 +1,6 @@
-"""python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree. The work is in driver/sweep_run.py."""
+"""python -m dmsae_ray.sweep: harvest, distil, compare, and say how far the cores agree. The work is in
+driver/sweep_run.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from dmsae_ray.driver.session import door
 
 @door(SweepCommand, interrupted="the same command continues where this one stopped")
 def main(command: SweepCommand) -> int:
-    """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command continues)."""
+    """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command
+    continues).
+    """
     if command.status or command.clean:
         from dmsae_ray.driver.housekeeping import clean, status
 

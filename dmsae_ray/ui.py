@@ -26,14 +26,29 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"MLflow: http://{HOST}:{port}/{place} (experiment {config.track.experiment} of {config.home}; Ctrl-C ends it)", flush=True)
+    print(
+        f"MLflow: http://{HOST}:{port}/{place} (experiment {config.track.experiment} of {config.home}; Ctrl-C ends it)",
+        flush=True,
+    )
     # Named from its own folder: MLflow would make folders of what is quoted in a URL.
     os.chdir(config.home)
     os.execv(
         sys.executable,
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{NAME}", "--artifacts-destination", ARTIFACTS,
-         "--host", HOST, "--port", str(port)],
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            f"sqlite:///{NAME}",
+            "--artifacts-destination",
+            ARTIFACTS,
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+        ],
+    )
 
 
 def free_port(name: str) -> int:
@@ -41,13 +56,15 @@ def free_port(name: str) -> int:
     if not name.isdecimal() or not 0 < int(name) < 1 << 16:
         raise ValueError(f"MLFLOW_PORT {name!r}: not a port, a number from 1 to 65535")
     with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself: one that has just ended does not count
+        server.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the server itself: one that has just ended does not count
         try:
             server.bind((HOST, int(name)))
         except OSError as error:
             raise ValueError(
-                f"port {name} of {HOST}: {error.strerror}, perhaps by an MLflow that was started before; stop that, or choose another port with "
-                "MLFLOW_PORT=5001"
+                f"port {name} of {HOST}: {error.strerror}, perhaps by an MLflow that was started before; stop that, or "
+                "choose another port with MLFLOW_PORT=5001"
             ) from error
     return int(name)
 
@@ -56,14 +73,20 @@ def runs_of(config: Config) -> str:
     """Where the experiment's runs are, in MLflow's page. Raises ValueError if there are none."""
     database = database_of(config.home)
     if not database.exists():
-        raise ValueError(f"{database}: nothing logged yet; run python -m dmsae_ray.sweep first, or give --output the folder of a sweep")
+        raise ValueError(
+            f"{database}: nothing logged yet; run python -m dmsae_ray.sweep first, or give --output the folder of a "
+            "sweep"
+        )
     try:
         follow_move(database, config.home)
         experiment = experiment_id(config.home, config.track.experiment)
     except (OSError, sqlite3.Error) as error:
         raise ValueError(f"{database}: cannot be read ({error})") from error
     if experiment is None:
-        raise ValueError(f"{database}: has no experiment {config.track.experiment!r}; give --track.experiment the name of one that it has")
+        raise ValueError(
+            f"{database}: has no experiment {config.track.experiment!r}; give --track.experiment the name of one "
+            "that it has"
+        )
     return f"#/experiments/{experiment}/runs"
 
 

@@ -2,11 +2,13 @@
 
     python jobs/bench_attribution.py --output jobs/bench_attribution.md
 
-The unit, 1, is one forward of the whole model plus one forward and backward of the blocks above the hook, on the same tokens.
-The bound is 1.3: attribution needs the lower blocks once and the upper ones forward and backward, so an SAE may cost the
-upper blocks' second forward and 0.3 more. Repetitions take turns in one process and medians are shown, so that the ratio holds where a
-shared machine's speed drifts. Two models: the small one that is shipped, as the quickstart uses it, and a random one of Gemma-2's
-architecture at GPT-2's size, with an SAE of width 16 384. SAEs are untrained, with the threshold at which k latents per token
+The unit, 1, is one forward of the whole model plus one forward and backward of the blocks above the hook, on the same
+tokens.
+The bound is 1.3: attribution needs the lower blocks once and the upper ones forward and backward, so an SAE may cost
+the upper blocks' second forward and 0.3 more. Repetitions take turns in one process and medians are shown, so that the
+ratio holds where a shared machine's speed drifts. Two models: the small one that is shipped, as the quickstart uses it,
+and a random one of Gemma-2's architecture at GPT-2's size, with an SAE of width 16 384. SAEs are untrained, with the
+threshold at which k latents per token
 are active: what is timed depends on their number, not on what they mean.
 """
 
@@ -33,8 +35,10 @@ from dmsae_ray.sae.threshold import calibrate
 
 BOUND = 1.3
 VARIANTS = {
-    "default": AttributionSettings(), "keep_error": AttributionSettings(splice="keep_error"), "candidates all": AttributionSettings(candidates="all"),
-}  # fmt: skip
+    "default": AttributionSettings(),
+    "keep_error": AttributionSettings(splice="keep_error"),
+    "candidates all": AttributionSettings(candidates="all"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,14 @@ def folder_of(case: Case, scratch: Path) -> str:
 
     torch.manual_seed(0)
     shape = Gemma2Config(
-        hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=4, head_dim=96,
+        hidden_size=768,
+        num_hidden_layers=12,
+        intermediate_size=3072,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=96,
         vocab_size=4096,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(shape).save_pretrained(scratch)
     for file in TINY.glob("token*"):
         shutil.copy(file, scratch)
@@ -73,7 +82,9 @@ def shard_of(case: Case, lm: LanguageModel) -> tuple[torch.Tensor, torch.Tensor]
     """Full sequences of the shipped text."""
     rows = []
     for document in load_documents("embedded"):
-        ids = lm.tokenizer(document.text[: 20 * case.context], add_special_tokens=False)["input_ids"][: case.context - 1]
+        ids = lm.tokenizer(document.text[: 20 * case.context], add_special_tokens=False)["input_ids"][
+            : case.context - 1
+        ]
         if len(ids) == case.context - 1:
             rows.append([lm.bos_id, *ids])
         if len(rows) == case.sequences:
@@ -111,7 +122,10 @@ def measure(case: Case, repeats: int, scratch: Path) -> list[list[str]]:
         value_NTD = cut.value_BTD.clone().requires_grad_(True)
         torch.autograd.grad(lm.loss(cut, value_NTD, ids_NT, lengths_N), value_NTD)
 
-    parts: dict[str, Callable[[], object]] = {"whole forward": whole_forward, "upper forward and backward": upper_forward_and_backward}
+    parts: dict[str, Callable[[], object]] = {
+        "whole forward": whole_forward,
+        "upper forward and backward": upper_forward_and_backward,
+    }
     for name, settings in VARIANTS.items():
         parts[name] = lambda settings=settings: attribute(sae, lm, ids_NT, lengths_N, scale, settings)
     seconds: dict[str, list[float]] = {name: [] for name in parts}
@@ -126,13 +140,19 @@ def measure(case: Case, repeats: int, scratch: Path) -> list[list[str]]:
         ratios = sorted(took / one for took, one in zip(seconds[name], unit, strict=True))
         row = [case.name, name, str(candidates_of(sae, settings)), f"{1000 * statistics.median(seconds[name]):.0f}"]
         table.append([*row, f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
-        print(" | ".join(table[-1]), "" if statistics.median(ratios) <= BOUND else f"over the bound of {BOUND}", flush=True)
+        print(
+            " | ".join(table[-1]),
+            "" if statistics.median(ratios) <= BOUND else f"over the bound of {BOUND}",
+            flush=True,
+        )
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the table there; what stands below the marker in that file is kept")
+    parser.add_argument(
+        "--output", type=Path, help="write the table there; what stands below the marker in that file is kept"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -153,7 +173,10 @@ MARKER = "<!-- below: kept by hand -->"
 
 def write(path: Path, lines: list[str], args: argparse.Namespace) -> None:
     kept = path.read_text().partition(MARKER)[2] if path.exists() else "\n"
-    said = f"{args.threads} thread(s), torch {torch.__version__}, CPU. Medians of {args.repeats} interleaved rounds; a ratio is taken within its round."
+    said = (
+        f"{args.threads} thread(s), torch {torch.__version__}, CPU. Medians of {args.repeats} interleaved rounds; a "
+        "ratio is taken within its round."
+    )
     command = f"Made by `python jobs/bench_attribution.py --output {path}`."
     path.write_text("\n".join(["# Cost of scoring a shard", "", command, "", said, "", *lines, "", MARKER]) + kept)
 

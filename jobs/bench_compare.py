@@ -1,11 +1,12 @@
-"""What comparing two chains costs, by core size, width and draws, and what is saved where pairs have a chain or the sizes in common.
+"""What comparing two chains costs, by core size, width and draws, and what is saved where pairs have a chain or the
+sizes in common.
 
     python jobs/bench_compare.py --output jobs/bench_compare.md
 
-Chains are made at random: what is timed does not depend on what latents mean. Each case is one comparer and three chains. `first` is
-a pair of which nothing is known; `one known` a pair with one known chain, of sizes that are new; `both known` a pair of known chains
-and sizes, the usual one in a sweep of many chains. Columns after it say what `first` is made of. Rediscovery is the search for the two
-cores' latents and their matched ones in one plain SAE.
+Chains are made at random: what is timed does not depend on what latents mean. Each case is one comparer and three
+chains. `first` is a pair of which nothing is known; `one known` a pair with one known chain, of sizes that are new;
+`both known` a pair of known chains and sizes, the usual one in a sweep of many chains. Columns after it say what
+`first` is made of. Rediscovery is the search for the two cores' latents and their matched ones in one plain SAE.
 """
 
 from __future__ import annotations
@@ -46,9 +47,15 @@ class Case:
 
 BASE = Case()
 CASES = [
-    Case(d=128, width=2048, core=30), BASE, replace(BASE, core=25), replace(BASE, core=400), replace(BASE, width=32_768),
-    replace(BASE, draws=50), replace(BASE, rows=65_536), replace(BASE, matched=4096),
-]  # fmt: skip
+    Case(d=128, width=2048, core=30),
+    BASE,
+    replace(BASE, core=25),
+    replace(BASE, core=400),
+    replace(BASE, width=32_768),
+    replace(BASE, draws=50),
+    replace(BASE, rows=65_536),
+    replace(BASE, matched=4096),
+]
 
 
 def made(seed: int, case: Case) -> ChainResult:
@@ -58,15 +65,30 @@ def made(seed: int, case: Case) -> ChainResult:
     def latents() -> Latents:
         W_FD = torch.nn.functional.normalize(torch.randn(case.width, case.d, generator=generator), dim=1)
         density_F = torch.rand(case.width, generator=generator) * 0.1 + 0.001
-        return Latents(W_FD, W_FD, torch.zeros(case.width), torch.full((case.width,), 0.05), density_F, torch.zeros(case.d), 1.0)
+        return Latents(
+            W_FD, W_FD, torch.zeros(case.width), torch.full((case.width,), 0.05), density_F, torch.zeros(case.d), 1.0
+        )
 
     sae, size = latents(), case.core + seed
     ids_C = torch.arange(size)
     core = Core(
-        W_enc_CD=sae.W_enc_ND[ids_C], W_dec_CD=sae.W_dec_ND[ids_C], b_enc_C=torch.zeros(size), b_dec_D=torch.zeros(case.d),
-        scores_C=torch.rand(size, generator=generator), density_C=sae.density_N[ids_C], latent_ids_C=ids_C, theta=0.05, scale=1.0,
-        hook="h", model="m", cycle=2, seed=seed, k=16, entered_C=torch.full((size,), 2), selected=((2,),) * size,
-    )  # fmt: skip
+        W_enc_CD=sae.W_enc_ND[ids_C],
+        W_dec_CD=sae.W_dec_ND[ids_C],
+        b_enc_C=torch.zeros(size),
+        b_dec_D=torch.zeros(case.d),
+        scores_C=torch.rand(size, generator=generator),
+        density_C=sae.density_N[ids_C],
+        latent_ids_C=ids_C,
+        theta=0.05,
+        scale=1.0,
+        hook="h",
+        model="m",
+        cycle=2,
+        seed=seed,
+        k=16,
+        entered_C=torch.full((size,), 2),
+        selected=((2,),) * size,
+    )
     chain = ChainIdentity(f"seed{seed}", "base", seed, seed, None, 16, "")
     return ChainResult(chain, core, sae, ids_C, latents(), torch.arange(2 * size))
 
@@ -97,7 +119,9 @@ def measure(case: Case, repeats: int) -> list[str]:
         note("both known", lambda: comparer.pair(sides[1], sides[2]))
         fresh = Comparer(rows_RD, settings)
         note("covariance", lambda: fresh.covariance.of((a.core.size, b.core.size), 0.0, 0.0))
-        note("matched density", lambda: [FreeDraws.of(one.sae, one.core_ids_C, case.draws, 0, rows_RD) for one in (a, b)])
+        note(
+            "matched density", lambda: [FreeDraws.of(one.sae, one.core_ids_C, case.draws, 0, rows_RD) for one in (a, b)]
+        )
         note("dictionary", lambda: hungarian(a.sae.W_dec_ND[: case.matched], b.sae.W_dec_ND[: case.matched]))
         named = [NamedCore(one.label, one.chain.seed, one.core) for one in (a, b)]
         found = [sought(one, chain.sae, 0) for one, chain in zip(named, (a, b), strict=True)]
@@ -114,7 +138,9 @@ def measure(case: Case, repeats: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the table there; what stands below the marker in that file is kept")
+    parser.add_argument(
+        "--output", type=Path, help="write the table there; what stands below the marker in that file is kept"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -122,7 +148,12 @@ def main() -> None:
     table = [measure(case, args.repeats) for case in CASES]
     if args.output is not None:
         columns = ["d/width/core/draws/rows/matched", "first", "one known", "both known", "both known : first"]
-        columns += ["covariance, once per sizes", "density draws, two chains", "dictionaries, of three", "re-discovery, one SAE"]
+        columns += [
+            "covariance, once per sizes",
+            "density draws, two chains",
+            "dictionaries, of three",
+            "re-discovery, one SAE",
+        ]
         lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in table]
         write(args.output, lines, args)

@@ -7,8 +7,8 @@ harvest   shards against the bare forward pass of the same model to the same blo
 stream    rows through Ray Data against a raw pyarrow read of the same row groups, in the same order, repetitions taking turns
 chain     one chain of the quickstart: share of training spent waiting for data, time to the first batch of each cycle
 
-The stream is measured twice: as blocks handed over (what a raw read gives, though every byte of ours is hashed), and as the fp32
-batches that training takes (gathered in the order's permutation, hashed again, converted, scaled). "Raw" is
+The stream is measured twice: as blocks handed over (what a raw read gives, though every byte of ours is hashed), and as
+the fp32 batches that training takes (gathered in the order's permutation, hashed again, converted, scaled). "Raw" is
 `ParquetFile(memory_map=True).read_row_group(use_threads=False)` in one thread.
 Everything is in the page cache: the disk is not what is measured.
 """
@@ -66,14 +66,28 @@ def random_dataset(folder: Path, gigabytes: float) -> ActivationDataset:
     shards = max(1, round(gigabytes * 1e9 / (rows_ND.nbytes)))
     about, positions = {"dataset": "bench"}, {"bos": 0, "padding": 0, "outlier": 0, "unused": 0}
     entries = [
-        writer.write(store, f"shards/train-{i:05d}.parquet", rows_ND.roll(i, 0), ROWS_PER_GROUP, about, positions) for i in range(shards)
+        writer.write(store, f"shards/train-{i:05d}.parquet", rows_ND.roll(i, 0), ROWS_PER_GROUP, about, positions)
+        for i in range(shards)
     ]
     held_ND = rows_ND[: 2 * ROWS_PER_GROUP]
     calibration = writer.write(store, "shards/calibration.parquet", held_ND, ROWS_PER_GROUP, about, positions)
     Manifest(
-        key="bench", model="random", model_fingerprint="", corpus_fingerprint="", hook="", d=D, dtype="bfloat16", context=0, seed=0,
-        rows_per_group=ROWS_PER_GROUP, positions=positions, shards=entries, calibration=calibration, fields={}, **statistics_of(held_ND),
-    ).save(store)  # fmt: skip
+        key="bench",
+        model="random",
+        model_fingerprint="",
+        corpus_fingerprint="",
+        hook="",
+        d=D,
+        dtype="bfloat16",
+        context=0,
+        seed=0,
+        rows_per_group=ROWS_PER_GROUP,
+        positions=positions,
+        shards=entries,
+        calibration=calibration,
+        fields={},
+        **statistics_of(held_ND),
+    ).save(store)
     return ActivationDataset(store)
 
 
@@ -96,7 +110,9 @@ class StorePeak:
 
         (node,) = ray.nodes()
         while not self._stop.wait(0.05):
-            stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
+            stats = node_stats(
+                node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False
+            ).store_stats
             self.mb = max(self.mb, stats.object_store_bytes_used >> 20)
 
 
@@ -125,7 +141,9 @@ def read_blocks(stream: Stream, order: Order) -> tuple[float, float, float]:
 
 
 def read_batches(stream: Stream, order: Order, rest_s: float = 0.0) -> tuple[float, float, float]:
-    """As read_blocks, of fp32 batches; bytes are the stored rows'. rest_s: pause after each batch, as of a slow training step."""
+    """As read_blocks, of fp32 batches; bytes are the stored rows'. rest_s: pause after each batch, as of a slow
+    training step.
+    """
     steps = order.rounds_per_pass * order.batches_per_round
     batch_bytes = order.batch * stream.dataset.manifest.row_bytes
     start, first = time.perf_counter(), None
@@ -147,9 +165,12 @@ def bench_stream(arguments: argparse.Namespace) -> str:
         stream = Stream(dataset, dataset.units(), 0, 1, StreamLimits(arguments.object_store_mb))
 
         def order(cycle: int) -> Order:
-            return Order(n_units=len(stream.units), unit_rows=ROWS_PER_GROUP, batch=2048, lanes=8, data_seed=0, cycle=cycle)
+            return Order(
+                n_units=len(stream.units), unit_rows=ROWS_PER_GROUP, batch=2048, lanes=8, data_seed=0, cycle=cycle
+            )
 
-        # Warm: page cache, read processes, and the store's memory, which the system gives out page by page at first use.
+        # Warm: page cache, read processes, and the store's memory, which the system gives out page by page at first
+        # use.
         read_raw(dataset, order(0))
         cold = read_blocks(stream, order(0))[2]
         read_blocks(stream, order(1))
@@ -170,20 +191,43 @@ def bench_stream(arguments: argparse.Namespace) -> str:
 
     raw = median("raw", 0)
     ratios = {name: statistics.median(e[0] / r[0] for e, r in zip(found[name], found["raw"])) for name in found}
-    steady = {name: statistics.median(e[1] / r[0] for e, r in zip(found[name], found["raw"])) for name in ("blocks", "batches")}
+    steady = {
+        name: statistics.median(e[1] / r[0] for e, r in zip(found[name], found["raw"]))
+        for name in ("blocks", "batches")
+    }
     rows = [["raw pyarrow read, one thread", f"{raw / 1e9:.2f}", "1.00", "", ""]]
     for name, text in (("blocks", "stream, blocks of stored rows"), ("batches", "stream, fp32 batches")):
         spread = (max(e[0] for e in found[name]) - min(e[0] for e in found[name])) / median(name, 0)
-        rows.append([text, f"{median(name, 0) / 1e9:.2f}", f"{ratios[name]:.2f}", f"{steady[name]:.2f}", f"{median(name, 2):.2f} ({spread:.0%})"])
-    return "\n\n".join([
-        f"### Stream: a pass of {size / 1e9:.1f} GB, d = {D}, row groups of {ROWS_PER_GROUP}, batch 2048, 8 lanes, "
-        f"{arguments.object_store_mb} MB of object store",
-        table(["", "GB/s of the whole pass", "ratio to raw", "ratio after the first block", "first block or batch, s (spread of GB/s)"], rows),
-        f"First block of a cold cluster, whose read processes have yet to start: {cold:.1f} s. Peak of the object store {busy.mb} MB, with a "
-        f"consumer that rests 20 ms a batch {slow.mb} MB, of {arguments.object_store_mb} MB allowed; peak resident memory of the reading "
-        f"process, shared memory that it has touched included, {peak_rss_mb()} MB. On disk a row takes {size / (len(stream.units) * ROWS_PER_GROUP):.1f} bytes, "
-        f"{2 * D} of them values.",
-    ])  # fmt: skip
+        rows.append(
+            [
+                text,
+                f"{median(name, 0) / 1e9:.2f}",
+                f"{ratios[name]:.2f}",
+                f"{steady[name]:.2f}",
+                f"{median(name, 2):.2f} ({spread:.0%})",
+            ]
+        )
+    return "\n\n".join(
+        [
+            f"### Stream: a pass of {size / 1e9:.1f} GB, d = {D}, row groups of {ROWS_PER_GROUP}, batch 2048, 8 lanes, "
+            f"{arguments.object_store_mb} MB of object store",
+            table(
+                [
+                    "",
+                    "GB/s of the whole pass",
+                    "ratio to raw",
+                    "ratio after the first block",
+                    "first block or batch, s (spread of GB/s)",
+                ],
+                rows,
+            ),
+            f"First block of a cold cluster, whose read processes have yet to start: {cold:.1f} s. Peak of the object "
+            f"store {busy.mb} MB, with a consumer that rests 20 ms a batch {slow.mb} MB, of "
+            f"{arguments.object_store_mb} MB allowed; peak resident memory of the reading process, shared memory that "
+            f"it has touched included, {peak_rss_mb()} MB. On disk a row takes "
+            f"{size / (len(stream.units) * ROWS_PER_GROUP):.1f} bytes, {2 * D} of them values.",
+        ]
+    )
 
 
 # -- harvest -----------------------------------------------------------------------------------------------------------
@@ -195,11 +239,38 @@ def bench_harvest(arguments: argparse.Namespace) -> str:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
             random_gemma(Path(folder))
             flags = [
-                "--model.name", folder, "--model.hook", "blocks.12.hook_resid_post", "--model.dtype", "bfloat16", "--model.context", "1024",
-                "--harvest.dtype", "bfloat16", "--harvest.gpus_per_actor", "1", "--harvest.sequences_per_forward", "16",
-                "--harvest.rows_per_group", "4096", "--harvest.rows_per_shard", "131072", "--harvest.tokens", "1048576", "--corpus.packing", "concatenate",
-            ]  # fmt: skip
-            parts.append(harvest_ratio(f"Gemma-2-2B, random weights, {torch.cuda.get_device_name()}", flags, "cuda", arguments.repeats, arguments.scratch))
+                "--model.name",
+                folder,
+                "--model.hook",
+                "blocks.12.hook_resid_post",
+                "--model.dtype",
+                "bfloat16",
+                "--model.context",
+                "1024",
+                "--harvest.dtype",
+                "bfloat16",
+                "--harvest.gpus_per_actor",
+                "1",
+                "--harvest.sequences_per_forward",
+                "16",
+                "--harvest.rows_per_group",
+                "4096",
+                "--harvest.rows_per_shard",
+                "131072",
+                "--harvest.tokens",
+                "1048576",
+                "--corpus.packing",
+                "concatenate",
+            ]
+            parts.append(
+                harvest_ratio(
+                    f"Gemma-2-2B, random weights, {torch.cuda.get_device_name()}",
+                    flags,
+                    "cuda",
+                    arguments.repeats,
+                    arguments.scratch,
+                )
+            )
     else:
         parts.append(["Gemma-2-2B, random weights, on a GPU", "not measured", "not measured", "not measured", ""])
     return "### Harvest: rows written against the bare forward pass to the same block\n\n" + table(
@@ -224,7 +295,14 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
         tokenizer = load_tokenizer(config.model.name)
         sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, home / "tokens")["train"]
         harvest = config.harvest
-        plans = plan_shards(sequences.rows, harvest.tokens, harvest.calibration_tokens, harvest.rows_per_shard, harvest.rows_per_group, 0)[1:]
+        plans = plan_shards(
+            sequences.rows,
+            harvest.tokens,
+            harvest.calibration_tokens,
+            harvest.rows_per_shard,
+            harvest.rows_per_group,
+            0,
+        )[1:]
         target = Target(config.model.hook, Store(home / "data"), {"dataset": "bench"})
         maker = ShardMaker(config, [target], str(home / "tokens" / "train.safetensors"), plans[0])
         bare = bare_forward(maker, sequences, device)
@@ -268,13 +346,17 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
 
 
 def bare_forward(maker: ShardMaker, sequences, device: str) -> Callable[[ShardPlan], None]:
-    """The transformers model cut after the hook's block, over the plan's sequences in the same batches; results are dropped."""
+    """The transformers model cut after the hook's block, over the plan's sequences in the same batches; results are
+    dropped.
+    """
     from transformers import AutoModelForCausalLM
 
     from dmsae_ray.lm.source import local_folder
 
     model = maker.config.model
-    bare = AutoModelForCausalLM.from_pretrained(local_folder(model.name), dtype=getattr(torch, model.dtype), attn_implementation="eager")
+    bare = AutoModelForCausalLM.from_pretrained(
+        local_folder(model.name), dtype=getattr(torch, model.dtype), attn_implementation="eager"
+    )
     bare.model.layers = bare.model.layers[: maker.lm.layer + 1]
     bare.model.norm = torch.nn.Identity()
     bare = bare.to(device).eval().requires_grad_(False)
@@ -299,13 +381,30 @@ def bench_chain(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         for seeds in ("0", "0,1"):
             home = Path(folder) / seeds
-            command = [sys.executable, "-m", "dmsae_ray.sweep", "--output", str(home), "--sweep.seeds", seeds, "--sweep.k", "16", "--sweep.cycles", "3"]
+            command = [
+                sys.executable,
+                "-m",
+                "dmsae_ray.sweep",
+                "--output",
+                str(home),
+                "--sweep.seeds",
+                seeds,
+                "--sweep.k",
+                "16",
+                "--sweep.cycles",
+                "3",
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             for cycle in range(3):
-                records = [json.loads(path.read_text()) for path in sorted(home.glob(f"chains/*/cycle_{cycle:02d}/record.json"))]
+                records = [
+                    json.loads(path.read_text())
+                    for path in sorted(home.glob(f"chains/*/cycle_{cycle:02d}/record.json"))
+                ]
                 waits, firsts = [r["data_wait_share"] for r in records], [r["first_batch_s"] for r in records]
                 name = f"{len(records)} chain(s), cycle {cycle}" + (" (cold)" if cycle == 0 else "")
-                rows.append([name, f"{max(waits):.1%}", f"{max(firsts):.3f}", f"{min(r['tokens_per_s'] for r in records):,.0f}"])
+                rows.append(
+                    [name, f"{max(waits):.1%}", f"{max(firsts):.3f}", f"{min(r['tokens_per_s'] for r in records):,.0f}"]
+                )
     return "### Quickstart: waiting for data (the worse chain of each row)\n\n" + table(
         ["", "share of the training phase", "first batch, s", "tokens/s"], rows
     )
@@ -320,7 +419,10 @@ def machine() -> str:
     import pyarrow
     import ray
 
-    return f"{model}, {len(os.sched_getaffinity(0))} cores; ray {ray.__version__}, pyarrow {pyarrow.__version__}, torch {torch.__version__}"
+    return (
+        f"{model}, {len(os.sched_getaffinity(0))} cores; ray {ray.__version__}, pyarrow {pyarrow.__version__}, torch "
+        f"{torch.__version__}"
+    )
 
 
 def main() -> None:
@@ -335,7 +437,11 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     command = "python jobs/bench_data.py " + " ".join(sys.argv[1:])
-    parts = ["# Cost of the data plane", f"Made by `{command.strip()}`.", f"{machine()}. Medians of {arguments.repeats} repetitions that take turns."]
+    parts = [
+        "# Cost of the data plane",
+        f"Made by `{command.strip()}`.",
+        f"{machine()}. Medians of {arguments.repeats} repetitions that take turns.",
+    ]
     for name in arguments.parts:
         parts.append(PARTS[name](arguments))
         print(parts[-1], end="\n\n", flush=True)

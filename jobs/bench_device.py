@@ -1,13 +1,16 @@
-"""What one training step costs on a GPU, beside its lower bounds and the other systems: `jobs/bench_step.py --device cuda`.
+"""What one training step costs on a GPU, beside its lower bounds and the other systems: `jobs/bench_step.py --device
+cuda`.
 
-The step cannot be faster than the bf16 encoder product alone, nor than moving what it has to move: every trained number's gradient
-is written and read once, the number itself and both of Adam's means are read and written once, and the encoder's bf16 copy is read
-and written once. The bandwidth for the latter is that of copying 1 GiB on the same device. The larger of the two is the roofline.
+The step cannot be faster than the bf16 encoder product alone, nor than moving what it has to move: every trained
+number's gradient is written and read once, the number itself and both of Adam's means are read and written once, and
+the encoder's bf16 copy is read and written once. The bandwidth for the latter is that of copying 1 GiB on the same
+device. The larger of the two is the roofline.
 
 Other systems run under bf16 autocast, which their training loops offer. Every row is measured alone, after a warm-up,
-as blocks of steps from an idle device to an idle device. Outlier rows are OUTLIER times as long as the others, not fifteen times as in
-the CPU's shapes: at this width a few such rows would take most of a batch's pairs. The profile names the kernels that take most of the
-device's time, how long the device had nothing to do, and every call that made the host wait.
+as blocks of steps from an idle device to an idle device. Outlier rows are OUTLIER times as long as the others, not
+fifteen times as in the CPU's shapes: at this width a few such rows would take most of a batch's pairs. The profile
+names the kernels that take most of the device's time, how long the device had nothing to do, and every call that made
+the host wait.
 """
 
 from __future__ import annotations
@@ -29,8 +32,12 @@ ROWS: dict[str, Callable[[Shape, str], Step]] = {
     PRODUCT: lambda shape, device: bench_step.product(shape, torch.bfloat16, device),
     OURS: lambda shape, device: bench_step.ours(shape, "bf16", dead=False, device=device),
     "ours, bf16 screen, a tenth dead": lambda shape, device: bench_step.ours(shape, "bf16", dead=True, device=device),
-    "ours, bf16 screen, plain torch": lambda shape, device: bench_step.ours(shape, "bf16", dead=False, kernels="torch", device=device),
-    "dictionary-learning, autocast": lambda shape, device: bench_step.dictionary_learning(shape, dead=False, device=device),
+    "ours, bf16 screen, plain torch": lambda shape, device: bench_step.ours(
+        shape, "bf16", dead=False, kernels="torch", device=device
+    ),
+    "dictionary-learning, autocast": lambda shape, device: bench_step.dictionary_learning(
+        shape, dead=False, device=device
+    ),
     "sae-lens, autocast": lambda shape, device: bench_step.sae_lens(shape, dead=False, device=device),
 }
 BLOCK = 5
@@ -80,13 +87,17 @@ def table(shape: Shape, repeats: int, device: str, bandwidth: float) -> str:
             missing.append(f"{name} (out of memory)")
     moved = bytes_moved(shape) / bandwidth * 1e3
     roofline = max(milliseconds[PRODUCT], moved)
-    lines = [f"| roofline (moving {bytes_moved(shape) / 1e9:.1f} GB alone: {moved:.2f}) | {roofline:.2f} |  | 1.00 |  |  |  |"]
+    lines = [
+        f"| roofline (moving {bytes_moved(shape) / 1e9:.1f} GB alone: {moved:.2f}) | {roofline:.2f} |  | 1.00 |  |  "
+        "|  |"
+    ]
     for name, ms in milliseconds.items():
         extra = extras[name] or {}
         lines.append(
             f"| {name} | {ms:.2f} | {shape.batch / ms * 1e3:,.0f} | {ms / roofline:.2f} | "
-            + (f"{extra['candidates']:.2f} | {extra['retries']:.0f}" if extra else " | ") + f" | {peaks[name]} |"
-        )  # fmt: skip
+            + (f"{extra['candidates']:.2f} | {extra['retries']:.0f}" if extra else " | ")
+            + f" | {peaks[name]} |"
+        )
     text = "\n".join([f"### d/width/batch/k = {shape}", "", HEAD, "|---|" + "---:|" * 6, *lines])
     return text + ("\n\nNOT RUN: " + "; ".join(missing) if missing else "")
 
@@ -131,24 +142,37 @@ def profile(shape: Shape, device: str, steps: int = 2 * BLOCK, shown: int = 12) 
     for event in recorded.events():
         if not on_device:
             spent[event.name] += event.self_cpu_time_total
-        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:  # a kernel, not what launched it
+        elif (
+            event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        ):  # a kernel, not what launched it
             spent[event.name] += event.self_device_time_total
     total = sum(spent.values())
     lines = ["| kernel | ms a step | share |", "|---|---:|---:|"]
-    lines += [f"| `{name[:90]}` | {us / steps / 1e3:.3f} | {us / total:.0%} |" for name, us in spent.most_common(shown) if us]
-    lines += ["", f"Busy for {total / 1e6 / elapsed:.0%} of {elapsed / steps * 1e3:.2f} ms a step (the profiler's own cost included)."]
+    lines += [
+        f"| `{name[:90]}` | {us / steps / 1e3:.3f} | {us / total:.0%} |" for name, us in spent.most_common(shown) if us
+    ]
+    lines += [
+        "",
+        f"Busy for {total / 1e6 / elapsed:.0%} of {elapsed / steps * 1e3:.2f} ms a step (the profiler's own cost "
+        "included).",
+    ]
     if on_device:
         lines.append(
             "Calls a step that make the host wait (one `cudaEventSynchronize`, for the step before, is meant): "
-            + (", ".join(waits(recorded, steps)) or "none") + "."
-        )  # fmt: skip
+            + (", ".join(waits(recorded, steps)) or "none")
+            + "."
+        )
     return "\n".join(lines)
 
 
 def waits(recorded: torch.profiler.profile, steps: int) -> list[str]:
-    """Calls that may have waited, with how often in a step; ours at the end of the profile and the profiler's own are not a step's."""
+    """Calls that may have waited, with how often in a step; ours at the end of the profile and the profiler's own are
+    not a step's.
+    """
     found = Counter(
-        event.name for event in recorded.events() if any(wait in event.name for wait in WAITS) and "Async" not in event.name
+        event.name
+        for event in recorded.events()
+        if any(wait in event.name for wait in WAITS) and "Async" not in event.name
     )
     found["cudaDeviceSynchronize"] -= 2
     return [f"{name} {count / steps:.1f}" for name, count in found.items() if count > 0]

@@ -4,14 +4,14 @@
     .venv-peers/bin/python jobs/bench_step.py --shapes 256/4096/1024/32 --repeats 15
     python jobs/bench_step.py --device cuda --output jobs/bench_step_gpu.md      on a GPU (bench_device.py says how)
 
-One process, the same batches, threads and shapes for every row; repetitions are interleaved and medians shown, so the ratios
-hold where a shared machine's speed drifts. Batches are sparse mixtures of directions with log-normal norms and a few outlier
-rows. All steps run at a learning rate so small that the weights stay what they are. "A tenth dead": every tenth latent is
-marked dead and its encoder row shrunk, so that it stays silent and AuxK has work to do. Peak memory is that of a fresh process
-that does this row only.
+One process, the same batches, threads and shapes for every row; repetitions are interleaved and medians shown, so the
+ratios hold where a shared machine's speed drifts. Batches are sparse mixtures of directions with log-normal norms and a
+few outlier rows. All steps run at a learning rate so small that the weights stay what they are. "A tenth dead": every
+tenth latent is marked dead and its encoder row shrunk, so that it stays silent and AuxK has work to do. Peak memory is
+that of a fresh process that does this row only.
 
-Needs dictionary-learning 0.1.0 and sae-lens in an environment of their own (`make .venv-peers/.ready`); rows whose package is
-missing are left out and named.
+Needs dictionary-learning 0.1.0 and sae-lens in an environment of their own (`make .venv-peers/.ready`); rows whose
+package is missing are left out and named.
 """
 
 from __future__ import annotations
@@ -98,7 +98,14 @@ def product(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Step:
 
 def settings_of(shape: Shape, **fields) -> SAESettings:
     return SAESettings(
-        d=shape.d, width=shape.width, k=shape.k, batch=shape.batch, lr=TINY_LR, warmup_steps=0, dead_window_tokens=NEVER, **fields
+        d=shape.d,
+        width=shape.width,
+        k=shape.k,
+        batch=shape.batch,
+        lr=TINY_LR,
+        warmup_steps=0,
+        dead_window_tokens=NEVER,
+        **fields,
     )
 
 
@@ -145,9 +152,19 @@ def dictionary_learning(shape: Shape, dead: bool, device: str = "cpu") -> Step:
 
     sizes = group_sizes(shape.width, SAESettings.__dataclass_fields__["prefix_fractions"].default)
     trainer = MatryoshkaBatchTopKTrainer(
-        steps=10**6, activation_dim=shape.d, dict_size=shape.width, k=shape.k, layer=0, lm_name="none", warmup_steps=0,
-        group_fractions=[size / shape.width for size in sizes], lr=TINY_LR, threshold_start_step=NEVER, seed=0, device=device,
-    )  # fmt: skip
+        steps=10**6,
+        activation_dim=shape.d,
+        dict_size=shape.width,
+        k=shape.k,
+        layer=0,
+        lm_name="none",
+        warmup_steps=0,
+        group_fractions=[size / shape.width for size in sizes],
+        lr=TINY_LR,
+        threshold_start_step=NEVER,
+        seed=0,
+        device=device,
+    )
     trainer.dead_feature_threshold = NEVER
     if dead:
         shrink_dead(trainer.ae.W_enc.data.t())
@@ -171,7 +188,9 @@ def sae_lens(shape: Shape, dead: bool, device: str = "cpu") -> Step:
     from sae_lens.saes.sae import TrainStepInput
 
     widths = list(accumulate(group_sizes(shape.width, SAESettings.__dataclass_fields__["prefix_fractions"].default)))
-    config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.width, k=shape.k, matryoshka_widths=widths, device=device)
+    config = MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=shape.d, d_sae=shape.width, k=shape.k, matryoshka_widths=widths, device=device
+    )
     sae = MatryoshkaBatchTopKTrainingSAE(config)
     if dead:
         shrink_dead(sae.W_enc.data.t())
@@ -258,7 +277,9 @@ def measure(shape: Shape, names: list[str], repeats: int, warmup: int = 3) -> tu
                     extras[name].append(step.extra(x))
     results = {}
     for name, times in seconds.items():
-        extra = {key: statistics.mean(e[key] for e in extras[name]) for key in (extras[name][0] if extras[name] else {})}
+        extra = {
+            key: statistics.mean(e[key] for e in extras[name]) for key in (extras[name][0] if extras[name] else {})
+        }
         middle = statistics.median(times)
         results[name] = Result(middle * 1e3, (max(times) - min(times)) / middle, extra)
     return results, missing
@@ -282,17 +303,19 @@ def high_water() -> float:
 def table(shape: Shape, results: dict[str, Result], memory: dict[str, float]) -> str:
     base = results["fp32 encoder product alone"].ms
     lines = [
-        f"### d/width/batch/k = {shape}", "",
-        "| step | ms | tokens/s | ratio to the fp32 product | spread | candidates per kept pair | retries per step | peak MiB |",
+        f"### d/width/batch/k = {shape}",
+        "",
+        "| step | ms | tokens/s | ratio to the fp32 product | spread | candidates per kept pair | retries per step | "
+        "peak MiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    ]
     for name, result in results.items():
         candidates = f"{result.extra['candidates']:.2f}" if result.extra else ""
         retries = f"{result.extra['retries']:.2f}" if result.extra else ""
         peak = f"{memory[name]:,.0f}" if not math.isnan(memory.get(name, math.nan)) else ""
         lines.append(
-            f"| {name} | {result.ms:.1f} | {shape.batch / result.ms * 1e3:,.0f} | {result.ms / base:.2f} | {result.spread:.0%} "
-            f"| {candidates} | {retries} | {peak} |"
+            f"| {name} | {result.ms:.1f} | {shape.batch / result.ms * 1e3:,.0f} | {result.ms / base:.2f} | "
+            f"{result.spread:.0%} | {candidates} | {retries} | {peak} |"
         )
     return "\n".join(lines)
 
@@ -322,7 +345,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", metavar="D/WIDTH/BATCH/K")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="rows to measure; the fp32 product always is")
+    parser.add_argument(
+        "--rows", nargs="+", default=list(ROWS), metavar="ROW", help="rows to measure; the fp32 product always is"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out: one process per row less")
@@ -350,11 +375,13 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown rows {unknown}; there are {list(ROWS)}")
     parts = [
-        "# Cost of one training step", "",
-        f"Made by `{command}` (`make bench` prepares the environment).", "",
-        f"{machine()}, {arguments.threads} threads; {versions()}. Medians of {arguments.repeats} interleaved repetitions (a "
-        f"third of them where a step takes over {SLOW_S:g} s); spread = (largest - smallest) / median.",
-    ]  # fmt: skip
+        "# Cost of one training step",
+        "",
+        f"Made by `{command}` (`make bench` prepares the environment).",
+        "",
+        f"{machine()}, {arguments.threads} threads; {versions()}. Medians of {arguments.repeats} interleaved "
+        f"repetitions (a third of them where a step takes over {SLOW_S:g} s); spread = (largest - smallest) / median.",
+    ]
     for shape in shapes:
         results, missing = measure(shape, names, arguments.repeats)
         memory = {} if arguments.no_memory else {name: peak_memory(shape, name, arguments.threads) for name in results}

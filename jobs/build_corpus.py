@@ -91,8 +91,15 @@ def write(documents: dict[str, str], path: Path) -> int:
     table = pa.table({"name": list(documents), "text": list(documents.values())})
     # One large page: zstd finds what two documents share only inside one page.
     pq.write_table(
-        table, path, compression="zstd", compression_level=19, use_dictionary=False, write_statistics=False,
-        row_group_size=len(table), data_page_size=2**28, write_batch_size=len(table),
+        table,
+        path,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=False,
+        write_statistics=False,
+        row_group_size=len(table),
+        data_page_size=2**28,
+        write_batch_size=len(table),
     )
     return path.stat().st_size
 
@@ -103,8 +110,12 @@ def text_hash(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="Lib folder of Python 3.11")
-    parser.add_argument("--docs", type=Path, default=DEFAULT_DOCS, help="folder of the documentation's .rst.txt sources")
+    parser.add_argument(
+        "--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="Lib folder of Python 3.11"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=DEFAULT_DOCS, help="folder of the documentation's .rst.txt sources"
+    )
     parser.add_argument("--licence", type=Path, default=None, help="licence text; default LICENSE.txt in --stdlib")
     parser.add_argument("--out", type=Path, default=EMBEDDED)
     parser.add_argument("--limit", type=int, default=LIMIT_BYTES, help="largest size of the Parquet file in bytes")
@@ -132,12 +143,25 @@ def main() -> None:
     lib = sum(name.startswith("lib/") for name in documents)
     left = "No document was left out for its size."
     if collected > len(documents):
-        left = f"To keep the file under {args.limit:,} bytes, {collected - len(documents)} more, drawn by the hash of their text, were left out."
-    (args.out / "README.md").write_text(README.format(
-        count=len(documents), characters=sum(map(len, documents.values())), lib=lib, doc=len(documents) - lib,
-        version=version, left=left, sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
-    ))
-    print(f"{len(documents)} documents ({lib} of the library), {sum(map(len, documents.values())):,} characters, {size:,} bytes")
+        left = (
+            f"To keep the file under {args.limit:,} bytes, {collected - len(documents)} more, drawn by the hash of "
+            "their text, were left out."
+        )
+    (args.out / "README.md").write_text(
+        README.format(
+            count=len(documents),
+            characters=sum(map(len, documents.values())),
+            lib=lib,
+            doc=len(documents) - lib,
+            version=version,
+            left=left,
+            sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
+        )
+    )
+    print(
+        f"{len(documents)} documents ({lib} of the library), {sum(map(len, documents.values())):,} characters, "
+        f"{size:,} bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Train a Matryoshka SAE with our trainer and with dictionary-learning's on the same batches, and compare where they end.
+"""Train a Matryoshka SAE with our trainer and with dictionary-learning's on the same batches, and compare where they
+end.
 
     make test-peers        (or: .venv-peers/bin/python jobs/compare_training.py [--steps 500])
 
-For each of several seeds both trainers start from the same weights and see the same batches, in the same order. FVU and L0
-are taken on held-out batches with the gate that training uses, the dead share from the trainers' own counters. The two count
-as the same if every mean difference is within the spread (largest - smallest) of our own seeds. Exits with 1 if not.
+For each of several seeds both trainers start from the same weights and see the same batches, in the same order. FVU and
+L0 are taken on held-out batches with the gate that training uses, the dead share from the trainers' own counters. The
+two count as the same if every mean difference is within the spread (largest - smallest) of our own seeds. Exits with 1
+if not.
 """
 
 from __future__ import annotations
@@ -38,9 +40,17 @@ def data(seed: int, directions: torch.Tensor, count: int) -> torch.Tensor:
 
 def settings_of(steps: int) -> SAESettings:
     return SAESettings(
-        d=D, width=WIDTH, k=K, batch=BATCH, lr=LR, warmup_steps=steps // 20, total_steps=steps, decay_steps=steps // 5,
-        dead_window_tokens=steps * BATCH // 10, threshold_start_step=steps // 20,
-    )  # fmt: skip
+        d=D,
+        width=WIDTH,
+        k=K,
+        batch=BATCH,
+        lr=LR,
+        warmup_steps=steps // 20,
+        total_steps=steps,
+        decay_steps=steps // 5,
+        dead_window_tokens=steps * BATCH // 10,
+        threshold_start_step=steps // 20,
+    )
 
 
 def figures(encoder_FD, b_enc_F, W_dec_FD, b_dec_D, silent_F, window: int, held_out: torch.Tensor) -> dict[str, float]:
@@ -54,7 +64,11 @@ def figures(encoder_FD, b_enc_F, W_dec_FD, b_dec_D, silent_F, window: int, held_
         error += (z_BF @ W_dec_FD + b_dec_D - x_BD).square().sum().item()
         variance += (x_BD - x_BD.mean(dim=0)).square().sum().item()
         kept += (z_BF > 0).sum().item()
-    return {"FVU": error / variance, "L0": kept / held_out[..., 0].numel(), "dead share": (silent_F >= window).float().mean().item()}
+    return {
+        "FVU": error / variance,
+        "L0": kept / held_out[..., 0].numel(),
+        "dead share": (silent_F >= window).float().mean().item(),
+    }
 
 
 @torch.no_grad()
@@ -63,10 +77,20 @@ def both(seed: int, steps: int, directions: torch.Tensor, held_out: torch.Tensor
     sizes = group_sizes(WIDTH, settings.prefix_fractions)
     sae = MatryoshkaSAE.init(settings, None, seed)
     theirs = MatryoshkaBatchTopKTrainer(
-        steps=steps, activation_dim=D, dict_size=WIDTH, k=K, layer=0, lm_name="none", group_fractions=[size / WIDTH for size in sizes],
-        lr=LR, warmup_steps=settings.warmup_steps, decay_start=steps - settings.decay_steps, seed=seed, device="cpu",
+        steps=steps,
+        activation_dim=D,
+        dict_size=WIDTH,
+        k=K,
+        layer=0,
+        lm_name="none",
+        group_fractions=[size / WIDTH for size in sizes],
+        lr=LR,
+        warmup_steps=settings.warmup_steps,
+        decay_start=steps - settings.decay_steps,
+        seed=seed,
+        device="cpu",
         threshold_start_step=settings.threshold_start_step,
-    )  # fmt: skip
+    )
     assert list(accumulate(theirs.ae.group_sizes.tolist())) == sae.group_ends
     theirs.dead_feature_threshold = settings.dead_window_tokens
     theirs.ae.W_enc.data.copy_(sae.W_enc.T)
@@ -80,7 +104,15 @@ def both(seed: int, steps: int, directions: torch.Tensor, held_out: torch.Tensor
     window = settings.dead_window_tokens
     return (
         figures(*(getattr(sae, name) for name in TRAINED), ours.silent_F, window, held_out),
-        figures(theirs.ae.W_enc.T, theirs.ae.b_enc, theirs.ae.W_dec, theirs.ae.b_dec, theirs.num_tokens_since_fired, window, held_out),
+        figures(
+            theirs.ae.W_enc.T,
+            theirs.ae.b_enc,
+            theirs.ae.W_dec,
+            theirs.ae.b_dec,
+            theirs.num_tokens_since_fired,
+            window,
+            held_out,
+        ),
     )
 
 
@@ -89,7 +121,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=4)
     arguments = parser.parse_args()
-    directions = torch.nn.functional.normalize(torch.randn(3 * D, D, generator=torch.Generator().manual_seed(12345)), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(3 * D, D, generator=torch.Generator().manual_seed(12345)), dim=1
+    )
     held_out = data(7, directions, 8)
     found = [both(seed, arguments.steps, directions, held_out) for seed in range(arguments.seeds)]
     print(f"{arguments.steps} steps, {arguments.seeds} seeds: ours | dictionary-learning")
@@ -101,8 +135,8 @@ def main() -> None:
         same = off <= max(spread, 1e-6)
         failed |= not same
         print(
-            f"{name:>10}: {' '.join(f'{v:.4f}' for v in ours)} | {' '.join(f'{v:.4f}' for v in theirs)}  mean difference "
-            f"{off:.2g}, spread of seeds {spread:.2g}: {'same' if same else 'DIFFERENT'}"
+            f"{name:>10}: {' '.join(f'{v:.4f}' for v in ours)} | {' '.join(f'{v:.4f}' for v in theirs)}  mean "
+            f"difference {off:.2g}, spread of seeds {spread:.2g}: {'same' if same else 'DIFFERENT'}"
         )
     sys.exit(failed)
 

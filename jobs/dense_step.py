@@ -1,6 +1,8 @@
-"""The training step with dense products throughout, on the package's own parameters: what `bench_step.py` compares with.
+"""The training step with dense products throughout, on the package's own parameters: what `bench_step.py` compares
+with.
 
-The same mathematics as `dmsae_ray.sae` for one process and an empty or batchtopk core, gradients written by hand, torch's
+The same mathematics as `dmsae_ray.sae` for one process and an empty or batchtopk core, gradients written by hand,
+torch's
 fused Adam: what one would write without the sparse operations.
 """
 

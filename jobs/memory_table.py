@@ -2,8 +2,8 @@
 
     python jobs/memory_table.py [--config configs/gemma2_2b_l12_65k.yaml] [--output jobs/memory_table.md]
 
-Computed from the code's own allocation (dmsae_ray/sae/cost/memory.py) and from the formula that tests compare with counted bytes
-(dmsae_ray/sae/cost/traffic.py). Nothing here was measured on a GPU.
+Computed from the code's own allocation (dmsae_ray/sae/cost/memory.py) and from the formula that tests compare with
+counted bytes (dmsae_ray/sae/cost/traffic.py). Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -25,19 +25,30 @@ DEAD = 0.05
 """Share of dead latents for which AuxK's part is given."""
 GPUS = (1, 2, 4, 8)
 COLUMNS = {
-    "weights": ("weights",), "Adam": ("Adam",), "gradient": ("gradient",), "bf16 copy": ("screen's copy",),
-    "prefix errors": ("prefix errors",), "rows": ("rows",), "pairs": ("screened product", "pairs"),
+    "weights": ("weights",),
+    "Adam": ("Adam",),
+    "gradient": ("gradient",),
+    "bf16 copy": ("screen's copy",),
+    "prefix errors": ("prefix errors",),
+    "rows": ("rows",),
+    "pairs": ("screened product", "pairs"),
     "AuxK, rest": ("AuxK", "counters"),
-}  # fmt: skip
+}
 
 
 def settings_of(config: Path) -> SAESettings:
     tree = load(SweepCommand, ["--config", str(config)])
     sae, train = tree.sae, tree.train
     return SAESettings(
-        d=D, width=sae.width, k=max(tree.sweep.k), batch=train.batch, prefix_fractions=sae.prefix_fractions, core_gate=sae.core_gate,
-        core_budget=sae.core_budget, core_transfer=sae.core_transfer,
-    )  # fmt: skip
+        d=D,
+        width=sae.width,
+        k=max(tree.sweep.k),
+        batch=train.batch,
+        prefix_fractions=sae.prefix_fractions,
+        core_gate=sae.core_gate,
+        core_budget=sae.core_budget,
+        core_transfer=sae.core_transfer,
+    )
 
 
 def table(settings: SAESettings) -> list[str]:
@@ -59,7 +70,9 @@ def table(settings: SAESettings) -> list[str]:
                 cells = [f"{sum(held[name] for name in names) / 1e9:.2f}" for names in COLUMNS.values()]
                 mode = "any" if world == 1 else parallel
                 lines.append(
-                    f"| {mode} | {world} | {micro_batch or ''} | " + " | ".join(cells) + f" | {sum(held.values()) / 1e9:.2f} | {sent / 1e6:,.1f} |"
+                    f"| {mode} | {world} | {micro_batch or ''} | "
+                    + " | ".join(cells)
+                    + f" | {sum(held.values()) / 1e9:.2f} | {sent / 1e6:,.1f} |"
                 )
     return lines
 
@@ -77,13 +90,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=here / "memory_table.md")
     arguments = parser.parse_args()
     settings = settings_of(arguments.config)
-    text = "\n".join([
-        f"# Memory and traffic of one GPU: {arguments.config.stem}", "",
-        f"d {settings.d}, width {settings.width:,}, batch {settings.batch:,}, k {settings.k}, a core of {CORE} latents, fp32 weights, bf16 screen;",
-        f"GB (10^9 bytes). Computed by `python jobs/memory_table.py`, not measured. AuxK is given for {DEAD:.0%} dead latents, traffic for",
-        "none (ring algorithms; bytes that one GPU sends). Intermediates of plain torch, which copies where kernels need not, come on top.", "",
-        *table(settings), "",
-    ])  # fmt: skip
+    text = "\n".join(
+        [
+            f"# Memory and traffic of one GPU: {arguments.config.stem}",
+            "",
+            f"d {settings.d}, width {settings.width:,}, batch {settings.batch:,}, k {settings.k}, a core of {CORE} "
+            "latents, fp32 weights, bf16 screen;",
+            f"GB (10^9 bytes). Computed by `python jobs/memory_table.py`, not measured. AuxK is given for {DEAD:.0%} "
+            "dead latents, traffic for",
+            "none (ring algorithms; bytes that one GPU sends). Intermediates of plain torch, which copies where "
+            "kernels need not, come on top.",
+            "",
+            *table(settings),
+            "",
+        ]
+    )
     arguments.output.write_text(text)
     print(text)
 

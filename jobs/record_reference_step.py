@@ -4,10 +4,10 @@
     .venv-peers/bin/python jobs/record_reference_step.py tests/data/dictionary_learning_updates.safetensors
     .venv-peers/bin/python jobs/record_reference_step.py tests/data/dictionary_learning_updates.safetensors --check
 
-Needs dictionary-learning 0.1.0 in an environment of its own, since its requirements conflict with this package's. For each
-small configuration below the file holds the parameters before the first update, the batches, and after each update the
-parameters, the loss, the running threshold and the tokens since each latent fired. `--check` records afresh and compares
-with the stored file instead of writing it.
+Needs dictionary-learning 0.1.0 in an environment of its own, since its requirements conflict with this package's. For
+each small configuration below the file holds the parameters before the first update, the batches, and after each update
+the parameters, the loss, the running threshold and the tokens since each latent fired. `--check` records afresh and
+compares with the stored file instead of writing it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,69 @@ from torch import Tensor
 TOLERANCE = 1e-6
 """Between two recordings: processors differ in the last bits of a product."""
 
-SHARED = {"updates": 8, "steps": 10, "warmup_steps": 2, "decay_start": 7, "threshold_start_step": 2, "threshold_beta": 0.9}
+SHARED = {
+    "updates": 8,
+    "steps": 10,
+    "warmup_steps": 2,
+    "decay_start": 7,
+    "threshold_start_step": 2,
+    "threshold_beta": 0.9,
+}
 
 CONFIGURATIONS = {
     # every latent alive, gradient small
-    "alive": {"d": 8, "width": 32, "k": 3, "batch": 16, "fractions": [1 / 8, 1 / 8, 1 / 4, 1 / 2], "lr": 1e-3,
-              "dead_window": 10_000_000, "scale": 1.0, "bias": 0.0, "seed": 0},
+    "alive": {
+        "d": 8,
+        "width": 32,
+        "k": 3,
+        "batch": 16,
+        "fractions": [1 / 8, 1 / 8, 1 / 4, 1 / 2],
+        "lr": 1e-3,
+        "dead_window": 10_000_000,
+        "scale": 1.0,
+        "bias": 0.0,
+        "seed": 0,
+    },
     # gradient norm far above 1, so that clipping and the order of its neighbours matter
-    "clipped": {"d": 12, "width": 40, "k": 4, "batch": 12, "fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32], "lr": 1e-3,
-                "dead_window": 10_000_000, "scale": 20.0, "bias": 0.0, "seed": 1},
+    "clipped": {
+        "d": 12,
+        "width": 40,
+        "k": 4,
+        "batch": 12,
+        "fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32],
+        "lr": 1e-3,
+        "dead_window": 10_000_000,
+        "scale": 20.0,
+        "bias": 0.0,
+        "seed": 1,
+    },
     # more dead latents than AuxK takes per token (d // 2 = 4)
-    "many_dead": {"d": 8, "width": 32, "k": 1, "batch": 8, "fractions": [1 / 8, 1 / 8, 1 / 4, 1 / 2], "lr": 1e-3,
-                  "dead_window": 16, "scale": 1.0, "bias": 0.0, "seed": 2},
+    "many_dead": {
+        "d": 8,
+        "width": 32,
+        "k": 1,
+        "batch": 8,
+        "fractions": [1 / 8, 1 / 8, 1 / 4, 1 / 2],
+        "lr": 1e-3,
+        "dead_window": 16,
+        "scale": 1.0,
+        "bias": 0.0,
+        "seed": 2,
+    },
     # fewer positive pairs than k x batch, odd sizes, some latents dead
-    "few_positive": {"d": 6, "width": 21, "k": 6, "batch": 10, "fractions": [0.2, 0.3, 0.5], "lr": 1e-3,
-                     "dead_window": 20, "scale": 1.0, "bias": -0.55, "seed": 3},
-}  # fmt: skip
+    "few_positive": {
+        "d": 6,
+        "width": 21,
+        "k": 6,
+        "batch": 10,
+        "fractions": [0.2, 0.3, 0.5],
+        "lr": 1e-3,
+        "dead_window": 20,
+        "scale": 1.0,
+        "bias": -0.55,
+        "seed": 3,
+    },
+}
 
 
 def record(configuration: dict) -> dict[str, Tensor]:
@@ -79,12 +126,14 @@ def record(configuration: dict) -> dict[str, Tensor]:
     before, after = parameters(), []
     for step, x_BD in enumerate(batches):
         loss = trainer.update(step, x_BD.clone())
-        after.append({
-            **parameters(),
-            "loss": torch.tensor(loss),
-            "threshold": torch.as_tensor(sae.threshold).clone(),
-            "silent": trainer.num_tokens_since_fired.clone(),
-        })  # fmt: skip
+        after.append(
+            {
+                **parameters(),
+                "loss": torch.tensor(loss),
+                "threshold": torch.as_tensor(sae.threshold).clone(),
+                "silent": trainer.num_tokens_since_fired.clone(),
+            }
+        )
     stacked = {f"after.{name}": torch.stack([update[name] for update in after]) for name in after[0]}
     return {"batches": batches, **{f"before.{name}": tensor for name, tensor in before.items()}, **stacked}
 

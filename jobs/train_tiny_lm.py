@@ -1,17 +1,17 @@
 """Trains the tiny language model that ships with the package: tokenizer, then a small Gemma-2.
 
-    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --bf16 --tokens 20_000_000 --minutes 26 --out first
-    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --bf16 --tokens 12_000_000 --minutes 24 --lr 3e-3 --start-from first --out second
+    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --bf16 --tokens 20_000_000 --minutes 26 --out first OMP_NUM_THREADS=2
+    python jobs/train_tiny_lm.py --bf16 --tokens 12_000_000 --minutes 24 --lr 3e-3 --start-from first --out second
 
-made the model that is shipped: --minutes ended each run before its --tokens, at 11.5 M tokens in all. A run that is cut short
-by time sees a number of tokens that depends on the machine; without --minutes it sees all of --tokens.
+made the model that is shipped: --minutes ended each run before its --tokens, at 11.5 M tokens in all. A run that is cut
+short by time sees a number of tokens that depends on the machine; without --minutes it sees all of --tokens.
 
 Only documents of the training split of the embedded corpus are seen, by the tokenizer as well as by the model; the
 loss on the model card is that of the saved bf16 weights on the evaluation split. A sequence is BOS and up to 127
 tokens of one document, which is how the model is used afterwards (corpus/packing.py).
 
-The weights so far are kept in `checkpoint` under --out; --start-from takes that folder, or a finished model, and trains on
-from its weights with a new schedule (the optimiser's state is rebuilt during the warm-up).
+The weights so far are kept in `checkpoint` under --out; --start-from takes that folder, or a finished model, and trains
+on from its weights with a new schedule (the optimiser's state is rebuilt during the warm-up).
 """
 
 from __future__ import annotations
@@ -42,9 +42,21 @@ IGNORED = -100  # target value that cross-entropy leaves out
 # 1.5 M parameters; head_dim * heads = hidden, two layers of the four look back 64 tokens only, as every second layer
 # of Gemma-2 does at 4096.
 ARCHITECTURE = dict(
-    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, max_position_embeddings=256, sliding_window=64,
-    tie_word_embeddings=True, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS, initializer_range=0.02,
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    query_pre_attn_scalar=32,
+    max_position_embeddings=256,
+    sliding_window=64,
+    tie_word_embeddings=True,
+    pad_token_id=PAD,
+    eos_token_id=EOS,
+    bos_token_id=BOS,
+    initializer_range=0.02,
 )
 
 CARD = """\
@@ -71,8 +83,12 @@ Made by `jobs/train_tiny_lm.py`. The weights derive from text under the licence 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """The same tokenizer as transformers wants it."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-        model_max_length=ARCHITECTURE["max_position_embeddings"], clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        model_max_length=ARCHITECTURE["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -81,10 +97,15 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<pad>", "<eos>", "<bos>"],
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
     )
@@ -140,7 +161,10 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_W = torch.empty_like(hidden), torch.zeros_like(W_VD)
         with torch.autocast("cpu", enabled=False):
             for first in range(0, count, ChunkedLoss.CHUNK):
-                h, targets = hidden[first : first + ChunkedLoss.CHUNK], targets_N[first : first + ChunkedLoss.CHUNK, None]
+                h, targets = (
+                    hidden[first : first + ChunkedLoss.CHUNK],
+                    targets_N[first : first + ChunkedLoss.CHUNK, None],
+                )
                 squashed = (h @ W.T).float().div_(cap).tanh_()
                 log_p = torch.log_softmax(squashed * cap, dim=-1)
                 total -= log_p.gather(1, targets).sum()
@@ -163,7 +187,9 @@ def training_loss(model: Gemma2ForCausalLM, ids_BT: torch.Tensor) -> torch.Tenso
     """Mean next-token cross-entropy in nats of one batch."""
     hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     return ChunkedLoss.apply(
-        hidden_BTD.float().flatten(0, 1), model.lm_head.weight, targets_of(ids_BT).flatten(),
+        hidden_BTD.float().flatten(0, 1),
+        model.lm_head.weight,
+        targets_of(ids_BT).flatten(),
         model.config.final_logit_softcapping,
     )
 
@@ -211,7 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens; the schedule follows them")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="longest training time; the schedule shrinks to it")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="longest training time; the schedule shrinks to it"
+    )
     parser.add_argument("--batch", type=int, default=32, help="sequences of a step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--warmup", type=float, default=0.02, help="share of the run")
@@ -246,9 +274,11 @@ def main() -> None:
     def trained() -> dict:
         minutes = (time.monotonic() - started) / 60
         return {
-            "tokens": before["tokens"] + seen, "steps": before["steps"] + step, "minutes": before["minutes"] + minutes,
+            "tokens": before["tokens"] + seen,
+            "steps": before["steps"] + step,
+            "minutes": before["minutes"] + minutes,
             "runs": before["runs"] + 1,
-        }  # fmt: skip
+        }
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
@@ -295,16 +325,35 @@ def main() -> None:
     shutil.rmtree(args.out / "checkpoint", ignore_errors=True)
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32, attn_implementation="eager")
     loss, targets = held_out_loss(saved, evaluation_NT)
-    (args.out / "README.md").write_text(CARD.format(
-        **ARCHITECTURE, parameters=parameters, size=(args.out / "model.safetensors").stat().st_size,
-        train_documents=len(train), train_tokens=train_tokens,
-        held_documents=len(by_split["attribution"]) + len(by_split["evaluation"]),
-        attribution=ATTRIBUTION, evaluation=EVALUATION, tokens=done["tokens"], epochs=done["tokens"] / train_tokens, context=CONTEXT,
-        steps=done["steps"], batch=args.batch, optimiser="Muon and AdamW" if args.optimiser == "muon" else "AdamW",
-        seed=args.seed, minutes=done["minutes"], runs=done["runs"], plural="s" * (done["runs"] > 1), threads=torch.get_num_threads(), loss=loss, loss_tokens=targets,
-        evaluation_documents=len(by_split["evaluation"]),
-    ))
-    print(f"held-out loss {loss:.4f} nats over {targets:,} targets; {done['minutes']:.1f} minutes; {args.out}", flush=True)
+    (args.out / "README.md").write_text(
+        CARD.format(
+            **ARCHITECTURE,
+            parameters=parameters,
+            size=(args.out / "model.safetensors").stat().st_size,
+            train_documents=len(train),
+            train_tokens=train_tokens,
+            held_documents=len(by_split["attribution"]) + len(by_split["evaluation"]),
+            attribution=ATTRIBUTION,
+            evaluation=EVALUATION,
+            tokens=done["tokens"],
+            epochs=done["tokens"] / train_tokens,
+            context=CONTEXT,
+            steps=done["steps"],
+            batch=args.batch,
+            optimiser="Muon and AdamW" if args.optimiser == "muon" else "AdamW",
+            seed=args.seed,
+            minutes=done["minutes"],
+            runs=done["runs"],
+            plural="s" * (done["runs"] > 1),
+            threads=torch.get_num_threads(),
+            loss=loss,
+            loss_tokens=targets,
+            evaluation_documents=len(by_split["evaluation"]),
+        )
+    )
+    print(
+        f"held-out loss {loss:.4f} nats over {targets:,} targets; {done['minutes']:.1f} minutes; {args.out}", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What must hold of every chart of a sweep's page, whatever charts it has: found on the page itself, so that none is forgotten."""
+"""What must hold of every chart of a sweep's page, whatever charts it has: found on the page itself, so that none is
+forgotten.
+"""
 
 from __future__ import annotations
 
@@ -103,19 +105,28 @@ def faults(page: Page) -> list[str]:
     found = []
     for address in page.eval_on_selector_all("nav a", "(links) => links.map((link) => link.hash)"):
         page.evaluate("(address) => { location.hash = address; }", address)
-        page.wait_for_function("(address) => document.querySelector('nav a[aria-current]').hash === address", arg=address)
+        page.wait_for_function(
+            "(address) => document.querySelector('nav a[aria-current]').hash === address", arg=address
+        )
         found += page.evaluate(LOOK)
     return found
 
 
 def look_at(path: Path, charts_at_least: int, width: int = 1400) -> None:
-    """Open a page in a browser of its own and fail with all that is wrong with it: charts, the console, requests to anywhere."""
+    """Open a page in a browser of its own and fail with all that is wrong with it: charts, the console, requests to
+    anywhere.
+    """
     complaints: list[str] = []
     with launched() as browser:
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or complaints.append(f"request: {request.url}"))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith(("file:", "data:", "blob:")) or complaints.append(f"request: {request.url}")
+            ),
+        )
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]")
         assert len(charts(page)) >= charts_at_least, charts(page)

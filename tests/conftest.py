@@ -29,7 +29,9 @@ compare: {draws: 50}
 
 
 HANGS = 1200.0
-"""Seconds after which a command hangs: many times what the longest takes on an idle machine, since a busy one is no fault."""
+"""Seconds after which a command hangs: many times what the longest takes on an idle machine, since a busy one is no
+fault.
+"""
 
 
 @dataclass
@@ -42,7 +44,9 @@ class Run:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A user's environment: nothing that a test process left behind, and a cluster of one's own, whatever else runs here."""
+    """A user's environment: nothing that a test process left behind, and a cluster of one's own, whatever else runs
+    here.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "MLFLOW_", "DMSAE_"))}
     return kept | {"PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"} | extra
 
@@ -64,9 +68,13 @@ def command(output: Path, *args: str, module: str = "sweep") -> list[str]:
 def run_command(output: Path, *args: str, module: str = "sweep", timeout: float = HANGS, **env: str) -> Run:
     start = time.monotonic()
     done = subprocess.run(
-        command(output, *args, module=module), env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=timeout,
-    )  # fmt: skip
+        command(output, *args, module=module),
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
     return Run(done.returncode, done.stdout, time.monotonic() - start)
 
 
@@ -82,7 +90,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = HANGS) -> No
 def start(output: Path, *args: str) -> tuple[subprocess.Popen, Path]:
     """A sweep that runs beside the test, and the file with all it says."""
     log = open(output.parent / "driver.log", "w")
-    process = subprocess.Popen(command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     return process, output.parent / "driver.log"
 
 
@@ -95,7 +105,9 @@ class Sweep:
 
     def chains(self) -> dict[str, Path]:
         """label -> folder of every chain."""
-        return {json.loads((f / "chain.json").read_text())["label"]: f for f in sorted((self.output / "chains").glob("*"))}
+        return {
+            json.loads((f / "chain.json").read_text())["label"]: f for f in sorted((self.output / "chains").glob("*"))
+        }
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +136,9 @@ study:
 def study_config(small_sweep, folder, more: str = ARMS):
     """The small sweep's configuration with arms, beside a copy of its output folder."""
     output = folder / "out"
-    shutil.copytree(small_sweep.output, output, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "mlflow_home", "sweeps"))
+    shutil.copytree(
+        small_sweep.output, output, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "mlflow_home", "sweeps")
+    )
     (folder / "small.yaml").write_text((small_sweep.output.parent / "small.yaml").read_text() + more)
     return output
 
@@ -187,7 +201,8 @@ def same_results(output: Path, undisturbed: Path, cycles: int) -> None:
 
 
 def digest_of_rows(output: Path, cycle: int, steps: int, batch: int, lanes: int, data_seed: int = 0) -> str:
-    """What `data_digest` must be if exactly rows 0 .. steps * batch - 1 of the cycle's order were trained on, each once.
+    """What `data_digest` must be if exactly rows 0 .. steps * batch - 1 of the cycle's order were trained on, each
+    once.
 
     The shards of the only dataset are read here without the stream, one row group of 512 rows at a time.
     """
@@ -198,9 +213,11 @@ def digest_of_rows(output: Path, cycle: int, steps: int, batch: int, lanes: int,
 
     (folder,) = (output / "data").glob("*")
     groups = [
-        (path, group) for path in sorted(folder.glob("shards/train-*.parquet"))
-        for group in range(pq.ParquetFile(path).num_row_groups) if pq.ParquetFile(path).metadata.row_group(group).num_rows == 512
-    ]  # fmt: skip
+        (path, group)
+        for path in sorted(folder.glob("shards/train-*.parquet"))
+        for group in range(pq.ParquetFile(path).num_row_groups)
+        if pq.ParquetFile(path).metadata.row_group(group).num_rows == 512
+    ]
     order = Order(n_units=len(groups), unit_rows=512, batch=batch, lanes=lanes, data_seed=data_seed, cycle=cycle)
     n, total, taken = batch // lanes, 0, set()
     for step in range(steps):

@@ -21,18 +21,31 @@ SLOW = "timed out during startup"
 
 
 @contextmanager
-def ray_head(cpus: int, dashboard: int | None = None, **variables: str) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
-    """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's environment.
+def ray_head(
+    cpus: int, dashboard: int | None = None, **variables: str
+) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
+    """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's
+    environment.
 
-    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none. variables: of its environment.
+    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none. variables: of its
+    environment.
 
-    It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is ended by
+    It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is
+    ended by
     process id: `ray stop` ends every Ray process of the machine.
     """
     folder, port = tempfile.mkdtemp(prefix="ray-"), free_port()  # short: sockets in it have names of at most 107 bytes
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
-             *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]), f"--temp-dir={folder}"]  # fmt: skip
+    start = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--head",
+        "--block",
+        f"--num-cpus={cpus}",
+        f"--port={port}",
+        *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]),
+        f"--temp-dir={folder}",
+    ]
     of_head = environment(**env, **variables)
     del of_head["RAY_ADDRESS"]  # it starts what others are to find
     log = Path(folder) / "head.log"
@@ -43,7 +56,9 @@ def ray_head(cpus: int, dashboard: int | None = None, **variables: str) -> Itera
             ended = head is not None and head.poll() is not None
             if head is None or (ended and SLOW in log.read_text()):
                 with open(log, "w") as file:
-                    head = psutil.Popen(start, env=of_head, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+                    head = psutil.Popen(
+                        start, env=of_head, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                    )
             else:
                 assert not ended and time.monotonic() < end, log.read_text()
             time.sleep(0.05)

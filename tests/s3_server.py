@@ -16,7 +16,11 @@ from pathlib import Path
 from pyarrow import fs
 
 BUCKET = "activations"
-KEYS = {"AWS_ACCESS_KEY_ID": "key-of-the-tests", "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests", "AWS_EC2_METADATA_DISABLED": "true"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 CLIENT_GIVES_UP_S = 6.0
 """The client inside pyarrow asks again every 0.2 s for so long; after that it is up to us."""
 
@@ -151,7 +155,9 @@ class S3:
 
 
 class Share:
-    """A rule that refuses a seeded share of certain requests: which ones does not depend on the order in which threads ask."""
+    """A rule that refuses a seeded share of certain requests: which ones does not depend on the order in which threads
+    ask.
+    """
 
     def __init__(self, share: float, seed: int, of: Callable[[Request], bool]):
         self.share, self.seed, self.of = share, seed, of

@@ -32,11 +32,16 @@ class Identity:
 
     @property
     def tokens_key(self) -> str:
-        """Names the token sequences, which all hooks share. How many are wanted is no part of it: more of them begin with the same."""
+        """Names the token sequences, which all hooks share. How many are wanted is no part of it: more of them begin
+        with the same.
+        """
         fields = self.fields("")
-        return fields_key({name: fields[name] for name in ("format", "corpus", "corpus_fingerprint", "model_fingerprint")} | {
-            "context": fields["model"]["context"],
-        })  # fmt: skip
+        return fields_key(
+            {name: fields[name] for name in ("format", "corpus", "corpus_fingerprint", "model_fingerprint")}
+            | {
+                "context": fields["model"]["context"],
+            }
+        )
 
     @property
     def tokens(self) -> Path:
@@ -53,12 +58,14 @@ class Identity:
 
 def find_datasets(
     config: Config, hooks: tuple[str, ...], say: Callable[[str], None] = lambda line: None
-) -> dict[str, ActivationDataset | None]:  # fmt: skip
+) -> dict[str, ActivationDataset | None]:
     """The finished datasets of these hooks, checked; None where something has yet to be harvested.
 
-    Where the configuration looks at more held-out tokens than were read, they are read now: the caller holds the output folder.
+    Where the configuration looks at more held-out tokens than were read, they are read now: the caller holds the output
+    folder.
 
-    Raises DatasetError, ShardError or StoreError if what is there is damaged or, for `harvest.dataset`, not what is asked for.
+    Raises DatasetError, ShardError or StoreError if what is there is damaged or, for `harvest.dataset`, not what is
+    asked for.
     """
     identity = Identity(config)
     return {hook: _find(config, identity, hook, say) for hook in hooks}
@@ -76,9 +83,16 @@ def _find(config: Config, identity: Identity, hook: str, say: Callable[[str], No
     dataset.verify()
     held_out = {split: dataset.held_out(split) for split in HELD_OUT}
     wanted = held_out_tokens(config)
-    short = {split: wanted[split] for split in HELD_OUT if held_out[split].tokens < wanted[split] and not held_out[split].ends}
+    short = {
+        split: wanted[split]
+        for split in HELD_OUT
+        if held_out[split].tokens < wanted[split] and not held_out[split].ends
+    }
     if short and not given:  # the corpus has more than was read of it
-        say(f"tokens: reading on in the corpus, for {' and '.join(f'{tokens:,} tokens of {split}' for split, tokens in short.items())}")
+        say(
+            "tokens: reading on in the corpus, for "
+            f"{' and '.join(f'{tokens:,} tokens of {split}' for split, tokens in short.items())}"
+        )
         prepare_tokens(config.corpus, tokenizer_of(config.model), config.model.context, identity.tokens, short, say)
         _store_held_out(identity.tokens, store, tuple(short))
         held_out = {split: dataset.held_out(split) for split in HELD_OUT}
@@ -87,7 +101,9 @@ def _find(config: Config, identity: Identity, hook: str, say: Callable[[str], No
 
 
 def _store_held_out(tokens: Path, store: Store, splits: tuple[str, ...]) -> None:
-    """Put held-out sequences beside the shards, unless there are as many: a store may be shared with whoever asked for more."""
+    """Put held-out sequences beside the shards, unless there are as many: a store may be shared with whoever asked for
+    more.
+    """
     for split in splits:
         path = tokens / f"{split}.safetensors"
         if TokenSequences.load(path).tokens > _tokens_in(store, split):

@@ -24,9 +24,12 @@ SHARD_FILE = r"shards/[\w-][\w.-]*\.parquet"
 """What a manifest may name as a shard."""
 FORMAT_VERSION = 2
 FULL_CHECK_BYTES = 4 << 30
-"""Up to this size every footer and checksum is verified when a sweep starts (a second); those of larger datasets as they are read."""
+"""Up to this size every footer and checksum is verified when a sweep starts (a second); those of larger datasets as
+they are read.
+"""
 PART = 16_384
-"""Rows turned into fp64 at a time: all calibration rows of a large model would take several times the memory they need."""
+"""Rows turned into fp64 at a time: all calibration rows of a large model would take several times the memory they need.
+"""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -64,8 +67,8 @@ class Manifest:
     fields: dict
     """the configuration fields that decided the bytes"""
     max_norm: float | None = None
-    """raw norm beyond which rows were left out, and are of every measurement: harvest.outlier_norm times the median of all rows of the
-    calibration sequences; None: all rows count"""
+    """raw norm beyond which rows were left out, and are of every measurement: harvest.outlier_norm times the median of
+    all rows of the calibration sequences; None: all rows count"""
     outliers: dict | None = None
     """what rows of extreme norm come to, see outliers.py; None in manifests of before they were looked for"""
     hub: dict = field(default_factory=dict)
@@ -74,11 +77,18 @@ class Manifest:
 
     @staticmethod
     def from_dict(tree: dict) -> Manifest:
-        """Raises ValueError for a name that is none of ours: as a path it could be any file, to be read, and deleted by a repair."""
-        manifest = Manifest(**tree | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])})
+        """Raises ValueError for a name that is none of ours: as a path it could be any file, to be read, and deleted by
+        a repair.
+        """
+        manifest = Manifest(
+            **tree
+            | {"shards": [ShardEntry(**s) for s in tree["shards"]], "calibration": ShardEntry(**tree["calibration"])}
+        )
         for entry in (*manifest.shards, manifest.calibration):
             if not re.fullmatch(SHARD_FILE, str(entry.file)):
-                raise ValueError(f"it names {entry.file!r}, which is no shard of this dataset; that file was not touched")
+                raise ValueError(
+                    f"it names {entry.file!r}, which is no shard of this dataset; that file was not touched"
+                )
         if not re.fullmatch(r"[\w-]+", str(manifest.key)):
             raise ValueError(f"its key {manifest.key!r} cannot name a folder")
         return manifest
@@ -100,7 +110,9 @@ class ActivationDataset:
     """A finished dataset, opened for reading."""
 
     def __init__(self, place: str | Path | Store):
-        """place: folder or URL. Raises DatasetError if there is no readable manifest, StoreError if it cannot be reached."""
+        """place: folder or URL. Raises DatasetError if there is no readable manifest, StoreError if it cannot be
+        reached.
+        """
         self.store = place if isinstance(place, Store) else Store(place)
         path = self.store.where("manifest.json")
         try:
@@ -109,10 +121,14 @@ class ActivationDataset:
             raise DatasetError(f"{path}: no finished dataset here; run `python -m dmsae_ray.harvest`") from error
         except ValueError as error:
             if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-                raise DatasetError(f"{path}: damaged ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
+                raise DatasetError(
+                    f"{path}: damaged ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept"
+                ) from error
             raise
         if not isinstance(tree, dict):
-            raise DatasetError(f"{path}: not a manifest; delete it and run `python -m dmsae_ray.harvest`: shards are kept")
+            raise DatasetError(
+                f"{path}: not a manifest; delete it and run `python -m dmsae_ray.harvest`: shards are kept"
+            )
         if tree.get("format_version") != FORMAT_VERSION:
             raise DatasetError(
                 f"{path}: format version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
@@ -121,7 +137,9 @@ class ActivationDataset:
         try:
             self.manifest = Manifest.from_dict(tree)
         except (TypeError, KeyError, ValueError) as error:
-            raise DatasetError(f"{path}: not a manifest ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept") from error
+            raise DatasetError(
+                f"{path}: not a manifest ({error}); delete it and run `python -m dmsae_ray.harvest`: shards are kept"
+            ) from error
 
     @classmethod
     def of(cls, manifest: Manifest, store: Store) -> ActivationDataset:
@@ -145,8 +163,8 @@ class ActivationDataset:
         return read_rows(self.store, m.calibration, m.rows_per_group, m.d, m.dtype)
 
     def some_rows(self) -> Iterator[torch.Tensor]:
-        """Calibration rows, then training rows, [N, D] each, stored precision: all where the dataset is small, else those of shards
-        spread over it."""
+        """Calibration rows, then training rows, [N, D] each, stored precision: all where the dataset is small, else
+        those of shards spread over it."""
         m = self.manifest
         stride = max(1, -(-m.rows * m.row_bytes // FULL_CHECK_BYTES))
         for entry in [m.calibration, *m.shards[::stride]]:
@@ -165,7 +183,10 @@ class ActivationDataset:
         if differ:
             raise DatasetError(
                 f"{self}: these activations were made otherwise than the configuration asks for:\n  "
-                + "\n  ".join(f"{name}: the dataset has {have!r}, the configuration asks for {want!r}" for name, have, want in differ)
+                + "\n  ".join(
+                    f"{name}: the dataset has {have!r}, the configuration asks for {want!r}"
+                    for name, have, want in differ
+                )
                 + "\nSet these fields as the dataset has them, give harvest.dataset another folder, or leave it empty to harvest anew"
             )
 
@@ -178,11 +199,15 @@ class ActivationDataset:
         self.check_size(entry, self.store.size(entry.file))
         found, about = inspect_shard(self.store, entry.file)
         if about.get("dataset") != self.manifest.key:
-            raise damaged(where, f"is a shard of another dataset, {about.get('dataset')}; this one is {self.manifest.key}")
+            raise damaged(
+                where, f"is a shard of another dataset, {about.get('dataset')}; this one is {self.manifest.key}"
+            )
         if found != entry:
             raise damaged(where, "its footer and the manifest disagree about its rows or their checksums")
         if read:
-            for unit, length in zip(entry.units(), group_bytes(entry, self.manifest.rows_per_group, self.manifest.row_bytes)):
+            for unit, length in zip(
+                entry.units(), group_bytes(entry, self.manifest.rows_per_group, self.manifest.row_bytes)
+            ):
                 read_unit(self.store, unit, length)
 
     def check_size(self, entry: ShardEntry, size: int | None) -> None:
@@ -208,8 +233,9 @@ class ActivationDataset:
         scale = scale_of(self.calibration_rows())
         if abs(scale - self.manifest.scale) > 1e-9 * scale:
             raise DatasetError(
-                f"{self.store.where('manifest.json')}: scale {self.manifest.scale!r} is not that of {self.manifest.calibration.file} "
-                f"({scale!r}). Restore the manifest, or delete it and run `python -m dmsae_ray.harvest`: shards are kept"
+                f"{self.store.where('manifest.json')}: scale {self.manifest.scale!r} is not that of "
+                f"{self.manifest.calibration.file} ({scale!r}). Restore the manifest, or delete it and run `python -m "
+                "dmsae_ray.harvest`: shards are kept"
             )
 
     def verify(self) -> None:
@@ -227,7 +253,9 @@ class ActivationDataset:
 
 
 def read_held_out(store: Store, split: str) -> TokenSequences:
-    """The token sequences of a held-out split beside a dataset's shards. Raises ValueError if they are missing or damaged."""
+    """The token sequences of a held-out split beside a dataset's shards. Raises ValueError if they are missing or
+    damaged.
+    """
     name = f"tokens/{split}.safetensors"
     if store.local:
         return TokenSequences.load(store.path(name))
@@ -249,9 +277,11 @@ def statistics_of(rows_ND: torch.Tensor) -> dict:
     variance_D = sum((part_ND.double() - mean_D).square().sum(dim=0) for part_ND in parts) / n
     norms_N = torch.cat([part_ND.double().norm(dim=1) for part_ND in parts])
     return {
-        "scale": scale_of(rows_ND), "mean": mean_D.tolist(), "variance": variance_D.tolist(),
+        "scale": scale_of(rows_ND),
+        "mean": mean_D.tolist(),
+        "variance": variance_D.tolist(),
         "norm_quantiles": {f"{q:g}": float(norms_N.quantile(q)) for q in QUANTILES},
-    }  # fmt: skip
+    }
 
 
 def _differences(have: dict, want: dict, prefix: str = ""):

@@ -1,7 +1,7 @@
 """Making datasets: documents -> token sequences on disk -> residual stream -> shards -> manifest, one dataset per hook.
 
-A shard is a unit of work whose bytes depend only on the configuration (see shard_maker.py), so any number of actors gives the same
-files, and a finished one is kept.
+A shard is a unit of work whose bytes depend only on the configuration (see shard_maker.py), so any number of actors
+gives the same files, and a finished one is kept.
 """
 
 from __future__ import annotations
@@ -47,13 +47,19 @@ class Harvest:
         for line in ignored(config.corpus):
             say(line)
         reserve = h.outlier_reserve if h.outlier_norm else 0.0
-        rows = rows_for_plan(h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, config.model.context, reserve)
+        rows = rows_for_plan(
+            h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, config.model.context, reserve
+        )
         wanted = {"train": rows} | held_out_tokens(config)
-        sequences = prepare_tokens(config.corpus, tokenizer_of(config.model), config.model.context, self.tokens, wanted, say)
+        sequences = prepare_tokens(
+            config.corpus, tokenizer_of(config.model), config.model.context, self.tokens, wanted, say
+        )
         check_held_out(config, sequences)
         # Not of longer sequences that another configuration left here: the same configuration is the same shards.
         rows_N = sequences["train"].first_tokens(rows).rows
-        self.plans = plan_shards(rows_N, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed, reserve)
+        self.plans = plan_shards(
+            rows_N, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed, reserve
+        )
         self.targets = [Target(hook, self.identity.store(hook), self._about(hook)) for hook in config.hooks]
         self.entries = {target.hook: self._finished(target) for target in self.targets}
 
@@ -68,23 +74,35 @@ class Harvest:
     def _about(self, hook: str) -> dict:
         harvest, model = self.config.harvest, self.config.model
         return {
-            "dataset": self.identity.key(hook), "model": model.name, "model_fingerprint": self.identity.info.fingerprint, "hook": hook,
-            "d": self.identity.info.d, "dtype": harvest.dtype, "seed": harvest.seed, "corpus_fingerprint": self.identity.corpus,
-        }  # fmt: skip
+            "dataset": self.identity.key(hook),
+            "model": model.name,
+            "model_fingerprint": self.identity.info.fingerprint,
+            "hook": hook,
+            "d": self.identity.info.d,
+            "dtype": harvest.dtype,
+            "seed": harvest.seed,
+            "corpus_fingerprint": self.identity.corpus,
+        }
 
     def run(self, actors: int) -> dict[str, ActivationDataset]:
         """Make the missing shards with so many actors on the connected Ray cluster, and open the datasets by hook.
 
         Raises ValueError, ShardError or StoreError as the actors do.
         """
-        missing = [plan for plan in self.plans if any(plan.name not in self.entries[target.hook] for target in self.targets)]
+        missing = [
+            plan for plan in self.plans if any(plan.name not in self.entries[target.hook] for target in self.targets)
+        ]
         kept, total = len(self.plans) - len(missing), sum(plan.rows for plan in missing)
         self.say(
-            f"harvest: {sum(p.rows for p in self.plans):,} tokens of {self.config.model.name} at {', '.join(self.config.hooks)} into "
+            f"harvest: {sum(p.rows for p in self.plans):,} tokens of {self.config.model.name} at "
+            f"{', '.join(self.config.hooks)} into "
             f"{len(self.plans)} shards" + (f", {kept} kept from before" if kept else "")
         )
         if missing and actors < (self.config.harvest.actors or 0):
-            self.say(f"harvest: {actors} actors, since no more of harvest.actors {self.config.harvest.actors} fit on this cluster")
+            self.say(
+                f"harvest: {actors} actors, since no more of harvest.actors {self.config.harvest.actors} fit on this "
+                "cluster"
+            )
         start, first, done, size, said = time.monotonic(), None, 0, 0, 0.0
         for name, entries in self._make(missing, actors) if missing else ():
             for hook, entry in entries.items():
@@ -111,14 +129,23 @@ class Harvest:
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # every shard is told of when it is finished, not with all others of its task
         per_task = max(1, min(PLANS_PER_TASK, len(missing) // actors))
-        tasks = [json.dumps([plan.to_dict() for plan in missing[i : i + per_task]]) for i in range(0, len(missing), per_task)]
+        tasks = [
+            json.dumps([plan.to_dict() for plan in missing[i : i + per_task]]) for i in range(0, len(missing), per_task)
+        ]
         shards = ray.data.from_items([{"plans": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(
-            ShardMaker, fn_constructor_kwargs={
-                "config": self.config, "targets": self.targets, "tokens": str(self.tokens / "train.safetensors"), "calibration": self.plans[0],
+            ShardMaker,
+            fn_constructor_kwargs={
+                "config": self.config,
+                "targets": self.targets,
+                "tokens": str(self.tokens / "train.safetensors"),
+                "calibration": self.plans[0],
             },
-            batch_size=1, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(tasks)))),
-            num_cpus=1, num_gpus=harvest.gpus_per_actor,
-        )  # fmt: skip
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(tasks)))),
+            num_cpus=1,
+            num_gpus=harvest.gpus_per_actor,
+        )
         try:
             for row in shards.iter_rows():
                 yield row["plan"], {hook: ShardEntry(**entry) for hook, entry in json.loads(row["entries"]).items()}
@@ -128,7 +155,9 @@ class Harvest:
     def _commits(self) -> dict[str, str]:
         """What the hub's repositories were read at, for people: names are after their content."""
         model = self.config.model
-        return ({} if local_folder(model.name) else {model.name: model.revision or "main"}) | hub_commits(self.config.corpus)
+        return ({} if local_folder(model.name) else {model.name: model.revision or "main"}) | hub_commits(
+            self.config.corpus
+        )
 
     def _finish(self, target: Target) -> ActivationDataset:
         """Held-out tokens, statistics of the calibration rows and, last, the manifest."""
@@ -140,21 +169,36 @@ class Harvest:
             known = ActivationDataset(store)
             if known.manifest.shards != training or known.manifest.calibration != calibration:
                 raise DatasetError(
-                    f"{store}: a shard made again is not the one the manifest knows (another CPU model or library set gives "
-                    "other last bits, or the manifest was altered). Chains trained on the old shards stay as they are; for new ones change "
-                    "harvest.seed, or delete manifest.json to have it made again from the shards"
+                    f"{store}: a shard made again is not the one the manifest knows (another CPU model or library set "
+                    "gives other last bits, or the manifest was altered). Chains trained on the old shards stay as "
+                    "they are; for new ones change harvest.seed, or delete manifest.json to have it made again from "
+                    "the shards"
                 )
             return known
         d = self.identity.info.d
         rows_ND = read_rows(store, calibration, config.harvest.rows_per_group, d, config.harvest.dtype)
-        reasons = {reason: sum(entry.positions[reason] for entry in entries.values()) for reason in calibration.positions}
+        reasons = {
+            reason: sum(entry.positions[reason] for entry in entries.values()) for reason in calibration.positions
+        }
         manifest = Manifest(
-            key=target.about["dataset"], model=config.model.name, model_fingerprint=self.identity.info.fingerprint,
-            corpus_fingerprint=self.identity.corpus, hook=target.hook, d=d, dtype=config.harvest.dtype, context=config.model.context,
-            seed=config.harvest.seed, rows_per_group=config.harvest.rows_per_group, positions=reasons, hub=self._commits(), shards=training,
-            calibration=calibration, fields=self.identity.fields(target.hook), max_norm=inspect_shard(store, calibration.file)[1].get(MAX_NORM),
+            key=target.about["dataset"],
+            model=config.model.name,
+            model_fingerprint=self.identity.info.fingerprint,
+            corpus_fingerprint=self.identity.corpus,
+            hook=target.hook,
+            d=d,
+            dtype=config.harvest.dtype,
+            context=config.model.context,
+            seed=config.harvest.seed,
+            rows_per_group=config.harvest.rows_per_group,
+            positions=reasons,
+            hub=self._commits(),
+            shards=training,
+            calibration=calibration,
+            fields=self.identity.fields(target.hook),
+            max_norm=inspect_shard(store, calibration.file)[1].get(MAX_NORM),
             **statistics_of(rows_ND),
-        )  # fmt: skip
+        )
         parts = ActivationDataset.of(manifest, store).some_rows()
         replace(manifest, outliers=outliers_of(parts, manifest.norm_quantiles["0.5"]).to_dict()).save(store)
         return ActivationDataset(store)

@@ -1,8 +1,9 @@
 """The order of training rows: a pure function of (data seed, cycle, pass), whatever the number of workers.
 
 The unit is the row group. A pass over the dataset permutes the units and deals them to `lanes`; a *round* is one unit
-per lane, and batch t of a round takes the next B / lanes rows of every lane, each unit's rows permuted anew. Rank r of W
-serves lanes r, r + W, ...: so the global batch is the same for every W that divides the lanes, and nothing is read twice.
+per lane, and batch t of a round takes the next B / lanes rows of every lane, each unit's rows permuted anew. Rank r of
+W serves lanes r, r + W, ...: so the global batch is the same for every W that divides the lanes, and nothing is read
+twice.
 The position is two integers: the round, and the row inside each lane's unit.
 """
 
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Purposes of random draws. Each draw's generator is seeded by (seed, cycle, purpose, ...): none shares a stream with another.
+# Purposes of random draws. Each draw's generator is seeded by (seed, cycle, purpose, ...): none shares a stream with
+# another.
 UNITS, ROWS = 101, 102
 
 

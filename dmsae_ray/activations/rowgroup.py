@@ -1,8 +1,10 @@
-"""Reading row groups of shards, as bytes that were checked. Imports no torch: every Ray Data process that reads would pay seconds for it.
+"""Reading row groups of shards, as bytes that were checked. Imports no torch: every Ray Data process that reads would
+pay seconds for it.
 
-A row group of a shard is one Parquet page of plain values, so its rows stand in the file as they stand in memory. The manifest says
-where, and which checksum they have: reading is one range of one file, without parsing, and nothing is trusted that was not hashed.
-(xxh3 reads 15 GB/s here, Parquet's own page checksums 1.7.)
+A row group of a shard is one Parquet page of plain values, so its rows stand in the file as they stand in memory. The
+manifest says
+where, and which checksum they have: reading is one range of one file, without parsing, and nothing is trusted that was
+not hashed. (xxh3 reads 15 GB/s here, Parquet's own page checksums 1.7.)
 """
 
 from __future__ import annotations
@@ -45,17 +47,25 @@ def read_unit(store: Store, unit: Unit, length: int) -> pa.Buffer:
     except Missing as error:
         raise damaged(store.where(unit.file), "is missing") from error
     if len(rows) < length:
-        raise damaged(store.where(unit.file), f"ends at byte {unit.offset + len(rows)}, before its row group at {unit.offset} does")
+        raise damaged(
+            store.where(unit.file),
+            f"ends at byte {unit.offset + len(rows)}, before its row group at {unit.offset} does",
+        )
     if digest_of(rows) != unit.digest:
-        raise damaged(store.where(unit.file), f"the row group at byte {unit.offset} has not the checksum that the manifest knows")
+        raise damaged(
+            store.where(unit.file), f"the row group at byte {unit.offset} has not the checksum that the manifest knows"
+        )
     return rows
 
 
-def read_units(units: pa.Table, store: Store, length: int, row_bytes: int, per_block: int, fetch_ahead: int) -> Iterator[pa.Table]:
-    """A Ray Data task: the rows of these units (a row each: file, offset, digest), in their order, as blocks of `per_block` units.
+def read_units(
+    units: pa.Table, store: Store, length: int, row_bytes: int, per_block: int, fetch_ahead: int
+) -> Iterator[pa.Table]:
+    """A Ray Data task: the rows of these units (a row each: file, offset, digest), in their order, as blocks of
+    `per_block` units.
 
-    Every unit is one chunk of its block. fetch_ahead: units fetched at the same time from a remote store. A local one is mapped, and
-    the next block's rows are hashed while Ray copies this one's into shared memory.
+    Every unit is one chunk of its block. fetch_ahead: units fetched at the same time from a remote store. A local one
+    is mapped, and the next block's rows are hashed while Ray copies this one's into shared memory.
     """
     wanted = [Unit(*row.values()) for row in units.select(["file", "offset", "digest"]).to_pylist()]
     threads, ahead = (1, per_block) if store.local else (fetch_ahead, fetch_ahead)
@@ -80,7 +90,8 @@ def read_units(units: pa.Table, store: Store, length: int, row_bytes: int, per_b
 def damaged(where: str, what: str) -> ShardError:
     """The error to raise for a shard, with its remedy."""
     return ShardError(
-        f"activation shard {where}: {what}. `{REPAIR}` with the same configuration finds every bad shard and makes only those again"
+        f"activation shard {where}: {what}. `{REPAIR}` with the same configuration finds every bad shard and makes "
+        "only those again"
     )
 
 

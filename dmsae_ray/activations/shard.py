@@ -1,8 +1,9 @@
 """One shard: a Parquet file of raw 16-bit activation rows.
 
-A single `fixed_size_binary(2 * d)` column without nulls, plain encoding, uncompressed, no statistics, one page per row group: any
-Parquet reader takes it, and a row group's rows stand in the file as in memory (see rowgroup.py). The footer says what the shard is
-and holds the checksum of every row group, so a shard describes itself without the manifest. Letters: N rows, D model dimension.
+A single `fixed_size_binary(2 * d)` column without nulls, plain encoding, uncompressed, no statistics, one page per row
+group: any Parquet reader takes it, and a row group's rows stand in the file as in memory (see rowgroup.py). The footer
+says what the shard is and holds the checksum of every row group, so a shard describes itself without the manifest.
+Letters: N rows, D model dimension.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dmsae_ray.activations.store import Missing, Store, StoreError
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FOOTER_BYTES = 1 << 16
 META = b"dmsae_ray"
-"""Key of the footer's metadata: a JSON object with `dataset`, `digests`, `positions` and what the manifest says of the dataset."""
+"""Key of the footer's metadata: a JSON object with `dataset`, `digests`, `positions` and what the manifest says of the
+dataset.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class ShardEntry:
     digests: list[str]
     """checksum of each row group's rows"""
     positions: dict[str, int]
-    """positions of the sequences that are not rows here, by reason: bos, padding, outlier, unused (beyond the shard's rows)"""
+    """positions of the sequences that are not rows here, by reason: bos, padding, outlier, unused (beyond the shard's
+    rows)
+    """
 
     def units(self) -> list[Unit]:
         return [Unit(self.file, offset, digest) for offset, digest in zip(self.offsets, self.digests)]
@@ -52,10 +57,19 @@ class ShardWriter:
     def __init__(self) -> None:
         self._memory = pa.allocate_buffer(0, resizable=True)
 
-    def write(self, store: Store, name: str, rows_ND: torch.Tensor, rows_per_group: int, about: dict, positions: dict[str, int]) -> ShardEntry:
+    def write(
+        self,
+        store: Store,
+        name: str,
+        rows_ND: torch.Tensor,
+        rows_per_group: int,
+        about: dict,
+        positions: dict[str, int],
+    ) -> ShardEntry:
         """Write rows [N, D] (float16 or bfloat16), whole or not at all. The bytes depend on the arguments alone.
 
-        about: further facts for the footer. Raises ValueError on rows that are not finite, StoreError if the store refuses.
+        about: further facts for the footer. Raises ValueError on rows that are not finite, StoreError if the store
+        refuses.
         """
         assert rows_ND.dtype in DTYPES.values() and rows_ND.device.type == "cpu", (rows_ND.dtype, rows_ND.device)
         bad = first_not_finite(rows_ND)
@@ -67,29 +81,41 @@ class ShardWriter:
         entry = _entry(pq.read_metadata(pa.BufferReader(content)), name, len(content))
         # What will stand on disk is checked before it gets its name: offsets and checksums belong together.
         for unit, length in zip(entry.units(), group_bytes(entry, rows_per_group, raw.shape[1] * 2)):
-            assert digest_of(content[unit.offset : unit.offset + length]) == unit.digest, f"{name}: encoded otherwise than expected"
+            assert digest_of(content[unit.offset : unit.offset + length]) == unit.digest, (
+                f"{name}: encoded otherwise than expected"
+            )
         store.write(name, content)
         return entry
 
     def _encode(self, raw_ND: np.ndarray, rows_per_group: int, meta: dict) -> pa.Buffer:
         size = raw_ND.shape[1] * 2
         column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(raw_ND), [None, pa.py_buffer(raw_ND)])
-        schema = pa.schema([pa.field(COLUMN, pa.binary(size), nullable=False)], metadata={META: json.dumps(meta, sort_keys=True)})
+        schema = pa.schema(
+            [pa.field(COLUMN, pa.binary(size), nullable=False)], metadata={META: json.dumps(meta, sort_keys=True)}
+        )
         groups = -(-len(raw_ND) // rows_per_group)
         room = raw_ND.nbytes + (1 << 16) + 4096 * groups + 8 * len(json.dumps(meta))
         if self._memory.size < room:
             self._memory = pa.allocate_buffer(room, resizable=True)
         sink = pa.FixedSizeBufferWriter(self._memory)
         pq.write_table(
-            pa.table([column], schema=schema), sink, row_group_size=rows_per_group, compression="none", use_dictionary=False,
-            write_statistics=False, write_page_checksum=True, data_page_size=max(1 << 20, 2 * size * rows_per_group),
+            pa.table([column], schema=schema),
+            sink,
+            row_group_size=rows_per_group,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+            data_page_size=max(1 << 20, 2 * size * rows_per_group),
             write_batch_size=rows_per_group,
-        )  # fmt: skip
+        )
         return self._memory.slice(0, sink.tell())
 
 
 def first_not_finite(rows_ND: torch.Tensor) -> int | None:
-    """The first row that holds NaN or infinity, by its exponent bits (several times faster than isfinite on 16-bit floats)."""
+    """The first row that holds NaN or infinity, by its exponent bits (several times faster than isfinite on 16-bit
+    floats).
+    """
     exponent = 0x7C00 if rows_ND.dtype == torch.float16 else 0x7F80
     for first in range(0, len(rows_ND), 4096):  # in pieces that stay in the cache
         bits_ND = rows_ND[first : first + 4096].view(torch.int16) & exponent
@@ -101,7 +127,8 @@ def first_not_finite(rows_ND: torch.Tensor) -> int | None:
 def inspect_shard(store: Store, name: str) -> tuple[ShardEntry, dict]:
     """What a shard says of itself: its entry, and the footer's facts. Reads the footer only.
 
-    Raises ShardError if it is missing, no Parquet file (a truncated one is not), or none of ours; StoreError if it cannot be reached.
+    Raises ShardError if it is missing, no Parquet file (a truncated one is not), or none of ours; StoreError if it
+    cannot be reached.
     """
     size = store.size(name)
     if size is None:
@@ -109,7 +136,12 @@ def inspect_shard(store: Store, name: str) -> tuple[ShardEntry, dict]:
     try:
         footer = _footer(store, name, size)
         return _entry(footer, name, size), _meta(footer.schema.to_arrow_schema())
-    except (ValueError, TypeError, LookupError, OSError) as error:  # whatever someone else's or a flipped footer may lead to
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+    ) as error:  # whatever someone else's or a flipped footer may lead to
         if isinstance(error, StoreError) and not isinstance(error, Missing):
             raise
         raise damaged(store.where(name), f"cannot be read as a shard ({error})") from error
@@ -160,10 +192,20 @@ def as_tensor(rows: pa.Buffer | pa.Array, d: int, dtype: str) -> torch.Tensor:
 def read_rows(store: Store, entry: ShardEntry, rows_per_group: int, d: int, dtype: str) -> torch.Tensor:
     """All rows of a shard, [N, D], in the stored precision. Raises ShardError if a checksum fails."""
     lengths = group_bytes(entry, rows_per_group, 2 * d)
-    return torch.cat([as_tensor(read_unit(store, unit, length), d, dtype) for unit, length in zip(entry.units(), lengths)])
+    return torch.cat(
+        [as_tensor(read_unit(store, unit, length), d, dtype) for unit, length in zip(entry.units(), lengths)]
+    )
 
 
 __all__ = [
-    "DTYPES", "ShardEntry", "ShardError", "ShardWriter", "StoreError", "as_tensor", "first_not_finite", "group_bytes", "inspect_shard",
+    "DTYPES",
+    "ShardEntry",
+    "ShardError",
+    "ShardWriter",
+    "StoreError",
+    "as_tensor",
+    "first_not_finite",
+    "group_bytes",
+    "inspect_shard",
     "read_rows",
-]  # fmt: skip
+]

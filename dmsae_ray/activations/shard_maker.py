@@ -1,7 +1,7 @@
 """Computing shards: token sequences -> residual stream at one or several hooks -> rows -> shards.
 
-The bytes of a shard depend on its plan, the model and the configuration alone: every forward pass has one fixed padded shape
-and thread count, and nothing is drawn but from seeds. Letters: N sequences, T context, D model dimension, R rows.
+The bytes of a shard depend on its plan, the model and the configuration alone: every forward pass has one fixed padded
+shape and thread count, and nothing is drawn but from seeds. Letters: N sequences, T context, D model dimension, R rows.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class ShardMaker:
         self._pool = ThreadPoolExecutor(1)
 
     def __call__(self, batch: dict) -> Iterator[dict]:
-        """One batch row holds a JSON list of plans; yields a row per plan: its name, and JSON of hook -> manifest entry."""
+        """One batch row holds a JSON list of plans; yields a row per plan: its name, and JSON of hook -> manifest
+        entry.
+        """
         before: tuple[ShardPlan, Future] | None = None
         for tree in (tree for text in batch["plans"] for tree in json.loads(text)):
             plan = ShardPlan.from_dict(tree)
@@ -87,18 +89,23 @@ class ShardMaker:
                 rows_RD, positions, max_norm = kept.pop(target.hook)
                 bound = {} if max_norm is None else {MAX_NORM: max_norm}
                 made[target.hook] = self._writers[target.hook].write(
-                    target.store, plan.file, rows_RD[torch.from_numpy(plan.permutation(harvest.seed))], harvest.rows_per_group,
-                    target.about | {"shard": plan.name} | bound, positions,
-                )  # fmt: skip
+                    target.store,
+                    plan.file,
+                    rows_RD[torch.from_numpy(plan.permutation(harvest.seed))],
+                    harvest.rows_per_group,
+                    target.about | {"shard": plan.name} | bound,
+                    positions,
+                )
             return known | made
 
         return self._pool.submit(write)
 
     def kept(self, plan: ShardPlan, hooks: list[str]) -> dict[str, tuple[torch.Tensor, dict[str, int], float | None]]:
-        """The shard's rows at each hook, [rows, D] in the order of its sequences, the positions that are none, and the bound on norms.
+        """The shard's rows at each hook, [rows, D] in the order of its sequences, the positions that are none, and the
+        bound on norms.
 
-        Spare sequences are computed, one forward pass at a time, where rows were dropped and their places are to be filled; what a
-        hook's shard holds does not depend on the other hooks. Raises ValueError if they do not suffice.
+        Spare sequences are computed, one forward pass at a time, where rows were dropped and their places are to be
+        filled; what a hook's shard holds does not depend on the other hooks. Raises ValueError if they do not suffice.
         """
         harvest, found = self.config.harvest, {}
         rows, positions = self.rows(plan.name, plan.sequences, hooks)
@@ -118,17 +125,23 @@ class ShardMaker:
                 none, used, first = none + Counter(none_of_more), used + 1, first + harvest.sequences_per_forward
             if len(kept_RD) < plan.rows:
                 raise ValueError(
-                    f"shard {plan.name}, {hook}: harvest.outlier_norm {harvest.outlier_norm:g} drops {dropped} rows and leaves {len(kept_RD)} of "
-                    f"{plan.rows}; raise harvest.outlier_reserve (now {harvest.outlier_reserve:g}) or harvest.outlier_norm, give "
-                    "corpus.source more text, or set harvest.outlier_norm to null, which keeps all rows"
+                    f"shard {plan.name}, {hook}: harvest.outlier_norm {harvest.outlier_norm:g} drops {dropped} rows "
+                    f"and leaves {len(kept_RD)} of {plan.rows}; raise harvest.outlier_reserve (now "
+                    f"{harvest.outlier_reserve:g}) or harvest.outlier_norm, give corpus.source more text, or set "
+                    "harvest.outlier_norm to null, which keeps all rows"
                 )
-            reasons = {"bos": none["bos"], "padding": none["padding"], "outlier": dropped, "unused": len(kept_RD) - plan.rows}
+            reasons = {
+                "bos": none["bos"],
+                "padding": none["padding"],
+                "outlier": dropped,
+                "unused": len(kept_RD) - plan.rows,
+            }
             found[hook] = kept_RD[: plan.rows], reasons, bounds[hook]
         return found
 
     def _bound(self, plan: ShardPlan, hook: str, rows_RD: torch.Tensor) -> float | None:
-        """Norm beyond which rows are dropped, one for all shards of a hook: a multiple of the median norm of all the calibration
-        sequences' rows. rows_RD: the plan's own."""
+        """Norm beyond which rows are dropped, one for all shards of a hook: a multiple of the median norm of all the
+        calibration sequences' rows. rows_RD: the plan's own."""
         multiple = self.config.harvest.outlier_norm
         if multiple is None:
             return None
@@ -137,13 +150,17 @@ class ShardMaker:
         elif hook not in self._bounds:
             target = next(target for target in self.targets if target.hook == hook)
             if target.finished(self.calibration) is None:
-                # Made here where no actor has yet: its bytes are the same whoever makes it, and nobody has to wait for another.
+                # Made here where no actor has yet: its bytes are the same whoever makes it, and nobody has to wait for
+                # another.
                 self._start(self.calibration).result()
             self._bounds[hook] = inspect_shard(target.store, self.calibration.file)[1][MAX_NORM]
         return self._bounds[hook]
 
-    def rows(self, name: str, sequences: Sequence[int], hooks: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """All rows of these sequences at each hook, [R, D] as stored, and the positions that are none (bos, padding). name: the shard's.
+    def rows(
+        self, name: str, sequences: Sequence[int], hooks: list[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """All rows of these sequences at each hook, [R, D] as stored, and the positions that are none (bos, padding).
+        name: the shard's.
 
         Raises ValueError naming the token if a value does not fit the stored dtype.
         """
@@ -180,9 +197,11 @@ class ShardMaker:
                 self._check_too_large(name, hook, ids_NT, index_R, rows_RD)
             found[hook].append(rows_RD)
 
-    def _check_too_large(self, name: str, hook: str, ids_NT: torch.Tensor, index_R: torch.Tensor, rows_RD: torch.Tensor) -> None:
-        """rows_RD holds values that are not finite as stored. That will do if it is their size alone and outliers are left out: norms
-        beyond the dtype are beyond every bound. Raises ValueError naming the token otherwise."""
+    def _check_too_large(
+        self, name: str, hook: str, ids_NT: torch.Tensor, index_R: torch.Tensor, rows_RD: torch.Tensor
+    ) -> None:
+        """rows_RD holds values that are not finite as stored. That will do if it is their size alone and outliers are
+        left out: norms beyond the dtype are beyond every bound. Raises ValueError naming the token otherwise."""
         value_RD = self.lm.sites(ids_NT, [hook])[hook].flatten(0, 1).cpu()[index_R]
         fits_R = torch.isfinite(value_RD).all(dim=1)
         if self.config.harvest.outlier_norm is None:
@@ -194,11 +213,17 @@ class ShardMaker:
     def _not_finite(self, name: str, hook: str, ids_NT: torch.Tensor, place: int, value_D: torch.Tensor) -> ValueError:
         n, t = divmod(place, ids_NT.shape[1])
         piece = self.lm.tokenizer.decode(ids_NT[n, max(0, t - 8) : t + 1])
-        why = "the model gives NaN or infinity there" if not bool(torch.isfinite(value_D).all()) else (
-            f"its largest value {float(value_D.abs().max()):.3g} does not fit; use harvest.dtype bfloat16, or set harvest.outlier_norm, which leaves such rows out"
+        why = (
+            "the model gives NaN or infinity there"
+            if not bool(torch.isfinite(value_D).all())
+            else (
+                f"its largest value {float(value_D.abs().max()):.3g} does not fit; use harvest.dtype bfloat16, or "
+                "set harvest.outlier_norm, which leaves such rows out"
+            )
         )
         return ValueError(
-            f"shard {name}, {hook}, harvest.dtype {self.config.harvest.dtype}: activation of the token at the end of {piece!r}: {why}"
+            f"shard {name}, {hook}, harvest.dtype {self.config.harvest.dtype}: activation of the token at the end of "
+            f"{piece!r}: {why}"
         )
 
 

@@ -21,7 +21,9 @@ class ShardPlan:
     sequences: tuple[int, ...]
     rows: int
     spare: tuple[int, ...] = ()
-    """further sequences, in the order in which they fill the places of dropped rows; not looked at where nothing is dropped"""
+    """further sequences, in the order in which they fill the places of dropped rows; not looked at where nothing is
+    dropped
+    """
 
     @property
     def file(self) -> str:
@@ -45,10 +47,10 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Deal a seeded permutation of all sequences to the calibration shard and to the training shards.
 
-    rows_N: rows that each sequence gives. reserve: rows in a shard's spare sequences, as a share of its own; they come after those of all
-    shards, so that without a dropped row the shards are the same whatever the reserve; of a corpus that ends before, less.
-    No sequence is in two shards, so the calibration rows are held back from training.
-    Raises ValueError if the corpus is too small without any reserve.
+    rows_N: rows that each sequence gives. reserve: rows in a shard's spare sequences, as a share of its own; they come
+    after those of all shards, so that without a dropped row the shards are the same whatever the reserve; of a corpus
+    that ends before, less. No sequence is in two shards, so the calibration rows are held back from training. Raises
+    ValueError if the corpus is too small without any reserve.
     """
     order = np.random.default_rng([seed, SEQUENCES]).permutation(len(rows_N))
     ends = np.cumsum(rows_N[order], dtype=np.int64)
@@ -59,8 +61,8 @@ def plan_shards(
         last = int(np.searchsorted(ends, before + rows))
         if last >= len(order):
             raise ValueError(
-                f"harvest.tokens {tokens} + harvest.calibration_tokens {calibration}: the corpus's training split gives only "
-                f"{int(ends[-1]) if len(ends) else 0} rows; ask for fewer, or give corpus.source more text"
+                f"harvest.tokens {tokens} + harvest.calibration_tokens {calibration}: the corpus's training split "
+                f"gives only {int(ends[-1]) if len(ends) else 0} rows; ask for fewer, or give corpus.source more text"
             )
         name = "calibration" if number == 0 else f"train-{number - 1:05d}"
         plans.append(ShardPlan(name, number, tuple(int(i) for i in order[first : last + 1]), int(rows)))
@@ -73,9 +75,16 @@ def plan_shards(
     return plans
 
 
-def rows_for_plan(tokens: int, calibration: int, per_shard: int, per_group: int, context: int, reserve: float = 0.0) -> int:
-    """Rows of sequences with which `plan_shards` surely succeeds: a shard takes whole sequences, so it leaves part of one over."""
-    return sum(int(np.ceil(rows * (1 + reserve))) + context for rows in _sizes(tokens, calibration, per_shard, per_group)) + context
+def rows_for_plan(
+    tokens: int, calibration: int, per_shard: int, per_group: int, context: int, reserve: float = 0.0
+) -> int:
+    """Rows of sequences with which `plan_shards` surely succeeds: a shard takes whole sequences, so it leaves part of
+    one over.
+    """
+    return (
+        sum(int(np.ceil(rows * (1 + reserve))) + context for rows in _sizes(tokens, calibration, per_shard, per_group))
+        + context
+    )
 
 
 def _sizes(tokens: int, calibration: int, per_shard: int, per_group: int) -> list[int]:

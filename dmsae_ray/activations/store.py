@@ -1,8 +1,8 @@
 """Where a dataset's files lie: a folder, or any URL that pyarrow's file systems know (`s3://`, `gs://`, `hdfs://`).
 
-A URL may carry its options, such as `s3://bucket/prefix?endpoint_override=http://host:9000&region=us-east-1`; credentials come
-from the environment, as the vendors' own tools take them. Imports pyarrow alone: every Ray Data process that reads would pay
-seconds for torch.
+A URL may carry its options, such as `s3://bucket/prefix?endpoint_override=http://host:9000&region=us-east-1`;
+credentials come from the environment, as the vendors' own tools take them. Imports pyarrow alone: every Ray Data
+process that reads would pay seconds for torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from dmsae_ray.files import replacing
 from dmsae_ray.secret_url import SecretUrl, scrub
 
 ATTEMPTS, FIRST_WAIT_S = 7, 0.25
-"""A server's refusal is asked again so often, after 0.25, 0.5, ... 8 seconds: over 15 s, on top of the client library's own tries."""
+"""A server's refusal is asked again so often, after 0.25, 0.5, ... 8 seconds: over 15 s, on top of the client library's
+own tries.
+"""
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
 T = TypeVar("T")
 
@@ -66,8 +68,9 @@ class Store:
         return Store(f"{self._key(self._base, name)}" + (f"?{self._query}" if self._query else ""))
 
     def path(self, name: str) -> Path:
-        """A file of a local store. Every name is turned into a path here or in `_key`, since names come from manifests and records,
-        which others may have written. Raises StoreError if it leads out of the folder, by itself or by a link."""
+        """A file of a local store. Every name is turned into a path here or in `_key`, since names come from manifests
+        and records, which others may have written. Raises StoreError if it leads out of the folder, by itself or by a
+        link."""
         assert self.local is not None
         path = self.local / self._inside(name)
         try:
@@ -89,8 +92,8 @@ class Store:
 
     def _outside(self, name: str, how: str) -> StoreError:
         return StoreError(
-            f"{self}: {name!r} {how} out of this folder; it was neither read nor touched. Names of files are relative, without `..`: mend "
-            "what names it, or take the link away"
+            f"{self}: {name!r} {how} out of this folder; it was neither read nor touched. Names of files are relative, "
+            "without `..`: mend what names it, or take the link away"
         )
 
     def where(self, name: str) -> str:
@@ -112,7 +115,9 @@ class Store:
         return info.size if info.type == fs.FileType.File else None
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of the files directly in a folder, by name; empty if there is no such folder. One request, however many files."""
+        """Bytes of the files directly in a folder, by name; empty if there is no such folder. One request, however many
+        files.
+        """
         if self.local:
             try:
                 with os.scandir(self.path(folder)) as found:
@@ -122,7 +127,9 @@ class Store:
             except OSError as error:
                 raise self._refused(folder, error) from error
         system, prefix = self._remote()
-        infos = self._again(folder, lambda: system.get_file_info(fs.FileSelector(self._key(prefix, folder), allow_not_found=True)))
+        infos = self._again(
+            folder, lambda: system.get_file_info(fs.FileSelector(self._key(prefix, folder), allow_not_found=True))
+        )
         return {f"{folder}/{info.base_name}": info.size for info in infos if info.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes:
@@ -149,7 +156,9 @@ class Store:
                     return pa.py_buffer(b"")
                 first = offset - offset % mmap.ALLOCATIONGRANULARITY
                 # Populated at once: a fault for every few pages costs as much as hashing them.
-                mapped = mmap.mmap(file.fileno(), offset + length - first, mmap.MAP_SHARED | POPULATE, mmap.PROT_READ, offset=first)
+                mapped = mmap.mmap(
+                    file.fileno(), offset + length - first, mmap.MAP_SHARED | POPULATE, mmap.PROT_READ, offset=first
+                )
         except OSError as error:
             raise self._refused(name, error) from error
         return pa.py_buffer(memoryview(mapped)[offset - first :])
@@ -174,7 +183,9 @@ class Store:
 
         self._again(name, send)
         if self.size(name) != len(memoryview(content)):
-            raise StoreError(f"{self.where(name)}: the server took the file but has not all of it; run the same command again")
+            raise StoreError(
+                f"{self.where(name)}: the server took the file but has not all of it; run the same command again"
+            )
 
     def delete(self, name: str) -> None:
         """Deleting what is not there is nothing. Raises StoreError."""
@@ -195,7 +206,9 @@ class Store:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             # pyarrow repeats the URL, and with it its secrets: so its error is not shown either.
             why = _first_line(error).replace(self.url.reveal(), str(self))
-            raise StoreError(f"{self}: not a place that pyarrow can open ({why}); give a folder or an s3:// or gs:// URL") from None
+            raise StoreError(
+                f"{self}: not a place that pyarrow can open ({why}); give a folder or an s3:// or gs:// URL"
+            ) from None
 
     def _read_remote(self, name: str, part: tuple[int, int] | None) -> bytes:
         system, prefix = self._remote()
@@ -203,7 +216,9 @@ class Store:
             return file.read() if part is None else file.read_at(part[1], part[0])
 
     def _again(self, name: str, act: Callable[[], T]) -> T:
-        """Call until it succeeds. A file that is not there is an answer; a server that cannot be reached or says 503 is asked again."""
+        """Call until it succeeds. A file that is not there is an answer; a server that cannot be reached or says 503 is
+        asked again.
+        """
         for attempt in range(ATTEMPTS):
             try:
                 return act()
@@ -212,8 +227,9 @@ class Store:
             except OSError as error:
                 if attempt == ATTEMPTS - 1:
                     raise StoreError(
-                        f"{self.where(name)}: {ATTEMPTS} attempts failed, the last with: {_first_line(error)}. Check the address, the network and "
-                        "the credentials, and run the same command again: what is finished is kept"
+                        f"{self.where(name)}: {ATTEMPTS} attempts failed, the last with: {_first_line(error)}. Check "
+                        "the address, the network and the credentials, and run the same command again: what is "
+                        "finished is kept"
                     ) from error
                 time.sleep(FIRST_WAIT_S * 2**attempt)
         raise AssertionError("unreachable")
@@ -223,7 +239,10 @@ class Store:
             return Missing(f"{self.where(name)}: no such file")
         remedy = "check the path and its permissions"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free space there, or give --output or --harvest.store a larger disk; the same command continues, what is finished is kept"
+            remedy = (
+                "free space there, or give --output or --harvest.store a larger disk; the same command continues, "
+                "what is finished is kept"
+            )
         return StoreError(f"{self.where(name)}: {error.strerror or error}; {remedy}")
 
 

@@ -1,8 +1,9 @@
 """Training rows out of shards, through Ray Data, in the order of `order.py`.
 
-A rank turns its units into one Ray Data pipeline with `preserve_order`: a small table of (file, offset, checksum), cut into long
-read tasks that yield block after block into shared memory, wherever the cluster has a CPU. A block holds whole rounds where they
-are small enough, and comes back as a view. Ray Data has no resume inside an epoch; here any position is a start.
+A rank turns its units into one Ray Data pipeline with `preserve_order`: a small table of (file, offset, checksum), cut
+into long read tasks that yield block after block into shared memory, wherever the cluster has a CPU. A block holds
+whole rounds where they are small enough, and comes back as a view. Ray Data has no resume inside an epoch; here any
+position is a start.
 Letters: B batch in tokens, W workers, D model dimension.
 """
 
@@ -29,18 +30,25 @@ from dmsae_ray.activations.shard import DTYPES, as_tensor
 from dmsae_ray.cluster.nodes import READ_CPUS
 
 BLOCKS_IN_FLIGHT, BLOCKS_IN_PIPELINE = 10, 4
-"""Blocks of one stream that its share of the object store has room for, and those of them that Ray Data is told of. It does not count
-all that its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer that lags sees 8 or 9."""
+"""Blocks of one stream that its share of the object store has room for, and those of them that Ray Data is told of. It
+does not count all that its read tasks hold back, what is on the way and what is in use: with a limit of 4, a consumer
+that lags sees 8 or 9."""
 LARGEST_BLOCK = 160 << 20
-"""Each block costs some 14 ms of Ray's bookkeeping: at 151 MB (a round of 8 lanes at d = 2304) that is a third of its reading time."""
+"""Each block costs some 14 ms of Ray's bookkeeping: at 151 MB (a round of 8 lanes at d = 2304) that is a third of its
+reading time.
+"""
 TASK_BYTES = 8 << 30
-"""Rows of one read task. Long, so that the gap between two tasks does not show; Ray reads a lost one again from its start."""
+"""Rows of one read task. Long, so that the gap between two tasks does not show; Ray reads a lost one again from its
+start.
+"""
 CACHE_BYTES = 1 << 20
 TASKS_PER_PIPELINE = 16
-"""Each task is 10 to 25 ms of preparation before the first of them runs: a pass over terabytes is several pipelines, one after the other."""
+"""Each task is 10 to 25 ms of preparation before the first of them runs: a pass over terabytes is several pipelines,
+one after the other.
+"""
 PAUSE_S = 0.01
-"""Rest of Ray Data's scheduling loop between two rounds. While its output waits for a slower consumer the loop of Ray 2.60 spins
-without one, on the interpreter lock that training needs: measured, about 0.4 of a core per worker."""
+"""Rest of Ray Data's scheduling loop between two rounds. While its output waits for a slower consumer the loop of Ray
+2.60 spins without one, on the interpreter lock that training needs: measured, about 0.4 of a core per worker."""
 MASK = (1 << 64) - 1
 
 
@@ -59,28 +67,37 @@ class Stream:
     """One rank's share of a cycle's global batches."""
 
     def __init__(
-        self, dataset: ActivationDataset, units: list[Unit], rank: int, world: int, limits: StreamLimits = StreamLimits(),
+        self,
+        dataset: ActivationDataset,
+        units: list[Unit],
+        rank: int,
+        world: int,
+        limits: StreamLimits = StreamLimits(),
         device: torch.device | str = "cpu",
-    ):  # fmt: skip
+    ):
         """units: the row groups that this chain's orders are over. device: where batches are wanted."""
         self.dataset, self.units, self.rank, self.world = dataset, units, rank, world
         self.limits, self.device = limits, torch.device(device)
 
     def open(self, order: Order, start: int, stop: int) -> Batches:
-        """This rank's rows of global batches start .. stop - 1. Reading begins now, and rests when the store's share is full."""
+        """This rank's rows of global batches start .. stop - 1. Reading begins now, and rests when the store's share is
+        full.
+        """
         assert len(self.units) == order.n_units
         return Batches(self, order, start, stop)
 
 
 class Batches:
-    """An iterator over batches, each [B / W, D] fp32 on the stream's device, divided by the scale. On a CPU the next one may overwrite it."""
+    """An iterator over batches, each [B / W, D] fp32 on the stream's device, divided by the scale. On a CPU the next
+    one may overwrite it.
+    """
 
     def __init__(self, stream: Stream, order: Order, start: int, stop: int):
         self.order, self.start, self.stop = order, start, stop
         self.digest = 0
-        """Of the rows given so far: the sum, modulo 2^64, over global batches and lanes of xxh3 of the lane's stored rows, seeded by
-        step * lanes + lane. The sum over ranks does not depend on their number; it says exactly which rows were given, and in which
-        batch and lane, whatever the way they came."""
+        """Of the rows given so far: the sum, modulo 2^64, over global batches and lanes of xxh3 of the lane's stored
+        rows, seeded by step * lanes + lane. The sum over ranks does not depend on their number; it says exactly which
+        rows were given, and in which batch and lane, whatever the way they came."""
         self._stream, self._lanes = stream, order.lanes_of(stream.rank, stream.world)
         self._files: deque[list[str]] = deque(maxlen=2)  # of the batches given last
         self._plan = self._rounds() if start < stop else []
@@ -111,12 +128,20 @@ class Batches:
         first_row = order.position(self.start)[1] if self._plan else 0
         views = (view for block in self._blocks for view in _views(block, manifest))
         for round_, units in self._plan:
-            lanes = [(lane, unit, next(views), torch.from_numpy(order.rows(round_, unit))) for lane, unit in zip(self._lanes, units)]
+            lanes = [
+                (lane, unit, next(views), torch.from_numpy(order.rows(round_, unit)))
+                for lane, unit in zip(self._lanes, units)
+            ]
             for row in range(first_row, order.unit_rows, order.lane_rows):
                 if step == self.stop:
                     return
                 yield [
-                    Pick(step * order.lanes + lane, self._stream.units[unit].file, view_ND, take_N[row : row + order.lane_rows])
+                    Pick(
+                        step * order.lanes + lane,
+                        self._stream.units[unit].file,
+                        view_ND,
+                        take_N[row : row + order.lane_rows],
+                    )
                     for lane, unit, view_ND, take_N in lanes
                 ]
                 step += 1
@@ -124,7 +149,8 @@ class Batches:
 
     def _on_cpu(self) -> Iterator[torch.Tensor]:
         manifest, n = self._stream.dataset.manifest, self.order.lane_rows
-        # Some lanes at a time, as many as stay in a core's cache: gathered, hashed and converted without another pass over memory.
+        # Some lanes at a time, as many as stay in a core's cache: gathered, hashed and converted without another pass
+        # over memory.
         at_once = max(1, CACHE_BYTES // (n * manifest.row_bytes))
         stored_ND = torch.empty(min(at_once, len(self._lanes)) * n, manifest.d, dtype=torch.int16)
         as_float_ND = stored_ND.view(DTYPES[manifest.dtype])
@@ -139,7 +165,9 @@ class Batches:
             yield batch_BD
 
     def _on_device(self) -> Iterator[torch.Tensor]:
-        """Batches are gathered by a thread into pinned memory and copied beside the computation, one ahead of their use."""
+        """Batches are gathered by a thread into pinned memory and copied beside the computation, one ahead of their
+        use.
+        """
         device = self._stream.device
         copies, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         gathered = Ahead(self._pinned, depth=1)
@@ -169,7 +197,8 @@ class Batches:
         n, d = self.order.lane_rows, self._stream.dataset.manifest.d
         # One being filled, one waiting, one being copied: a fourth is always free.
         ring = [
-            (torch.empty(len(self._lanes) * n, d, dtype=torch.int16, pin_memory=True), torch.cuda.Event()) for _ in range(4)
+            (torch.empty(len(self._lanes) * n, d, dtype=torch.int16, pin_memory=True), torch.cuda.Event())
+            for _ in range(4)
         ]
         for (buffer_BD, copied), picks in zip(itertools.cycle(ring), self._picks()):
             copied.synchronize()
@@ -225,27 +254,36 @@ def _blocks(stream: Stream, order: Order, wanted: list[Unit]) -> Iterator[pa.Tab
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=BLOCKS_IN_PIPELINE * largest * unit_bytes
     )
-    # A block is given on as soon as it exceeds the target and cut at one and a half of it: ours pass whole, each for itself.
+    # A block is given on as soon as it exceeds the target and cut at one and a half of it: ours pass whole, each for
+    # itself.
     context.target_max_block_size = int(0.9 * largest * unit_bytes)
     context._max_num_blocks_in_streaming_gen_buffer = 2  # one may be on its way while the next is made
     per_pipeline = TASKS_PER_PIPELINE * per_task
     for first in range(0, len(wanted), per_pipeline):
         part = table.slice(first, per_pipeline)
-        # Not from_arrow: for each table's row count it starts a task that asks for a whole CPU, and there may be none left.
+        # Not from_arrow: for each table's row count it starts a task that asks for a whole CPU, and there may be none
+        # left.
         pipeline = ray.data.from_blocks([part.slice(i, per_task) for i in range(0, len(part), per_task)]).map_batches(
-            read_units, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **_asking(),
+            read_units,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            **_asking(),
             compute=ray.data.TaskPoolStrategy(size=limits.read_tasks),
             fn_kwargs={
-                "store": dataset.store, "length": unit_bytes, "row_bytes": dataset.manifest.row_bytes, "per_block": largest,
+                "store": dataset.store,
+                "length": unit_bytes,
+                "row_bytes": dataset.manifest.row_bytes,
+                "per_block": largest,
                 "fetch_ahead": limits.fetch_ahead,
             },
-        )  # fmt: skip
+        )
         yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _asking() -> dict:
-    """What a read task asks Ray for: a sliver of a CPU anywhere. Where none is left, nothing, on this node: training workers that
-    hold the last CPUs between them would else wait for their rows, and so for each other, for ever."""
+    """What a read task asks Ray for: a sliver of a CPU anywhere. Where none is left, nothing, on this node: training
+    workers that hold the last CPUs between them would else wait for their rows, and so for each other, for ever."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -257,7 +295,9 @@ def _asking() -> dict:
 
 @functools.cache
 def _rest() -> type:
-    """The class that rests; made here because importing Ray Data takes a second that not every user of this module needs."""
+    """The class that rests; made here because importing Ray Data takes a second that not every user of this module
+    needs.
+    """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Rest(ExecutionCallback):

@@ -22,7 +22,9 @@ from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 ROWS_AT_ONCE = 1024
-"""Rows whose attribution exists at a time: with every latent of a wide SAE a candidate, all would be gigabytes. Fixed, since it orders the sums."""
+"""Rows whose attribution exists at a time: with every latent of a wide SAE a candidate, all would be gigabytes. Fixed,
+since it orders the sums.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def attribute(
 def gradients(
     sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, settings: AttributionSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The candidates' activations z [R, P] and the loss's gradient at the hook [R, D], spliced, at every row that counts.
+    """The candidates' activations z [R, P] and the loss's gradient at the hook [R, D], spliced, at every row that
+    counts.
 
-    Rows are `LanguageModel.rows` (neither BOS nor padding) whose norm is at most `max_norm`. Every row that the model has is a
-    target of the loss, outlier or not.
+    Rows are `LanguageModel.rows` (neither BOS nor padding) whose norm is at most `max_norm`. Every row that the model
+    has is a target of the loss, outlier or not.
     """
     candidates = candidates_of(sae, settings)
     cut = lm.cut(ids_NT)  # the lower blocks once, without gradient

@@ -1,8 +1,8 @@
 """How often each latent's attribution had which magnitude: integer counts in fixed buckets, so that they merge exactly.
 
-The buckets are logarithmic: every octave from 2^LOWEST on is cut into STEPS of equal width, as the leading bits of a float
-cut it, so that a value's bucket is read from its bits and no rounding of a logarithm decides it. Bucket 0 holds what is
-smaller, zero included, and stands for 0; the last one holds what is larger.
+The buckets are logarithmic: every octave from 2^LOWEST on is cut into STEPS of equal width, as the leading bits of a
+float cut it, so that a value's bucket is read from its bits and no rounding of a logarithm decides it. Bucket 0 holds
+what is smaller, zero included, and stands for 0; the last one holds what is larger.
 Letters: M magnitudes, N filled buckets of all latents, K buckets, P latents.
 """
 
@@ -32,7 +32,9 @@ def bucket_of(magnitude_M: torch.Tensor) -> torch.Tensor:
 
 
 def bucket_values() -> torch.Tensor:
-    """What each bucket stands for, fp64 [K]: for one from a to b it is 2ab / (a + b), equally wrong, (b - a) / (b + a), at both ends."""
+    """What each bucket stands for, fp64 [K]: for one from a to b it is 2ab / (a + b), equally wrong, (b - a) / (b + a),
+    at both ends.
+    """
     index_K = torch.arange(BUCKETS - 1)
     octave_K = torch.exp2((LOWEST + index_K // STEPS).double())
     low_K = octave_K * (1 + (index_K % STEPS) / STEPS)
@@ -57,16 +59,21 @@ class Histogram:
 
     @staticmethod
     def merged(parts: Sequence[Histogram]) -> Histogram:
-        """Of all their magnitudes together: the same whatever the order of the parts, or how the magnitudes were dealt to them."""
+        """Of all their magnitudes together: the same whatever the order of the parts, or how the magnitudes were dealt
+        to them.
+        """
         filled_N, place = torch.unique(torch.cat([part.filled_N for part in parts]), return_inverse=True)
-        return Histogram(filled_N, torch.zeros_like(filled_N).index_add_(0, place, torch.cat([part.counts_N for part in parts])))
+        return Histogram(
+            filled_N, torch.zeros_like(filled_N).index_add_(0, place, torch.cat([part.counts_N for part in parts]))
+        )
 
     def active(self, latents: int) -> torch.Tensor:
         """How many magnitudes each of P latents has, int64 [P]."""
         return torch.zeros(latents, dtype=torch.int64).index_add_(0, self.filled_N // BUCKETS, self.counts_N)
 
     def quantile(self, q: float, latents: int) -> torch.Tensor:
-        """For each of P latents the smallest of its n magnitudes that at least q * n of them do not exceed, fp64 [P]; 0 for none.
+        """For each of P latents the smallest of its n magnitudes that at least q * n of them do not exceed, fp64 [P]; 0
+        for none.
 
         The bucket is exact, the value within it is not: the relative error is at most RELATIVE_ERROR (3.03 %) for
         magnitudes from 2^-32 to 2^16; smaller ones count as 0.

@@ -1,7 +1,8 @@
 """Who scores which shard of the attribution tokens, and what came back. Knows no Ray.
 
-Shards are dealt to whoever asks; a partial sum is kept per shard, on disk, so that a shard sent twice counts once, a lost
-worker's shards are dealt again, and a ledger that died goes on from its folder. Where fewer shards may do, they are dealt in
+Shards are dealt to whoever asks; a partial sum is kept per shard, on disk, so that a shard sent twice counts once, a
+lost worker's shards are dealt again, and a ledger that died goes on from its folder. Where fewer shards may do, they
+are dealt in
 stages of 2, 4, 8, ...: how many count is decided by what is in them, never by who was fast.
 """
 
@@ -25,15 +26,28 @@ FIRST_STAGE = 2
 class Ledger:
     """Attribution of one trained SAE.
 
-    shards: how many there are; stamp: identifies the SAE and settings, so that partial sums of another run are not reused;
-    patience_s: a shard dealt and not returned for so long is dealt to another worker too; enough: whether the partial sums
-    of the first shards, in shard order, suffice, asked at the end of each stage but the last (None: all shards in one stage).
+    shards: how many there are; stamp: identifies the SAE and settings, so that partial sums of another run are not
+    reused;
+    patience_s: a shard dealt and not returned for so long is dealt to another worker too; enough: whether the partial
+    sums of the first shards, in shard order, suffice, asked at the end of each stage but the last (None: all shards in
+    one stage).
     """
 
     def __init__(
-        self, folder: Path, shards: int, stamp: str, patience_s: float = 60.0, enough: Callable[[list[Partial]], bool] | None = None
+        self,
+        folder: Path,
+        shards: int,
+        stamp: str,
+        patience_s: float = 60.0,
+        enough: Callable[[list[Partial]], bool] | None = None,
     ):
-        self.folder, self.shards, self.stamp, self.patience_s, self.enough = Path(folder), shards, stamp, patience_s, enough
+        self.folder, self.shards, self.stamp, self.patience_s, self.enough = (
+            Path(folder),
+            shards,
+            stamp,
+            patience_s,
+            enough,
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stage = shards if enough is None else min(FIRST_STAGE, shards)
         """shards that count so far, the first ones; the others are not dealt"""

@@ -28,9 +28,12 @@ class Partial:
     def tensors(self) -> dict[str, torch.Tensor]:
         """As a file holds it."""
         return {
-            "tokens": torch.tensor(self.tokens), "signed": self.signed_P, "absolute": self.absolute_P,
-            "filled": self.histogram.filled_N, "counts": self.histogram.counts_N,
-        }  # fmt: skip
+            "tokens": torch.tensor(self.tokens),
+            "signed": self.signed_P,
+            "absolute": self.absolute_P,
+            "filled": self.histogram.filled_N,
+            "counts": self.histogram.counts_N,
+        }
 
     @staticmethod
     def of_tensors(tensors: dict[str, torch.Tensor]) -> Partial:

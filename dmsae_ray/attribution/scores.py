@@ -20,7 +20,9 @@ class ScoreSettings:
     """What decides scores and core, given the partial sums."""
 
     aggregator: str = "mean_abs"
-    """`mean_abs`: mean |a| over tokens; `mean_signed`: |mean a|; `quantile`: of |a| over the tokens with the latent active, times its density"""
+    """`mean_abs`: mean |a| over tokens; `mean_signed`: |mean a|; `quantile`: of |a| over the tokens with the latent
+    active, times its density
+    """
     quantile: float = 0.9
     """which one, with aggregator quantile"""
     tau: float = 0.9
@@ -31,10 +33,14 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class SplitHalf:
-    """Agreement of the shards of even and of odd number: what another draw of half as many tokens would leave of the result."""
+    """Agreement of the shards of even and of odd number: what another draw of half as many tokens would leave of the
+    result.
+    """
 
     spearman: float | None
-    """rank correlation of the two halves' scores, over candidates with a score in one of them; None where that says nothing"""
+    """rank correlation of the two halves' scores, over candidates with a score in one of them; None where that says
+    nothing
+    """
     jaccard: float | None
     """of the two sets that the halves select; None where a half has no score at all"""
 

@@ -13,7 +13,9 @@ from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
 
 
 def score_shards(sae, lm, batches, scale, settings, aggregator, ledger, rank: int, on_shard=lambda done: None) -> int:
-    """Take shards from the aggregator, score them, give the partial sums back, until all are back. Returns how many were ours."""
+    """Take shards from the aggregator, score them, give the partial sums back, until all are back. Returns how many
+    were ours.
+    """
     ours, device = 0, sae.b_dec.device
     while (shard := ray.get(aggregator.take.remote(ledger, rank))) != ALL_DONE:
         if shard == WAIT:

@@ -17,16 +17,16 @@ SETTINGS = 4
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """What only the head of a Ray cluster can be asked."""
 REMEDY = (
-    "Start the cluster, correct the address, or use --cluster.address local to start one here (`ray stop` clears what a "
-    "cluster that died left behind)"
+    "Start the cluster, correct the address, or use --cluster.address local to start one here (`ray stop` clears what "
+    "a cluster that died left behind)"
 )
 
 
 def cluster_address(config: Config) -> str | None:
     """The cluster to join, as Ray takes it; None: a cluster of our own is to be started.
 
-    "auto", not the address itself, for one that `ray start` made on this machine: only then does Ray take up a token that
-    lies ready. Another driver's private cluster does not count: it ends with its driver.
+    "auto", not the address itself, for one that `ray start` made on this machine: only then does Ray take up a token
+    that lies ready. Another driver's private cluster does not count: it ends with its driver.
     """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if _started_here() else None)
     return None if address == "local" else address
@@ -43,9 +43,9 @@ def check_answers(config: Config, address: str, say: Callable[[str], None] = lam
         address = found
     if "://" in address:
         raise ValueError(
-            f"{named}: Ray Client and other URLs are not supported: the command reads its output folder and Ray's shared "
-            "memory itself. Run it on a node of the cluster with <host>:<port of the head>, 6379 by default (`ray start "
-            "--address=<host>:<port>` makes this machine one), or send it as a job (`ray job submit`)"
+            f"{named}: Ray Client and other URLs are not supported: the command reads its output folder and Ray's "
+            "shared memory itself. Run it on a node of the cluster with <host>:<port of the head>, 6379 by default "
+            "(`ray start --address=<host>:<port>` makes this machine one), or send it as a job (`ray job submit`)"
         )
     host, separator, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -101,7 +101,9 @@ def _ask(target: str) -> None:
         except grpc.RpcError as error:
             # Whatever else it says, such as that it wants a token, it knows the question.
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                raise NotRay("what listens there is not the head of a Ray cluster, or not its port (6379 by default)") from error
+                raise NotRay(
+                    "what listens there is not the head of a Ray cluster, or not its port (6379 by default)"
+                ) from error
 
 
 def _started_here() -> str | None:

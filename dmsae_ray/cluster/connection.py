@@ -1,7 +1,7 @@
 """Joining or starting Ray, and what fits on it.
 
-Ray waits for ever, silently, for what no node can give. So what the work asks for is compared with the nodes before anything
-is started, node by node, and one CPU always stays free for what is not training.
+Ray waits for ever, silently, for what no node can give. So what the work asks for is compared with the nodes before
+anything is started, node by node, and one CPU always stays free for what is not training.
 """
 
 from __future__ import annotations
@@ -30,11 +30,20 @@ TOO_SLOW = "timed out during startup"
 
 # Read by Ray at import: set before anything imports it.
 QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_V2_ENABLED": "1", "RAY_free_objects_period_milliseconds": "100", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_free_objects_period_milliseconds": "100",
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ def available_cpus() -> int:
 
 
 def worker_bundle(config: Config) -> Bundle:
-    """What one training worker needs on one node; its CPUs as whole ones, since Ray Data is given what is left in whole ones."""
+    """What one training worker needs on one node; its CPUs as whole ones, since Ray Data is given what is left in whole
+    ones.
+    """
     cluster = config.cluster
     return Bundle(math.ceil(cluster.cpus_per_worker), cluster.gpus_per_worker, cluster.object_store_mb)
 
@@ -77,8 +88,8 @@ def busy_chains(config: Config) -> int:
 def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], None] = lambda line: None) -> Capacity:
     """Join the cluster that is there, else start one on this machine.
 
-    chains: to be trained; 0: only the language model will be run. Raises ValueError saying what is missing and what would fit, if
-    not even one chain fits, or if no cluster answers.
+    chains: to be trained; 0: only the language model will be run. Raises ValueError saying what is missing and what
+    would fit, if not even one chain fits, or if no cluster answers.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -89,8 +100,9 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
 
     quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
     if address is None:
-        # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token: one for this run
-        # alone. Ray would otherwise leave one in the home folder, which every later `ray start` then asks for.
+        # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token:
+        # one for this run alone. Ray would otherwise leave one in the home folder, which every later `ray start` then
+        # asks for.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         _start(say, num_cpus=logical_cpus(config, chains), include_dashboard=True, dashboard_port=0, **quiet)
     else:
@@ -98,9 +110,9 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"cluster.address {address}: this driver could not join the Ray cluster ({error}). Is it up? `ray stop` clears what a "
-                "dead one left, `--cluster.address local` starts another. Where it asks for a token, set RAY_AUTH_MODE=token and the "
-                "same token on both sides"
+                f"cluster.address {address}: this driver could not join the Ray cluster ({error}). Is it up? `ray "
+                "stop` clears what a dead one left, `--cluster.address local` starts another. Where it asks for a "
+                "token, set RAY_AUTH_MODE=token and the same token on both sides"
             ) from error
     try:
         found = capacity(config, nodes_now(), chains, local=address is None)
@@ -111,8 +123,8 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
 
 
 def _start(say: Callable[[str], None], **options: Any) -> None:
-    """A Ray of our own. Its parts must be up within a time that Ray fixes (half a minute), so a machine that others keep busy gets
-    another chance. Raises ValueError if that was not enough either."""
+    """A Ray of our own. Its parts must be up within a time that Ray fixes (half a minute), so a machine that others
+    keep busy gets another chance. Raises ValueError if that was not enough either."""
     import ray
 
     for left in reversed(range(STARTS)):
@@ -125,21 +137,27 @@ def _start(say: Callable[[str], None], **options: Any) -> None:
                 raise
             if not left:
                 raise ValueError(
-                    f"Ray could not start on this machine within the time it allows itself (tried {STARTS} times: {str(error).strip()}). "
-                    "Is the machine very busy, or out of memory? Give the same command when it is not, or join a running cluster "
-                    "with --cluster.address"
+                    f"Ray could not start on this machine within the time it allows itself (tried {STARTS} times: "
+                    f"{str(error).strip()}). Is the machine very busy, or out of memory? Give the same command when it "
+                    "is not, or join a running cluster with --cluster.address"
                 ) from error
             say("ray: did not start within the time it allows itself; trying again")
 
 
 def logical_cpus(config: Config, chains: int) -> int:
-    """CPUs to tell a Ray of our own of: what the work asks for, and more. Threads, not these, decide how busy the machine is."""
+    """CPUs to tell a Ray of our own of: what the work asks for, and more. Threads, not these, decide how busy the
+    machine is.
+    """
     wanted = min(config.cluster.concurrent or busy_chains(config), max(1, chains))
-    return max(available_cpus(), wanted * config.cluster.workers * math.ceil(config.cluster.cpus_per_worker) + DATA_CPUS + 1)
+    return max(
+        available_cpus(), wanted * config.cluster.workers * math.ceil(config.cluster.cpus_per_worker) + DATA_CPUS + 1
+    )
 
 
 def check_fits_here(config: Config, chains: int) -> None:
-    """Where no cluster is to be joined: what would be started on this machine will do. Raises ValueError; starts nothing."""
+    """Where no cluster is to be joined: what would be started on this machine will do. Raises ValueError; starts
+    nothing.
+    """
     if cluster_address(config) is not None:
         return
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
@@ -155,8 +173,8 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool) ->
     lacking = missing(nodes, worker, cluster.workers, "training worker", DATA_CPUS) if chains else []
     if lacking:
         raise ValueError(
-            f"{_whose(nodes, local)} too small for one chain. It needs {listed(lacking)}. "
-            f"To mend it, {_remedy(config, nodes, worker, local)}"
+            f"{_whose(nodes, local)} too small for one chain. It needs {listed(lacking)}. To mend it, "
+            f"{_remedy(config, nodes, worker, local)}"
         )
     if lacking := missing(nodes, actor, 1, "harvest actor"):
         raise ValueError(
@@ -169,10 +187,13 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool) ->
         fits = min(fits, cluster.concurrent or busy_chains(config))
         harvest = min(harvest, max(1, available_cpus() // config.harvest.threads))
     return Capacity(
-        cpus=cpus, gpus=sum(node.gpus for node in nodes), free_cpus=sum(node.free_cpus for node in nodes), local=local,
+        cpus=cpus,
+        gpus=sum(node.gpus for node in nodes),
+        free_cpus=sum(node.free_cpus for node in nodes),
+        local=local,
         concurrent=max(1, min(fits, cluster.concurrent or fits, max(1, chains))),
         harvest_actors=max(1, min(harvest, config.harvest.actors or harvest)),
-    )  # fmt: skip
+    )
 
 
 def _whose(nodes: Sequence[Node], local: bool) -> str:
@@ -188,7 +209,7 @@ def _remedy(config: Config, nodes: Sequence[Node], worker: Bundle, local: bool) 
         ("cpus_per_worker", Bundle(0, worker.gpus, worker.store_mb)),
         ("gpus_per_worker", Bundle(worker.cpus, 0, worker.store_mb)),
         ("object_store_mb", Bundle(worker.cpus, worker.gpus, 0)),
-    ):  # fmt: skip
+    ):
         now = getattr(config.cluster, field)
         if (field != "cpus_per_worker" or now > 1) and fitting(nodes, smaller, DATA_CPUS) >= workers:
             or_none = "; 0: train on CPUs" if field == "gpus_per_worker" else ""
@@ -221,7 +242,9 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
 
     if capacity.waits is not None:
         capacity.waits.stop()
-    session = Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
+    session = (
+        Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
+    )
     with deaf():
         ray.shutdown()
     if session is not None and session.exists():
@@ -229,7 +252,9 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
 
 
 def keep_logs(session: Path, logs: Path) -> None:
-    """Copy Ray's logs. Never raises for want of room or rights: another error, which matters more, may be on its way out."""
+    """Copy Ray's logs. Never raises for want of room or rights: another error, which matters more, may be on its way
+    out.
+    """
     # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
     ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")
     try:

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 READ_CPUS = 0.01
-"""A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine leave none."""
+"""A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine
+leave none.
+"""
 
 SLACK = 1e-9
 """Of divisions: ten bundles of a tenth of a GPU fit on one."""
@@ -97,8 +99,8 @@ def missing(nodes: Sequence[Node], bundle: Bundle, count: int, whose: str, spare
             found.append(f"{figure(need)} {unit(need)} ({parts}), it has {figure(total)}")
         elif placed < count:
             found.append(
-                f"{figure(each)} {unit(each)} on one node for each of {count} {plural(whose, count)}, its {len(nodes)} nodes "
-                f"have room for {placed} (the largest has {figure(max(have, default=0.0))})"
+                f"{figure(each)} {unit(each)} on one node for each of {count} {plural(whose, count)}, its {len(nodes)} "
+                f"nodes have room for {placed} (the largest has {figure(max(have, default=0.0))})"
             )
     apart = f"{bundle} on one node for each of {count} {plural(whose, count)}, its nodes have them apart"
     return found or [apart]

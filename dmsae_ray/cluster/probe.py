@@ -1,4 +1,5 @@
-"""Whether every node of a joined cluster sees the folders that the work needs: asked of each before any work, in bounded time.
+"""Whether every node of a joined cluster sees the folders that the work needs: asked of each before any work, in
+bounded time.
 
 A node that does not would hold chains that nobody finds, or fail after the harvest.
 """
@@ -16,7 +17,9 @@ from dmsae_ray.files import replacing
 ANSWER_S = 60.0
 """Longest wait for all nodes: a worker process has to start there, and imports this package."""
 APPEARS_S = 10.0
-"""How long a node waits for a file that was just written: network file systems remember for some seconds what was not there."""
+"""How long a node waits for a file that was just written: network file systems remember for some seconds what was not
+there.
+"""
 
 
 def check_nodes(config: Config) -> None:
@@ -83,7 +86,10 @@ def unseen(path: str, token: str, places: dict[str, str]) -> list[str]:
         try:
             found, why = Path(path).read_text(), "is another folder there: give --output one that all nodes share"
         except OSError as error:
-            why = f"cannot be read there ({error.strerror}): mount it there, or give --output a folder that all nodes share"
+            why = (
+                f"cannot be read there ({error.strerror}): mount it there, or give --output a folder that all nodes "
+                "share"
+            )
         if found != token:
             time.sleep(0.2)
     home = os.path.dirname(path)

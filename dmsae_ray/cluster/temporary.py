@@ -13,7 +13,9 @@ LONGEST_SOCKET = 107
 
 
 def check_temporary_folder(config: Config) -> None:
-    """Ray could begin a session there. Raises ValueError that names the variable and the remedy; asks only where Ray is not joined."""
+    """Ray could begin a session there. Raises ValueError that names the variable and the remedy; asks only where Ray is
+    not joined.
+    """
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
     if name is None:
         return  # Ray takes /tmp
@@ -31,7 +33,10 @@ def _problem(folder: str) -> str | None:
     socket = os.path.join(folder, "ray", session, "sockets", "plasma_store")
     if (length := len(os.fsencode(socket))) > LONGEST_SOCKET:
         over = length - LONGEST_SOCKET
-        return f"is {over} characters too long: Ray's sockets lie there, below a folder for each session, and no socket's name may exceed {LONGEST_SOCKET}"
+        return (
+            f"is {over} characters too long: Ray's sockets lie there, below a folder for each session, and no "
+            f"socket's name may exceed {LONGEST_SOCKET}"
+        )
     try:
         os.makedirs(os.path.join(folder, "ray"), exist_ok=True)
         with tempfile.TemporaryFile(dir=os.path.join(folder, "ray")):

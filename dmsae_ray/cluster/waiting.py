@@ -17,15 +17,19 @@ Shape = tuple[tuple[str, float], ...]
 
 
 class Waits:
-    """While started, says what this configuration asks the cluster for and does not get for a minute, and what would end that.
+    """While started, says what this configuration asks the cluster for and does not get for a minute, and what would
+    end that.
 
     The cluster knows what is asked for, not by whom: of two drivers with equal wants, both tell of it.
     """
 
     def __init__(
-        self, config: Config, say: Callable[[str], None], wanted: Callable[[], Mapping[Shape, int]] | None = None,
+        self,
+        config: Config,
+        say: Callable[[str], None],
+        wanted: Callable[[], Mapping[Shape, int]] | None = None,
         state: Callable[[], str] | None = None,
-    ):  # fmt: skip
+    ):
         """wanted: how many of each shape wait at the moment; state: the cluster in words. Not given, both ask Ray."""
         self._names, self._say = names(config), say
         self._wanted, self._state = wanted or waiting_now, state or cluster_now
@@ -62,9 +66,9 @@ class Waits:
             resources = dict(shape)
             asked, count = Bundle(resources.get("CPU", 0.0), resources.get("GPU", 0.0)), wanted[shape]
             self._say(
-                f"waiting for {now - since:.0f} s: {self._names[shape]} asks for {asked} on one node, and none has that free "
-                f"({count} {'waits' if count == 1 else 'wait'}). {self._state()}. This goes on as soon as others leave that "
-                "room, or another node comes (ray start --address=<head>)"
+                f"waiting for {now - since:.0f} s: {self._names[shape]} asks for {asked} on one node, and none has "
+                f"that free ({count} {'waits' if count == 1 else 'wait'}). {self._state()}. This goes on as soon as "
+                "others leave that room, or another node comes (ray start --address=<head>)"
             )
 
 
@@ -88,7 +92,9 @@ def shape_of(resources: Mapping[str, float]) -> Shape:
 
 
 def waiting_now() -> dict[Shape, int]:
-    """How many bundles of each shape wait on the connected cluster: of tasks, actors and placement groups of all drivers."""
+    """How many bundles of each shape wait on the connected cluster: of tasks, actors and placement groups of all
+    drivers.
+    """
     from ray._private.worker import global_worker
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
@@ -115,6 +121,6 @@ def cluster_now() -> str:
     own = ray.get_runtime_context().get_job_id()
     others = sum(not job["IsDead"] and job["JobID"] != own for job in jobs())
     return (
-        f"The cluster ({len(nodes)} {plural('node', len(nodes))}) has {listed(parts)}; "
-        f"{others} other {plural('driver', others)} at work"
+        f"The cluster ({len(nodes)} {plural('node', len(nodes))}) has {listed(parts)}; {others} other "
+        f"{plural('driver', others)} at work"
     )

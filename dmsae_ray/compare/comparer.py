@@ -51,7 +51,9 @@ class Side:
     @cached_property
     def free(self) -> FreeDraws:
         """Draws of free latents as dense as the core's members."""
-        return FreeDraws.of(self.result.sae, self.result.core_ids_C, self.covariance.draws, self.covariance.seed, self.rows_RD)
+        return FreeDraws.of(
+            self.result.sae, self.result.core_ids_C, self.covariance.draws, self.covariance.seed, self.rows_RD
+        )
 
     @cached_property
     def covariance_mmcs(self) -> float:
@@ -65,7 +67,9 @@ class Comparer:
     def __init__(self, rows_RD: torch.Tensor, settings: CompareSettings, gaussian: Gaussian | None = None):
         """gaussian: directions of the rows' covariance; None: taken from these rows."""
         self.rows_RD, self.settings = rows_RD[:ROWS], settings
-        self.covariance = CovarianceNull(gaussian or Gaussian.of_rows(rows_RD), settings.draws, settings.cosine, settings.seed)
+        self.covariance = CovarianceNull(
+            gaussian or Gaussian.of_rows(rows_RD), settings.draws, settings.cosine, settings.seed
+        )
 
     def side(self, result: ChainResult) -> Side:
         """A chain, ready for its pairs; whoever holds it decides how long what was prepared stays in memory."""
@@ -74,18 +78,34 @@ class Comparer:
     def pair(self, side_a: Side, side_b: Side) -> PairResult:
         """Compare two chains. Cores with fewer than SMALLEST_CORE members give a result without core scores.
 
-        Raises ValueError if the two differ in nothing, are of different models or hooks, or the rows are of another dataset.
+        Raises ValueError if the two differ in nothing, are of different models or hooks, or the rows are of another
+        dataset.
         """
         a, b = side_a.result, side_b.result
         self._check(a, b)
         pairing, size, cosine = paired(a.chain, b.chain), (a.core.size, b.core.size), self.settings.cosine
-        common = about(pairing) | {"size_a": size[0], "size_b": size[1], "activation_rows": len(self.rows_RD)} | self._dictionaries(a, b)
+        common = (
+            about(pairing)
+            | {"size_a": size[0], "size_b": size[1], "activation_rows": len(self.rows_RD)}
+            | self._dictionaries(a, b)
+        )
         if min(size) < SMALLEST_CORE:
-            reason = f"cores of {size[0]} and {size[1]} latents: a comparison needs at least {SMALLEST_CORE} on each side"
+            reason = (
+                f"cores of {size[0]} and {size[1]} latents: a comparison needs at least {SMALLEST_CORE} on each side"
+            )
             return PairResult(
-                **common, overlap=None, shared=None, pw_mcc=None, mmcs_ab=None, mmcs_ba=None, activation=None, activation_pairs=None,
-                activation_left_out=None, reason=reason, nulls={name: unavailable(reason, size) for name in NULLS},
-            )  # fmt: skip
+                **common,
+                overlap=None,
+                shared=None,
+                pw_mcc=None,
+                mmcs_ab=None,
+                mmcs_ba=None,
+                activation=None,
+                activation_pairs=None,
+                activation_left_out=None,
+                reason=reason,
+                nulls={name: unavailable(reason, size) for name in NULLS},
+            )
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)
         active = agreement(side_a.core_activations, side_b.core_activations, decoder)
         return PairResult(
@@ -112,8 +132,8 @@ class Comparer:
         for name in ("model", "hook"):
             if getattr(a.core, name) != getattr(b.core, name):
                 raise ValueError(
-                    f"chains {a.label} and {b.label} are of different {name}s, {getattr(a.core, name)} and {getattr(b.core, name)}: "
-                    "their directions have nothing to do with each other"
+                    f"chains {a.label} and {b.label} are of different {name}s, {getattr(a.core, name)} and "
+                    f"{getattr(b.core, name)}: their directions have nothing to do with each other"
                 )
 
     def _dictionaries(self, a: ChainResult, b: ChainResult) -> dict:
@@ -128,22 +148,34 @@ class Comparer:
             "dictionary_size": width,
             "dictionary_nulls": {
                 "covariance": self.covariance.dictionary(size),
-                "matched_density": DictionaryNull(False, "a whole dictionary leaves no free latents to draw from", None, 0, size),
+                "matched_density": DictionaryNull(
+                    False, "a whole dictionary leaves no free latents to draw from", None, 0, size
+                ),
                 "cycle0": DictionaryNull(reason is None, reason, start, 1, start_size),
             },
         }
 
     def _nulls(self, side_a: Side, side_b: Side) -> dict[str, NullResult]:
         a, b, cosine = side_a.result, side_b.result, self.settings.cosine
-        starts = mmcs(side_a.start.latents.W_dec_ND, b.start.W_dec_ND), mmcs(side_b.start.latents.W_dec_ND, a.start.W_dec_ND)
+        starts = (
+            mmcs(side_a.start.latents.W_dec_ND, b.start.W_dec_ND),
+            mmcs(side_b.start.latents.W_dec_ND, a.start.W_dec_ND),
+        )
         return {
-            "covariance": self.covariance.of((a.core.size, b.core.size), side_a.covariance_mmcs, side_b.covariance_mmcs),
+            "covariance": self.covariance.of(
+                (a.core.size, b.core.size), side_a.covariance_mmcs, side_b.covariance_mmcs
+            ),
             "matched_density": matched_density_null(side_a.free, side_b.free, a.sae.W_dec_ND, b.sae.W_dec_ND, cosine),
             "cycle0": cycle0_null(
-                side_a.start, side_b.start, side_a.core, side_b.core, cosine,
-                mmcs_mean=None if None in starts else sum(starts) / 2, reason=a.no_start() or b.no_start(),
+                side_a.start,
+                side_b.start,
+                side_a.core,
+                side_b.core,
+                cosine,
+                mmcs_mean=None if None in starts else sum(starts) / 2,
+                reason=a.no_start() or b.no_start(),
             ),
-        }  # fmt: skip
+        }
 
 
 def compare_all(chains: Sequence[ChainResult], comparer: Comparer) -> list[PairResult]:

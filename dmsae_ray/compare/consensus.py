@@ -44,7 +44,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Feature:
-    """Latents of different chains that are one feature: at most one of each chain. Also a single latent that nobody else has."""
+    """Latents of different chains that are one feature: at most one of each chain. Also a single latent that nobody
+    else has.
+    """
 
     members: tuple[Member, ...]
     """in the order of the chains"""
@@ -55,7 +57,9 @@ class Feature:
     interval: tuple[float, float]
     """95 % interval of that share (Wilson)"""
     elsewhere: float | None
-    """share of the *other* seeds that have it: a feature is found in some seed to begin with. None where there is no other"""
+    """share of the *other* seeds that have it: a feature is found in some seed to begin with. None where there is no
+    other
+    """
     cosine: float | None
     """mean decoder cosine over pairs of members; None for a single one"""
     score: float
@@ -93,27 +97,38 @@ class Consensus:
             "id": f"f{place:03d}",
             "members": [
                 {
-                    "chain": self.chains[member.chain].label, "index": member.index, "latent": int(core.latent_ids_C[member.index]),
-                    "score": float(core.scores_C[member.index]), "density": float(core.density_C[member.index]),
+                    "chain": self.chains[member.chain].label,
+                    "index": member.index,
+                    "latent": int(core.latent_ids_C[member.index]),
+                    "score": float(core.scores_C[member.index]),
+                    "density": float(core.density_C[member.index]),
                 }
-                for member in feature.members for core in [self.chains[member.chain].core]
+                for member in feature.members
+                for core in [self.chains[member.chain].core]
             ],
-            "in_chains": len(feature.members), "in_seeds": feature.in_seeds, "reproducibility": feature.reproducibility,
-            "interval": list(feature.interval), "elsewhere": feature.elsewhere, "cosine": feature.cosine, "score": feature.score,
-            "density": feature.density, "in_core": feature.in_core,
-        }  # fmt: skip
+            "in_chains": len(feature.members),
+            "in_seeds": feature.in_seeds,
+            "reproducibility": feature.reproducibility,
+            "interval": list(feature.interval),
+            "elsewhere": feature.elsewhere,
+            "cosine": feature.cosine,
+            "score": feature.score,
+            "density": feature.density,
+            "in_core": feature.in_core,
+        }
 
 
 def find_consensus(chains: Sequence[NamedCore], cosine: float = 0.7, share: float = 0.5) -> Consensus:
     """Features of these chains, and the core of those that at least `share` of the seeds, and at least two, have.
 
-    Two latents are linked if both matchings of their cores name them and both cosines reach `cosine`, as in `overlap`. Raises ValueError
-    if the cores are of different models, hooks or scales, or are not selected by the same.
+    Two latents are linked if both matchings of their cores name them and both cosines reach `cosine`, as in `overlap`.
+    Raises ValueError if the cores are of different models, hooks or scales, or are not selected by the same.
     """
     _check(chains)
     seeds = len({chain.seed for chain in chains})
     shares = [
-        chain.core.scores_C / chain.core.scores_C.sum() if bool(chain.core.scores_C.any()) else chain.core.scores_C for chain in chains
+        chain.core.scores_C / chain.core.scores_C.sum() if bool(chain.core.scores_C.any()) else chain.core.scores_C
+        for chain in chains
     ]
     features = [_feature(chains, members, shares, seeds, share) for members in group(chains, cosine)]
     features.sort(key=lambda feature: (-feature.in_seeds, -feature.score, feature.members))
@@ -122,9 +137,14 @@ def find_consensus(chains: Sequence[NamedCore], cosine: float = 0.7, share: floa
 
 
 def group(chains: Sequence[NamedCore], cosine: float) -> list[tuple[Member, ...]]:
-    """All latents of the cores, grouped. Links are taken from the surest (by their smaller cosine) to the least sure, each joining two
-    groups unless some chain would then be in one twice: of two near-copies in a chain the nearer one joins, the other stays alone."""
-    groups = {Member(place, index): [Member(place, index)] for place, chain in enumerate(chains) for index in range(chain.core.size)}
+    """All latents of the cores, grouped. Links are taken from the surest (by their smaller cosine) to the least sure,
+    each joining two groups unless some chain would then be in one twice: of two near-copies in a chain the nearer one
+    joins, the other stays alone."""
+    groups = {
+        Member(place, index): [Member(place, index)]
+        for place, chain in enumerate(chains)
+        for index in range(chain.core.size)
+    }
     for left, right in links(chains, cosine):
         first, second = groups[left], groups[right]
         if first is second or {member.chain for member in first} & {member.chain for member in second}:
@@ -136,18 +156,25 @@ def group(chains: Sequence[NamedCore], cosine: float) -> list[tuple[Member, ...]
 
 
 def links(chains: Sequence[NamedCore], cosine: float) -> list[tuple[Member, Member]]:
-    """Latents shared by two cores, by falling smaller cosine; ties by the chains' labels and the rows, whatever the chains' order."""
+    """Latents shared by two cores, by falling smaller cosine; ties by the chains' labels and the rows, whatever the
+    chains' order.
+    """
     found = []
     for (i, a), (j, b) in combinations(enumerate(chains), 2):
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)
-        sure = [dict(zip(matching.left_P.tolist(), matching.cosine_P.tolist(), strict=True)) for matching in (encoder, decoder)]
+        sure = [
+            dict(zip(matching.left_P.tolist(), matching.cosine_P.tolist(), strict=True))
+            for matching in (encoder, decoder)
+        ]
         for left, right in shared_pairs(encoder, decoder, cosine).tolist():
             ends = sorted([(a.label, left), (b.label, right)])
             found.append((-min(one[left] for one in sure), ends, Member(i, left), Member(j, right)))
     return [(left, right) for _, _, left, right in sorted(found)]
 
 
-def _feature(chains: Sequence[NamedCore], members: tuple[Member, ...], shares: list[torch.Tensor], seeds: int, share: float) -> Feature:
+def _feature(
+    chains: Sequence[NamedCore], members: tuple[Member, ...], shares: list[torch.Tensor], seeds: int, share: float
+) -> Feature:
     in_seeds = len({chains[member.chain].seed for member in members})
     W_dec_GD = torch.stack([chains[member.chain].core.W_dec_CD[member.index] for member in members])
     cosine_GG = cosines(W_dec_GD, W_dec_GD)
@@ -165,21 +192,27 @@ def _feature(chains: Sequence[NamedCore], members: tuple[Member, ...], shares: l
 
 
 def _core(chains: Sequence[NamedCore], features: Sequence[Feature]) -> Core:
-    """Means of the members. No chain selected this core: it counts as selected in cycle 0, its latent ids are its rows, and seed and k
-    are the smallest of the chains', for the record only (a chain that starts from it draws from its own seed)."""
+    """Means of the members. No chain selected this core: it counts as selected in cycle 0, its latent ids are its rows,
+    and seed and k are the smallest of the chains', for the record only (a chain that starts from it draws from its own
+    seed)."""
 
     def mean(name: str) -> torch.Tensor:
         return torch.stack(
             [
-                torch.stack([getattr(chains[member.chain].core, name)[member.index].double() for member in feature.members]).mean(dim=0)
+                torch.stack(
+                    [getattr(chains[member.chain].core, name)[member.index].double() for member in feature.members]
+                ).mean(dim=0)
                 for feature in features
             ]
         )
 
     norm_C = torch.tensor(
-        [np.mean([float(chains[m.chain].core.W_enc_CD[m.index].double().norm()) for m in feature.members]) for feature in features],
+        [
+            np.mean([float(chains[m.chain].core.W_enc_CD[m.index].double().norm()) for m in feature.members])
+            for feature in features
+        ],
         dtype=torch.float64,
-    )  # fmt: skip
+    )
     W_enc_CD, W_dec_CD, size, first = mean("W_enc_CD"), mean("W_dec_CD"), len(features), chains[0].core
     return Core(
         # A mean of rows that point apart is shorter than they are, and would be active less often.
@@ -191,10 +224,16 @@ def _core(chains: Sequence[NamedCore], features: Sequence[Feature]) -> Core:
         density_C=mean("density_C"),
         latent_ids_C=torch.arange(size),
         theta=float(np.mean([chain.core.theta for chain in chains])),
-        scale=first.scale, hook=first.hook, model=first.model, cycle=0,
-        seed=min(chain.seed for chain in chains), k=min(chain.core.k for chain in chains),
-        entered_C=torch.zeros(size, dtype=torch.int64), selected=((0,),) * size, selected_by=first.selected_by,
-    )  # fmt: skip
+        scale=first.scale,
+        hook=first.hook,
+        model=first.model,
+        cycle=0,
+        seed=min(chain.seed for chain in chains),
+        k=min(chain.core.k for chain in chains),
+        entered_C=torch.zeros(size, dtype=torch.int64),
+        selected=((0,),) * size,
+        selected_by=first.selected_by,
+    )
 
 
 def _check(chains: Sequence[NamedCore]) -> None:
@@ -203,6 +242,6 @@ def _check(chains: Sequence[NamedCore]) -> None:
             own, first = getattr(chain.core, name), getattr(chains[0].core, name)
             if own != first:
                 raise ValueError(
-                    f"consensus: {chain.label} has {name} {own!r}, {chains[0].label} has {first!r}; their encoder rows have no mean: "
-                    "give chains of one arm"
+                    f"consensus: {chain.label} has {name} {own!r}, {chains[0].label} has {first!r}; their encoder rows "
+                    "have no mean: give chains of one arm"
                 )

@@ -62,8 +62,8 @@ class Gaussian:
 
 
 class CovarianceNull:
-    """The null, for pairs of any sizes. What two pairs of the same sizes have in common is drawn once, from its own seed: a result
-    does not depend on what was asked before."""
+    """The null, for pairs of any sizes. What two pairs of the same sizes have in common is drawn once, from its own
+    seed: a result does not depend on what was asked before."""
 
     def __init__(self, gaussian: Gaussian, draws: int, cosine: float, seed: int):
         self.gaussian, self.draws, self.cosine, self.seed = gaussian, draws, cosine, seed
@@ -71,8 +71,9 @@ class CovarianceNull:
         self._whole = lru_cache(maxsize=None)(self._draw_whole)
 
     def of(self, size: tuple[int, int], mmcs_a: float, mmcs_b: float) -> NullResult:
-        """A draw has one direction per latent, used as its encoder row and as its decoder row: both matchings then always agree, so
-        that the overlap of this null is larger, and the null stricter, than with two independent directions.
+        """A draw has one direction per latent, used as its encoder row and as its decoder row: both matchings then
+        always agree, so that the overlap of this null is larger, and the null stricter, than with two independent
+        directions.
 
         mmcs_a, mmcs_b: what `to_whole` gives for the two SAEs.
         """

@@ -24,24 +24,39 @@ class Ranked:
 
 
 def cycle0_null(
-    start_a: Ranked, start_b: Ranked, core_a: Ranked, core_b: Ranked, cosine: float, mmcs_mean: float | None, reason: str | None = None
+    start_a: Ranked,
+    start_b: Ranked,
+    core_a: Ranked,
+    core_b: Ranked,
+    cosine: float,
+    mmcs_mean: float | None,
+    reason: str | None = None,
 ) -> NullResult:
     """start_a, start_b: cycle 0's candidates, core_a, core_b: the cores' members.
 
-    Where cycle 0 has fewer candidates than the core has members, all of them are used, and the cores cut to those sizes stand beside
-    them. mmcs_mean: mean largest cosine of these sets to the other run's whole cycle-0 SAE; reason: why the pair may not be read
-    against this null, if so.
+    Where cycle 0 has fewer candidates than the core has members, all of them are used, and the cores cut to those sizes
+    stand beside
+    them. mmcs_mean: mean largest cosine of these sets to the other run's whole cycle-0 SAE; reason: why the pair may
+    not be read against this null, if so.
     """
     size = (min(start_a.latents.size, core_a.latents.size), min(start_b.latents.size, core_b.latents.size))
     if min(size) == 0:
         return unavailable("cycle 0 has no candidates on one side", size)
     scores, overlaps, activations = zip(
-        *(_agreement(a.top(size[0]), b.top(size[1]), cosine) for a, b in ((start_a, start_b), (core_a, core_b))), strict=True
+        *(_agreement(a.top(size[0]), b.top(size[1]), cosine) for a, b in ((start_a, start_b), (core_a, core_b))),
+        strict=True,
     )
     return over_draws(
-        scores[:1], overlaps[:1], activations[:1], mmcs_mean, size, reason=reason,
-        core_pw_mcc_same_size=scores[1], core_overlap_same_size=overlaps[1], core_activation_same_size=activations[1],
-    )  # fmt: skip
+        scores[:1],
+        overlaps[:1],
+        activations[:1],
+        mmcs_mean,
+        size,
+        reason=reason,
+        core_pw_mcc_same_size=scores[1],
+        core_overlap_same_size=overlaps[1],
+        core_activation_same_size=activations[1],
+    )
 
 
 def _agreement(a: Ranked, b: Ranked, cosine: float) -> tuple[float | None, float | None, float | None]:

@@ -19,7 +19,8 @@ from dmsae_ray.compare.match import Rows, assign, cosines, mmcs, overlap, pw_mcc
 from dmsae_ray.compare.nulls import MMCS_ROWS, NullResult, over_draws, unavailable
 
 NEAREST = 5
-"""Matched-density draws choose among so many free latents nearest in log-density: near, and yet many different draws."""
+"""Matched-density draws choose among so many free latents nearest in log-density: near, and yet many different draws.
+"""
 LARGEST_GAP = 2.0
 """Typical ratio of densities beyond which free latents are no comparison for a core."""
 
@@ -54,10 +55,14 @@ class Densities:
         """Why there is no draw, if there is none."""
         if self.free_N.size >= self.core_C.size:
             return None
-        return f"has {self.free_N.size} free latents that are alive, fewer than the {self.core_C.size} members of its core"
+        return (
+            f"has {self.free_N.size} free latents that are alive, fewer than the {self.core_C.size} members of its core"
+        )
 
     def draw_all(self, draws: int, rng: np.random.Generator) -> tuple[list[np.ndarray], float]:
-        """Latent ids of every draw, in the order of the core's members, and exp of the mean |log ratio| of densities over all draws."""
+        """Latent ids of every draw, in the order of the core's members, and exp of the mean |log ratio| of densities
+        over all draws.
+        """
         ids, gaps = [], []
         for _ in range(draws):
             picks_C = draw_matched(self.core_C, self.free_N, rng)
@@ -70,7 +75,10 @@ def too_far(gap: float) -> str | None:
     """Why draws with this gap are no comparison, if they are none."""
     if gap <= LARGEST_GAP:
         return None
-    return f"the free latents nearest in density to the core's differ from them by a factor of {gap:.2g}, more than {LARGEST_GAP:g}"
+    return (
+        f"the free latents nearest in density to the core's differ from them by a factor of {gap:.2g}, more than "
+        f"{LARGEST_GAP:g}"
+    )
 
 
 def draw_matched(core_C: np.ndarray, free_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -119,7 +127,15 @@ class FreeDraws:
         densities = Densities.split(sae.density_N, core_ids_C)
         size, nothing = densities.core_C.size, np.zeros(0, dtype=np.int64)
         if lack := densities.lack():
-            return FreeDraws(size, sae.take(nothing), (), activation.standardised(sae.take(nothing), rows_RD), nothing, math.nan, lack)
+            return FreeDraws(
+                size,
+                sae.take(nothing),
+                (),
+                activation.standardised(sae.take(nothing), rows_RD),
+                nothing,
+                math.nan,
+                lack,
+            )
         # Two SAEs that began alike must not be drawn from alike, so the densities themselves are part of the seed.
         own = int.from_bytes(hashlib.sha256(sae.density_N.double().numpy().tobytes()).digest()[:8])
         rng = np.random.default_rng([seed, 1, own])
@@ -143,7 +159,8 @@ class FreeDraws:
 def matched_density_null(a: FreeDraws, b: FreeDraws, whole_a_FD: Rows, whole_b_FD: Rows, cosine: float) -> NullResult:
     """Free latents of the same two SAEs, as dense as the cores' members.
 
-    Draw i of one side meets draw i of the other. whole_a_FD, whole_b_FD: all decoder rows of the two SAEs, the targets of `mmcs_mean`.
+    Draw i of one side meets draw i of the other. whole_a_FD, whole_b_FD: all decoder rows of the two SAEs, the targets
+    of `mmcs_mean`.
     """
     size = (a.size, b.size)
     for side, drawn in (("first", a), ("second", b)):

@@ -39,14 +39,18 @@ class Spread:
     def to_dict(self) -> dict:
         """Plain JSON types."""
         return {
-            "mean": self.mean, "min": self.min, "max": self.max, "n": self.n,
+            "mean": self.mean,
+            "min": self.min,
+            "max": self.max,
+            "n": self.n,
             "interval": None if self.interval is None else list(self.interval),
             "values": None if self.values is None else list(self.values),
-        }  # fmt: skip
+        }
 
 
 def spread(values: Sequence[float | None], left: Sequence[int], right: Sequence[int], seed: int) -> Spread | None:
-    """Spread of those that are known, None if none is. left, right: the seeds each number comes from, the same twice if it is one.
+    """Spread of those that are known, None if none is. left, right: the seeds each number comes from, the same twice if
+    it is one.
 
     seed: of the resampling.
     """
@@ -56,16 +60,22 @@ def spread(values: Sequence[float | None], left: Sequence[int], right: Sequence[
     values_P = np.array([values[place] for place in known])
     interval = over_seeds(values_P, [left[place] for place in known], [right[place] for place in known], seed)
     return Spread(
-        float(values_P.mean()), float(values_P.min()), float(values_P.max()), len(known), interval,
+        float(values_P.mean()),
+        float(values_P.min()),
+        float(values_P.max()),
+        len(known),
+        interval,
         None if interval else tuple(values_P.tolist()),
-    )  # fmt: skip
+    )
 
 
-def over_seeds(values_P: np.ndarray, left: Sequence[int], right: Sequence[int], seed: int) -> tuple[float, float] | None:
+def over_seeds(
+    values_P: np.ndarray, left: Sequence[int], right: Sequence[int], seed: int
+) -> tuple[float, float] | None:
     """Percentile interval of the mean over resampled seeds; None below SEEDS_FOR_INTERVAL.
 
-    Pairs that have a chain in common are not independent, so seeds are drawn, not pairs: a pair of two seeds counts as often
-    as the product of how often both were drawn, what is of one seed as often as that seed was.
+    Pairs that have a chain in common are not independent, so seeds are drawn, not pairs: a pair of two seeds counts as
+    often as the product of how often both were drawn, what is of one seed as often as that seed was.
     """
     seeds = sorted({*left, *right})
     if len(seeds) < SEEDS_FOR_INTERVAL:

@@ -42,7 +42,9 @@ class Latents:
             ("b_dec_D", (d,)),
         ):
             if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, W_dec_ND asks for {shape}: not of one SAE")
+                raise ValueError(
+                    f"{name} has shape {tuple(getattr(self, name).shape)}, W_dec_ND asks for {shape}: not of one SAE"
+                )
 
     @staticmethod
     def of(sae: MatryoshkaSAE, density_F: torch.Tensor, scale: float) -> Latents:
@@ -69,9 +71,14 @@ class Latents:
         if isinstance(index_C, np.ndarray):
             index_C = torch.from_numpy(index_C)
         return Latents(
-            self.W_enc_ND[index_C], self.W_dec_ND[index_C], self.b_enc_N[index_C], self.theta_N[index_C], self.density_N[index_C],
-            self.b_dec_D, self.scale,
-        )  # fmt: skip
+            self.W_enc_ND[index_C],
+            self.W_dec_ND[index_C],
+            self.b_enc_N[index_C],
+            self.theta_N[index_C],
+            self.density_N[index_C],
+            self.b_dec_D,
+            self.scale,
+        )
 
     def activations(self, rows_RD: torch.Tensor) -> torch.Tensor:
         """What the inference rule gives on these rows, [R, N]. rows_RD: raw units, any precision."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 MMCS_ROWS = 1000
-"""Rows that stand for all draws in a mean of largest cosines: its error is then under 0.01, and whole dictionaries are wide."""
+"""Rows that stand for all draws in a mean of largest cosines: its error is then under 0.01, and whole dictionaries are
+wide.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class NullResult:
     mmcs_mean: float | None
     """mean, over both directions, of the largest cosine to any latent of the other run's whole SAE"""
     activation_mean: float | None
-    """mean activation agreement over `activation_draws`; None for directions of the covariance, which have no activations"""
+    """mean activation agreement over `activation_draws`; None for directions of the covariance, which have no
+    activations
+    """
     activation_p99: float | None
     """its 99th percentile; the value itself where there is one draw"""
     activation_draws: int
@@ -71,17 +75,30 @@ def unavailable(reason: str, size: tuple[int, int]) -> NullResult:
 
 
 def over_draws(
-    scores: Sequence[float], overlaps: Sequence[float], activations: Sequence[float | None], mmcs_mean: float | None, size: tuple[int, int],
-    reason: str | None = None, **also: float | None,
-) -> NullResult:  # fmt: skip
-    """A null from its draws. activations: None for a draw in which no matched pair had two active latents; also: further fields."""
+    scores: Sequence[float],
+    overlaps: Sequence[float],
+    activations: Sequence[float | None],
+    mmcs_mean: float | None,
+    size: tuple[int, int],
+    reason: str | None = None,
+    **also: float | None,
+) -> NullResult:
+    """A null from its draws. activations: None for a draw in which no matched pair had two active latents; also:
+    further fields.
+    """
     known = [value for value in activations if value is not None]
     return NullResult(
-        available=reason is None, reason=reason,
-        mean=float(np.mean(scores)), p99=float(np.quantile(scores, 0.99)),
-        overlap_mean=float(np.mean(overlaps)), overlap_p99=float(np.quantile(overlaps, 0.99)),
+        available=reason is None,
+        reason=reason,
+        mean=float(np.mean(scores)),
+        p99=float(np.quantile(scores, 0.99)),
+        overlap_mean=float(np.mean(overlaps)),
+        overlap_p99=float(np.quantile(overlaps, 0.99)),
         mmcs_mean=mmcs_mean,
         activation_mean=float(np.mean(known)) if known else None,
         activation_p99=float(np.quantile(known, 0.99)) if known else None,
-        activation_draws=len(known), draws=len(scores), size=size, **also,
-    )  # fmt: skip
+        activation_draws=len(known),
+        draws=len(scores),
+        size=size,
+        **also,
+    )

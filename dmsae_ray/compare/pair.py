@@ -10,7 +10,9 @@ from dmsae_ray.compare.nulls import DictionaryNull, NullResult
 from dmsae_ray.compare.pairing import Differs, Pairing
 
 SMALLEST_CORE = 2
-"""With one latent on a side a mean over matched pairs is a single cosine, a maximum over the other core: it says nothing."""
+"""With one latent on a side a mean over matched pairs is a single cosine, a maximum over the other core: it says
+nothing.
+"""
 NULLS = ("covariance", "matched_density", "cycle0")
 """Names of the nulls, of cores and of whole dictionaries."""
 
@@ -70,7 +72,8 @@ class PairResult:
     mmcs_ba: float | None
     """the same from the second core to the first chain's whole SAE"""
     activation: float | None
-    """mean Pearson correlation of the activations of latents matched by decoder rows; None if all pairs were left out"""
+    """mean Pearson correlation of the activations of latents matched by decoder rows; None if all pairs were left out
+    """
     activation_pairs: int | None
     """matched pairs in that mean"""
     activation_left_out: int | None
@@ -119,9 +122,18 @@ def about(pairing: Pairing) -> dict[str, Any]:
     """Which chains they are and what differs, as fields of a PairResult."""
     a, b = pairing.a, pairing.b
     return {
-        "a": a.label, "b": b.label, "arm_a": a.arm, "arm_b": b.arm, "group": pairing.group, "differs": pairing.differs,
-        "differences": pairing.differences, "seed_a": a.seed, "seed_b": b.seed, "k_a": a.k, "k_b": b.k,
-    }  # fmt: skip
+        "a": a.label,
+        "b": b.label,
+        "arm_a": a.arm,
+        "arm_b": b.arm,
+        "group": pairing.group,
+        "differs": pairing.differs,
+        "differences": pairing.differences,
+        "seed_a": a.seed,
+        "seed_b": b.seed,
+        "k_a": a.k,
+        "k_b": b.k,
+    }
 
 
 def _null(kind: type, plain: dict[str, Any]) -> Any:
@@ -133,5 +145,6 @@ def _check_fields(kind: type, plain: dict[str, Any]) -> None:
     names = {field.name for field in dataclasses.fields(kind)}
     if names != plain.keys():
         raise ValueError(
-            f"{kind.__name__}: missing fields {sorted(names - plain.keys())}, unknown fields {sorted(plain.keys() - names)}"
+            f"{kind.__name__}: missing fields {sorted(names - plain.keys())}, unknown fields "
+            f"{sorted(plain.keys() - names)}"
         )

@@ -20,7 +20,8 @@ class Pairing:
     a: ChainIdentity
     b: ChainIdentity
     differs: Differs
-    """`seed`: initialisation and data; `init`: initialisation alone; `data`: order or part of the data alone; `k`; `both`: k and a seed;
+    """`seed`: initialisation and data; `init`: initialisation alone; `data`: order or part of the data alone; `k`;
+    `both`: k and a seed;
     `arm`: a field that is none of these"""
     differences: tuple[str, ...]
     """everything that differs, of seed, data_seed, part, k, rest"""
@@ -32,7 +33,10 @@ def differences(a: ChainIdentity, b: ChainIdentity) -> tuple[str, ...]:
     """Names of the fields in which two chains differ. Raises ValueError if there is none."""
     names = tuple(name for name in ("seed", "data_seed", "part", "k", "rest") if getattr(a, name) != getattr(b, name))
     if not names:
-        raise ValueError(f"chains {a.label} and {b.label} are the same in seed, data, k and all other fields: comparing them says nothing")
+        raise ValueError(
+            f"chains {a.label} and {b.label} are the same in seed, data, k and all other fields: comparing them says "
+            "nothing"
+        )
     return names
 
 
@@ -58,8 +62,8 @@ def paired(a: ChainIdentity, b: ChainIdentity) -> Pairing:
 def pairs_within(chains: Sequence[ChainIdentity]) -> list[Pairing]:
     """All pairs of an arm, and across arms those of equal seed and k, in the order of the chains.
 
-    Across arms everything else would mix what the arm changes with what a seed or k does. Raises ValueError if two chains bear one
-    label or have everything in common.
+    Across arms everything else would mix what the arm changes with what a seed or k does. Raises ValueError if two
+    chains bear one label or have everything in common.
     """
     _check_labels(chains)
     return [paired(a, b) for a, b in combinations(chains, 2) if a.arm == b.arm or (a.seed, a.k) == (b.seed, b.k)]
@@ -77,13 +81,17 @@ def pairs_across(left: Sequence[ChainIdentity], right: Sequence[ChainIdentity]) 
 def sample(pairs: Sequence[Pairing], count: int, seed: int) -> list[Pairing]:
     """At most `count` pairs of every group, in the order given.
 
-    Drawn by a hash of seed and labels: which pairs come does not depend on the order of the chains, and a further chain puts few of
-    them out, so that most results can be used again.
+    Drawn by a hash of seed and labels: which pairs come does not depend on the order of the chains, and a further chain
+    puts few of them out, so that most results can be used again.
     """
     by_group: dict[str, list[Pairing]] = {}
     for pair in pairs:
         by_group.setdefault(pair.group, []).append(pair)
-    taken = {(p.a.label, p.b.label) for members in by_group.values() for p in sorted(members, key=lambda p: _lot(p, seed))[:count]}
+    taken = {
+        (p.a.label, p.b.label)
+        for members in by_group.values()
+        for p in sorted(members, key=lambda p: _lot(p, seed))[:count]
+    }
     return [pair for pair in pairs if (pair.a.label, pair.b.label) in taken]
 
 

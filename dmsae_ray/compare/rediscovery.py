@@ -1,7 +1,7 @@
 """Re-discovery: are a core's features found in plain SAEs of other seeds, which never had a core?
 
-If a core's features are there in the data, another run finds them without being told; free latents as dense as they are say how many it
-finds of any such latents.
+If a core's features are there in the data, another run finds them without being told; free latents as dense as they are
+say how many it finds of any such latents.
 Shape letters: N features, C core size, D model dimension, F width.
 """
 
@@ -20,11 +20,14 @@ from dmsae_ray.compare.interval import spread
 from dmsae_ray.compare.latents import Latents
 
 DRAWS = 10
-"""Draws of frequency-matched latents: the mean over a core's latents and ten draws is exact to a few percent of itself."""
+"""Draws of frequency-matched latents: the mean over a core's latents and ten draws is exact to a few percent of itself.
+"""
 CHUNK = 4096
 """Latents of a plain SAE taken at a time."""
 SETS = ("consensus", "cores", "matched", "matched_consensus")
-"""Which features: consensus core, all cores' latents, free latents as dense as these, free latents as dense as the consensus's members."""
+"""Which features: consensus core, all cores' latents, free latents as dense as these, free latents as dense as the
+consensus's members.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +90,12 @@ class Found:
 def look_for(features: Directions, whole: Latents, cosine: float) -> Found:
     """Look for features in all latents of an SAE; the same latent must have both cosines.
 
-    In fp32, CHUNK latents at a time: a mean of thousands of cosines does not need more, and a wide SAE's matrix never exists as a whole.
+    In fp32, CHUNK latents at a time: a mean of thousands of cosines does not need more, and a wide SAE's matrix never
+    exists as a whole.
     """
-    enc_ND, dec_ND = (torch.nn.functional.normalize(rows_ND.float(), dim=1) for rows_ND in (features.W_enc_ND, features.W_dec_ND))
+    enc_ND, dec_ND = (
+        torch.nn.functional.normalize(rows_ND.float(), dim=1) for rows_ND in (features.W_enc_ND, features.W_dec_ND)
+    )
     found_N, nearest_N = torch.zeros(len(dec_ND), dtype=torch.bool), torch.full((len(dec_ND),), -1.0)
     for own_enc_FD, own_dec_FD in zip(whole.W_enc_ND.split(CHUNK), whole.W_dec_ND.split(CHUNK), strict=True):
         decoder_NF = dec_ND @ torch.nn.functional.normalize(own_dec_FD.float(), dim=1).T
@@ -100,34 +106,50 @@ def look_for(features: Directions, whole: Latents, cosine: float) -> Found:
 
 
 def sought(named: NamedCore, sae: Latents, seed: int, draws: int = DRAWS) -> Sought:
-    """The core's latents and, from all latents `sae` of the SAE in which it was selected, free ones as dense. seed: of the draws."""
+    """The core's latents and, from all latents `sae` of the SAE in which it was selected, free ones as dense. seed: of
+    the draws.
+    """
     core = Directions(named.core.W_enc_CD, named.core.W_dec_CD)
     densities = Densities.split(sae.density_N, named.core.latent_ids_C)
     if lack := densities.lack():
         nothing = sae.take(slice(0))
-        return Sought(named, core, Directions(nothing.W_enc_ND, nothing.W_dec_ND), (), None, f"the last SAE of {named.label} {lack}")
+        return Sought(
+            named,
+            core,
+            Directions(nothing.W_enc_ND, nothing.W_dec_ND),
+            (),
+            None,
+            f"the last SAE of {named.label} {lack}",
+        )
     ids, gap = densities.draw_all(draws, np.random.default_rng([seed, 5]))
     taken, places = np.unique(np.stack(ids), return_inverse=True)
     free = sae.take(taken)
     reason = too_far(gap)
     return Sought(
-        named, core, Directions(free.W_enc_ND.clone(), free.W_dec_ND.clone()), tuple(places.reshape(draws, -1)), gap,
+        named,
+        core,
+        Directions(free.W_enc_ND.clone(), free.W_dec_ND.clone()),
+        tuple(places.reshape(draws, -1)),
+        gap,
         None if reason is None else f"{named.label}: {reason}",
-    )  # fmt: skip
+    )
 
 
 def rediscover(plain: PlainSAE, consensus: Consensus, chains: Sequence[Sought], cosine: float) -> dict[str, Any]:
-    """How many of the consensus core's features, of all cores' latents and of free latents as dense this SAE has: plain JSON types.
+    """How many of the consensus core's features, of all cores' latents and of free latents as dense this SAE has: plain
+    JSON types.
 
-    chains: of the consensus, in its order. Matched latents are those of chains in which enough free latents are alive; they are
-    `available` only where their densities are near the cores' in each. Raises ValueError if the SAE's seed is one of the chains': it
-    began as their cycle 0 did, and would find its own latents again.
+    chains: of the consensus, in its order. Matched latents are those of chains in which enough free latents are alive;
+    they are `available` only where their densities are near the cores' in each. Raises ValueError if the SAE's seed is
+    one of the chains': it began as their cycle 0 did, and would find its own latents again.
     """
-    assert [one.named.label for one in chains] == [chain.label for chain in consensus.chains], "chains of another consensus"
+    assert [one.named.label for one in chains] == [chain.label for chain in consensus.chains], (
+        "chains of another consensus"
+    )
     if own := [chain.label for chain in consensus.chains if chain.seed == plain.seed]:
         raise ValueError(
-            f"{plain.label} has the seed of {own[0]}: it began with the same latents, and to find them again is no re-discovery; "
-            "give plain SAEs other seeds"
+            f"{plain.label} has the seed of {own[0]}: it began with the same latents, and to find them again is no "
+            "re-discovery; give plain SAEs other seeds"
         )
     parts = [one.core for one in chains] + [one.free for one in chains]
     if consensus.core is not None:
@@ -136,23 +158,39 @@ def rediscover(plain: PlainSAE, consensus: Consensus, chains: Sequence[Sought], 
     ends = np.cumsum([0, *(len(part.W_dec_ND) for part in parts)])
     pooled = [ends[len(chains) + place] + draw for place, one in enumerate(chains) for draw in one.draws]
     in_consensus = [
-        ends[len(chains) + place] + draw[_rows_in_core(consensus, place)] for place, one in enumerate(chains) for draw in one.draws
-    ]  # fmt: skip
+        ends[len(chains) + place] + draw[_rows_in_core(consensus, place)]
+        for place, one in enumerate(chains)
+        for draw in one.draws
+    ]
     reasons = sorted({one.reason for one in chains if one.reason})
     gaps = [one.density_gap for one in chains if one.density_gap is not None]
-    about = {"available": not reasons, "reason": "; ".join(reasons) or None, "density_gap": max(gaps, default=None), "draws": DRAWS}
+    about = {
+        "available": not reasons,
+        "reason": "; ".join(reasons) or None,
+        "density_gap": max(gaps, default=None),
+        "draws": DRAWS,
+    }
     return {
-        "chain": plain.label, "arm": plain.arm, "k": plain.k, "seed": plain.seed,
+        "chain": plain.label,
+        "arm": plain.arm,
+        "k": plain.k,
+        "seed": plain.seed,
         "consensus": found.of(slice(ends[2 * len(chains)], None)),
         "cores": found.of(slice(ends[len(chains)])),
         "matched": found.of(_together(pooled)) | about,
         "matched_consensus": found.of(_together(in_consensus)) | about,
-    }  # fmt: skip
+    }
 
 
 def _rows_in_core(consensus: Consensus, place: int) -> np.ndarray:
     """Rows of a chain's core that are members of the consensus core's features."""
-    rows = [member.index for feature in consensus.features if feature.in_core for member in feature.members if member.chain == place]
+    rows = [
+        member.index
+        for feature in consensus.features
+        if feature.in_core
+        for member in feature.members
+        if member.chain == place
+    ]
     return np.array(sorted(rows), dtype=np.int64)
 
 
@@ -161,8 +199,9 @@ def _together(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def summarise_rediscovery(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Per arm, and per arm and k: each set's `found` and `mmcs` over plain SAEs, and how far cores and consensus exceed free latents as
-    dense, with intervals by resampling the plain SAEs' seeds (below four the values themselves). Matched latents count where available.
+    """Per arm, and per arm and k: each set's `found` and `mmcs` over plain SAEs, and how far cores and consensus exceed
+    free latents as dense, with intervals by resampling the plain SAEs' seeds (below four the values themselves).
+    Matched latents count where available.
 
     Keys: `plain`, `plain/k16`, ...
     """
@@ -189,10 +228,11 @@ def _group(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
 
     numbers = ("found", "mmcs")
     return {
-        "saes": len(rows), "seeds": len(set(seeds)),
+        "saes": len(rows),
+        "seeds": len(set(seeds)),
         **{name: {number: over([value(row, name, number) for row in rows]) for number in numbers} for name in SETS},
         "excess": {
             name: {number: over([excess(row, name, null, number) for row in rows]) for number in numbers}
             for name, null in (("consensus", "matched_consensus"), ("cores", "matched"))
         },
-    }  # fmt: skip
+    }

@@ -24,7 +24,9 @@ class NullSummary:
     above: float | None
     """share of these pairs whose PW-MCC exceeds the null's 99th percentile"""
     excess: dict[str, Spread | None]
-    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 at the same size"""
+    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 at the same
+    size
+    """
     numbers: dict[str, Spread | None]
     """the null's own NULL_NUMBERS"""
 
@@ -51,14 +53,22 @@ class GroupSummary:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; scores stand beside the counts."""
         return {
-            "pairs": self.pairs, "of": self.of, "scored": self.scored, "seeds": self.seeds,
+            "pairs": self.pairs,
+            "of": self.of,
+            "scored": self.scored,
+            "seeds": self.seeds,
             **_plain(self.scores),
             "nulls": {
-                name: {"available": null.available, "above": null.above, "excess": _plain(null.excess), **_plain(null.numbers)}
+                name: {
+                    "available": null.available,
+                    "above": null.above,
+                    "excess": _plain(null.excess),
+                    **_plain(null.numbers),
+                }
                 for name, null in self.nulls.items()
             },
             "dictionary_nulls": _plain(self.dictionary_nulls),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class Summary:
 
 
 def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None, seed: int = 0) -> Summary:
-    """Agreement by group. of: how many pairs each group had before sampling; None: all were compared. seed: of the resampling.
+    """Agreement by group. of: how many pairs each group had before sampling; None: all were compared. seed: of the
+    resampling.
 
     One chain alone has no agreement: not available, never 1.
     """
@@ -100,17 +111,25 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
     scored = [pair for pair in members if pair.pw_mcc is not None]
 
     def over(value: Callable[[PairResult], float | None], among: list[PairResult]) -> Spread | None:
-        return spread([value(pair) for pair in among], [pair.seed_a for pair in among], [pair.seed_b for pair in among], seed)
+        return spread(
+            [value(pair) for pair in among], [pair.seed_a for pair in among], [pair.seed_b for pair in among], seed
+        )
 
     def null_summary(name: str) -> NullSummary:
         judged = [pair for pair in scored if pair.nulls[name].available]
         return NullSummary(
             available=len(judged),
-            above=sum(_at_null_size(pair, name, "pw_mcc") > pair.nulls[name].p99 for pair in judged) / len(judged) if judged else None,
+            above=sum(_at_null_size(pair, name, "pw_mcc") > pair.nulls[name].p99 for pair in judged) / len(judged)
+            if judged
+            else None,
             excess={
-                score: over(lambda pair, score=score: _excess(pair, name, score), judged) for score in ("pw_mcc", "overlap", "activation")
+                score: over(lambda pair, score=score: _excess(pair, name, score), judged)
+                for score in ("pw_mcc", "overlap", "activation")
             },
-            numbers={number: over(lambda pair, number=number: getattr(pair.nulls[name], number), judged) for number in NULL_NUMBERS},
+            numbers={
+                number: over(lambda pair, number=number: getattr(pair.nulls[name], number), judged)
+                for number in NULL_NUMBERS
+            },
         )
 
     def dictionary(pair: PairResult, name: str) -> float | None:
@@ -118,11 +137,14 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
         return null.mean if null.available else None
 
     return GroupSummary(
-        pairs=len(members), of=of, scored=len(scored), seeds=len({seed for pair in scored for seed in (pair.seed_a, pair.seed_b)}),
+        pairs=len(members),
+        of=of,
+        scored=len(scored),
+        seeds=len({seed for pair in scored for seed in (pair.seed_a, pair.seed_b)}),
         scores={name: over(lambda pair, name=name: getattr(pair, name), members) for name in SCORES},
         nulls={name: null_summary(name) for name in NULLS},
         dictionary_nulls={name: over(lambda pair, name=name: dictionary(pair, name), members) for name in NULLS},
-    )  # fmt: skip
+    )
 
 
 def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:

@@ -32,8 +32,15 @@ _TENSORS: dict[str, tuple[torch.dtype, str]] = {
     "entered_C": (torch.int64, "C"),
 }
 _FIELDS: dict[str, type] = {
-    "theta": float, "scale": float, "hook": str, "model": str, "cycle": int, "seed": int, "k": int, "selected": list,
-}  # fmt: skip
+    "theta": float,
+    "scale": float,
+    "hook": str,
+    "model": str,
+    "cycle": int,
+    "seed": int,
+    "k": int,
+    "selected": list,
+}
 _OPTIONAL: dict[str, Any] = {"selected_by": "attribution"}
 """Fields that a file holds only where they differ from this."""
 
@@ -145,7 +152,9 @@ class Core:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all it holds: equal for equal cores, while two files of one core may order their headers differently."""
+        """sha256 of all it holds: equal for equal cores, while two files of one core may order their headers
+        differently.
+        """
         return _digest(*self._content())
 
     def _content(self) -> tuple[dict[str, torch.Tensor], str]:
@@ -177,7 +186,8 @@ class Core:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path}: truncated or altered, not readable as safetensors ({error}); delete it and run its cycle again"
+                f"{path}: truncated or altered, not readable as safetensors ({error}); delete it and run its cycle "
+                "again"
             ) from error
         if "format_version" not in metadata or "core" not in metadata:
             raise ValueError(f"{path}: not a core (its metadata has no format_version and core)")
@@ -187,7 +197,9 @@ class Core:
                 "use the program version that wrote it, or make the core anew"
             )
         if metadata.get("sha256") != _digest(tensors, metadata["core"]):
-            raise ValueError(f"{path}: altered (its content does not match its sha256); delete it and run its cycle again")
+            raise ValueError(
+                f"{path}: altered (its content does not match its sha256); delete it and run its cycle again"
+            )
         try:
             return Core(**_checked_types(tensors, json.loads(metadata["core"])))
         except ValueError as error:

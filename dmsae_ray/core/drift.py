@@ -21,6 +21,9 @@ def decoder_drift(before_CD: torch.Tensor, after_CD: torch.Tensor) -> dict[str, 
         return None
     cosine_C = torch.nn.functional.cosine_similarity(before_CD.double().cpu(), after_CD.detach().double().cpu(), dim=1)
     return {
-        "mean": float(cosine_C.mean()), "min": float(cosine_C.min()), "median": float(cosine_C.quantile(0.5)),
-        "q10": float(cosine_C.quantile(0.1)), "share_near": float((cosine_C >= NEAR).double().mean()),
-    }  # fmt: skip
+        "mean": float(cosine_C.mean()),
+        "min": float(cosine_C.min()),
+        "median": float(cosine_C.quantile(0.5)),
+        "q10": float(cosine_C.quantile(0.1)),
+        "share_near": float((cosine_C >= NEAR).double().mean()),
+    }

@@ -15,14 +15,25 @@ if TYPE_CHECKING:
 
 
 def next_core(
-    previous: Core | None, sae: MatryoshkaSAE, ids_C: torch.Tensor, scores_N: torch.Tensor, density_F: torch.Tensor, *,
-    cycle: int, seed: int, k: int, scale: float, hook: str, model: str, by: str = "attribution",
-) -> Core:  # fmt: skip
+    previous: Core | None,
+    sae: MatryoshkaSAE,
+    ids_C: torch.Tensor,
+    scores_N: torch.Tensor,
+    density_F: torch.Tensor,
+    *,
+    cycle: int,
+    seed: int,
+    k: int,
+    scale: float,
+    hook: str,
+    model: str,
+    by: str = "attribution",
+) -> Core:
     """The core that this cycle hands on.
 
     previous: the core inside `sae` (its member i is latent i there), None if there is none. ids_C: the selected latent
-    ids, ascending; scores_N: fp64 attribution of all candidates; by: what the ids were selected by. Raises ValueError if
-    the previous core belongs to another model, hook or scale.
+    ids, ascending; scores_N: fp64 attribution of all candidates; by: what the ids were selected by. Raises ValueError
+    if the previous core belongs to another model, hook or scale.
     """
     old_size = 0 if previous is None else previous.size
     W_enc_FD = sae.encoder_rows().cpu()
@@ -48,11 +59,16 @@ def next_core(
         density_C=torch.as_tensor(density_F).cpu()[ids_C],
         latent_ids_C=ids_C,
         theta=float(sae.theta),
-        scale=float(scale), hook=hook, model=model, cycle=cycle, seed=seed, k=k,
+        scale=float(scale),
+        hook=hook,
+        model=model,
+        cycle=cycle,
+        seed=seed,
+        k=k,
         entered_C=torch.tensor([cycles[0] for cycles in selected], dtype=torch.int64),
         selected=selected,
         selected_by=by,
-    )  # fmt: skip
+    )
 
 
 def _check_same_source(previous: Core, scale: float, hook: str, model: str) -> None:

@@ -21,11 +21,15 @@ SCORES_VERSION = 1
 
 
 def coverage(path: Path) -> np.ndarray:
-    """Cumulative share of the attribution over candidates by falling score, [P], from scores.safetensors. Raises ValueError."""
+    """Cumulative share of the attribution over candidates by falling score, [P], from scores.safetensors. Raises
+    ValueError.
+    """
     try:
         scores_P = np.sort(load_file(path)["scores"].astype(np.float64))[::-1]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: not a file of scores ({error}); delete this cycle's folder to have it computed again") from error
+        raise ValueError(
+            f"{path}: not a file of scores ({error}); delete this cycle's folder to have it computed again"
+        ) from error
     total = scores_P.sum()
     return np.cumsum(scores_P) / total if total > 0 else np.zeros_like(scores_P)
 
@@ -41,9 +45,11 @@ def coverage_ranks(candidates: int, core_size: int, points: int) -> list[int]:
 def save_scores(
     path: str | os.PathLike[str], scores_N: torch.Tensor, by: str = "attribution", values_N: torch.Tensor | None = None
 ) -> None:
-    """Write `ids` and `scores` (attribution) of the candidates by id, and `curve`, the cumulative share by rank, in one step.
+    """Write `ids` and `scores` (attribution) of the candidates by id, and `curve`, the cumulative share by rank, in one
+    step.
 
-    values_N: what they were selected by, if by is not attribution; stored as `values`. Raises ValueError as `rank` does.
+    values_N: what they were selected by, if by is not attribution; stored as `values`. Raises ValueError as `rank`
+    does.
     """
     assert (values_N is None) == (by == "attribution"), "attribution is in the scores, anything else in the values"
     scores_N = torch.as_tensor(scores_N).detach().cpu().double().contiguous()

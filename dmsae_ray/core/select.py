@@ -51,9 +51,7 @@ def rank(scores_N: torch.Tensor) -> Ranking:
             f"all {values_N.size} candidates have attribution 0, so there is no share to select by: none of them was "
             "active on the attribution tokens, or none moved the loss; train longer, or raise k"
         )
-    return Ranking(
-        torch.from_numpy(order_N), torch.from_numpy(sorted_N), torch.from_numpy(running_N / running_N[-1])
-    )
+    return Ranking(torch.from_numpy(order_N), torch.from_numpy(sorted_N), torch.from_numpy(running_N / running_N[-1]))
 
 
 def select(scores_N: torch.Tensor, tau: float) -> torch.Tensor:
@@ -71,7 +69,8 @@ def select(scores_N: torch.Tensor, tau: float) -> torch.Tensor:
 def top(values_N: torch.Tensor, count: int) -> torch.Tensor:
     """Ids, int64 ascending, of the `count` candidates with the largest values, ties by id.
 
-    values_N: [N] by latent id, of either sign. Raises ValueError if a value is not finite or there are fewer candidates.
+    values_N: [N] by latent id, of either sign. Raises ValueError if a value is not finite or there are fewer
+    candidates.
     """
     values_N = torch.as_tensor(values_N).detach().cpu().double().numpy()
     if not np.isfinite(values_N).all():
@@ -92,7 +91,9 @@ def count_of(share: float, candidates: int) -> int:
 
 
 def carried(scores_N: torch.Tensor, ids_C: torch.Tensor) -> float:
-    """Share of the candidates' total score that these carry, added in the order of `rank`. Raises ValueError as `rank` does."""
+    """Share of the candidates' total score that these carry, added in the order of `rank`. Raises ValueError as `rank`
+    does.
+    """
     ranking = rank(scores_N)
     chosen_N = torch.isin(ranking.ids_N, torch.as_tensor(ids_C, dtype=torch.int64))
     # numpy adds a running sum one by one, as in `rank`: the top candidates carry exactly their point of the curve.

@@ -11,10 +11,15 @@ FORM = "a list of {role, content}, both text"
 
 
 def messages_of(where: str, value: Any) -> list[dict[str, str]] | None:
-    """The messages that a list holds, without their further keys; None for an empty one. Raises ValueError naming the place."""
+    """The messages that a list holds, without their further keys; None for an empty one. Raises ValueError naming the
+    place.
+    """
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: chat messages are {FORM}; this has {str(message)[:80]!r}: convert it, or set corpus.text_field")
+            raise ValueError(
+                f"{where}: chat messages are {FORM}; this has {str(message)[:80]!r}: convert it, or set "
+                "corpus.text_field"
+            )
     return [{"role": message["role"], "content": message["content"]} for message in value] or None
 
 
@@ -32,11 +37,13 @@ def rendered(where: str, messages: list[dict[str, str]], tokenizer) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except (TemplateError, ValueError, TypeError) as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses these messages ({error}); remove or convert them") from error
+        raise ValueError(
+            f"{where}: the tokenizer's chat template refuses these messages ({error}); remove or convert them"
+        ) from error
 
 
 def no_template(model: str, where: str) -> str:
     return (
-        f"{where}: holds chat messages, and the tokenizer of model.name {model} has no chat template to make text of them; use a model with "
-        "one, or a corpus.text_field that holds text"
+        f"{where}: holds chat messages, and the tokenizer of model.name {model} has no chat template to make text of "
+        "them; use a model with one, or a corpus.text_field that holds text"
     )

@@ -42,11 +42,11 @@ def load_documents(
 ) -> Iterator[Document]:
     """Yield the documents of a source in a fixed order; texts that are empty or null are left out.
 
-    source: "embedded" (shipped with the package) | a text file (one document) or a file of rows, see local_files.py | a folder
-    (searched recursively), a glob of them, or a folder of save_to_disk | a hub data set, `owner/name` or
+    source: "embedded" (shipped with the package) | a text file (one document) or a file of rows, see local_files.py | a
+    folder (searched recursively), a glob of them, or a folder of save_to_disk | a hub data set, `owner/name` or
     `owner/name:configuration`, of which the `train` split is streamed at `revision`.
-    piece_characters: longer documents are cut into pieces of at most so many, each with a split of its own; None: only text files
-    longer than BOOK, into pieces of PIECE.
+    piece_characters: longer documents are cut into pieces of at most so many, each with a split of its own; None: only
+    text files longer than BOOK, into pieces of PIECE.
 
     Raises ValueError naming the file, line and field for whatever cannot be read, and if there is no text at all.
     """
@@ -63,8 +63,9 @@ def load_documents(
         chat = document.messages is not None if chat is None else chat
         if chat != (document.messages is not None):
             raise ValueError(
-                f"{name}: field {text_field!r} holds {'text where chat messages' if chat else 'chat messages where text'} stood before, or was "
-                f"expected (in a hub data set they are read from a field called {', '.join(FIELDS)}); make it one of the two"
+                f"{name}: field {text_field!r} holds "
+                f"{'text where chat messages' if chat else 'chat messages where text'} stood before, or was expected "
+                f"(in a hub data set they are read from a field called {', '.join(FIELDS)}); make it one of the two"
             )
         count += 1
         limit = piece_characters or (PIECE if is_text_file and len(document.text) > BOOK else None)
@@ -73,7 +74,9 @@ def load_documents(
             continue
         for number, text in enumerate(pieces_of(document.text, limit)):
             if text.strip():
-                yield Document(f"{name} piece {number}", text, replaced=text.count("\ufffd") if document.replaced else 0)
+                yield Document(
+                    f"{name} piece {number}", text, replaced=text.count("\ufffd") if document.replaced else 0
+                )
     if not count:
         raise ValueError(f"corpus.source {masked(source)}: no document has any text in it; give a source with text")
 
@@ -81,18 +84,21 @@ def load_documents(
 def embedded_sample() -> Iterator[Document]:
     """The embedded corpus in pieces, in a fixed random order, so that the first of them are a sample of it all.
 
-    It is sorted by name, and its documents are long: its first ones would be a few chapters about one thing. A piece belongs to the
-    split of its whole document, on which the tiny model was, or was not, trained.
+    It is sorted by name, and its documents are long: its first ones would be a few chapters about one thing. A piece
+    belongs to the split of its whole document, on which the tiny model was, or was not, trained.
     """
     pieces = [
         Document(f"{document.name} piece {number}", text, whole=document.text)
-        for document in load_documents("embedded") for number, text in enumerate(pieces_of(document.text, 2 * PIECE))
-    ]  # fmt: skip
+        for document in load_documents("embedded")
+        for number, text in enumerate(pieces_of(document.text, 2 * PIECE))
+    ]
     yield from sorted(pieces, key=lambda piece: hashlib.sha256(f"order {piece.name}".encode()).digest())
 
 
 def document_of(name: str, value: Any, text_field: str) -> Document | None:
-    """The document that a row's value is; None if it is empty or null. Raises ValueError naming the place if it is neither text nor chat."""
+    """The document that a row's value is; None if it is empty or null. Raises ValueError naming the place if it is
+    neither text nor chat.
+    """
     messages = None
     if isinstance(value, bytes):
         value = decoded(name, value)
@@ -111,22 +117,29 @@ def document_of(name: str, value: Any, text_field: str) -> Document | None:
 
 
 def check_source(source: str, text_field: str, revision: str | None = None) -> bool:
-    """Find out cheaply whether a source can be read: paths, formats and the field's presence in each first row; of a hub data set,
-    whether the hub has it. Returns whether it holds chat messages. Raises ValueError like `load_documents`.
+    """Find out cheaply whether a source can be read: paths, formats and the field's presence in each first row; of a
+    hub data set, whether the hub has it. Returns whether it holds chat messages. Raises ValueError like
+    `load_documents`.
     """
     if source == "embedded":
         return False
     if is_hub(source):
         hub_content(source, revision)
         return text_field in FIELDS
-    return _first_rows(source, text_field, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(source)))
+    return _first_rows(
+        source, text_field, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(source))
+    )
 
 
 @lru_cache(maxsize=64)
 def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, int, int], ...]) -> bool:
     """Whether the first document that a first row holds is chat messages; looked at once while the files stay the same."""
     path = Path(source)
-    starts = [saved_rows(path, text_field)] if is_saved(path) else [file_rows(path, text_field) for path, _, _ in files if suffix_of(path) not in TEXT]
+    starts = (
+        [saved_rows(path, text_field)]
+        if is_saved(path)
+        else [file_rows(path, text_field) for path, _, _ in files if suffix_of(path) not in TEXT]
+    )
     firsts = [document_of(*first, text_field) for rows in starts if (first := next(rows, None)) is not None]
     for path, size, _ in files:
         if size == 0:

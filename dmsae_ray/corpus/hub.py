@@ -1,4 +1,6 @@
-"""A data set on the Hugging Face hub: `owner/name` or `owner/name:configuration`, of which the `train` split is streamed."""
+"""A data set on the Hugging Face hub: `owner/name` or `owner/name:configuration`, of which the `train` split is
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,24 @@ from dmsae_ray.hub import Repository, is_commit, repository
 
 
 def hub_commit(source: str, revision: str | None) -> str:
-    """The commit a hub data set's revision stands for, the same one all through a run. Raises ValueError if the hub does not say."""
+    """The commit a hub data set's revision stands for, the same one all through a run. Raises ValueError if the hub
+    does not say.
+    """
     return revision if is_commit(revision) else _repository(source, revision).commit
 
 
 def hub_content(source: str, revision: str | None) -> str:
-    """What stands for a hub data set's documents: its files, README and the like left out; or the commit, where one is given in full,
-    for which nobody is asked. Raises ValueError if the hub does not say.
+    """What stands for a hub data set's documents: its files, README and the like left out; or the commit, where one is
+    given in full, for which nobody is asked. Raises ValueError if the hub does not say.
     """
     if is_commit(revision):
         return revision
     found = _repository(source, revision)
-    files = [f"{name} {blob}\n" for name, blob in found.files if not ABOUT.fullmatch(name.rpartition("/")[2]) and not name.startswith(".")]
+    files = [
+        f"{name} {blob}\n"
+        for name, blob in found.files
+        if not ABOUT.fullmatch(name.rpartition("/")[2]) and not name.startswith(".")
+    ]
     return hashlib.sha256("".join([*files, found.configs]).encode()).hexdigest()
 
 
@@ -31,7 +39,9 @@ def _repository(source: str, revision: str | None) -> Repository:
 
 
 def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
-    """Yield (place, row) of a data set's `train` split, read as they are asked for. Raises ValueError if it cannot be read."""
+    """Yield (place, row) of a data set's `train` split, read as they are asked for. Raises ValueError if it cannot be
+    read.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
@@ -46,16 +56,20 @@ def hub_rows(source: str, revision: str | None) -> Iterator[tuple[str, dict]]:
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
         raise ValueError(_message(source, revision, error, after=number)) from error
     finally:
-        # A Parquet data set not read to its end has threads of Arrow reading ahead, held by a cycle of references. If they
-        # live on when the interpreter ends, it aborts (7 of 8 times where it ended at once; datasets issue 7566).
+        # A Parquet data set not read to its end has threads of Arrow reading ahead, held by a cycle of references. If
+        # they live on when the interpreter ends, it aborts (7 of 8 times where it ended at once; datasets issue 7566).
         gc.collect()
 
 
 def _message(source: str, revision: str | None, error: Exception, after: int = 0) -> str:
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     if after:
-        return f"corpus.source {source}: the hub data set broke off after {after} rows ({reason}); try again, or use fewer corpus.documents"
+        return (
+            f"corpus.source {source}: the hub data set broke off after {after} rows ({reason}); try again, or use "
+            "fewer corpus.documents"
+        )
     return (
-        f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision {revision or 'main'} "
-        f"({reason}); check the name, the network and the hub token, or give the full commit as corpus.revision"
+        f"corpus.source {source}: neither a local path nor a hub data set that can be read at revision "
+        f"{revision or 'main'} ({reason}); check the name, the network and the hub token, or give the full commit as "
+        "corpus.revision"
     )

@@ -1,7 +1,8 @@
 """Local files of a source: which are read, which are left out, and how their bytes are had.
 
-A folder is searched recursively. Hidden files and what comes with a corpus without being a part of it (README*, LICENSE* and the like)
-are left out, as is whatever has none of the suffixes below: `ignored_files` names them, so that nothing is missing in silence.
+A folder is searched recursively. Hidden files and what comes with a corpus without being a part of it (README*,
+LICENSE* and the like) are left out, as is whatever has none of the suffixes below: `ignored_files` names them, so that
+nothing is missing in silence.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ TEXT = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv")
 SUFFIXES = (*TEXT, *ROWS, ".parquet")
 TAKES = f"{', '.join(SUFFIXES)} files (all but .parquet also as {' and '.join(PACKED)})"
-ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([._-].*)?", re.IGNORECASE)
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([._-].*)?", re.IGNORECASE
+)
 REMEDIES = {
     (".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html", ".htm"): "save it as .txt",
     (".tsv", ".xlsx", ".xls"): "save it as .csv",
@@ -59,7 +62,10 @@ def local_files(source: str) -> list[Path]:
         found = saved_files(path) if is_saved(path) else [p for p in _inside(path) if _is_corpus(path, p)]
         if not found:
             there = ", ".join(sorted({p.name for p in _inside(path)})[:5])
-            raise ValueError(f"corpus.source {masked(source)}: the folder holds no {TAKES}" + (f"; there are {there}" if there else ""))
+            raise ValueError(
+                f"corpus.source {masked(source)}: the folder holds no {TAKES}"
+                + (f"; there are {there}" if there else "")
+            )
         return found
     if path.is_file():
         found = [path]
@@ -69,14 +75,17 @@ def local_files(source: str) -> list[Path]:
         found = sorted(p for p in _matches(path) if p.is_file())
     if not found:
         raise ValueError(
-            f"corpus.source {masked(source)}: no such file or folder, and nothing matches it as a glob; give `embedded`, a path to {TAKES}, "
-            "a folder of them or of save_to_disk, or a hub data set id such as owner/name"
+            f"corpus.source {masked(source)}: no such file or folder, and nothing matches it as a glob; give "
+            f"`embedded`, a path to {TAKES}, a folder of them or of save_to_disk, or a hub data set id such as "
+            "owner/name"
         )
     for p in found:
         if not can_read(p):
             kind = "".join(p.suffixes[-2:]) if is_packed(p) else p.suffix
             remedy = next((f"{text}; " for kinds, text in REMEDIES.items() if p.suffix.lower() in kinds), "")
-            raise ValueError(f"{p}: cannot read {kind or 'files without a suffix'} as text; {remedy}corpus.source takes {TAKES}")
+            raise ValueError(
+                f"{p}: cannot read {kind or 'files without a suffix'} as text; {remedy}corpus.source takes {TAKES}"
+            )
     return found
 
 
@@ -92,7 +101,9 @@ def ignored_files(source: str) -> list[Path]:
 
 def is_saved(folder: Path) -> bool:
     """Whether `datasets` wrote this folder by save_to_disk: a data set, or a dict of them."""
-    return (folder / "dataset_dict.json").is_file() or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file())
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
 
 
 def saved_files(folder: Path) -> list[Path]:
@@ -100,7 +111,10 @@ def saved_files(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         if not (folder / "train").is_dir():
             splits = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
-            raise ValueError(f"corpus.source {folder}: a dict of data sets without `train`; its splits are {splits}: give the folder of one")
+            raise ValueError(
+                f"corpus.source {folder}: a dict of data sets without `train`; its splits are {splits}: give the "
+                "folder of one"
+            )
         folder = folder / "train"
     return sorted(folder.glob("*.arrow"))
 
@@ -115,7 +129,9 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file; kept in this process while size and time stay the same, since a corpus may take minutes to read."""
+    """sha256 of a file; kept in this process while size and time stay the same, since a corpus may take minutes to
+    read.
+    """
     stat = path.stat()
     return _hash(path, stat.st_size, stat.st_mtime_ns)
 

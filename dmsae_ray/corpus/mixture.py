@@ -13,7 +13,14 @@ from itertools import islice
 from typing import TypeVar
 
 from dmsae_ray.config import CorpusConfig
-from dmsae_ray.corpus.documents import Document, check_source, corpus_fingerprint, embedded_sample, is_hub, load_documents
+from dmsae_ray.corpus.documents import (
+    Document,
+    check_source,
+    corpus_fingerprint,
+    embedded_sample,
+    is_hub,
+    load_documents,
+)
 from dmsae_ray.corpus.hub import hub_commit
 from dmsae_ray.corpus.local_files import ignored_files
 
@@ -25,7 +32,9 @@ NAMED = 20
 
 
 def check_mixture(corpus: CorpusConfig) -> bool:
-    """`check_source` for every part. Returns whether any holds chat messages. Raises ValueError, which for a mixture names the part."""
+    """`check_source` for every part. Returns whether any holds chat messages. Raises ValueError, which for a mixture
+    names the part.
+    """
     chat = False
     for number, part in enumerate(corpus.parts):
         try:
@@ -44,14 +53,23 @@ def ignored(corpus: CorpusConfig) -> list[str]:
         source = part.source.reveal()
         if source == "embedded" or is_hub(source) or not (files := ignored_files(source)):
             continue
-        names = ", ".join(str(path) for path in files[:NAMED]) + (f" and {len(files) - NAMED:,} more" if len(files) > NAMED else "")
-        lines.append(f"corpus: {len(files):,} not read, no texts by their names (README, LICENSE and hidden files are left out): {names}")
+        names = ", ".join(str(path) for path in files[:NAMED]) + (
+            f" and {len(files) - NAMED:,} more" if len(files) > NAMED else ""
+        )
+        lines.append(
+            f"corpus: {len(files):,} not read, no texts by their names (README, LICENSE and hidden files are left "
+            f"out): {names}"
+        )
     return lines
 
 
 def hub_commits(corpus: CorpusConfig) -> dict[str, str]:
     """The commits of the hub data sets among the parts, by source."""
-    hubs = {part.source.reveal(): part for part in corpus.parts if part.source != "embedded" and is_hub(part.source.reveal())}
+    hubs = {
+        part.source.reveal(): part
+        for part in corpus.parts
+        if part.source != "embedded" and is_hub(part.source.reveal())
+    }
     return {source: hub_commit(source, part.revision) for source, part in hubs.items()}
 
 
@@ -72,11 +90,13 @@ def load_parts(corpus: CorpusConfig) -> list[Iterator[Document]]:
     """One stream of documents for each part, none longer than `corpus.documents`. They raise like `load_documents`."""
     return [
         islice(
-            embedded_sample() if part.source == "embedded"
+            embedded_sample()
+            if part.source == "embedded"
             else load_documents(part.source.reveal(), part.text_field, part.revision, corpus.piece_characters),
             corpus.documents,
-        ) for part in corpus.parts
-    ]  # fmt: skip
+        )
+        for part in corpus.parts
+    ]
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
@@ -89,11 +109,14 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
     return [weight // math.gcd(*whole) for weight in whole]
 
 
-def interleave(parts: Sequence[Iterator[T]], weights: Sequence[int], tokens_of: Callable[[T], int]) -> Iterator[tuple[int, T]]:
+def interleave(
+    parts: Sequence[Iterator[T]], weights: Sequence[int], tokens_of: Callable[[T], int]
+) -> Iterator[tuple[int, T]]:
     """Yield (part, document), always the next document of the part whose tokens lag furthest behind its weight.
 
-    Part i lags by share_i * (all tokens so far) - (its tokens so far); the first listed wins a tie. A part is only taken
-    while it does not lead, so none is ever ahead of its share by more than one of its own documents. It ends where the part
+    Part i lags by share_i * (all tokens so far) - (its tokens so far); the first listed wins a tie. A part is only
+    taken while it does not lead, so none is ever ahead of its share by more than one of its own documents. It ends
+    where the part
     that is next has no document left: going on without it would break the shares.
     """
     tokens, whole = [0] * len(parts), sum(weights)

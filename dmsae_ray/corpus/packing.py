@@ -46,7 +46,8 @@ class Separate:
 class Concatenate:
     """Documents are joined, a BOS before each, and cut at the context: no padding, except in the very last sequence.
 
-    A document that goes on in the next sequence has a BOS there too. A BOS inside a sequence therefore marks the start of a
+    A document that goes on in the next sequence has a BOS there too. A BOS inside a sequence therefore marks the start
+    of a
     document, and is no row: nothing predicts it and its residual stream says nothing about text.
     """
 
@@ -64,14 +65,17 @@ class Concatenate:
         if not len(ids_n):
             return TokenSequences.empty(self.context)
         joined = np.concatenate([self._open, [self.bos], ids_n]).astype(np.int32)
-        # The first sequence has its BOS already, be it this document's or that of the one before it; the others get theirs.
+        # The first sequence has its BOS already, be it this document's or that of the one before it; the others get
+        # theirs.
         body = self.context - 1
         count, end = divmod(len(joined) - 1, body)
         ids_NT = np.full((count, self.context), self.bos, dtype=np.int32)
         ids_NT[:, 1:] = joined[1 : 1 + count * body].reshape(count, body)
         left = joined[len(joined) - end :]
         self._open = np.concatenate([[self.bos], left]).astype(np.int32) if end else left
-        return TokenSequences(ids_NT, np.full(count, self.context, dtype=np.int32), (ids_NT != self.bos).sum(axis=1, dtype=np.int32))
+        return TokenSequences(
+            ids_NT, np.full(count, self.context, dtype=np.int32), (ids_NT != self.bos).sum(axis=1, dtype=np.int32)
+        )
 
     def rest(self) -> TokenSequences:
         """The incomplete last sequence, padded; none if it is shorter than MIN_PIECE."""

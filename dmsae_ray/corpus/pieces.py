@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 
 BOOK = 50_000
-"""Characters of a text file from which on it is taken for a book, unless corpus.piece_characters says something else."""
+"""Characters of a text file from which on it is taken for a book, unless corpus.piece_characters says something else.
+"""
 PIECE = 2000
-"""Characters of a piece of a book, at most: some 500 tokens. Small enough that a book of 200 000 characters has a hundred, of which
-each held-out split, 5 % of them, gets some."""
+"""Characters of a piece of a book, at most: some 500 tokens. Small enough that a book of 200 000 characters has a
+hundred, of which each held-out split, 5 % of them, gets some."""
 ENDS = tuple(re.compile(pattern) for pattern in (r"\n[ \t\r]*\n\s*", r"\n", r"[.!?][\"'”’)]*\s+", r"\s+"))
 """Where a text is cut, best first: after a paragraph, a line, a sentence, a word."""
 
@@ -17,7 +18,8 @@ ENDS = tuple(re.compile(pattern) for pattern in (r"\n[ \t\r]*\n\s*", r"\n", r"[.
 def pieces_of(text: str, characters: int) -> Iterator[str]:
     """Yield pieces of at most so many characters that joined are the text.
 
-    Each is cut at the last end of a paragraph in it; where there is none in its second half, at that of a line, a sentence, a word.
+    Each is cut at the last end of a paragraph in it; where there is none in its second half, at that of a line, a
+    sentence, a word.
     """
     start = 0
     while len(text) - start > characters:

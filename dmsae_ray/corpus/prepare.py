@@ -28,17 +28,24 @@ SAY_SECONDS = 10.0
 
 
 def prepare_tokens(
-    corpus: CorpusConfig, tokenizer, context: int, folder: Path, wanted: Mapping[str, int] | None = None,
+    corpus: CorpusConfig,
+    tokenizer,
+    context: int,
+    folder: Path,
+    wanted: Mapping[str, int] | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, TokenSequences]:  # fmt: skip
-    """The splits as token sequences in the corpus's order, mapped from disk; made there if missing, damaged or too short.
+) -> dict[str, TokenSequences]:
+    """The splits as token sequences in the corpus's order, mapped from disk; made there if missing, damaged or too
+    short.
 
-    folder: named by its caller after all that decides the tokens but `wanted`; whatever sound files lie there are taken for them.
-    wanted: split -> tokens: only these splits are made, each of the first documents that give it so many, and no document is read after
-    the last that is needed; None: all splits, of the whole corpus. A longer split begins with a shorter one, so that what was computed
-    on the first tokens stays what it was.
-    tokenizer: a transformers tokenizer with a BOS token. A file's metadata say how many documents and tokens each part of the corpus
-    gave to that split, and whether the corpus has no more. `say` gets a line of progress every SAY_SECONDS.
+    folder: named by its caller after all that decides the tokens but `wanted`; whatever sound files lie there are taken
+    for them.
+    wanted: split -> tokens: only these splits are made, each of the first documents that give it so many, and no
+    document is read after the last that is needed; None: all splits, of the whole corpus. A longer split begins with a
+    shorter one, so that what was computed on the first tokens stays what it was.
+    tokenizer: a transformers tokenizer with a BOS token. A file's metadata say how many documents and tokens each part
+    of the corpus gave to that split, and whether the corpus has no more. `say` gets a line of progress every
+    SAY_SECONDS.
 
     Raises ValueError if the corpus cannot be read, a split is empty, the tokenizer has no BOS or the disk is full.
     """
@@ -47,7 +54,10 @@ def prepare_tokens(
     lacking = {split: wanted[split] for split, path in paths.items() if not _enough(path, wanted[split], say)}
     if lacking:
         if tokenizer.bos_token_id is None:
-            raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every sequence; set model.bos_token")
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every sequence; set "
+                "model.bos_token"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         try:
@@ -55,7 +65,10 @@ def prepare_tokens(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise ValueError(f"{folder}: {error.strerror}; free space there, or give --output a larger disk, and run the same command again") from error
+            raise ValueError(
+                f"{folder}: {error.strerror}; free space there, or give --output a larger disk, and run the same "
+                "command again"
+            ) from error
     return {split: TokenSequences.load(path) for split, path in paths.items()}
 
 
@@ -71,7 +84,10 @@ def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None
         ("evaluation", "evaluate.tokens", config.evaluate.tokens),
     ):
         if (have := sequences[split].tokens) < wanted:
-            raise ValueError(f"{field} {wanted}: the corpus's {split} split has only {have}; ask for fewer or raise corpus.{split}_share")
+            raise ValueError(
+                f"{field} {wanted}: the corpus's {split} split has only {have}; ask for fewer or raise "
+                f"corpus.{split}_share"
+            )
 
 
 def _enough(path: Path, wanted: int, say: Callable[[str], None]) -> bool:
@@ -110,16 +126,26 @@ class _Tally:
 
 
 def _write(
-    corpus: CorpusConfig, tokenizer, context: int, paths: dict[str, Path], wanted: Mapping[str, int], say: Callable[[str], None]
-) -> None:  # fmt: skip
+    corpus: CorpusConfig,
+    tokenizer,
+    context: int,
+    paths: dict[str, Path],
+    wanted: Mapping[str, int],
+    say: Callable[[str], None],
+) -> None:
     """These splits, each of as many documents as it needs."""
-    packers = {split: PACKINGS[corpus.packing](context, tokenizer.bos_token_id, pad_id_of(tokenizer)) for split in paths}
+    packers = {
+        split: PACKINGS[corpus.packing](context, tokenizer.bos_token_id, pad_id_of(tokenizer)) for split in paths
+    }
     kept, shortest = next(iter(packers.values())).kept, next(iter(packers.values())).shortest
     tally, rows = _Tally(corpus, wanted), dict.fromkeys(paths, 0)
     # The order of a mixture counts every document's tokens, so there nothing can be passed over.
     parts = [documents if corpus.mixture else tally.needed(documents) for documents in load_parts(corpus)]
     weights = whole_weights([part.weight for part in corpus.parts])
-    documents = islice(interleave([encode(part, tokenizer) for part in parts], weights, lambda document: kept(len(document.ids))), corpus.documents)
+    documents = islice(
+        interleave([encode(part, tokenizer) for part in parts], weights, lambda document: kept(len(document.ids))),
+        corpus.documents,
+    )
     largest = _metadata(corpus, "attribution", np.full_like(tally.given["train"], MANY), ends=False)
     with ExitStack() as stack:
         files = {split: stack.enter_context(TokenFileWriter(path, context, largest)) for split, path in paths.items()}
@@ -149,7 +175,11 @@ def _write(
                 here = int(tally.given[split].sum(axis=0)[0])
                 raise ValueError(
                     f"the corpus's {split} split is empty: "
-                    + (f"none of its {here:,} documents has {shortest} tokens" if here else f"none of {tally.documents:,} documents fell to it")
+                    + (
+                        f"none of its {here:,} documents has {shortest} tokens"
+                        if here
+                        else f"none of {tally.documents:,} documents fell to it"
+                    )
                     + ", so there is no sequence; give more or longer documents, cut long ones by corpus.piece_characters, or set other "
                     "corpus.attribution_share and corpus.evaluation_share"
                 )
@@ -163,12 +193,17 @@ def _note(document: EncodedDocument, before: int, say: Callable[[str], None]) ->
     """How many characters of a document were replaced; says so for the first document."""
     replaced = document.document.replaced
     if replaced and not before:
-        say(f"corpus: {document.document.name}: {replaced:,} characters are halves of surrogate pairs, no text: replaced by U+FFFD")
+        say(
+            f"corpus: {document.document.name}: {replaced:,} characters are halves of surrogate pairs, no text: "
+            "replaced by U+FFFD"
+        )
     return replaced
 
 
 def _metadata(corpus: CorpusConfig, split: str, given: np.ndarray, ends: bool) -> dict[str, str]:
-    """What is written beside the sequences of a split. given: int64 [parts, 2], documents and tokens. ends: whether the corpus has no more."""
+    """What is written beside the sequences of a split. given: int64 [parts, 2], documents and tokens. ends: whether the
+    corpus has no more.
+    """
     parts = [
         {"source": str(part.source), "weight": part.weight, "documents": documents, "tokens": tokens}
         for part, (documents, tokens) in zip(corpus.parts, given.tolist())

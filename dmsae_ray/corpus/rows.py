@@ -1,7 +1,7 @@
 """Rows of a local file, format by format: what stands in the text field, and where.
 
-A row's value is text, bytes that are text in UTF-8, a list of chat messages, or None; documents.py looks at it. A byte order mark is
-no part of a text.
+A row's value is text, bytes that are text in UTF-8, a list of chat messages, or None; documents.py looks at it. A byte
+order mark is no part of a text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def saved_rows(folder: Path, text_field: str) -> Iterator[Row]:
         for number, row in enumerate(data.select_columns(text_field)):
             yield f"{folder} row {number}", row[text_field]
     except (*UNREADABLE, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a readable folder of save_to_disk ({type(error).__name__}: {error}); save it again") from error
+        raise ValueError(
+            f"{folder}: not a readable folder of save_to_disk ({type(error).__name__}: {error}); save it again"
+        ) from error
 
 
 def missing(where: str, text_field: str, fields) -> str:
@@ -134,7 +136,9 @@ def _csv(path: Path, text_field: str) -> Iterator[Row]:
         column = header.index(text_field)
         for row in lines:
             if row and len(row) <= column:
-                raise ValueError(f"{path} line {lines.line_num}: has {len(row)} columns, {text_field!r} is number {column + 1}")
+                raise ValueError(
+                    f"{path} line {lines.line_num}: has {len(row)} columns, {text_field!r} is number {column + 1}"
+                )
             if row:
                 yield f"{path} line {lines.line_num}", row[column]
 
@@ -156,11 +160,21 @@ def _parquet(path: Path, text_field: str) -> Iterator[Row]:
 
 
 def _may_hold_text(kind: pa.DataType) -> bool:
-    """Text in any of Arrow's forms, bytes, nothing but nulls, or chat messages; a dictionary (categories) of them as well."""
+    """Text in any of Arrow's forms, bytes, nothing but nulls, or chat messages; a dictionary (categories) of them as
+    well.
+    """
     types = pa.types
     if types.is_dictionary(kind):
         return _may_hold_text(kind.value_type)
     if types.is_list(kind) or types.is_large_list(kind):
         return types.is_struct(kind.value_type)
-    forms = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null)
+    forms = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+        types.is_null,
+    )
     return any(form(kind) for form in forms)

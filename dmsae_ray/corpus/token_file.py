@@ -1,4 +1,5 @@
-"""A file of token sequences: safetensors with ids [N, T], lengths [N] and rows [N], written as they come, read by mapping.
+"""A file of token sequences: safetensors with ids [N, T], lengths [N] and rows [N], written as they come, read by
+mapping.
 
 Letters: N sequences, T context. See tokens.py for what the three arrays hold.
 """
@@ -22,7 +23,8 @@ MANY = 10**12
 
 
 class TokenFileWriter:
-    """Writes one file, whole or not at all: under a temporary name until `finish`. Leaving the context without it removes that.
+    """Writes one file, whole or not at all: under a temporary name until `finish`. Leaving the context without it
+    removes that.
 
     Safetensors puts its header first, but the number of sequences is known last. So room is left for the header of MANY
     sequences and of this metadata, and the header written at the end is filled up with spaces, which the format allows.

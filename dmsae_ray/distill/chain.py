@@ -1,9 +1,9 @@
 """The Ray Train loop of a chain: every cycle trains, evaluates, attributes, selects.
 
 All cycles run inside one worker group: the workers that trained an SAE also attribute it, and nothing is released and
-acquired again in between. Chains that share the order of data may advance in lockstep, on one stream and one language model:
-each batch is read once and every chain takes its step on it. What a cycle needs to go on after a crash is in its folder (see
-folder.py); each step below looks there first.
+acquired again in between. Chains that share the order of data may advance in lockstep, on one stream and one language
+model: each batch is read once and every chain takes its step on it. What a cycle needs to go on after a crash is in its
+folder (see folder.py); each step below looks there first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from dmsae_ray.distill.worker import Worker
 
 OPEN_AT = 0.5
-"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits costs some CPU."""
+"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits
+costs some CPU.
+"""
 
 
 class Chain:
@@ -85,7 +87,9 @@ class Chain:
         folder.path.mkdir(parents=True, exist_ok=True)
         self.core = self._incoming_core()
         if self.core is not None and abs(self.core.scale - self.scale) > 1e-12 * self.scale:
-            raise ValueError(f"{folder.path}: the core was made at scale {self.core.scale!r}, the activations have {self.scale!r}")
+            raise ValueError(
+                f"{folder.path}: the core was made at scale {self.core.scale!r}, the activations have {self.scale!r}"
+            )
         self.training = Training(self.plan, self.cycle, self.core, self.dataset, self.comm, self.device)
 
     def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> None:
@@ -97,7 +101,9 @@ class Chain:
             self.say(phase="train", step=step + 1, steps=steps, tokens_per_s=rate, within=0.85 * (step + 1) / steps)
 
     def finish(self, together: int, opens_next: bool) -> None:
-        """Set the threshold, evaluate, attribute, and choose the next core. opens_next: reading for the next cycle starts here."""
+        """Set the threshold, evaluate, attribute, and choose the next core. opens_next: reading for the next cycle
+        starts here.
+        """
         self.at_step = None
         folder, sae = self.plan.folder.cycle(self.cycle), self.training.trainer.whole()
         self.calibrate(sae)
@@ -107,11 +113,15 @@ class Chain:
         selected = self.attribute(folder, sae, opens_next)
         now = time.monotonic()
         seconds = {
-            "train": after_training - self.began, "evaluate": after_evaluation - after_training,
-            "attribute": now - after_evaluation, "total": now - self.began,
-        }  # fmt: skip
+            "train": after_training - self.began,
+            "evaluate": after_evaluation - after_training,
+            "attribute": now - after_evaluation,
+            "total": now - self.began,
+        }
         if self.rank == 0:
-            self.commit(folder, self.core, sae, density_F, removal_P, selected, metrics, self.training.record(together), seconds)
+            self.commit(
+                folder, self.core, sae, density_F, removal_P, selected, metrics, self.training.record(together), seconds
+            )
         self.training, self.core = None, None
         self.cycle += 1
 
@@ -135,7 +145,8 @@ class Chain:
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, folder: CycleFolder, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
-        """Held-out metrics, each latent's density [F] and, if cores are selected by it, what each candidate's removal costs.
+        """Held-out metrics, each latent's density [F] and, if cores are selected by it, what each candidate's removal
+        costs.
 
         Saves the SAE with its densities.
         """
@@ -147,7 +158,16 @@ class Chain:
         mine = batches[self.rank :: self.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         began = time.monotonic()
         for done, (ids_NT, lengths_N) in enumerate(mine, 1):
-            tally_batch(tally, sae, self.lm, ids_NT.to(self.device), lengths_N.to(self.device), self.scale, removal, self.dataset.manifest.max_norm)
+            tally_batch(
+                tally,
+                sae,
+                self.lm,
+                ids_NT.to(self.device),
+                lengths_N.to(self.device),
+                self.scale,
+                removal,
+                self.dataset.manifest.max_norm,
+            )
             read = done * self.world * evaluate.sequences_per_batch * plan.config.model.context
             self.rates["evaluate"] = read / (time.monotonic() - began)
             self.say(phase="evaluate", within=0.87 + 0.03 * done / len(mine), tokens_per_s=self.rates["evaluate"])
@@ -159,9 +179,17 @@ class Chain:
             manifest = self.dataset.manifest
             sae.save(
                 folder.sae,
-                {"density": density_F.float(), "scale": self.scale, "hook": manifest.hook, "model": manifest.model_fingerprint,
-                 "cycle": self.cycle, "seed": self.plan.seed, "k": self.plan.k, "chain": self.plan.key},
-            )  # fmt: skip
+                {
+                    "density": density_F.float(),
+                    "scale": self.scale,
+                    "hook": manifest.hook,
+                    "model": manifest.model_fingerprint,
+                    "cycle": self.cycle,
+                    "seed": self.plan.seed,
+                    "k": self.plan.k,
+                    "chain": self.plan.key,
+                },
+            )
         return metrics, density_F, tally.sums.get("removal")
 
     def _sequences(self, split: str, tokens: int) -> TokenSequences:
@@ -174,7 +202,9 @@ class Chain:
         config = self.plan.config.attribution
         batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
         # Partial sums belong to these weights: every rank holds the same.
-        stamp = hashlib.sha256(sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()).hexdigest()[:16]
+        stamp = hashlib.sha256(
+            sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()
+        ).hexdigest()[:16]
         ledger = (str(folder.attribution), len(batches), stamp)
         aggregator = self.worker.aggregator
         if self.rank == 0:
@@ -201,9 +231,19 @@ class Chain:
         plan, manifest, selection = self.plan, self.dataset.manifest, self.plan.config.selection
         ids_C, values_P = choose(plan, self.cycle, sae, selected, density_F, removal_P)
         new = next_core(
-            core, sae, ids_C, selected["scores"], density_F, cycle=plan.number(self.cycle), seed=plan.seed, k=plan.k,
-            scale=self.scale, hook=manifest.hook, model=manifest.model_fingerprint, by=selection.by,
-        )  # fmt: skip
+            core,
+            sae,
+            ids_C,
+            selected["scores"],
+            density_F,
+            cycle=plan.number(self.cycle),
+            seed=plan.seed,
+            k=plan.k,
+            scale=self.scale,
+            hook=manifest.hook,
+            model=manifest.model_fingerprint,
+            by=selection.by,
+        )
         plan.lease.check()
         new.save(folder.core)
         save_scores(folder.scores, selected["scores"], selection.by, values_P)
@@ -212,18 +252,31 @@ class Chain:
         origins = {str(cycle): int((new.entered_C == cycle).sum()) for cycle in sorted(set(new.entered_C.tolist()))}
         total_score = float(selected["scores"].sum())
         record = {
-            "format_version": RECORD_VERSION, "chain": plan.key, "label": plan.label, "cycle": self.cycle,
-            "generation": plan.lease.generation, "seed": plan.seed, "k": plan.k,
-            "core_in": core_in, "core_out": new.size, "kept": kept, "entered": new.size - kept, "left": core_in - kept,
+            "format_version": RECORD_VERSION,
+            "chain": plan.key,
+            "label": plan.label,
+            "cycle": self.cycle,
+            "generation": plan.lease.generation,
+            "seed": plan.seed,
+            "k": plan.k,
+            "core_in": core_in,
+            "core_out": new.size,
+            "kept": kept,
+            "entered": new.size - kept,
+            "left": core_in - kept,
             "decoder_drift": None if core is None else decoder_drift(core.W_dec_CD, sae.W_dec[:core_in]),
-            "jaccard": jaccard(kept, core_in, new.size) if core is not None else None, "origins": origins,
-            **trained, "theta": float(sae.theta), **metrics,
-            "core_share": float(selected["scores"][:core_in].sum()) / total_score, "coverage": carried(selected["scores"], ids_C),
+            "jaccard": jaccard(kept, core_in, new.size) if core is not None else None,
+            "origins": origins,
+            **trained,
+            "theta": float(sae.theta),
+            **metrics,
+            "core_share": float(selected["scores"][:core_in].sum()) / total_score,
+            "coverage": carried(selected["scores"], ids_C),
             "selection": selection.model_dump() | {"candidates": len(selected["scores"])},
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "attribution": {name: value for name, value in selected.items() if name not in ("ids", "scores")},
             "finished_at": time.time(),
-        }  # fmt: skip
+        }
         plan.lease.check()
         write_json(folder.record, record)
         folder.release()
@@ -244,14 +297,28 @@ class Chain:
             eta = (time.monotonic() - self.started) / gained * (1 - fraction) if gained > 0 else None
         values = {"step": None, "steps": None, "tokens_per_s": None} | values
         self.board.update.remote(
-            self.plan.label, phase=phase, cycle=self.cycle, cycles=self.plan.cycles, fraction=fraction, eta_s=eta, **values
+            self.plan.label,
+            phase=phase,
+            cycle=self.cycle,
+            cycles=self.plan.cycles,
+            fraction=fraction,
+            eta_s=eta,
+            **values,
         )
 
     def fail(self, error: Exception) -> None:
-        """Mark the chain failed. Divergence is final for this chain's fields; anything else is tried again by the next sweep."""
+        """Mark the chain failed. Divergence is final for this chain's fields; anything else is tried again by the next
+        sweep.
+        """
         if self.rank and isinstance(error, Diverged):
             return  # all ranks diverge together, rank 0 writes
-        kind = "diverged" if isinstance(error, Diverged) else "data" if isinstance(error, ShardError | StoreError) else "error"
+        kind = (
+            "diverged"
+            if isinstance(error, Diverged)
+            else "data"
+            if isinstance(error, ShardError | StoreError)
+            else "error"
+        )
         reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
         write_failure(self.plan, kind, reason, self.cycle, self.at_step)
         self.board.update.remote(self.plan.label, phase="failed", message=reason)

@@ -15,11 +15,13 @@ from dmsae_ray.sae.report import Diverged
 from dmsae_ray.secret_url import scrub
 
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
-"""What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries."""
+"""What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries.
+"""
 
 
 def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None, step: int | None = None) -> None:
-    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep); cycle, step: where, as far as that is known.
+    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep); cycle, step: where, as
+    far as that is known.
 
     Raises Superseded.
     """
@@ -27,9 +29,14 @@ def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = N
     write_json(
         plan.folder.failed,
         {
-            "kind": kind, "reason": scrub(reason), "cycle": cycle, "step": step, "generation": plan.lease.generation, "at": time.time(),
+            "kind": kind,
+            "reason": scrub(reason),
+            "cycle": cycle,
+            "step": step,
+            "generation": plan.lease.generation,
+            "at": time.time(),
             "traceback": scrub(traceback.format_exc()),
-        },  # fmt: skip
+        },
     )
 
 

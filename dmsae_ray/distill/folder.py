@@ -11,8 +11,8 @@
               record.json          completion record, written last: the cycle is done if and only if it exists
               evaluation-N.json    measured later on N held-out tokens (`python -m dmsae_ray.evaluate`); none by default
 
-Every commit carries the generation of the sweep driver it was started by. A driver that takes the folder over raises the
-generation, so a worker that outlived its driver cannot write over its successor.
+Every commit carries the generation of the sweep driver it was started by. A driver that takes the folder over raises
+the generation, so a worker that outlived its driver cannot write over its successor.
 """
 
 from __future__ import annotations
@@ -94,9 +94,13 @@ class ChainFolder:
             try:
                 record = json.loads(path.read_text())
             except ValueError as error:
-                raise ValueError(f"{path}: damaged ({error}); delete this cycle's folder to have it computed again") from error
+                raise ValueError(
+                    f"{path}: damaged ({error}); delete this cycle's folder to have it computed again"
+                ) from error
             if record.get("format_version") != RECORD_VERSION:
-                raise ValueError(f"{path}: format version {record.get('format_version')!r}, this program reads {RECORD_VERSION}")
+                raise ValueError(
+                    f"{path}: format version {record.get('format_version')!r}, this program reads {RECORD_VERSION}"
+                )
             records.append(record)
         return records
 
@@ -116,10 +120,15 @@ class ChainFolder:
             write_json(
                 self.path / "chain.json",
                 {
-                    "format_version": RECORD_VERSION, "key": key, "label": label, "seed": fields["seed"],
-                    "data_seed": fields["data_seed"], "k": fields["k"], "fields": fields,
+                    "format_version": RECORD_VERSION,
+                    "key": key,
+                    "label": label,
+                    "seed": fields["seed"],
+                    "data_seed": fields["data_seed"],
+                    "k": fields["k"],
+                    "fields": fields,
                 },
-            )  # fmt: skip
+            )
 
 
 def failure_text(failure: dict) -> str:

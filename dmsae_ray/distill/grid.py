@@ -35,13 +35,23 @@ def plan_all(config: Config, dataset: SecretUrl | str, dataset_key: str, lease: 
             plans += grid(arm_config, name, dataset, dataset_key, lease)
         else:
             plans += [
-                replace(plan, config=arm_config, k=k, arm=name, start=Start(
-                    plan.folder.cycle(plan.cycles - 1).core, plan.number(plan.cycles),
-                    {"chain": plan.key, "cycle": plan.cycles - 1}, plan,
-                ))
-                for plan in base if plan.seed in arm_config.sweep.seeds
-                for k in arm_config.sweep.k if k != plan.k
-            ]  # fmt: skip
+                replace(
+                    plan,
+                    config=arm_config,
+                    k=k,
+                    arm=name,
+                    start=Start(
+                        plan.folder.cycle(plan.cycles - 1).core,
+                        plan.number(plan.cycles),
+                        {"chain": plan.key, "cycle": plan.cycles - 1},
+                        plan,
+                    ),
+                )
+                for plan in base
+                if plan.seed in arm_config.sweep.seeds
+                for k in arm_config.sweep.k
+                if k != plan.k
+            ]
     return plans
 
 
@@ -52,7 +62,9 @@ def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str, l
         core = Core.load(config.sae.core)
         start = Start(config.sae.core, core.cycle + 1, {"core": core.fingerprint})
     return [
-        ChainPlan(config, seed, k, dataset, dataset_key, lease, arm, start) for k in config.sweep.k for seed in config.sweep.seeds
+        ChainPlan(config, seed, k, dataset, dataset_key, lease, arm, start)
+        for k in config.sweep.k
+        for seed in config.sweep.seeds
     ]
 
 
@@ -61,13 +73,15 @@ def check_start(path: Path, manifest: Manifest) -> None:
     core = Core.load(path)
     d = core.W_enc_CD.shape[1]
     for what, there, here in (
-        ("model", core.model, manifest.model_fingerprint), ("hook", core.hook, manifest.hook), ("d", d, manifest.d),
+        ("model", core.model, manifest.model_fingerprint),
+        ("hook", core.hook, manifest.hook),
+        ("d", d, manifest.d),
         ("scale", f"{core.scale:.12g}", f"{manifest.scale:.12g}"),
-    ):  # fmt: skip
+    ):
         if there != here:
             raise ValueError(
-                f"sae.core {path}: made with {what} {there}, the activations have {here}: its encoder rows mean nothing here; "
-                "use the model, hook and dataset it was made with, or leave sae.core empty"
+                f"sae.core {path}: made with {what} {there}, the activations have {here}: its encoder rows mean "
+                "nothing here; use the model, hook and dataset it was made with, or leave sae.core empty"
             )
 
 

@@ -67,7 +67,9 @@ class ChainPlan:
 
     @property
     def stage(self) -> str:
-        """What the chain is for: `distill` cores over cycles, `transfer` a core to a new SAE, or train a `plain` SAE to compare with."""
+        """What the chain is for: `distill` cores over cycles, `transfer` a core to a new SAE, or train a `plain` SAE to
+        compare with.
+        """
         if self.start is not None and self.start.chain is not None:
             return "transfer"
         return "plain" if self.cycles == 1 and self.start is None else "distill"
@@ -87,7 +89,9 @@ class ChainPlan:
 
     @property
     def references(self) -> Path:
-        """Folder of the reference losses; in the output folder, since a dataset may be elsewhere and not ours to write to."""
+        """Folder of the reference losses; in the output folder, since a dataset may be elsewhere and not ours to write
+        to.
+        """
         return self.config.home / "data" / self.dataset_key
 
     @property
@@ -100,13 +104,20 @@ class ChainPlan:
 
     @property
     def lockstep_key(self) -> tuple:
-        """Equal for chains that read the same batches and can be served by one worker group; their arms, and all that is not named
-        here, may differ."""
+        """Equal for chains that read the same batches and can be served by one worker group; their arms, and all that
+        is not named here, may differ."""
         train, part = self.config.train, self.fields["part"]
         return (
-            self.data_seed, part and (part["part"], part["parts"]), self.number(0), train.batch, train.lanes, self.steps, train.threads, train.checkpoint_steps,
+            self.data_seed,
+            part and (part["part"], part["parts"]),
+            self.number(0),
+            train.batch,
+            train.lanes,
+            self.steps,
+            train.threads,
+            train.checkpoint_steps,
             self.score_settings,
-        )  # fmt: skip
+        )
 
     def number(self, cycle: int) -> int:
         """Number of the chain's cycle in the life of its core, which may have begun in another chain."""
@@ -121,7 +132,10 @@ class ChainPlan:
         return self._draw(cycle, SELECTION)
 
     def _draw(self, cycle: int, purpose: int) -> int:
-        return int(np.random.SeedSequence([self.seed, self.number(cycle), purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return int(
+            np.random.SeedSequence([self.seed, self.number(cycle), purpose]).generate_state(1, np.uint64)[0]
+            >> np.uint64(1)
+        )
 
     def core_size(self, cycle: int, candidates: int) -> int:
         """Members of the core that this cycle selects, where `selection.size` is not tau.
@@ -170,31 +184,59 @@ class ChainPlan:
     def order(self, dataset: ActivationDataset, cycle: int) -> Order:
         train = self.config.train
         return Order(
-            n_units=len(self.units(dataset)), unit_rows=dataset.manifest.rows_per_group, batch=train.batch, lanes=train.lanes,
-            data_seed=self.data_seed, cycle=self.number(cycle),
-        )  # fmt: skip
+            n_units=len(self.units(dataset)),
+            unit_rows=dataset.manifest.rows_per_group,
+            batch=train.batch,
+            lanes=train.lanes,
+            data_seed=self.data_seed,
+            cycle=self.number(cycle),
+        )
 
     def sae_settings(self, d: int) -> SAESettings:
         sae, train = self.config.sae, self.config.train
         lengths = schedule(
-            self.steps, train.batch, warmup_steps=train.warmup_steps, warmup_share=train.warmup_share,
-            dead_window_tokens=train.dead_window_tokens, dead_window_share=train.dead_window_share, decay_share=train.decay_share,
-        )  # fmt: skip
+            self.steps,
+            train.batch,
+            warmup_steps=train.warmup_steps,
+            warmup_share=train.warmup_share,
+            dead_window_tokens=train.dead_window_tokens,
+            dead_window_share=train.dead_window_share,
+            decay_share=train.decay_share,
+        )
         return SAESettings(
-            d=d, width=sae.width, k=self.k, batch=train.batch, prefix_fractions=sae.prefix_fractions, core_gate=sae.core_gate,
-            core_budget=sae.core_budget, core_transfer=sae.core_transfer, core_decoder_init=sae.core_decoder_init,
-            auxk_alpha=sae.auxk_alpha, auxk_k=sae.auxk_k, lr=train.lr, beta1=train.betas[0], beta2=train.betas[1],
-            eps=train.eps, clip=train.clip, threshold_beta=train.threshold_beta, screen=train.screen, kernels=train.kernels,
-            parallel=train.parallel, micro_batch=train.micro_batch, **lengths,
-        )  # fmt: skip
+            d=d,
+            width=sae.width,
+            k=self.k,
+            batch=train.batch,
+            prefix_fractions=sae.prefix_fractions,
+            core_gate=sae.core_gate,
+            core_budget=sae.core_budget,
+            core_transfer=sae.core_transfer,
+            core_decoder_init=sae.core_decoder_init,
+            auxk_alpha=sae.auxk_alpha,
+            auxk_k=sae.auxk_k,
+            lr=train.lr,
+            beta1=train.betas[0],
+            beta2=train.betas[1],
+            eps=train.eps,
+            clip=train.clip,
+            threshold_beta=train.threshold_beta,
+            screen=train.screen,
+            kernels=train.kernels,
+            parallel=train.parallel,
+            micro_batch=train.micro_batch,
+            **lengths,
+        )
 
     def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
-        """How rows of this dataset are attributed: those within its bound on norms and, where attribution.outlier_norm is set, within that
-        multiple of its median norm."""
+        """How rows of this dataset are attributed: those within its bound on norms and, where attribution.outlier_norm
+        is set, within that multiple of its median norm."""
         attribution = self.config.attribution
         own = () if attribution.outlier_norm is None else (attribution.outlier_norm * manifest.norm_quantiles["0.5"],)
         bounds = own if manifest.max_norm is None else (*own, manifest.max_norm)
-        return AttributionSettings(splice=attribution.splice, candidates=attribution.candidates, max_norm=min(bounds, default=None))
+        return AttributionSettings(
+            splice=attribution.splice, candidates=attribution.candidates, max_norm=min(bounds, default=None)
+        )
 
     @property
     def score_settings(self) -> ScoreSettings:
@@ -213,10 +255,12 @@ def check_twins(twins: dict[str, tuple[ChainFolder, int]]) -> None:
     done = {label: len(folder.records()) for label, (folder, _) in twins.items()}
     short = [
         f"{label} from {folder.path} ({done[label]} of {cycles} cycles done)"
-        for label, (folder, cycles) in twins.items() if done[label] < cycles
-    ]  # fmt: skip
+        for label, (folder, cycles) in twins.items()
+        if done[label] < cycles
+    ]
     if short:
         raise ValueError(
-            "selection.size match: core sizes are taken from the chain that selects by attribution and has all else in common, "
-            f"{', '.join(short)}. Finish it first: the same command with --selection.by attribution --selection.size tau"
+            "selection.size match: core sizes are taken from the chain that selects by attribution and has all else "
+            f"in common, {', '.join(short)}. Finish it first: the same command with --selection.by attribution "
+            "--selection.size tau"
         )

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 
 def choose(
-    plan: ChainPlan, cycle: int, sae: MatryoshkaSAE, selected: dict, density_F: torch.Tensor, removal_P: torch.Tensor | None
+    plan: ChainPlan,
+    cycle: int,
+    sae: MatryoshkaSAE,
+    selected: dict,
+    density_F: torch.Tensor,
+    removal_P: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Latent ids of a cycle's core, int64 ascending, and, if it was not their attribution, what the candidates were ranked by.
+    """Latent ids of a cycle's core, int64 ascending, and, if it was not their attribution, what the candidates were
+    ranked by.
 
-    selected: `ids`, which carry tau of the attribution, and `scores` of all candidates, fp64 [P]. Raises ValueError if the
-    size is another chain's and not known, or does not fit.
+    selected: `ids`, which carry tau of the attribution, and `scores` of all candidates, fp64 [P]. Raises ValueError if
+    the size is another chain's and not known, or does not fit.
     """
     selection, scores_P = plan.config.selection, selected["scores"]
     if selection.size == "tau":

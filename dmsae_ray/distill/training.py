@@ -36,14 +36,22 @@ class Progress:
     """of all rows trained on, see stream.Batches"""
     curve: list[dict] = field(default_factory=list)
     resumes: list[dict] = field(default_factory=list)
-    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number of workers and
-    what they share"""
+    """times that training went on from a checkpoint and came to write another: step, generation of the driver, number
+    of workers and what they share"""
 
 
 class Training:
     """One chain's cycle in training; goes on from the checkpoint if there is one. Every rank has one."""
 
-    def __init__(self, plan: ChainPlan, cycle: int, core: Core | None, dataset: ActivationDataset, comm: Collective, device: torch.device):
+    def __init__(
+        self,
+        plan: ChainPlan,
+        cycle: int,
+        core: Core | None,
+        dataset: ActivationDataset,
+        comm: Collective,
+        device: torch.device,
+    ):
         """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
         self.plan, self.comm, self.device, self.folder = plan, comm, device, plan.folder.cycle(cycle)
         settings = plan.sae_settings(dataset.manifest.d)
@@ -59,7 +67,12 @@ class Training:
         """the first step still to be done"""
         if self.first:
             self.so_far.resumes.append(
-                {"step": self.first, "generation": plan.lease.generation, "workers": comm.world, "parallel": plan.config.train.parallel}
+                {
+                    "step": self.first,
+                    "generation": plan.lease.generation,
+                    "workers": comm.world,
+                    "parallel": plan.config.train.parallel,
+                }
             )
         if comm.rank == 0:
             plan.lease.check()
@@ -107,7 +120,9 @@ class Training:
         self.so_far.digest = (self.so_far.digest + digest) & MASK
 
     def checkpoint(self, step: int) -> None:
-        """Everything a bit-identical continuation needs, on any number of workers. All ranks call it together, digests counted."""
+        """Everything a bit-identical continuation needs, on any number of workers. All ranks call it together, digests
+        counted.
+        """
         self.so_far.position = self.order.position(step)
         state = self.trainer.state_dict()
         if self.comm.rank == 0:
@@ -120,15 +135,20 @@ class Training:
         """What the completion record says of training. together: chains that shared the stream."""
         plan, done = self.plan, self.trainer.steps_done - self.first
         return {
-            "steps": plan.steps, "tokens": plan.steps * plan.config.train.batch, "resumes": self.so_far.resumes,
-            "workers": self.comm.world, "parallel": plan.config.train.parallel, "micro_batch": plan.config.train.micro_batch,
+            "steps": plan.steps,
+            "tokens": plan.steps * plan.config.train.batch,
+            "resumes": self.so_far.resumes,
+            "workers": self.comm.world,
+            "parallel": plan.config.train.parallel,
+            "micro_batch": plan.config.train.micro_batch,
             "lockstep": together,
-            "data_digest": f"{self.so_far.digest:016x}", "rows_dropped": plan.config.train.tokens - plan.steps * plan.config.train.batch,
+            "data_digest": f"{self.so_far.digest:016x}",
+            "rows_dropped": plan.config.train.tokens - plan.steps * plan.config.train.batch,
             "tokens_per_s": round(self.tokens_per_s, 1) if done else None,
             "data_wait_share": round(self.waited / (self.ended - self.began), 4) if done else None,
             "first_batch_s": round(self.first_batch_s, 3) if done else None,
             "theta_training": float(self.trainer.threshold),
-        }  # fmt: skip
+        }
 
 
 def first_step(plan: ChainPlan, cycle: int, dataset: ActivationDataset) -> int:
@@ -144,7 +164,9 @@ def load_checkpoint(folder: CycleFolder) -> dict:
     try:
         return torch.load(folder.checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew") from error
+        raise ValueError(
+            f"{folder.checkpoint}: damaged ({error}); delete it, and this cycle's training starts anew"
+        ) from error
 
 
 def _averaging(sae: MatryoshkaSAE, settings: SAESettings, comm: Collective) -> torch.nn.Module | None:
@@ -153,7 +175,9 @@ def _averaging(sae: MatryoshkaSAE, settings: SAESettings, comm: Collective) -> t
         return None
     import ray.train.torch
 
-    # Buffers (the frozen core rows) are equal on all ranks by construction. The gradient lies in the bucket, not in a copy of it.
+    # Buffers (the frozen core rows) are equal on all ranks by construction. The gradient lies in the bucket, not in a
+    # copy of it.
     return ray.train.torch.prepare_model(
-        LossModule(sae, settings, comm), parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+        LossModule(sae, settings, comm),
+        parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True},
     )

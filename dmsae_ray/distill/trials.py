@@ -1,8 +1,10 @@
-"""Ray Tune over the chains. A trial drives one Ray Train run, of one chain or of several in lockstep, and computes nothing itself.
+"""Ray Tune over the chains. A trial drives one Ray Train run, of one chain or of several in lockstep, and computes
+nothing itself.
 
-It asks Ray for no CPU or GPU, least of all for its workers': placement groups do not nest, so a trial that held them would wait
-for itself, and slivers of many trials add up to the CPU that a worker then lacks. It lives on the node of the command itself, so
-that no other lost node takes a trial along. Resuming is by the chains' own records, never by restoring a Tuner.
+It asks Ray for no CPU or GPU, least of all for its workers': placement groups do not nest, so a trial that held them
+would wait for itself, and slivers of many trials add up to the CPU that a worker then lacks. It lives on the node of
+the command itself, so that no other lost node takes a trial along. Resuming is by the chains' own records, never by
+restoring a Tuner.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.worker import train_chains
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
-"""Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a core
-of 65k latents, writing it to a slow disk). Nobody waits so long for a worker that is lost: Ray notices by itself."""
+"""Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a
+core of 65k latents, writing it to a slow disk). Nobody waits so long for a worker that is lost: Ray notices by itself.
+"""
 HERE = 0.0001
-"""Of the one that each node has of itself, the least that Ray counts: a trial is placed on this node, and none kept out."""
+"""Of the one that each node has of itself, the least that Ray counts: a trial is placed on this node, and none kept
+out.
+"""
 
 
 def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) -> None:
@@ -62,13 +67,17 @@ def settle(plans: list[ChainPlan], error: BaseException | None, board) -> None:
         if error is None:
             reason = "its workers ended without a word"
         else:
-            reason = f"its driver was lost, and again after cluster.retries {plan.config.cluster.retries}: {_root(error)}"
+            reason = (
+                f"its driver was lost, and again after cluster.retries {plan.config.cluster.retries}: {_root(error)}"
+            )
         write_failure(plan, "error", f"{reason}. The same command goes on where it stopped")
         ray.get(board.update.remote(plan.label, phase="failed", message=reason))
 
 
 def in_lockstep(plans: list[ChainPlan]) -> list[list[ChainPlan]]:
-    """Groups of at most `cluster.lockstep` chains that read the same batches in the same order: of several k, arms or seeds."""
+    """Groups of at most `cluster.lockstep` chains that read the same batches in the same order: of several k, arms or
+    seeds.
+    """
     alike: dict[tuple, list[ChainPlan]] = {}
     for plan in plans:
         alike.setdefault(plan.lockstep_key, []).append(plan)
@@ -77,8 +86,8 @@ def in_lockstep(plans: list[ChainPlan]) -> list[list[ChainPlan]]:
 
 
 def drive(plans: list[ChainPlan], board, scratch: str) -> None:
-    """One trial: a Ray Train run over the cycles of one chain, or of several in lockstep, with their aggregator. Marks chains
-    failed instead of raising."""
+    """One trial: a Ray Train run over the cycles of one chain, or of several in lockstep, with their aggregator. Marks
+    chains failed instead of raising."""
     first, cluster = plans[0], plans[0].config.cluster
     for plan in plans:
         ray.get(board.update.remote(plan.label, phase="starting", cycle=len(plan.folder.records()), cycles=plan.cycles))
@@ -92,10 +101,11 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
         ),
         run_config=ray.train.RunConfig(
             # A trial that begins again must not take up what Ray Train noted of the run that was lost.
-            name=f"{first.key}-{first.lease.generation}-{secrets.token_hex(4)}", storage_path=scratch,
+            name=f"{first.key}-{first.lease.generation}-{secrets.token_hex(4)}",
+            storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
         ),
-    )  # fmt: skip
+    )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:

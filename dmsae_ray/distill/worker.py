@@ -25,7 +25,9 @@ from dmsae_ray.sae.report import Diverged
 
 
 def train_chains(loop: dict) -> None:
-    """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), aggregator and board (actor handles)."""
+    """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), aggregator and board (actor
+    handles).
+    """
     # Failed ones are left out: a worker group may have been started again after the failure was written.
     plans = [plan for plan in loop["plans"] if not _failed(plan)]
     if not plans:
@@ -57,7 +59,9 @@ class Worker:
         self._opened: Batches | None = None
         with self.failing(*self.chains):
             self.dataset = ActivationDataset(plan.dataset)
-            self.stream = Stream(self.dataset, plan.units(self.dataset), self.rank, self.world, plan.stream_limits, self.device)
+            self.stream = Stream(
+                self.dataset, plan.units(self.dataset), self.rank, self.world, plan.stream_limits, self.device
+            )
             self.open(min(chain.cycle for chain in self.chains))  # reading starts beside loading the model
             self.lm = LanguageModel.of(plan.config.model, str(self.device))
 
@@ -120,7 +124,9 @@ class Worker:
             since = time.monotonic()
 
     def count_rows(self, batches: Batches, members: list[Chain]) -> None:
-        """Add the digest of the rows given since the last call to the members that trained on them. All ranks call it together."""
+        """Add the digest of the rows given since the last call to the members that trained on them. All ranks call it
+        together.
+        """
         # Two halves, since a sum of signed 64-bit integers over ranks must not overflow.
         halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.device)
         high, low = self.comm.all_reduce_sum(halves).tolist()
@@ -158,8 +164,9 @@ class Worker:
         shards = sorted({shard for some in everyone for shard in some})
         if shards:
             return ShardError(
-                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}), under a valid checksum. "
-                "Delete it and run `python -m dmsae_ray.harvest`: only it is made again; no checkpoint was written from it"
+                f"activation shard {' or '.join(shards)}: holds NaN or infinity (seen at step {step}), under a valid "
+                "checksum. Delete it and run `python -m dmsae_ray.harvest`: only it is made again; no checkpoint was "
+                "written from it"
             )
         return Diverged(f"cycle {chain.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
 

@@ -1,6 +1,7 @@
 """One run of the evaluation: saved SAEs measured on held-out text, in this process.
 
-A sweep measures every cycle once, on evaluate.tokens. This measures the same on other lengths of the same text, and keeps it
+A sweep measures every cycle once, on evaluate.tokens. This measures the same on other lengths of the same text, and
+keeps it
 beside each SAE: what is there is not measured again."""
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def run(command: EvaluateCommand) -> int:
     with session(config, "evaluate", command.verbose) as (_, say):
         dataset = find_datasets(config, (config.model.hook,), say)[config.model.hook]
         if dataset is None:
-            raise ValueError(f"{config.home}: its dataset is not complete; run `python -m dmsae_ray.harvest` with the same configuration")
+            raise ValueError(
+                f"{config.home}: its dataset is not complete; run `python -m dmsae_ray.harvest` with the same "
+                "configuration"
+            )
         rows = Evaluation(config, dataset, say).run(saved)
         terminal_console(say.stream).print(evaluation_tables(rows))
         say(f"kept as evaluation-{config.evaluate.tokens}.json beside each SAE in {config.home / 'chains'}")
@@ -51,7 +55,9 @@ def run(command: EvaluateCommand) -> int:
 
 
 def trained_with(command: EvaluateCommand) -> Config:
-    """The experiment by which the chains were trained: with the file's evaluation, since that is part of what names a chain."""
+    """The experiment by which the chains were trained: with the file's evaluation, since that is part of what names a
+    chain.
+    """
     evaluate = EvaluateConfig(**read_yaml(command.config).get("evaluate") or {})
     return Config(**command.sections() | {"evaluate": evaluate})
 
@@ -80,12 +86,15 @@ def saved_saes(config: Config, trained: Config, chain: str | None, every: bool) 
         if not plans:
             raise ValueError(f"--chain {chain}: no chain of this configuration; it has {labels}")
     done = {plan.key: min(len(plan.folder.records()), plan.cycles) for plan in plans}
-    saved = [Saved(plan, cycle) for plan in plans for cycle in range(done[plan.key]) if every or cycle == plan.cycles - 1]
+    saved = [
+        Saved(plan, cycle) for plan in plans for cycle in range(done[plan.key]) if every or cycle == plan.cycles - 1
+    ]
     if not saved:
         lacking = "has a finished cycle" if every else "is finished (with --all, single finished cycles will do)"
         raise ValueError(
-            f"{config.home / 'chains'}: none of {len(plans)} chains asked for {lacking}. Run `python -m dmsae_ray.sweep` with this "
-            "configuration; if that was done with fields on the command line, give --config the config.yaml in that sweep's results folder"
+            f"{config.home / 'chains'}: none of {len(plans)} chains asked for {lacking}. Run `python -m "
+            "dmsae_ray.sweep` with this configuration; if that was done with fields on the command line, give "
+            "--config the config.yaml in that sweep's results folder"
         )
     return saved
 
@@ -123,8 +132,8 @@ class Evaluation:
         if left and (expected := expected_rate(left)):
             tokens = len(left) * self.config.evaluate.tokens
             self.say(
-                f"evaluate: {len(left)} SAEs on {self.config.evaluate.tokens:,} tokens each; the sweep did {expected:,.0f} tokens/s, at which it "
-                f"takes {duration(tokens / expected)}"
+                f"evaluate: {len(left)} SAEs on {self.config.evaluate.tokens:,} tokens each; the sweep did "
+                f"{expected:,.0f} tokens/s, at which it takes {duration(tokens / expected)}"
             )
         return [self.row(sae) for sae in saved]
 
@@ -140,13 +149,15 @@ class Evaluation:
         write_json(saved.folder.evaluation(self.config.evaluate.tokens), row)
         self.left -= 1
         self.say(
-            f"evaluate: {saved.plan.label} cycle {saved.cycle}: {row['evaluation_tokens']:,} tokens in {row['seconds']:.1f} s, "
-            f"{row['evaluation_tokens'] / row['seconds']:,.0f} tokens/s"
+            f"evaluate: {saved.plan.label} cycle {saved.cycle}: {row['evaluation_tokens']:,} tokens in "
+            f"{row['seconds']:.1f} s, {row['evaluation_tokens'] / row['seconds']:,.0f} tokens/s"
         )
         return row
 
     def known(self, saved: Saved) -> dict[str, Any] | None:
-        """What was measured of these very weights with these settings before; None if it was not. Raises ValueError as `row`."""
+        """What was measured of these very weights with these settings before; None if it was not. Raises ValueError as
+        `row`.
+        """
         path = saved.folder.evaluation(self.config.evaluate.tokens)
         if not path.exists():
             return None
@@ -160,23 +171,41 @@ class Evaluation:
         """What a measurement is of."""
         plan, path = saved.plan, saved.folder.sae
         if not path.exists():
-            raise ValueError(f"{path}: is gone; delete this cycle's folder and run `python -m dmsae_ray.sweep` to have it computed again")
+            raise ValueError(
+                f"{path}: is gone; delete this cycle's folder and run `python -m dmsae_ray.sweep` to have it "
+                "computed again"
+            )
         return {
-            "format_version": FORMAT_VERSION, "chain": plan.key, "label": plan.label, "arm": plan.arm, "stage": plan.stage,
-            "seed": plan.seed, "k": plan.k, "cycle": saved.cycle, "sae": file_sha256(path),
+            "format_version": FORMAT_VERSION,
+            "chain": plan.key,
+            "label": plan.label,
+            "arm": plan.arm,
+            "stage": plan.stage,
+            "seed": plan.seed,
+            "k": plan.k,
+            "cycle": saved.cycle,
+            "sae": file_sha256(path),
             "evaluate": self.config.evaluate.model_dump(mode="json"),
-        }  # fmt: skip
+        }
 
     def measured(self, saved: Saved) -> dict[str, Any]:
         """The metrics of record.json, on the tokens asked for."""
         evaluate, references, lm = self.config.evaluate, self.references(), self.lm
         began, tally, manifest = time.monotonic(), Tally(), self.dataset.manifest
         sae = MatryoshkaSAE.load(saved.folder.sae)[0].to(self.device)
-        batches = list(self.dataset.held_out("evaluation").first_tokens(evaluate.tokens).batches(evaluate.sequences_per_batch))
+        batches = list(
+            self.dataset.held_out("evaluation").first_tokens(evaluate.tokens).batches(evaluate.sequences_per_batch)
+        )
         said = began
         for done, (ids_NT, lengths_N) in enumerate(batches, 1):
             tally_batch(
-                tally, sae, lm, ids_NT.to(self.device), lengths_N.to(self.device), manifest.scale, max_norm=manifest.max_norm
+                tally,
+                sae,
+                lm,
+                ids_NT.to(self.device),
+                lengths_N.to(self.device),
+                manifest.scale,
+                max_norm=manifest.max_norm,
             )
             now = time.monotonic()
             # After the first batch, from which the rate is known, and then now and again.
@@ -184,8 +213,9 @@ class Evaluation:
                 said, share = now, done / len(batches)
                 left = (now - began) / share * (self.left - share)
                 self.say(
-                    f"evaluate: {saved.plan.label} cycle {saved.cycle}: {share:.0%}, {share * evaluate.tokens / (now - began):,.0f} tokens/s, "
-                    f"{duration(left)} left for {self.left} SAEs"
+                    f"evaluate: {saved.plan.label} cycle {saved.cycle}: {share:.0%}, "
+                    f"{share * evaluate.tokens / (now - began):,.0f} tokens/s, {duration(left)} left for {self.left} "
+                    "SAEs"
                 )
         metrics, _ = scores_of(tally, sae, references)
         return metrics | {"seconds": time.monotonic() - began, "device": self.device, "finished_at": time.time()}
@@ -195,5 +225,7 @@ class Evaluation:
         folder = self.config.home / "data" / self.dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():
             self.say(f"evaluate: reference losses on {self.config.evaluate.tokens:,} tokens")
-            write_references(folder, self.config.evaluate, references_of(self.lm, self.dataset, self.config.evaluate, self.device))
+            write_references(
+                folder, self.config.evaluate, references_of(self.lm, self.dataset, self.config.evaluate, self.device)
+            )
         return read_references(folder, self.config.evaluate)

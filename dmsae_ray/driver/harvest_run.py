@@ -65,8 +65,8 @@ def summary(dataset: ActivationDataset) -> str:
     m = dataset.manifest
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in m.positions.items() if count)
     return (
-        f"{dataset}: {m.rows:,} training rows in {len(m.shards)} shards, {m.calibration.rows:,} held back, {m.hook}, d = {m.d}, {m.dtype}, "
-        f"scale {m.scale:.6g}; positions that are no rows: {dropped}"
+        f"{dataset}: {m.rows:,} training rows in {len(m.shards)} shards, {m.calibration.rows:,} held back, {m.hook}, d "
+        f"= {m.d}, {m.dtype}, scale {m.scale:.6g}; positions that are no rows: {dropped}"
     )
 
 
@@ -100,7 +100,10 @@ def verify(config: Config, say: Screen, repair: bool) -> int:
         if not bad:
             dataset.check_scale()
         seconds = time.monotonic() - start
-        say(f"verified {dataset}: {len(dataset.entries())} shards, {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)")
+        say(
+            f"verified {dataset}: {len(dataset.entries())} shards, {size / 1e6:,.1f} MB in {seconds:.1f} s "
+            f"({size / 1e9 / seconds:.2f} GB/s)"
+        )
     if bad and not repair:
         say(f"{bad} bad. To make only these again: {REPAIR} with the same configuration")
     elif not bad:

@@ -84,7 +84,9 @@ class Superfluous:
 def superfluous(config: Config) -> list[Superfluous]:
     """What no finished result and no chain of this configuration needs. Raises ValueError if that cannot be told."""
     home, wanted = config.home, {plan.key for plan in planned(config)}
-    found = [Superfluous(path, "") for path in temporaries(home)] + [Superfluous(path, "ray") for path in ours_in(home, "ray")]
+    found = [Superfluous(path, "") for path in temporaries(home)] + [
+        Superfluous(path, "ray") for path in ours_in(home, "ray")
+    ]
     identity = Identity(config)
     datasets = {identity.key(hook) for hook in config.hooks}
     for folder in ours_in(home, "chains"):
@@ -101,20 +103,29 @@ def superfluous(config: Config) -> list[Superfluous]:
     # Token sequences serve to make shards: those of other configurations can be made again.
     found += [Superfluous(folder, "tokens") for folder in ours_in(home, "tokens") if folder.name != identity.tokens_key]
     kept = kept_pairs(config)
-    return found + [Superfluous(path, "pairs") for path in ours_in(home, "pairs") if kept is not None and path.name not in kept]
+    return found + [
+        Superfluous(path, "pairs") for path in ours_in(home, "pairs") if kept is not None and path.name not in kept
+    ]
 
 
 def kept_pairs(config: Config) -> set[str] | None:
-    """Names of the compared pairs that this configuration, or a sweep with results in the output folder, would ask for again.
+    """Names of the compared pairs that this configuration, or a sweep with results in the output folder, would ask for
+    again.
 
     None if that cannot be told of one of them: then all are kept.
     """
     home, plans = config.home, planned(config)
-    names = pair_names(config.compare, Identity(config).key(config.model.hook), [(plan.folder, plan.cycles) for plan in plans])
+    names = pair_names(
+        config.compare, Identity(config).key(config.model.hook), [(plan.folder, plan.cycles) for plan in plans]
+    )
     for folder in ours_in(home, "sweeps"):
         try:
             chains = json.loads((folder / "chains.json").read_text())
-            lasting = [(ChainFolder(home / "chains" / chain["key"]), chain["cycles"]) for chain in chains if _is_key(chain["key"])]
+            lasting = [
+                (ChainFolder(home / "chains" / chain["key"]), chain["cycles"])
+                for chain in chains
+                if _is_key(chain["key"])
+            ]
             there = [(chain, cycles) for chain, cycles in lasting if chain.path.is_dir()]
             compare = CompareConfig(**read_yaml(folder / "config.yaml").get("compare") or {})
             for rows in {dataset_of(chain.path) for chain, _ in there}:
@@ -136,8 +147,8 @@ def dataset_of(chain: Path) -> str:
         return str(json.loads(path.read_text())["fields"]["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: cannot be read ({error}), so it is not known which activations this chain needs: nothing is removed. Restore it, "
-            "or delete the chain's folder"
+            f"{path}: cannot be read ({error}), so it is not known which activations this chain needs: nothing is "
+            "removed. Restore it, or delete the chain's folder"
         ) from error
 
 
@@ -147,14 +158,16 @@ def size_of(path: Path) -> int:
 
 
 def clean(config: Config, dry_run: bool) -> int:
-    """Remove it, or with dry_run only say what would go. Refused while a driver is at work, and where the folder is none of ours."""
+    """Remove it, or with dry_run only say what would go. Refused while a driver is at work, and where the folder is
+    none of ours.
+    """
     if not config.home.exists():
         print(f"{config.home}: nothing there")
         return 0
     if not marked(config.home):
         raise ValueError(
-            f"output folder {config.home}: none that this program made (it has no {MARKER}), so nothing in it is removed; give --output, or "
-            "--config, the one that is meant"
+            f"output folder {config.home}: none that this program made (it has no {MARKER}), so nothing in it is "
+            "removed; give --output, or --config, the one that is meant"
         )
     lock = OutputLock(config.home)
     try:

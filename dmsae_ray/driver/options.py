@@ -1,4 +1,6 @@
-"""Reading an experiment: a YAML file, overridden by the command line. Every mistake is one line that names file or flag, and field."""
+"""Reading an experiment: a YAML file, overridden by the command line. Every mistake is one line that names file or
+flag, and field.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class _UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = (key.tag, str(key.value)), key.start_mark.line + 1
             if name in known:
-                raise DoubleKey(f"line {line}: {key.value} is given a second time, first in line {known[name]}; join the two")
+                raise DoubleKey(
+                    f"line {line}: {key.value} is given a second time, first in line {known[name]}; join the two"
+                )
             known[name] = line
         return node
 
@@ -60,7 +64,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(raw.decode("utf-8-sig"), Loader=_UniqueKeys)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+        raise ValueError(
+            f"{path}: line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 text ({error.reason}); save the file "
+            "as UTF-8"
+        ) from error
     except DoubleKey as error:
         raise ValueError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -71,8 +78,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
-    """A configuration file as a dict; one that lies with the results of a sweep means the output folder in which it lies, even if that
-    folder has been moved. Raises ValueError as `read_yaml` does."""
+    """A configuration file as a dict; one that lies with the results of a sweep means the output folder in which it
+    lies, even if that folder has been moved. Raises ValueError as `read_yaml` does."""
     tree, folders = read_yaml(path), path.absolute().parents
     if path.name == "config.yaml" and len(folders) > 2 and folders[1].name == "sweeps" and marked(folders[2]):
         tree["output"] = str(folders[2])
@@ -88,12 +95,16 @@ class Command(Config):
     """An experiment read from a file and the command line."""
 
     config: Path = Field(default_factory=default_config_path)
-    """YAML file with the experiment; without it the quickstart's, shipped with the package, applies. The defaults shown here are the file's"""
+    """YAML file with the experiment; without it the quickstart's, shipped with the package, applies. The defaults shown
+    here are the file's
+    """
     verbose: CliImplicitFlag[bool] = False
     """show everything Ray prints as well"""
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
+    def settings_customise_sources(
+        cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+    ):
         return (init_settings, _YamlFile(settings_cls))
 
 
@@ -116,14 +127,15 @@ class ReportCommand(Command):
     numbers: CliImplicitFlag[bool] = False
     """print every named number as well: what study.expect may refer to"""
     against: Place | None = None
-    """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it"""
+    """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it
+    """
 
 
 class EvaluateCommand(Command):
     """python -m dmsae_ray.evaluate: measure saved SAEs on held-out text, without training.
 
-    evaluate.tokens and evaluate.sequences_per_batch of the command line say what to measure on; chains are those that the file
-    describes, with the evaluation that it describes.
+    evaluate.tokens and evaluate.sequences_per_batch of the command line say what to measure on; chains are those that
+    the file describes, with the evaluation that it describes.
     """
 
     chain: str | None = None
@@ -142,7 +154,8 @@ class HarvestCommand(Command):
 
 
 def load(command: type[Config], argv: list[str]) -> Config:
-    """Configuration from `--config` and the command line. Of a flag given twice the last counts, so that a script's can be overridden.
+    """Configuration from `--config` and the command line. Of a flag given twice the last counts, so that a script's can
+    be overridden.
 
     Raises ValueError with one line per mistake: the file or flag, the field, what is wrong.
     """
@@ -156,8 +169,12 @@ def load(command: type[Config], argv: list[str]) -> Config:
     _YamlFile.path = path
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):  # argparse repeats what it does not know, secrets of URLs included, below all of --help
-            return command(_cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
+        with contextlib.redirect_stderr(
+            said
+        ):  # argparse repeats what it does not know, secrets of URLs included, below all of --help
+            return command(
+                _cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}"
+            )
     except ValidationError as error:
         raise ValueError(explain(error, path)) from None
     except SettingsError as error:
@@ -165,13 +182,17 @@ def load(command: type[Config], argv: list[str]) -> Config:
     except SystemExit as end:
         if not end.code:
             raise  # --help
-        raise ValueError(f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)") from None
+        raise ValueError(
+            f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)"
+        ) from None
     finally:
         _YamlFile.path = None
 
 
 def _with_defaults_of(command: type[Config], path: Path) -> type[Config]:
-    """The command with what the file says as its defaults: what `--help` shows is then what a plain run has. Raises ValueError."""
+    """The command with what the file says as its defaults: what `--help` shows is then what a plain run has. Raises
+    ValueError.
+    """
     try:
         config = Config(**read_experiment(path))
     except ValidationError as error:

@@ -36,25 +36,35 @@ class OtherSweep:
 
     @staticmethod
     def open(folder: Path) -> OtherSweep:
-        """folder: `<output>/sweeps/<name>-<key>`. Raises ValueError, naming what is missing, if it is none, or of another version."""
+        """folder: `<output>/sweeps/<name>-<key>`. Raises ValueError, naming what is missing, if it is none, or of
+        another version.
+        """
         folder = folder.expanduser().absolute()
         missing = [name for name in ("config.yaml", "chains.json", "numbers.json") if not (folder / name).exists()]
         if missing:
             raise ValueError(
-                f"--against {folder}: not a sweep's results folder (lacks {', '.join(missing)}); give one of the folders in "
-                "<output>/sweeps, or make its results with python -m dmsae_ray.report"
+                f"--against {folder}: not a sweep's results folder (lacks {', '.join(missing)}); give one of the "
+                "folders in <output>/sweeps, or make its results with python -m dmsae_ray.report"
             )
         tree = read_yaml(folder / "config.yaml") | {"output": str(folder.parents[1])}
         try:
             config = Config(**tree)
         except ValidationError as error:
-            raise ValueError(f"{folder / 'config.yaml'}: written by another version ({'; '.join(problem_lines(error))})") from error
-        chains = {chain["label"]: _key(folder / "chains.json", chain["key"]) for chain in json.loads((folder / "chains.json").read_text())}
+            raise ValueError(
+                f"{folder / 'config.yaml'}: written by another version ({'; '.join(problem_lines(error))})"
+            ) from error
+        chains = {
+            chain["label"]: _key(folder / "chains.json", chain["key"])
+            for chain in json.loads((folder / "chains.json").read_text())
+        }
         described = [path for key in chains.values() if (path := config.home / "chains" / key / "chain.json").exists()]
         if not described:
             raise ValueError(f"--against {folder}: none of its chains is in {config.home / 'chains'} any more")
         dataset = _key(described[0], json.loads(described[0].read_text())["fields"]["dataset"])
         plans = plan_all(config, "", dataset, None)
         if {plan.label: plan.key for plan in plans} != chains:
-            raise ValueError(f"--against {folder}: its chains were made by another version of this program, whose fields mean something else")
+            raise ValueError(
+                f"--against {folder}: its chains were made by another version of this program, whose fields mean "
+                "something else"
+            )
         return OtherSweep(folder, config, plans, json.loads((folder / "numbers.json").read_text()))

@@ -24,7 +24,9 @@ MARGIN = 1.2
 
 
 def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> ModelInfo:
-    """Model, hook, corpus, GPU memory and disk, without loading weights. say: is told what is needed of a GPU. Raises ValueError."""
+    """Model, hook, corpus, GPU memory and disk, without loading weights. say: is told what is needed of a GPU. Raises
+    ValueError.
+    """
     refuse_strangers(config.home)
     check_temporary_folder(config)
     check_urls(config)
@@ -35,7 +37,9 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
     for hook in config.hooks:
         layer_of(hook, info.name, info.n_layers)
     if config.model.context > info.max_context:
-        raise ValueError(f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens")
+        raise ValueError(
+            f"model.context {config.model.context}: {config.model.name} takes at most {info.max_context} tokens"
+        )
     check_stream(config, info.d)
     if (needs := check_memory(config, info)) is not None:
         say(needs)
@@ -44,7 +48,8 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
 
 
 def pinned(config: Config) -> Config:
-    """The configuration with the commit that a hub model's revision stands for now: every process of the run loads that one.
+    """The configuration with the commit that a hub model's revision stands for now: every process of the run loads that
+    one.
 
     Raises ValueError if the hub has no such model or cannot be asked.
     """
@@ -53,8 +58,14 @@ def pinned(config: Config) -> Config:
 
 
 def check_urls(config: Config) -> None:
-    """No URL is one whose secret was masked, as a results folder's config.yaml has it. Raises ValueError naming the field."""
-    urls = {"harvest.store": config.harvest.store, "harvest.dataset": config.harvest.dataset, "track.uri": config.track.uri}
+    """No URL is one whose secret was masked, as a results folder's config.yaml has it. Raises ValueError naming the
+    field.
+    """
+    urls = {
+        "harvest.store": config.harvest.store,
+        "harvest.dataset": config.harvest.dataset,
+        "track.uri": config.track.uri,
+    }
     for field, url in (urls | {"corpus.source": part.source for part in config.corpus.parts}).items():
         try:
             if url is not None:
@@ -69,8 +80,9 @@ def check_stream(config: Config, d: int) -> None:
     need = -(-unit * BLOCKS_IN_FLIGHT // 2**20)
     if config.cluster.object_store_mb < need:
         raise ValueError(
-            f"cluster.object_store_mb {config.cluster.object_store_mb}: {BLOCKS_IN_FLIGHT} row groups of harvest.rows_per_group "
-            f"{config.harvest.rows_per_group} rows at d = {d} need {need}; raise it or lower harvest.rows_per_group"
+            f"cluster.object_store_mb {config.cluster.object_store_mb}: {BLOCKS_IN_FLIGHT} row groups of "
+            f"harvest.rows_per_group {config.harvest.rows_per_group} rows at d = {d} need {need}; raise it or lower "
+            "harvest.rows_per_group"
         )
 
 
@@ -119,7 +131,9 @@ def check_disk(config: Config, info: ModelInfo) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output folder {home}: cannot be made ({error.strerror}); give --output a folder you may write to") from error
+        raise ValueError(
+            f"output folder {home}: cannot be made ({error.strerror}); give --output a folder you may write to"
+        ) from error
     if not os.access(home, os.W_OK | os.X_OK):
         raise ValueError(f"output folder {home}: no permission to write; give --output a folder you may write to")
     if config.harvest.store:
@@ -128,6 +142,6 @@ def check_disk(config: Config, info: ModelInfo) -> None:
     need, free = disk_bytes(config, info.d) - used, shutil.disk_usage(home).free
     if need > free:
         raise ValueError(
-            f"output folder {home}: needs up to {need / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; give --output "
-            "a larger disk, or lower harvest.tokens or the number of chains"
+            f"output folder {home}: needs up to {need / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; give "
+            "--output a larger disk, or lower harvest.tokens or the number of chains"
         )

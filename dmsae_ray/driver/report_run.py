@@ -42,9 +42,14 @@ def across(finished: Finished, other: OtherSweep, say: Screen) -> None:
     names = finished.folder.name, other.folder.name
     stem = f"against-{other.folder.name}"
     comparison = compare_across(
-        finished.config, finished.dataset, [plan for plan in finished.plans if has_core(plan)], [plan for plan in other.plans if has_core(plan)],
-        names, finished.folder / f"{stem}.json", say,
-    )  # fmt: skip
+        finished.config,
+        finished.dataset,
+        [plan for plan in finished.plans if has_core(plan)],
+        [plan for plan in other.plans if has_core(plan)],
+        names,
+        finished.folder / f"{stem}.json",
+        say,
+    )
     tables: Group = across_tables(names, comparison, finished.results.means(), other.numbers)
     write_report(Path(finished.folder / f"{stem}.txt"), tables)
     terminal_console(say.stream).print(tables)

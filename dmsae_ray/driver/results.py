@@ -1,5 +1,6 @@
-"""What a sweep's finished chains come to: every artifact of its folder, from evaluation to page. Reads what the chains left, trains
-nothing; each part is kept while what it was made from is the same, and stands alone: one that cannot be made takes no other with it.
+"""What a sweep's finished chains come to: every artifact of its folder, from evaluation to page. Reads what the chains
+left, trains nothing; each part is kept while what it was made from is the same, and stands alone: one that cannot be
+made takes no other with it.
 
     chains.json  data.json  evaluation.json  comparison.json  consensus.json  consensus.safetensors  features.json
     numbers.json  expectations.json  consistency.png  report.txt  report.html  failed_parts.json
@@ -45,9 +46,21 @@ from dmsae_ray.show.terminal.tables import report, write_report
 
 PAGE = "report.html"
 FILES = (
-    "config.yaml", "chains.json", "data.json", "evaluation.json", "comparison.json", "consensus.json", "consensus.safetensors",
-    "features.json", "numbers.json", "expectations.json", "consistency.png", "report.txt", PAGE, FAILED_PARTS,
-)  # fmt: skip
+    "config.yaml",
+    "chains.json",
+    "data.json",
+    "evaluation.json",
+    "comparison.json",
+    "consensus.json",
+    "consensus.safetensors",
+    "features.json",
+    "numbers.json",
+    "expectations.json",
+    "consistency.png",
+    "report.txt",
+    PAGE,
+    FAILED_PARTS,
+)
 """All that may lie in a sweep's folder."""
 
 
@@ -71,16 +84,24 @@ class Results:
 
     def means(self) -> dict[str, float]:
         """The numbers without the ends of their intervals."""
-        return {name: value for name, value in self.numbers.items() if not name.endswith((".min", ".max", ".low", ".high"))}
+        return {
+            name: value for name, value in self.numbers.items() if not name.endswith((".min", ".max", ".low", ".high"))
+        }
 
 
 def write_results(
-    config: Config, dataset: ActivationDataset, plans: list[ChainPlan], folder: Path, say: Callable[[str], None],
-    connect: Callable[[], object], fresh: bool = False,
-) -> Results:  # fmt: skip
+    config: Config,
+    dataset: ActivationDataset,
+    plans: list[ChainPlan],
+    folder: Path,
+    say: Callable[[str], None],
+    connect: Callable[[], object],
+    fresh: bool = False,
+) -> Results:
     """Write all of it to the sweep's folder, part by part: one that fails takes only those with it that need it.
 
-    connect: joins or starts Ray, called only where features have to be described anew. fresh: keep nothing that was computed before.
+    connect: joins or starts Ray, called only where features have to be described anew. fresh: keep nothing that was
+    computed before.
     """
     if fresh:
         for name in ("comparison.json", "consensus.json", "features.json"):
@@ -92,16 +113,27 @@ def write_results(
     make("data", lambda: write_data(dataset, folder / "data.json"), files=["data.json"])
     base = [plan for plan in plans if plan.arm == BASE and plan.finished()]
     evaluation = make("evaluation", lambda: evaluated(parts, plans, folder), files=["evaluation.json"]) or []
-    comparison = make("comparison", lambda: compared(parts, config, dataset, plans, folder, say), files=["comparison.json"])
-    consensus = make("consensus", lambda: agreed(config, base, plans, folder, say), files=["consensus.json", "consensus.safetensors"])
+    comparison = make(
+        "comparison", lambda: compared(parts, config, dataset, plans, folder, say), files=["comparison.json"]
+    )
+    consensus = make(
+        "consensus", lambda: agreed(config, base, plans, folder, say), files=["consensus.json", "consensus.safetensors"]
+    )
     numbers = make("numbers", lambda: numbered(evaluation, comparison, consensus, folder), files=["numbers.json"]) or {}
     judged = make("expectations", lambda: judge_all(config, numbers, folder), files=["expectations.json"]) or []
-    make("picture", lambda: picture(comparison, folder), needs=["comparison"] if comparison is None else [], files=["consistency.png"])
+    make(
+        "picture",
+        lambda: picture(comparison, folder),
+        needs=["comparison"] if comparison is None else [],
+        files=["consistency.png"],
+    )
     # Last of what is computed: it takes a language model, and a worker to hold it.
     make(
-        "features", lambda: describe(config, dataset, base, consensus, folder / "features.json", connect, say), needs=["consensus"],
+        "features",
+        lambda: describe(config, dataset, base, consensus, folder / "features.json", connect, say),
+        needs=["consensus"],
         files=["features.json"],
-    )  # fmt: skip
+    )
     rows = [chain_row(plan.label, plan.folder.path, plan.cycles) for plan in plans]
     columns = make("tables", lambda: columns_of(rows, evaluation, comparison, consensus, judged)) or {}
     parts.write()  # the page says what it names
@@ -121,11 +153,18 @@ def evaluated(parts: Parts, plans: list[ChainPlan], folder: Path) -> list[dict[s
 
 
 def compared(
-    parts: Parts, config: Config, dataset: ActivationDataset, plans: list[ChainPlan], folder: Path, say: Callable[[str], None]
+    parts: Parts,
+    config: Config,
+    dataset: ActivationDataset,
+    plans: list[ChainPlan],
+    folder: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     comparison = compare_chains(config, dataset, [plan for plan in plans if has_core(plan)], folder, say)
     finished = {plan.label for plan in plans if plan.finished()}
-    unread = [f"without {entry['label']}: {entry['reason']}" for entry in comparison["failed"] if entry["label"] in finished]
+    unread = [
+        f"without {entry['label']}: {entry['reason']}" for entry in comparison["failed"] if entry["label"] in finished
+    ]
     if unread:
         parts.note("comparison", "; ".join(unread), "INCOMPLETE")
     return comparison
@@ -135,7 +174,9 @@ def agreed(
     config: Config, base: list[ChainPlan], plans: list[ChainPlan], folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
     if len(base) > 1:
-        return write_consensus(config, base, [plan for plan in plans if plan.stage == "plain" and plan.arm != BASE], folder, say)
+        return write_consensus(
+            config, base, [plan for plan in plans if plan.stage == "plain" and plan.arm != BASE], folder, say
+        )
     for name in ("consensus.json", "consensus.safetensors"):
         (folder / name).unlink(missing_ok=True)
     return None
@@ -156,19 +197,27 @@ def judge_all(config: Config, numbers: dict[str, float], folder: Path) -> list[d
 
 
 def picture(comparison: dict[str, Any], folder: Path) -> None:
-    save(consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]), folder / "consistency.png")
+    save(
+        consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]),
+        folder / "consistency.png",
+    )
 
 
 def columns_of(
-    rows: list[ChainRow], evaluation: list[dict[str, Any]], comparison: dict[str, Any] | None, consensus: dict[str, Any] | None,
+    rows: list[ChainRow],
+    evaluation: list[dict[str, Any]],
+    comparison: dict[str, Any] | None,
+    consensus: dict[str, Any] | None,
     judged: list[dict[str, Any]],
-) -> dict[str, dict[str, list[Any]]]:  # fmt: skip
+) -> dict[str, dict[str, list[Any]]]:
     columns = {"chains": chain_columns(rows), "evaluation": evaluation_columns(evaluation)}
     if comparison is not None:
         columns |= {"pairs": pair_columns(comparison["pairs"]), "groups": group_columns(comparison)}
     return columns | {
-        "expectations": expectation_columns(judged), "features": feature_columns(consensus), "rediscovery": rediscovery_columns(consensus),
-    }  # fmt: skip
+        "expectations": expectation_columns(judged),
+        "features": feature_columns(consensus),
+        "rediscovery": rediscovery_columns(consensus),
+    }
 
 
 def has_core(plan: ChainPlan) -> bool:

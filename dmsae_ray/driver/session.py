@@ -21,7 +21,8 @@ BAD_INPUT = 2
 def door(command: type[Command], interrupted: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Makes a command's work, which takes its options and returns an exit status, a `main` that takes the command line.
 
-    Whatever ends it is one line and an exit status; only what nobody expected is a traceback. interrupted: said when a signal ends it.
+    Whatever ends it is one line and an exit status; only what nobody expected is a traceback. interrupted: said when a
+    signal ends it.
     """
 
     def decorate(work: Callable[..., int]) -> Callable[..., int]:
@@ -51,7 +52,8 @@ def door(command: type[Command], interrupted: str) -> Callable[[Callable[..., in
 def session(config: Config, name: str, verbose: bool) -> Iterator[tuple[OutputLock, Screen]]:
     """While open, the output folder is this command's, and the terminal shows what it says and nothing else.
 
-    name: the command's, for its log. Raises ValueError if the folder cannot be written, OutputBusy if another driver works on it.
+    name: the command's, for its log. Raises ValueError if the folder cannot be written, OutputBusy if another driver
+    works on it.
     """
     lock = OutputLock(config.home)
     try:

@@ -1,7 +1,9 @@
-"""What each stage of a chain needs of a GPU, in bytes, before anything is loaded: a bound from the shapes that the code makes there.
+"""What each stage of a chain needs of a GPU, in bytes, before anything is loaded: a bound from the shapes that the code
+makes there.
 
-A bound on what is alive at the largest moment, not a measurement: attention is counted as the eager implementation that lm/model.py asks
-for, kernels without workspace of their own. Letters: N sequences, T context, R rows, D model dimension, F width, V vocabulary.
+A bound on what is alive at the largest moment, not a measurement: attention is counted as the eager implementation that
+lm/model.py asks for, kernels without workspace of their own. Letters: N sequences, T context, R rows, D model
+dimension, F width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class ModelShape:
 
     @staticmethod
     def of(config: Config, info: ModelInfo) -> ModelShape:
-        """From the model's configuration alone: its tensors are made on the meta device. Raises ValueError with the remedy."""
+        """From the model's configuration alone: its tensors are made on the meta device. Raises ValueError with the
+        remedy.
+        """
         from transformers import AutoModelForCausalLM
 
         whole = load_config(config.model.name, config.model.revision)
@@ -49,14 +53,24 @@ class ModelShape:
         with torch.device("meta"):
             parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(whole).parameters())
         size = 4 if config.model.dtype == "float32" else 2
-        return ModelShape(parameters, info.d, text.num_attention_heads, getattr(text, "intermediate_size", None) or 4 * info.d, info.vocab, info.n_layers, size)
+        return ModelShape(
+            parameters,
+            info.d,
+            text.num_attention_heads,
+            getattr(text, "intermediate_size", None) or 4 * info.d,
+            info.vocab,
+            info.n_layers,
+            size,
+        )
 
     @property
     def weights(self) -> int:
         return self.parameters * self.size
 
     def forward(self, sequences: int, context: int) -> int:
-        """Alive within one block, without gradient: scores as they are, masked and in fp32; or the MLP's three wide tensors."""
+        """Alive within one block, without gradient: scores as they are, masked and in fp32; or the MLP's three wide
+        tensors.
+        """
         rows = sequences * context
         scores = sequences * self.heads * context**2 * (3 * self.size + 4)
         return max(scores, 3 * rows * self.inner * self.size) + 8 * rows * self.d * max(self.size, 4)
@@ -78,7 +92,9 @@ class Stage:
 
 
 def harvest_stage(config: Config, shape: ModelShape) -> Stage:
-    """One forward pass, ended at the last hook; what stands at each hook, in the model's precision, fp32 and as stored, of two passes."""
+    """One forward pass, ended at the last hook; what stands at each hook, in the model's precision, fp32 and as stored,
+    of two passes.
+    """
     h, rows = config.harvest, config.harvest.sequences_per_forward * config.model.context
     hooks = len(config.hooks) * rows * shape.d * (shape.size + 4 + 2 * 2)
     need = shape.weights + shape.forward(h.sequences_per_forward, config.model.context) + hooks
@@ -86,44 +102,64 @@ def harvest_stage(config: Config, shape: ModelShape) -> Stage:
 
 
 def chain_stages(config: Config, shape: ModelShape, plans: list[ChainPlan], device: str = "cuda") -> list[Stage]:
-    """Training, evaluation and attribution in one worker, with as many chains beside each other as advance in lockstep. plans: the grid's."""
+    """Training, evaluation and attribution in one worker, with as many chains beside each other as advance in lockstep.
+    plans: the grid's.
+    """
     sweep = config.sweep
     alike = len(sweep.k) * (1 if sweep.data_seed is None else len(sweep.seeds))  # arms may join those
     together = config.cluster.lockstep if config.study.arms else min(config.cluster.lockstep, alike)
     first = max(plans, key=lambda plan: plan.k)
     parts = footprint(
-        first.sae_settings(shape.d), 0, config.cluster.workers, dead=config.sae.width // 20, fused=device == "cuda",
+        first.sae_settings(shape.d),
+        0,
+        config.cluster.workers,
+        dead=config.sae.width // 20,
+        fused=device == "cuda",
         low_screen=config.train.screen != "fp32",
-    )  # fmt: skip
+    )
     lasting = together * sum(parts[name] for name in LASTING)
     step = sum(parts.values()) - sum(parts[name] for name in LASTING)
     beside = f", or cluster.lockstep (now {together})" if together > 1 else ""
     resident, e, a, context = shape.weights + lasting, config.evaluate, config.attribution, config.model.context
     return [
-        Stage("training", resident + together * step, f"train.micro_batch (now {config.train.micro_batch or 'all rows'}) or sae.width{beside}"),
         Stage(
-            "evaluation", resident + evaluation(config, shape, e.sequences_per_batch, context, device),
+            "training",
+            resident + together * step,
+            f"train.micro_batch (now {config.train.micro_batch or 'all rows'}) or sae.width{beside}",
+        ),
+        Stage(
+            "evaluation",
+            resident + evaluation(config, shape, e.sequences_per_batch, context, device),
             f"evaluate.sequences_per_batch (now {e.sequences_per_batch}){beside}",
         ),
         Stage(
-            "attribution", resident + attribution(config, shape, a.sequences_per_shard, context),
+            "attribution",
+            resident + attribution(config, shape, a.sequences_per_shard, context),
             f"attribution.sequences_per_shard (now {a.sequences_per_shard}){beside}",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def evaluation(config: Config, shape: ModelShape, sequences: int, context: int, device: str = "cuda") -> int:
-    """`tally_batch`: activations and their mask while they are made; then, beside them, each prefix's stream after the last block, a
-    prefix in the making (reconstruction, its error in fp64, the spliced stream) and the logits of a few rows."""
-    rows, prefixes = sequences * context, len(config.sae.prefix_fractions) + 3  # the last group, the core alone, the clean one
+    """`tally_batch`: activations and their mask while they are made; then, beside them, each prefix's stream after the
+    last block, a prefix in the making (reconstruction, its error in fp64, the spliced stream) and the logits of a few
+    rows."""
+    rows, prefixes = (
+        sequences * context,
+        len(config.sae.prefix_fractions) + 3,
+    )  # the last group, the core alone, the clean one
     encode = rows * config.sae.width * (4 + 4 + 1)
     streams = prefixes * rows * shape.d * shape.size + rows * shape.d * (2 * 4 + 4 * 4 + 2 * 8)
     logits = min(LOGITS_AT_ONCE[device], rows * shape.vocab) * (6 * 4 + shape.size)
-    return 3 * rows * shape.d * 4 + max(encode, rows * config.sae.width * 4 + streams + max(logits, shape.forward(sequences, context)))
+    return 3 * rows * shape.d * 4 + max(
+        encode, rows * config.sae.width * 4 + streams + max(logits, shape.forward(sequences, context))
+    )
 
 
 def attribution(config: Config, shape: ModelShape, sequences: int, context: int) -> int:
-    """`gradients`: the upper blocks with what they keep, every logit of the batch in fp32 with its gradient, and the activations."""
+    """`gradients`: the upper blocks with what they keep, every logit of the batch in fp32 with its gradient, and the
+    activations.
+    """
     rows, part = sequences * context, config.attribution
     whole = part.candidates == "all" or part.splice == "keep_error"
     width = config.sae.width if whole else int(config.sae.width * config.sae.prefix_fractions[0]) + 1
@@ -131,7 +167,12 @@ def attribution(config: Config, shape: ModelShape, sequences: int, context: int)
     above = shape.blocks - layer - (kind in AFTER)
     # As the model gives them, capped or not; in fp32; log-softmax; and both gradients.
     logits = rows * shape.vocab * (3 * shape.size + 3 * 4)
-    return 9 * rows * width + 8 * rows * shape.d * 4 + shape.kept_for_backward(sequences, context, above) + max(logits, shape.forward(sequences, context))
+    return (
+        9 * rows * width
+        + 8 * rows * shape.d * 4
+        + shape.kept_for_backward(sequences, context, above)
+        + max(logits, shape.forward(sequences, context))
+    )
 
 
 def features_stage(config: Config, shape: ModelShape, device: str = "cuda") -> Stage:
@@ -141,7 +182,9 @@ def features_stage(config: Config, shape: ModelShape, device: str = "cuda") -> S
     latents = rows * f.most * (4 + 4 + 1)
     need = shape.weights + latents + 8 * rows * shape.d * 4 + shape.forward(f.sequences_per_batch, config.model.context)
     need += min(LOGITS_AT_ONCE[device], rows * shape.vocab) * (3 * 4 + shape.size)
-    return Stage("features", need, f"features.sequences_per_batch (now {f.sequences_per_batch}) or features.most (now {f.most})")
+    return Stage(
+        "features", need, f"features.sequences_per_batch (now {f.sequences_per_batch}) or features.most (now {f.most})"
+    )
 
 
 def gpu_bytes(config: Config) -> int | None:
@@ -160,16 +203,26 @@ def check_memory(config: Config, info: ModelInfo) -> str | None:
     if not harvest and not worker:
         return None
     shape = ModelShape.of(config, info)
-    stages = [(stage, harvest, "harvest.gpus_per_actor") for stage in (harvest_stage(config, shape), features_stage(config, shape)) if harvest]
-    stages += [(stage, worker, "cluster.gpus_per_worker") for stage in (chain_stages(config, shape, grid(config, BASE, "", "", None)) if worker else ())]
+    stages = [
+        (stage, harvest, "harvest.gpus_per_actor")
+        for stage in (harvest_stage(config, shape), features_stage(config, shape))
+        if harvest
+    ]
+    stages += [
+        (stage, worker, "cluster.gpus_per_worker")
+        for stage in (chain_stages(config, shape, grid(config, BASE, "", "", None)) if worker else ())
+    ]
     have, problems = gpu_bytes(config), []
     for stage, gpus, field in stages:
         if have is not None and stage.bytes > HEADROOM * have * gpus:
             problems.append(
-                f"{stage.name}: needs up to {stage.bytes / GB:,.1f} GB, of {field} {gpus:g} x {have / GB:,.1f} GB of GPU memory {HEADROOM:.0%} can be "
-                f"counted on; lower {stage.remedy}, raise {field}, or, if the GPUs of the cluster are larger, set cluster.gpu_gb"
+                f"{stage.name}: needs up to {stage.bytes / GB:,.1f} GB, of {field} {gpus:g} x {have / GB:,.1f} GB of "
+                f"GPU memory {HEADROOM:.0%} can be counted on; lower {stage.remedy}, raise {field}, or, if the GPUs of "
+                "the cluster are larger, set cluster.gpu_gb"
             )
     if problems:
         raise ValueError("\n".join(problems))
     said = ", ".join(f"{stage.name} {stage.bytes / GB:,.1f}" for stage, _, _ in stages)
-    return f"GPU memory, at most, GB: {said}" + ("" if have is not None else " (no GPU here to compare with; cluster.gpu_gb says what the cluster's have)")
+    return f"GPU memory, at most, GB: {said}" + (
+        "" if have is not None else " (no GPU here to compare with; cluster.gpu_gb says what the cluster's have)"
+    )

@@ -1,5 +1,5 @@
-"""One run of the sweep, top to bottom: check, take the output folder, harvest, run the chains that are not finished, compare all cores, log
-everything to MLflow, print the tables. What a previous run finished is never done again."""
+"""One run of the sweep, top to bottom: check, take the output folder, harvest, run the chains that are not finished,
+compare all cores, log everything to MLflow, print the tables. What a previous run finished is never done again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def run(command: SweepCommand) -> int:
     lacking = without_kernels(config)
     with session(config, "sweep", verbose) as (lock, say):
         arms = f"; {len(config.study.arms)} further arms, {len(chains)} chains in all" if config.study.arms else ""
-        say(f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to {config.sweep.cycles - 1}{arms}")
+        say(
+            f"sweep {config.name}: {len(config.sweep.seeds)} seeds x {len(config.sweep.k)} k, cycles 0 to "
+            f"{config.sweep.cycles - 1}{arms}"
+        )
         if lacking:
             say(f"train: {lacking}; without compiled kernels a step takes several times longer")
         finished = Sweep(config, lock.lease(), say, verbose).run()
@@ -92,9 +95,11 @@ class Sweep:
         self.training = True
 
     def run(self, train: bool = True, fresh: bool = False) -> Finished:
-        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it anew.
+        """The whole sweep; without `train`, only what is made of the chains that are finished, with `fresh` all of it
+        anew.
 
-        Raises TrackingError if the tracking store cannot be used, before any work; without `train` the results are made all the same.
+        Raises TrackingError if the tracking store cannot be used, before any work; without `train` the results are made
+        all the same.
         """
         self.training = train
         try:
@@ -108,7 +113,8 @@ class Sweep:
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
-                # Without `output`: read from here the file means the folder in which it lies, wherever that has been moved to.
+                # Without `output`: read from here the file means the folder in which it lies, wherever that has been
+                # moved to.
                 tree = {name: section for name, section in self.config.section_dict().items() if name != "output"}
                 temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
@@ -158,7 +164,9 @@ class Sweep:
         return sum((plan.folder.failure() or {}).get("kind") != "diverged" for plan in left)
 
     def reach(self) -> None:
-        """Before hours of tokenising: join the cluster that is to be joined, or see that this machine will do. Raises ValueError."""
+        """Before hours of tokenising: join the cluster that is to be joined, or see that this machine will do. Raises
+        ValueError.
+        """
         if cluster_address(self.config) is not None:
             self.connect()
         check_fits_here(self.config, self.unfinished)
@@ -172,20 +180,24 @@ class Sweep:
             in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
             held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
             self.say(
-                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; {c.concurrent} chains "
-                f"at once{in_step}, each {self.config.cluster.workers} worker(s) with {self.config.train.threads} thread(s)"
+                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; "
+                f"{c.concurrent} chains at once{in_step}, each {self.config.cluster.workers} worker(s) with "
+                f"{self.config.train.threads} thread(s)"
             )
         return self.capacity
 
     # -- harvest -------------------------------------------------------------------------------------------------------
 
     def dataset(self, harvest: bool) -> ActivationDataset:
-        """The activations and their reference losses; Ray is started only if something is missing. Raises ValueError if there are none
-        and none may be harvested."""
+        """The activations and their reference losses; Ray is started only if something is missing. Raises ValueError if
+        there are none and none may be harvested."""
         hook = self.config.model.hook
         dataset = find_datasets(self.config, (hook,), self.say)[hook]
         if dataset is None and not harvest:
-            raise ValueError(f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m dmsae_ray.sweep first")
+            raise ValueError(
+                f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m "
+                "dmsae_ray.sweep first"
+            )
         if dataset is None:
             self.reach()
             work = Harvest(self.config, self.say)
@@ -207,10 +219,15 @@ class Sweep:
     def chains(self, plans: list[ChainPlan], tracker) -> None:
         """Run what is not finished, with live lines and MLflow kept up to date from the side.
 
-        In waves: first what needs no other chain, then what needed those (placebos their twins' sizes, transfers their cores).
+        In waves: first what needs no other chain, then what needed those (placebos their twins' sizes, transfers their
+        cores).
         """
         left = [plan for plan in plans if not plan.finished() and plan.folder.failure() is None]
-        self.say(f"chains: {len(plans) - len(left)} of {len(plans)} already finished or failed" if len(left) < len(plans) else f"chains: {len(plans)} to run")
+        self.say(
+            f"chains: {len(plans) - len(left)} of {len(plans)} already finished or failed"
+            if len(left) < len(plans)
+            else f"chains: {len(plans)} to run"
+        )
         if not left:
             return
         import ray
@@ -221,7 +238,9 @@ class Sweep:
         capacity = self.connect()
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
-            ray.get(board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles))
+            ray.get(
+                board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles)
+            )
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
                 run_chains(wave, capacity.concurrent, board, scratch(self.config.home, self.lease.generation))
@@ -245,13 +264,28 @@ class Sweep:
         if isinstance(store, TrackingError):
             return NotTracked(self.config.track.uri, str(store))
         return MlflowTracker(
-            self.config.track.uri, self.config.home, self.config.track.experiment, sweep_key(plans), self.config.name,
-            self.config.section_dict(), [
+            self.config.track.uri,
+            self.config.home,
+            self.config.track.experiment,
+            sweep_key(plans),
+            self.config.name,
+            self.config.section_dict(),
+            [
                 TrackedChain(
-                    plan.key, plan.label, plan.folder.path, plan.seed, plan.k, plan.cycles, plan.arm, plan.stage, plan.config.section_dict()
-                ) for plan in plans
-            ], store,
-        )  # fmt: skip
+                    plan.key,
+                    plan.label,
+                    plan.folder.path,
+                    plan.seed,
+                    plan.k,
+                    plan.cycles,
+                    plan.arm,
+                    plan.stage,
+                    plan.config.section_dict(),
+                )
+                for plan in plans
+            ],
+            store,
+        )
 
 
 def sweep_key(plans: list[ChainPlan]) -> str:
@@ -267,8 +301,14 @@ def sweep_folder(config: Config, plans: list[ChainPlan]) -> Path:
 def listed(plan: ChainPlan) -> dict:
     """A chain as chains.json has it."""
     return {
-        "label": plan.label, "key": plan.key, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycles": plan.cycles,
-    }  # fmt: skip
+        "label": plan.label,
+        "key": plan.key,
+        "arm": plan.arm,
+        "stage": plan.stage,
+        "seed": plan.seed,
+        "k": plan.k,
+        "cycles": plan.cycles,
+    }
 
 
 def look(config: Config, store: SecretUrl) -> str:

@@ -25,7 +25,8 @@ def show_anything() -> None:
 
 
 class Screen:
-    """While open, file descriptors 1 and 2 lead to `<log>.all`, and `stream` to the terminal. Calling it says a line there.
+    """While open, file descriptors 1 and 2 lead to `<log>.all`, and `stream` to the terminal. Calling it says a line
+    there.
 
     Every line said is also kept, with the time, in `<home>/logs/<command>-<time>.log`.
     """

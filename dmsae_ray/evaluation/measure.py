@@ -1,8 +1,8 @@
-"""What an SAE is worth on held-out text: L0, FVU, dead share, and what becomes of the language model's predictions when it is
-spliced in; for the whole SAE, for every prefix, and for the core alone.
+"""What an SAE is worth on held-out text: L0, FVU, dead share, and what becomes of the language model's predictions when
+it is spliced in; for the whole SAE, for every prefix, and for the core alone.
 
-Letters: N sequences, T context, R rows (tokens without BOS and padding), M rows that count (all, or those within the dataset's bound on
-norms), D model dimension, F width, Q prefixes.
+Letters: N sequences, T context, R rows (tokens without BOS and padding), M rows that count (all, or those within the
+dataset's bound on norms), D model dimension, F width, Q prefixes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,22 @@ class Tally:
 
 @torch.no_grad()
 def tally_batch(
-    tally: Tally, sae: MatryoshkaSAE, lm, ids_NT: torch.Tensor, lengths_N: torch.Tensor, scale: float, removal: bool = False,
+    tally: Tally,
+    sae: MatryoshkaSAE,
+    lm,
+    ids_NT: torch.Tensor,
+    lengths_N: torch.Tensor,
+    scale: float,
+    removal: bool = False,
     max_norm: float | None = None,
-) -> None:  # fmt: skip
-    """Add one batch of sequences, on the SAE's device: every prefix's reconstruction in place of what stands at the hook.
+) -> None:
+    """Add one batch of sequences, on the SAE's device: every prefix's reconstruction in place of what stands at the
+    hook.
 
-    removal: also add what the removal of each candidate costs (`criterion.removal_cost`). max_norm: the dataset's bound, raw units.
-    Rows beyond it were not trained on: they keep what stands there, and count in nothing but the loss, whose targets all rows are, and
-    the sums `..._left_out`, which FVU over all rows needs.
+    removal: also add what the removal of each candidate costs (`criterion.removal_cost`). max_norm: the dataset's
+    bound, raw units.
+    Rows beyond it were not trained on: they keep what stands there, and count in nothing but the loss, whose targets
+    all rows are, and the sums `..._left_out`, which FVU over all rows needs.
     """
     rows_NT = lm.rows(ids_NT, lengths_N)
     cut = lm.cut(ids_NT)
@@ -60,17 +68,27 @@ def tally_batch(
         outside = reconstructions(sae, sae.encode(left_out_RD)) if len(left_out_RD) else None
         for x_hat_MD in reconstructions(sae, z_MF):
             errors.append((x_MD - x_hat_MD).double().square().sum())
-            errors_left_out.append((left_out_RD - next(outside)).double().square().sum() if outside else torch.zeros_like(errors[-1]))
+            errors_left_out.append(
+                (left_out_RD - next(outside)).double().square().sum() if outside else torch.zeros_like(errors[-1])
+            )
             spliced_NTD = cut.value_BTD.clone()
             spliced_NTD[counts_NT] = x_hat_MD * scale
             yield spliced_NTD
 
     loss_Q, kl_Q = divergence(lm, cut, spliced(), ids_NT, lengths_N)
     tally.add(
-        rows=len(x_MD), x=x_MD.double().sum(dim=0), x2=x_MD.double().square().sum(), active=(z_MF > 0).sum(dim=0),
-        error=torch.stack(errors), loss=loss_Q, kl=kl_Q, rows_left_out=len(left_out_RD), x_left_out=left_out_RD.double().sum(dim=0),
-        x2_left_out=left_out_RD.double().square().sum(), error_left_out=torch.stack(errors_left_out),
-    )  # fmt: skip
+        rows=len(x_MD),
+        x=x_MD.double().sum(dim=0),
+        x2=x_MD.double().square().sum(),
+        active=(z_MF > 0).sum(dim=0),
+        error=torch.stack(errors),
+        loss=loss_Q,
+        kl=kl_Q,
+        rows_left_out=len(left_out_RD),
+        x_left_out=left_out_RD.double().sum(dim=0),
+        x2_left_out=left_out_RD.double().square().sum(),
+        error_left_out=torch.stack(errors_left_out),
+    )
     if removal:
         tally.add(removal=removal_cost(sae, x_MD, z_MF))
 
@@ -78,18 +96,20 @@ def tally_batch(
 def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) -> tuple[dict[str, Any], torch.Tensor]:
     """Metrics of the method's "Evaluation terms" as plain JSON types, and each latent's density [F].
 
-    Densities, L0, dead share and `fvu` are over the rows that count; `rows_left_out` is how many evaluation rows do not, and `fvu_all_rows`
-    the FVU over all of them, with the SAE applied to rows it was not trained for. `kl` is the mean over the loss's targets, which are all
-    rows, of KL(clean || spliced), in nats. `prefixes` has an entry for each of `prefixes_of`: name, latents, l0, fvu, fvu_all_rows, loss,
-    loss_recovered_zero, loss_recovered_mean, kl; the last one is the whole SAE, whose numbers also stand beside it.
+    Densities, L0, dead share and `fvu` are over the rows that count; `rows_left_out` is how many evaluation rows do
+    not, and `fvu_all_rows` the FVU over all of them, with the SAE applied to rows it was not trained for. `kl` is the
+    mean over the loss's targets, which are all rows, of KL(clean || spliced), in nats. `prefixes` has an entry for each
+    of `prefixes_of`: name, latents, l0, fvu, fvu_all_rows, loss, loss_recovered_zero, loss_recovered_mean, kl; the last
+    one is the whole SAE, whose numbers also stand beside it.
 
         core_explained = (1 - FVU(core alone)) / (1 - FVU(whole))
 
-    is the share of the variance that the SAE explains which `b_dec` plus the core's latents explain without the others; None
-    without a core, or where the whole explains nothing. Read it as a comparison of two reconstructions, not as a part of a sum:
-    decoder and bias were trained for prefixes of which the smallest is core + group 0, never for the core alone, so a decoder
-    fitted to the core would explain more; latents overlap, so the free ones alone do not explain the rest; and it is negative where
-    bias and core fit worse than the mean row does, above 1 where the free latents do harm.
+    is the share of the variance that the SAE explains which `b_dec` plus the core's latents explain without the others;
+    None without a core, or where the whole explains nothing. Read it as a comparison of two reconstructions, not as a
+    part of a sum: decoder and bias were trained for prefixes of which the smallest is core + group 0, never for the
+    core alone, so a decoder fitted to the core would explain more; latents overlap, so the free ones alone do not
+    explain the rest; and it is negative where bias and core fit worse than the mean row does, above 1 where the free
+    latents do harm.
     """
     sums, prefixes = tally.sums, prefixes_of(sae)
     rows, left_out = float(sums["rows"]), float(sums["rows_left_out"])
@@ -105,11 +125,16 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
     def entry(q: int, prefix: Prefix) -> dict[str, Any]:
         loss = float(sums["loss"][q]) / targets
         return {
-            "name": prefix.name, "latents": prefix.latents, "l0": float(density_F[: prefix.latents].sum()),
-            "fvu": float(sums["error"][q]) / variance, "fvu_all_rows": float(sums["error"][q] + sums["error_left_out"][q]) / variance_of_all,
-            "loss": loss, "loss_recovered_zero": (zero - loss) / (zero - clean), "loss_recovered_mean": (mean - loss) / (mean - clean),
+            "name": prefix.name,
+            "latents": prefix.latents,
+            "l0": float(density_F[: prefix.latents].sum()),
+            "fvu": float(sums["error"][q]) / variance,
+            "fvu_all_rows": float(sums["error"][q] + sums["error_left_out"][q]) / variance_of_all,
+            "loss": loss,
+            "loss_recovered_zero": (zero - loss) / (zero - clean),
+            "loss_recovered_mean": (mean - loss) / (mean - clean),
             "kl": float(sums["kl"][q]) / targets,
-        }  # fmt: skip
+        }
 
     entries = [entry(q, prefix) for q, prefix in enumerate(prefixes)]
     core, whole = entries[0] if sae.core_size else None, entries[-1]
@@ -134,5 +159,3 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
         "rows_left_out": int(left_out),
     }
     return metrics, density_F
-
-

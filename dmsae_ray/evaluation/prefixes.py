@@ -29,7 +29,8 @@ def prefixes_of(sae: MatryoshkaSAE) -> list[Prefix]:
 
 
 def reconstructions(sae: MatryoshkaSAE, z_RF: torch.Tensor) -> Iterator[torch.Tensor]:
-    """x_hat [R, D] of each prefix, `b_dec` plus its latents: each is the one before plus the latents between, a whole decode in all.
+    """x_hat [R, D] of each prefix, `b_dec` plus its latents: each is the one before plus the latents between, a whole
+    decode in all.
 
     A latent's activation by the inference rule does not depend on the others, so that in every prefix it is the same.
     """

@@ -1,4 +1,6 @@
-"""The reference losses of a dataset's evaluation sequences, measured once: as a Ray task, or by who has the model loaded."""
+"""The reference losses of a dataset's evaluation sequences, measured once: as a Ray task, or by who has the model
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def write_references(folder: Path, evaluate: EvaluateConfig, losses: dict[str, f
     write_json(references_path(folder, evaluate), losses)
 
 
-def references_of(lm, dataset: ActivationDataset, evaluate: EvaluateConfig, device: str | torch.device) -> dict[str, float]:
+def references_of(
+    lm, dataset: ActivationDataset, evaluate: EvaluateConfig, device: str | torch.device
+) -> dict[str, float]:
     """Measure them here."""
     sequences = dataset.held_out("evaluation").first_tokens(evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(evaluate.sequences_per_batch))
@@ -45,15 +49,18 @@ def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
 
 @torch.no_grad()
 def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, float]:
-    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept, and rows beyond
-    max_norm, as a splice keeps them)."""
+    """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept,
+    and rows beyond max_norm, as a splice keeps them)."""
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for ids_NT, lengths_N in batches:
         rows_NT = lm.rows(ids_NT, lengths_N)
         cut = lm.cut(ids_NT)
         tokens += int(rows_NT.sum())
         counts_NT1 = counted(rows_NT, cut.value_BTD, max_norm)[:, :, None]
-        ablated = [torch.where(counts_NT1, value_D.to(cut.value_BTD), cut.value_BTD) for value_D in (torch.zeros_like(mean_D), mean_D)]
+        ablated = [
+            torch.where(counts_NT1, value_D.to(cut.value_BTD), cut.value_BTD)
+            for value_D in (torch.zeros_like(mean_D), mean_D)
+        ]
         sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
     return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
 

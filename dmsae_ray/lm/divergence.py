@@ -1,6 +1,8 @@
-"""What other values at a model's hook do to its predictions: their cross-entropy, and their divergence from the clean ones.
+"""What other values at a model's hook do to its predictions: their cross-entropy, and their divergence from the clean
+ones.
 
-The vocabulary is gone through in chunks of rows, so that no distribution is kept: at 256k words one batch of them would be gigabytes.
+The vocabulary is gone through in chunks of rows, so that no distribution is kept: at 256k words one batch of them would
+be gigabytes.
 
 B sequences, T tokens, D width of the residual stream, R targets (r of them at a time), V vocabulary, Q values.
 """
@@ -14,20 +16,21 @@ import torch
 from dmsae_ray.lm.model import Cut, LanguageModel
 
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits that exist at a time. On a CPU, 4 MB stay in its cache: with all of a batch at once everything but the product itself
-took 2 to 8 times as long. A GPU's launches are worth 256 rows of the largest vocabularies (256 MB in fp32)."""
+"""Logits that exist at a time. On a CPU, 4 MB stay in its cache: with all of a batch at once everything but the product
+itself took 2 to 8 times as long. A GPU's launches are worth 256 rows of the largest vocabularies (256 MB in fp32)."""
 
 
 @torch.no_grad()
 def divergence(
     lm: LanguageModel, cut: Cut, values: Iterable[torch.Tensor], ids_BT: torch.Tensor, lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each value [B, T, D] at the hook: loss_Q and kl_Q, fp64 on the CPU, in nats, summed over the targets, which are the `rows`.
+    """For each value [B, T, D] at the hook: loss_Q and kl_Q, fp64 on the CPU, in nats, summed over the targets, which
+    are the `rows`.
 
         loss = sum over targets of  -log q(target)        kl = sum over targets of  sum_v p(v) (log p(v) - log q(v))
 
-    p: next-token distribution of the model as it is; q: with the value at its hook. `loss` is that of `LanguageModel.loss`. The
-    lower blocks are those of the cut, the upper ones run once for p and once for each value.
+    p: next-token distribution of the model as it is; q: with the value at its hook. `loss` is that of
+    `LanguageModel.loss`. The lower blocks are those of the cut, the upper ones run once for p and once for each value.
     values: taken one at a time; an iterator may make each when it is asked for.
     """
     predicts_Bt, targets_R = _targets(lm, ids_BT, lengths_B)
@@ -50,15 +53,21 @@ def divergence(
 
 
 @torch.no_grad()
-def token_losses(lm: LanguageModel, cut: Cut, value_BTD: torch.Tensor, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """The terms of `LanguageModel.loss` with a value at the hook: what each of the `rows` cost to predict, in nats, fp32 [B, T] on the
-    ids' device; 0 elsewhere."""
+def token_losses(
+    lm: LanguageModel, cut: Cut, value_BTD: torch.Tensor, ids_BT: torch.Tensor, lengths_B: torch.Tensor
+) -> torch.Tensor:
+    """The terms of `LanguageModel.loss` with a value at the hook: what each of the `rows` cost to predict, in nats,
+    fp32 [B, T] on the ids' device; 0 elsewhere."""
     predicts_Bt, targets_R = _targets(lm, ids_BT, lengths_B)
     stream_RD = _at_targets(lm, cut, value_BTD, predicts_Bt)
     losses = [torch.zeros(0, device=ids_BT.device)]
     for chunk in _chunks(lm, stream_RD):
         logits_rV = lm.unembed(stream_RD[chunk]).float()
-        losses.append(torch.nn.functional.cross_entropy(logits_rV, targets_R[chunk].to(logits_rV.device), reduction="none").to(ids_BT.device))
+        losses.append(
+            torch.nn.functional.cross_entropy(logits_rV, targets_R[chunk].to(logits_rV.device), reduction="none").to(
+                ids_BT.device
+            )
+        )
     losses_BT = torch.zeros(ids_BT.shape, device=ids_BT.device)
     losses_BT[:, 1:][predicts_Bt.to(ids_BT.device)] = torch.cat(losses)
     return losses_BT

@@ -15,7 +15,15 @@ import torch
 
 from dmsae_ray.corpus.tokens import pad_id_of
 from dmsae_ray.lm.site import AFTER, INSIDE, KINDS, layer_of
-from dmsae_ray.lm.source import ModelInfo, cannot_load, load_config, load_tokenizer, local_folder, model_info, pinned_revision
+from dmsae_ray.lm.source import (
+    ModelInfo,
+    cannot_load,
+    load_config,
+    load_tokenizer,
+    local_folder,
+    model_info,
+    pinned_revision,
+)
 
 __all__ = ["Cut", "LanguageModel", "ModelInfo", "layer_of", "load_tokenizer", "model_info"]
 
@@ -35,9 +43,13 @@ class Cut:
     """the stream entering the hook's block, in the model's own precision; None where nothing of the block is needed"""
 
     def take(self, sequences_P: torch.Tensor) -> Cut:
-        """The model interrupted in these of its sequences (indices, any number of times each), without running it again."""
+        """The model interrupted in these of its sequences (indices, any number of times each), without running it
+        again.
+        """
         entry_BTD = self._entry_BTD
-        return Cut(self.value_BTD[sequences_P], None if entry_BTD is None else entry_BTD[sequences_P.to(entry_BTD.device)])
+        return Cut(
+            self.value_BTD[sequences_P], None if entry_BTD is None else entry_BTD[sequences_P.to(entry_BTD.device)]
+        )
 
 
 class LanguageModel:
@@ -69,15 +81,25 @@ class LanguageModel:
     def of(model, device: str) -> LanguageModel:
         """The model that the `model` section of a configuration describes. Raises what `load` raises."""
         return LanguageModel.load(
-            model.name, model.hook, dtype=model.dtype, device=device, revision=model.revision, device_map=model.device_map,
+            model.name,
+            model.hook,
+            dtype=model.dtype,
+            device=device,
+            revision=model.revision,
+            device_map=model.device_map,
             bos_token=model.bos_token,
-        )  # fmt: skip
+        )
 
     @staticmethod
     def load(
-        name: str, hook: str, dtype: str = "float32", device: str | torch.device = "cpu", revision: str | None = None,
-        device_map: str | dict[str, str | int] | None = None, bos_token: str | None = None,
-    ) -> LanguageModel:  # fmt: skip
+        name: str,
+        hook: str,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        device_map: str | dict[str, str | int] | None = None,
+        bos_token: str | None = None,
+    ) -> LanguageModel:
         """Load configuration, tokenizer and weights and check that the model can be cut at the hook.
 
         name: "tiny" (shipped with the package; no network), a local folder (no network) or a hub id at `revision`.
@@ -101,9 +123,13 @@ class LanguageModel:
         try:
             # Gemma-2 caps attention scores, which only the eager implementation computes exactly.
             hf_model = AutoModelForCausalLM.from_pretrained(
-                folder or name, revision=revision if folder is None else None, local_files_only=folder is not None,
-                dtype=DTYPES[dtype], device_map=device_map, attn_implementation="eager",
-            )  # fmt: skip
+                folder or name,
+                revision=revision if folder is None else None,
+                local_files_only=folder is not None,
+                dtype=DTYPES[dtype],
+                device_map=device_map,
+                attn_implementation="eager",
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(cannot_load(name, "weights", revision, error)) from error
         from transformer_lens.model_bridge import TransformerBridge
@@ -114,11 +140,16 @@ class LanguageModel:
         input_device = _input_device(hf_model)
         try:
             bridge = TransformerBridge.boot_transformers(
-                str(folder or name), hf_model=hf_model, tokenizer=tokenizer, dtype=DTYPES[dtype],
+                str(folder or name),
+                hf_model=hf_model,
+                tokenizer=tokenizer,
+                dtype=DTYPES[dtype],
                 device=None if device_map else str(device),
-            )  # fmt: skip
+            )
         except ValueError as error:
-            raise ValueError(f"model.name {name}: TransformerLens cannot take it ({error}); use another model or device_map") from error
+            raise ValueError(
+                f"model.name {name}: TransformerLens cannot take it ({error}); use another model or device_map"
+            ) from error
         model = LanguageModel(bridge, tokenizer, name, hook, input_device)
         model._check_cut()
         return model
@@ -126,14 +157,16 @@ class LanguageModel:
     def rows(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Which positions count, bool [B, T]: real tokens (below the length) other than BOS, wherever BOS stands.
 
-        They are at once the rows of activations and the targets of the loss: nobody predicts BOS, which starts a document.
+        They are at once the rows of activations and the targets of the loss: nobody predicts BOS, which starts a
+        document.
         """
         real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B.to(ids_BT.device)[:, None]
         return real_BT & (ids_BT != self.bos_id)
 
     @torch.no_grad()
     def sites(self, ids_BT: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What stands at each hook, fp32 [B, T, D] on the device of `ids_BT`; runs the model once, up to the last of them.
+        """What stands at each hook, fp32 [B, T, D] on the device of `ids_BT`; runs the model once, up to the last of
+        them.
 
         Padding on the right changes nothing at real tokens, since attention is causal; what stands there is undefined.
         Raises ValueError for a hook the model does not have.
@@ -171,7 +204,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def stream(self, cut: Cut, value_BTD: torch.Tensor) -> torch.Tensor:
-        """The stream after the last block, [B, T, D] in the model's precision, with `value_BTD` at the hook. No logits are made."""
+        """The stream after the last block, [B, T, D] in the model's precision, with `value_BTD` at the hook. No logits
+        are made.
+        """
         if self._first == self.n_layers:
             return value_BTD.to(self.device, self.dtype)
         with self._going_on(cut, value_BTD) as start_BTD:
@@ -179,7 +214,8 @@ class LanguageModel:
 
     @torch.no_grad()
     def unembed(self, stream_RD: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] from rows of the stream after the last block: final norm, unembedding, and what the model does after it.
+        """Logits [R, V] from rows of the stream after the last block: final norm, unembedding, and what the model does
+        after it.
 
         Position by position, so that a few rows of a large vocabulary can be had without all others.
         """
@@ -188,9 +224,11 @@ class LanguageModel:
             return self.bridge(start_R1D, return_type="logits")[:, 0]
 
     def _read(self, start: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Copies of what stands at the hooks in a run from `start` (ids, or what `_going_on` yields), ended at the last.
+        """Copies of what stands at the hooks in a run from `start` (ids, or what `_going_on` yields), ended at the
+        last.
 
-        Copies, because a model may go on in place (transformers' Falcon adds attention's output to the tensor its MLP gave).
+        Copies, because a model may go on in place (transformers' Falcon adds attention's output to the tensor its MLP
+        gave).
         """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
@@ -207,23 +245,29 @@ class LanguageModel:
         with self.bridge.hooks(fwd_hooks=[(name, keep(name)) for name in dict.fromkeys(hooks)]):
             self.bridge(start, return_type="logits")
         if missing := [name for name in hooks if name not in seen]:
-            raise ValueError(f"model.name {self.name}: nothing passes through {', '.join(missing)} when it runs; use another hook")
+            raise ValueError(
+                f"model.name {self.name}: nothing passes through {', '.join(missing)} when it runs; use another hook"
+            )
         return seen
 
     @contextmanager
-    def _going_on(self, cut: Cut, value_BTD: torch.Tensor, held: Mapping[str, torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
-        """While open, a run gives what the cut model gives with `value_BTD` at its hook. Yields what to run the bridge on.
+    def _going_on(
+        self, cut: Cut, value_BTD: torch.Tensor, held: Mapping[str, torch.Tensor] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """While open, a run gives what the cut model gives with `value_BTD` at its hook. Yields what to run the bridge
+        on.
 
-        Blocks below compute nothing, and the stream enters the first block that runs. (The bridge's own `start_at_layer`
-        computes the lower blocks and drops their result, and has no entry above the last block. This way the model itself
-        still makes masks and rotary positions.) held: further hooks and the values they are kept at.
+        Blocks below compute nothing, and the stream enters the first block that runs. (The bridge's own
+        `start_at_layer` computes the lower blocks and drops their result, and has no entry above the last block. This
+        way the model itself still makes masks and rotary positions.) held: further hooks and the values they are kept
+        at.
         """
         # Copies, since the model may go on in place.
         entry_BTD = (cut._entry_BTD if self._inside else value_BTD).to(self.device, self.dtype, copy=True)
 
         def overwrite(tensor_BTD: torch.Tensor, hook) -> None:
-            # TransformerLens' hook_resid_mid is the input of the norm before the MLP: what a hook returns there reaches the
-            # MLP, but not the sum after it. The block's own tensor reaches both.
+            # TransformerLens' hook_resid_mid is the input of the norm before the MLP: what a hook returns there reaches
+            # the MLP, but not the sum after it. The block's own tensor reaches both.
             tensor_BTD.copy_(value_BTD)
 
         replaced = [(hook, _replace(held_BTD)) for hook, held_BTD in (held or {}).items()]
@@ -233,8 +277,12 @@ class LanguageModel:
             yield start_BTD
 
     @contextmanager
-    def _entering(self, first: int, entry_BTD: torch.Tensor, replaced: list[tuple[str, Callable]]) -> Iterator[torch.Tensor]:
-        """While open, blocks before `first` compute nothing and the stream enters there. Yields what to run the bridge on."""
+    def _entering(
+        self, first: int, entry_BTD: torch.Tensor, replaced: list[tuple[str, Callable]]
+    ) -> Iterator[torch.Tensor]:
+        """While open, blocks before `first` compute nothing and the stream enters there. Yields what to run the bridge
+        on.
+        """
 
         def enter(*args, **kwargs):
             return (entry_BTD,) if self._blocks_give_tuples else entry_BTD
@@ -259,7 +307,9 @@ class LanguageModel:
             block = f"blocks.{layer_of(hook, self.name, self.n_layers)}"
             if hook not in have:
                 names = ", ".join(f"{block}.{kind}" for kind in KINDS if f"{block}.{kind}" in have)
-                raise ValueError(f"model.hook {hook}: in {self.name} ({type(self.bridge.original_model).__name__}) there are {names}")
+                raise ValueError(
+                    f"model.hook {hook}: in {self.name} ({type(self.bridge.original_model).__name__}) there are {names}"
+                )
 
     @torch.no_grad()
     def _check_cut(self) -> None:
@@ -277,26 +327,30 @@ class LanguageModel:
         cut = self.cut(ids_BT)
         if cut.value_BTD.shape != (*ids_BT.shape, self.d):
             shape = list(cut.value_BTD.shape)
-            raise ValueError(f"model.hook {self.hook}: holds {shape} for {list(ids_BT.shape)} tokens, not a vector of {self.d} for each")
+            raise ValueError(
+                f"model.hook {self.hook}: holds {shape} for {list(ids_BT.shape)} tokens, not a vector of {self.d} "
+                "for each"
+            )
         cut_BTV = self.logits(cut, cut.value_BTD)
         difference = _distance(whole_BTV, cut_BTV)
         if not difference <= SPLIT_TOLERANCE[self.dtype]:
             raise ValueError(
-                f"model.name {self.name}: what follows {self.hook} does not give the model's logits from what stands there "
-                f"(they differ by {difference:.3g}); this kind of model cannot be attributed through"
+                f"model.name {self.name}: what follows {self.hook} does not give the model's logits from what stands "
+                f"there (they differ by {difference:.3g}); this kind of model cannot be attributed through"
             )
         difference = _distance(whole_BTV[0], self.unembed(self.stream(cut, cut.value_BTD)[0]))
         if not difference <= SPLIT_TOLERANCE[self.dtype]:
             raise ValueError(
-                f"model.name {self.name}: the stream after the last block does not give the model's logits position by position "
-                f"(they differ by {difference:.3g}); what an SAE does to this kind of model cannot be measured"
+                f"model.name {self.name}: the stream after the last block does not give the model's logits position by "
+                f"position (they differ by {difference:.3g}); what an SAE does to this kind of model cannot be measured"
             )
         if self._mid:
             self._check_mid(cut, ids_BT)
 
     def _check_mid(self, cut: Cut, ids_BT: torch.Tensor) -> None:
-        """What replaces the stream in mid-block reaches the end of the block: doubled there, with the MLP's output held,
-        the stream after the block grows by itself. The clean value, which `_check_cut` puts there, could not tell.
+        """What replaces the stream in mid-block reaches the end of the block: doubled there, with the MLP's output
+        held, the stream after the block grows by itself. The clean value, which `_check_cut` puts there, could not
+        tell.
         """
         mlp_out, after = f"blocks.{self.layer}.hook_mlp_out", f"blocks.{self.layer}.hook_resid_post"
         self._check_hooks([mlp_out])
@@ -305,7 +359,9 @@ class LanguageModel:
             moved_BTD = self._read(start_BTD, [after])[after]
         grown_BTD = (moved_BTD.float() - clean[after].float()).to(cut.value_BTD.device)
         if not float((grown_BTD - cut.value_BTD).abs().max()) <= 0.1 * float(cut.value_BTD.abs().max()):
-            raise ValueError(f"model.hook {self.hook}: not the residual stream in this model; use hook_resid_pre or hook_resid_post")
+            raise ValueError(
+                f"model.hook {self.hook}: not the residual stream in this model; use hook_resid_pre or hook_resid_post"
+            )
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -318,7 +374,9 @@ def _replace(value_BTD: torch.Tensor) -> Callable:
 
 
 def _input_device(hf_model) -> torch.device:
-    """Where ids go. Weights that accelerate keeps elsewhere between calls are on no device: its hook says where they will be."""
+    """Where ids go. Weights that accelerate keeps elsewhere between calls are on no device: its hook says where they
+    will be.
+    """
     embedding = hf_model.get_input_embeddings()
     execution_device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return embedding.weight.device if execution_device is None else torch.device(execution_device)

@@ -21,12 +21,14 @@ HOOK = re.compile(rf"blocks\.(\d+)\.({'|'.join(KINDS)})")
 def layer_of(hook: str, name: str, n_layers: int) -> int:
     """The block (0-based) that a hook belongs to, from the names alone.
 
-    Whether model `name` has the place is known once it is loaded (some have no mid). Raises ValueError that lists the hooks.
+    Whether model `name` has the place is known once it is loaded (some have no mid). Raises ValueError that lists the
+    hooks.
     """
     match = HOOK.fullmatch(hook)
     if not match or int(match[1]) >= n_layers:
         raise ValueError(
-            f"model.hook {hook}: {name} has blocks.0.hook_resid_post to blocks.{n_layers - 1}.hook_resid_post (the residual stream "
-            f"after a block), and in each block also {', '.join(kind for kind in KINDS if kind != 'hook_resid_post')}"
+            f"model.hook {hook}: {name} has blocks.0.hook_resid_post to blocks.{n_layers - 1}.hook_resid_post (the "
+            "residual stream after a block), and in each block also "
+            f"{', '.join(kind for kind in KINDS if kind != 'hook_resid_post')}"
         )
     return int(match[1])

@@ -22,7 +22,9 @@ TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZING = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
-"""Of a serialised tokenizer: what decides its tokens. Truncation, padding and what it would put around a text are never used."""
+"""Of a serialised tokenizer: what decides its tokens. Truncation, padding and what it would put around a text are never
+used.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,16 @@ class ModelInfo:
     """longest sequence in tokens"""
     has_tokenizer: bool
     fingerprint: str
-    """sha256 over configuration, weights and the tokenizer as it was loaded; the same for a hub model and for its files in a folder"""
+    """sha256 over configuration, weights and the tokenizer as it was loaded; the same for a hub model and for its files
+    in a folder
+    """
     chat_template: str | None = None
     """sha256 of the tokenizer's chat template, which decides tokens only where documents are chat messages"""
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder a model's files lie in, None for a hub id: what is not absolute is one, whatever this process's own folder holds.
+    """The folder a model's files lie in, None for a hub id: what is not absolute is one, whatever this process's own
+    folder holds.
 
     Raises ValueError if `name` is a folder without a model, a file, or neither a path nor a hub id.
     """
@@ -52,22 +57,31 @@ def local_folder(name: str) -> Path | None:
     if not folder.is_absolute() and has_form_of_hub_id(name) and ":" not in name:
         return None
     if not folder.exists():
-        raise ValueError(f"model.name {name}: no such folder; give `tiny`, a model folder or a hub id such as google/gemma-2-2b")
+        raise ValueError(
+            f"model.name {name}: no such folder; give `tiny`, a model folder or a hub id such as google/gemma-2-2b"
+        )
     if not folder.is_dir():
         raise ValueError(f"model.name {name}: a file; give the folder that holds config.json, tokenizer and weights")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.name {name}: no config.json in {folder}; give a folder as save_pretrained writes it")
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        raise ValueError(f"model.name {name}: no weights (*.safetensors) in {folder}; copy them there, or give a complete folder")
+        raise ValueError(
+            f"model.name {name}: no weights (*.safetensors) in {folder}; copy them there, or give a complete folder"
+        )
     return folder
 
 
 def pinned_revision(name: str, revision: str | None) -> str | None:
-    """The full commit of a hub model's revision, so that all processes of a run load the same; the revision itself for a local one.
+    """The full commit of a hub model's revision, so that all processes of a run load the same; the revision itself for
+    a local one.
 
     Raises ValueError if the hub has no such model or cannot be asked, and the local cache has none.
     """
-    return revision if local_folder(name) or is_commit(revision) else repository("model", name, revision, "model.name").commit
+    return (
+        revision
+        if local_folder(name) or is_commit(revision)
+        else repository("model", name, revision, "model.name").commit
+    )
 
 
 def info_of(model: ModelConfig) -> ModelInfo:
@@ -88,7 +102,9 @@ def model_info(name: str, revision: str | None = None, bos_token: str | None = N
     folder = local_folder(name)
     if folder is None:
         return _info(name, repository("model", name, revision, "model.name").commit, bos_token, ())
-    files = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file())
+    files = tuple(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file()
+    )
     return _info(name, revision, bos_token, files)
 
 
@@ -101,10 +117,15 @@ def _info(name: str, revision: str | None, bos_token: str | None, files: tuple[t
     check_vocabulary(name, tokenizer, text.vocab_size)
     template = tokenizer.chat_template and hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
     return ModelInfo(
-        name=name, d=text.hidden_size, n_layers=text.num_hidden_layers, vocab=text.vocab_size,
-        max_context=getattr(text, "max_position_embeddings", None) or 2**31, has_tokenizer=True,
-        fingerprint=fingerprint_of(folder, name, revision, config, tokenizer), chat_template=template or None,
-    )  # fmt: skip
+        name=name,
+        d=text.hidden_size,
+        n_layers=text.num_hidden_layers,
+        vocab=text.vocab_size,
+        max_context=getattr(text, "max_position_embeddings", None) or 2**31,
+        has_tokenizer=True,
+        fingerprint=fingerprint_of(folder, name, revision, config, tokenizer),
+        chat_template=template or None,
+    )
 
 
 def load_config(name: str, revision: str | None = None):
@@ -114,7 +135,9 @@ def load_config(name: str, revision: str | None = None):
     folder = local_folder(name)
     revision = pinned_revision(name, revision)
     try:
-        return AutoConfig.from_pretrained(folder or name, revision=revision if folder is None else None, local_files_only=folder is not None)
+        return AutoConfig.from_pretrained(
+            folder or name, revision=revision if folder is None else None, local_files_only=folder is not None
+        )
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load(name, "config.json", revision, error)) from error
 
@@ -129,7 +152,9 @@ def load_tokenizer(name: str, revision: str | None = None, bos_token: str | None
     folder = local_folder(name)
     revision = pinned_revision(name, revision)
     if folder is not None and not any((folder / file).is_file() for file in TOKENIZER):
-        raise ValueError(f"model.name {name}: no tokenizer (tokenizer.json) in {folder}; copy the tokenizer's files there")
+        raise ValueError(
+            f"model.name {name}: no tokenizer (tokenizer.json) in {folder}; copy the tokenizer's files there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder or name, revision=revision if folder is None else None, local_files_only=folder is not None
@@ -139,12 +164,16 @@ def load_tokenizer(name: str, revision: str | None = None, bos_token: str | None
     if bos_token is not None:
         if bos_token not in tokenizer.get_vocab():
             known = ", ".join(repr(token) for token in list(map(str, tokenizer.added_tokens_decoder.values()))[:10])
-            raise ValueError(f"model.bos_token {bos_token!r}: not one token of the tokenizer of model.name {name}; its special ones are {known or 'none'}")
+            raise ValueError(
+                f"model.bos_token {bos_token!r}: not one token of the tokenizer of model.name {name}; its special "
+                f"ones are {known or 'none'}"
+            )
         tokenizer.bos_token = bos_token
     if tokenizer.bos_token_id is None:
         raise ValueError(
-            f"model.name {name}: its tokenizer has no BOS token, which starts every sequence and is never a row; set model.bos_token to the "
-            f"text of one it has{f', such as {tokenizer.eos_token}' if tokenizer.eos_token else ''}"
+            f"model.name {name}: its tokenizer has no BOS token, which starts every sequence and is never a row; set "
+            "model.bos_token to the text of one it "
+            f"has{f', such as {tokenizer.eos_token}' if tokenizer.eos_token else ''}"
         )
     if pad_id_of(tokenizer) >= load_config(name, revision).get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.bos_token  # one was added without an embedding; padding is never looked at
@@ -156,14 +185,16 @@ def check_vocabulary(name: str, tokenizer, vocab: int, chat: bool = False) -> No
 
     Raises ValueError naming one that has not.
     """
-    special = set(tokenizer.all_special_ids) | {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = set(tokenizer.all_special_ids) | {
+        id for id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= vocab)
     beyond = [(id, token) for id, token in beyond if chat or id not in special or id == tokenizer.bos_token_id]
     if beyond:
         id, token = beyond[-1]
         raise ValueError(
-            f"model.name {name}: its tokenizer has {len(beyond):,} tokens beyond the model's {vocab:,} embeddings, such as {token!r} with id "
-            f"{id}; use the tokenizer that the model was trained with"
+            f"model.name {name}: its tokenizer has {len(beyond):,} tokens beyond the model's {vocab:,} embeddings, "
+            f"such as {token!r} with id {id}; use the tokenizer that the model was trained with"
             + (f", or set model.bos_token (it is {tokenizer.bos_token!r})" if id == tokenizer.bos_token_id else "")
         )
 
@@ -179,8 +210,8 @@ def check_chat(model: ModelConfig) -> None:
 def fingerprint_of(folder: Path | None, name: str, revision: str | None, config, tokenizer) -> str:
     """sha256 over what decides a model's numbers: configuration, weights, and the tokenizer as it was loaded.
 
-    A folder's files are hashed; of a hub model the hub, or its local cache, tells the hashes of the weights. What is beside them, and
-    a commit that changes nothing else, makes no other model.
+    A folder's files are hashed; of a hub model the hub, or its local cache, tells the hashes of the weights. What is
+    beside them, and a commit that changes nothing else, makes no other model.
     """
     if folder is None:
         files = dict(repository("model", name, revision, "model.name").files)
@@ -190,19 +221,33 @@ def fingerprint_of(folder: Path | None, name: str, revision: str | None, config,
         configuration = _git_id(folder / "config.json")
         weights = [(file, file_hash(folder / file)) for file in loaded_weights(path.name for path in folder.iterdir())]
     if not weights:
-        raise ValueError(f"model.name {name}: no weights (model.safetensors, or all of its shards); give a model that transformers can load")
-    parts = [f"config.json {configuration}", *(f"{file} {blob}" for file, blob in weights), f"tokenizer {tokenizer_fingerprint(tokenizer)}"]
+        raise ValueError(
+            f"model.name {name}: no weights (model.safetensors, or all of its shards); give a model that "
+            "transformers can load"
+        )
+    parts = [
+        f"config.json {configuration}",
+        *(f"{file} {blob}" for file, blob in weights),
+        f"tokenizer {tokenizer_fingerprint(tokenizer)}",
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """sha256 of what a loaded tokenizer makes of texts, whatever files say so, and of the ids that start and fill sequences."""
+    """sha256 of what a loaded tokenizer makes of texts, whatever files say so, and of the ids that start and fill
+    sequences.
+    """
     if tokenizer.is_fast:
         whole = json.loads(tokenizer.backend_tokenizer.to_str())
         content = {part: whole[part] for part in TOKENIZING}
     else:
         content = {"vocabulary": tokenizer.get_vocab(), "options": repr(sorted(tokenizer.init_kwargs.items()))}
-    special = {"class": type(tokenizer).__name__, "bos": tokenizer.bos_token_id, "pad": pad_id_of(tokenizer), "special": sorted(tokenizer.all_special_ids)}
+    special = {
+        "class": type(tokenizer).__name__,
+        "bos": tokenizer.bos_token_id,
+        "pad": pad_id_of(tokenizer),
+        "special": sorted(tokenizer.all_special_ids),
+    }
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
@@ -215,7 +260,12 @@ def _git_id(path: Path) -> str:
 def cannot_load(name: str, part: str, revision: str | None, error: Exception) -> str:
     """The message for a part of a model that transformers could not load."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    where = "" if local_folder(name) else (
-        f"; on the hub at revision {revision or 'main'}: check the name, the network, and for a gated model its licence and the hub token"
-    )  # fmt: skip
+    where = (
+        ""
+        if local_folder(name)
+        else (
+            f"; on the hub at revision {revision or 'main'}: check the name, the network, and for a gated model its "
+            "licence and the hub token"
+        )
+    )
     return f"model.name {name}: cannot load its {part} ({reason}){where}"

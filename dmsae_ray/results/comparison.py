@@ -1,7 +1,7 @@
 """Comparing finished chains: from their folders to `comparison.json`.
 
-A pair is computed once for its two cores and settings and kept in `pairs/<key>.json` of the output folder: a chain more asks for its
-own pairs only, and what was computed before a sweep was stopped is not lost.
+A pair is computed once for its two cores and settings and kept in `pairs/<key>.json` of the output folder: a chain more
+asks for its own pairs only, and what was computed before a sweep was stopped is not lost.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ KEPT_BYTES = 4 << 30
 QUIET_S = 30.0
 """Longest time in which nothing is said of how far it is."""
 LATENTS_ENCODED = 8
-"""Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents of twenty draws."""
+"""Latents whose activations are kept of a chain, for each member of its core: core, cycle-0 set, and the free latents
+of twenty draws.
+"""
 
 
 class DamagedChain(ValueError):
@@ -52,47 +54,71 @@ class DamagedChain(ValueError):
 def compare_chains(
     config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]
 ) -> dict:
-    """The finished ones of these chains, every pair that `pairing.pairs_within` names or a sample of them, each score beside its nulls.
+    """The finished ones of these chains, every pair that `pairing.pairs_within` names or a sample of them, each score
+    beside its nulls.
 
-    Written to `folder`, and reused while the cores are the same. A finished chain whose files cannot be read is left out, and stands
-    among the failed ones with the reason. Raises ValueError if two chains have everything in common.
+    Written to `folder`, and reused while the cores are the same. A finished chain whose files cannot be read is left
+    out, and stands among the failed ones with the reason. Raises ValueError if two chains have everything in common.
     """
     chains = {plan.label: plan for plan in plans if plan.finished()}
-    failed = [{"label": p.label, "reason": (p.folder.failure() or {}).get("reason", "not finished")} for p in plans if not p.finished()]
+    failed = [
+        {"label": p.label, "reason": (p.folder.failure() or {}).get("reason", "not finished")}
+        for p in plans
+        if not p.finished()
+    ]
     while True:
         pairs = pairs_within([identity(plan) for plan in chains.values()])
         try:
-            return _comparison(config.compare, dataset, chains, pairs, config.home / "pairs", folder / "comparison.json", say, failed)
+            return _comparison(
+                config.compare, dataset, chains, pairs, config.home / "pairs", folder / "comparison.json", say, failed
+            )
         except DamagedChain as error:  # the others are compared without it
             del chains[error.label]
             failed.append({"label": error.label, "reason": str(error)})
 
 
 def compare_across(
-    config: Config, dataset: ActivationDataset, left: Sequence[ChainPlan], right: Sequence[ChainPlan], names: tuple[str, str], path: Path,
+    config: Config,
+    dataset: ActivationDataset,
+    left: Sequence[ChainPlan],
+    right: Sequence[ChainPlan],
+    names: tuple[str, str],
+    path: Path,
     say: Callable[[str], None],
-) -> dict:  # fmt: skip
-    """Two sweeps, as `compare_chains` compares one: pairs between them of one arm and k, of equal and of different seeds.
+) -> dict:
+    """Two sweeps, as `compare_chains` compares one: pairs between them of one arm and k, of equal and of different
+    seeds.
 
-    names: of the sweeps, which come before their chains' labels (`first:seed0-k16`). dataset: whose held-out rows activations are
-    compared on, each chain dividing them by its own scale. A chain that is in both is not compared with itself; with no pair left the
-    summary says so. Written to `path`. Raises ValueError if the two names are one.
+    names: of the sweeps, which come before their chains' labels (`first:seed0-k16`). dataset: whose held-out rows
+    activations are compared on, each chain dividing them by its own scale. A chain that is in both is not compared with
+    itself; with no pair left the summary says so. Written to `path`. Raises ValueError if the two names are one.
     """
     if names[0] == names[1]:
         raise ValueError(f"both sweeps are called {names[0]}: give each a name of its own")
-    sides = [{f"{name}:{plan.label}": plan for plan in plans if plan.finished()} for name, plans in zip(names, (left, right), strict=True)]
+    sides = [
+        {f"{name}:{plan.label}": plan for plan in plans if plan.finished()}
+        for name, plans in zip(names, (left, right), strict=True)
+    ]
     pairs = pairs_across(*([identity(plan, label) for label, plan in side.items()] for side in sides))
     failed = [
         {"label": f"{name}:{plan.label}", "reason": (plan.folder.failure() or {}).get("reason", "not finished")}
-        for name, plans in zip(names, (left, right), strict=True) for plan in plans if not plan.finished()
-    ]  # fmt: skip
+        for name, plans in zip(names, (left, right), strict=True)
+        for plan in plans
+        if not plan.finished()
+    ]
     return _comparison(config.compare, dataset, sides[0] | sides[1], pairs, config.home / "pairs", path, say, failed)
 
 
 def _comparison(
-    config: CompareConfig, dataset: ActivationDataset, chains: dict[str, ChainPlan], pairs: list[Pairing], kept: Path, path: Path,
-    say: Callable[[str], None], failed: list[dict],
-) -> dict:  # fmt: skip
+    config: CompareConfig,
+    dataset: ActivationDataset,
+    chains: dict[str, ChainPlan],
+    pairs: list[Pairing],
+    kept: Path,
+    path: Path,
+    say: Callable[[str], None],
+    failed: list[dict],
+) -> dict:
     keys = {}
     for label, plan in chains.items():
         try:
@@ -101,10 +127,14 @@ def _comparison(
             raise DamagedChain(label, plan.folder.path, error) from error
     key = fields_key(
         {
-            "format": FORMAT_VERSION, "settings": config.model_dump(mode="json"), "rows": dataset.manifest.key, "chains": keys,
-            "arms": {label: plan.arm for label, plan in chains.items()}, "failed": failed,
+            "format": FORMAT_VERSION,
+            "settings": config.model_dump(mode="json"),
+            "rows": dataset.manifest.key,
+            "chains": keys,
+            "arms": {label: plan.arm for label, plan in chains.items()},
+            "failed": failed,
         }
-    )  # fmt: skip
+    )
     if (known := known_from(path, say)) and known.get("key") == key:
         return known
     of = Counter(pair.group for pair in pairs)
@@ -127,9 +157,14 @@ def _comparison(
 
 
 def _results(
-    config: CompareConfig, dataset: ActivationDataset, chains: dict[str, ChainPlan], keys: dict[str, str], pairs: list[Pairing], kept: Path,
+    config: CompareConfig,
+    dataset: ActivationDataset,
+    chains: dict[str, ChainPlan],
+    keys: dict[str, str],
+    pairs: list[Pairing],
+    kept: Path,
     say: Callable[[str], None],
-) -> tuple[list[PairResult], list[float]]:  # fmt: skip
+) -> tuple[list[PairResult], list[float]]:
     """The pairs' results and the seconds that each took, when it was computed."""
     settings, rows = settings_of(config), dataset.manifest.key
     files = {pair: kept / f"{_pair_key(settings, rows, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
@@ -152,10 +187,15 @@ def _results(
             write_json(files[pair], {"seconds": now - began, "pair": result.to_dict()})
             known[pair] = json.loads(files[pair].read_text())
             if now - said > QUIET_S and done < len(missing):
-                say(f"compare: {done} of {len(missing)} pairs, {duration((now - start) / done * (len(missing) - done))} left")
+                say(
+                    f"compare: {done} of {len(missing)} pairs, "
+                    f"{duration((now - start) / done * (len(missing) - done))} left"
+                )
                 said = now
     # What is known may have been computed under other labels.
-    return [PairResult.from_dict(known[pair]["pair"]).of(pair) for pair in pairs], [known[pair]["seconds"] for pair in pairs]
+    return [PairResult.from_dict(known[pair]["pair"]).of(pair) for pair in pairs], [
+        known[pair]["seconds"] for pair in pairs
+    ]
 
 
 def settings_of(config: CompareConfig) -> CompareSettings:
@@ -167,14 +207,18 @@ def _pair_key(settings: CompareSettings, rows: str, a: str, b: str) -> str:
 
 
 def pair_names(config: CompareConfig, rows: str, chains: list[tuple[ChainFolder, int]]) -> set[str]:
-    """Names of the files in `pairs` that a comparison of these chains, (folder, cycles) each, may ask for. rows: key of the dataset."""
+    """Names of the files in `pairs` that a comparison of these chains, (folder, cycles) each, may ask for. rows: key of
+    the dataset.
+    """
     settings = settings_of(config)
     keys = [key_of_folder(folder, cycles) for folder, cycles in chains if len(folder.records()) >= cycles]
     return {f"{_pair_key(settings, rows, a, b)}.json" for a in keys for b in keys}
 
 
 def key_of(plan: ChainPlan) -> str:
-    """Stands for all that is read of a chain: its files are of one run, so two of them, which hold every kind of its numbers, will do."""
+    """Stands for all that is read of a chain: its files are of one run, so two of them, which hold every kind of its
+    numbers, will do.
+    """
     return key_of_folder(plan.folder, plan.cycles)
 
 
@@ -204,9 +248,14 @@ def identity(plan: ChainPlan, label: str | None = None) -> ChainIdentity:
     fields = dict(plan.fields)
     seed, data_seed, part, k = (fields.pop(name) for name in ("seed", "data_seed", "part", "k"))
     return ChainIdentity(
-        label=label or plan.label, arm=plan.arm, seed=seed, data_seed=data_seed,
-        part=None if part is None else (part["part"], part["parts"]), k=k, rest=fields_key(fields),
-    )  # fmt: skip
+        label=label or plan.label,
+        arm=plan.arm,
+        seed=seed,
+        data_seed=data_seed,
+        part=None if part is None else (part["part"], part["parts"]),
+        k=k,
+        rest=fields_key(fields),
+    )
 
 
 def chain_result(plan: ChainPlan, label: str | None = None) -> ChainResult:
@@ -216,7 +265,11 @@ def chain_result(plan: ChainPlan, label: str | None = None) -> ChainResult:
     sae, stored = MatryoshkaSAE.load(last.sae)
     start, stored_at_start = MatryoshkaSAE.load(first.sae)
     return ChainResult(
-        chain=identity(plan, label), core=core, sae=Latents.of(sae, stored["density"], core.scale), core_ids_C=core.latent_ids_C,
-        start=Latents.of(start, stored_at_start["density"], core.scale), start_ids_N=rank(load_scores(first.scores)).ids_N,
+        chain=identity(plan, label),
+        core=core,
+        sae=Latents.of(sae, stored["density"], core.scale),
+        core_ids_C=core.latent_ids_C,
+        start=Latents.of(start, stored_at_start["density"], core.scale),
+        start_ids_N=rank(load_scores(first.scores)).ids_N,
         start_has_core=start.core_size > 0,
-    )  # fmt: skip
+    )

@@ -1,4 +1,6 @@
-"""The consensus of finished chains and its re-discovery: from their folders to `consensus.json` and `consensus.safetensors`."""
+"""The consensus of finished chains and its re-discovery: from their folders to `consensus.json` and
+`consensus.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,24 @@ FORMAT_VERSION = 1
 def write_consensus(
     config: Config, base: Sequence[ChainPlan], plain: Sequence[ChainPlan], folder: Path, say: Callable[[str], None]
 ) -> dict:
-    """Consensus of the finished chains of one arm, and how much of it the finished plain SAEs of other seeds find again.
+    """Consensus of the finished chains of one arm, and how much of it the finished plain SAEs of other seeds find
+    again.
 
-    Written to `folder` as consensus.json, and the consensus core, unless it is empty, as consensus.safetensors; reused while cores and
-    SAEs are the same. A plain SAE that says nothing (it had a core, or a chain's seed) is left out with the reason. Raises ValueError
-    if the chains' cores are of different models, hooks or scales, or are not selected by the same.
+    Written to `folder` as consensus.json, and the consensus core, unless it is empty, as consensus.safetensors; reused
+    while cores and SAEs are the same. A plain SAE that says nothing (it had a core, or a chain's seed) is left out with
+    the reason. Raises ValueError if the chains' cores are of different models, hooks or scales, or are not selected by
+    the same.
     """
     base, plain = [[plan for plan in plans if plan.finished()] for plans in (base, plain)]
     compare = config.compare
     key = fields_key(
         {
-            "format": FORMAT_VERSION, "settings": compare.model_dump(mode="json", include={"cosine", "consensus", "seed"}),
-            "base": {plan.label: key_of(plan) for plan in base}, "plain": {plan.label: [plan.arm, key_of(plan)] for plan in plain},
+            "format": FORMAT_VERSION,
+            "settings": compare.model_dump(mode="json", include={"cosine", "consensus", "seed"}),
+            "base": {plan.label: key_of(plan) for plan in base},
+            "plain": {plan.label: [plan.arm, key_of(plan)] for plan in plain},
         }
-    )  # fmt: skip
+    )
     path, core_path = folder / "consensus.json", folder / "consensus.safetensors"
     if (known := known_from(path, say)) and known.get("key") == key and core_path.exists() == bool(known["core_size"]):
         return known
@@ -69,11 +75,18 @@ def _rediscovered(
     rows, left_out = [], []
     for plan in plain:
         if plan.seed in consensus.seeds:
-            left_out.append({"chain": plan.label, "reason": "has the seed of a chain of the consensus, and so began with the same latents"})
+            left_out.append(
+                {
+                    "chain": plan.label,
+                    "reason": "has the seed of a chain of the consensus, and so began with the same latents",
+                }
+            )
         elif plan.folder.records()[plan.cycles - 1]["core_in"]:
             left_out.append({"chain": plan.label, "reason": "was trained with a core"})
         else:
-            rows.append(rediscover(PlainSAE(plan.label, plan.arm, plan.seed, plan.k, whole(plan)), consensus, chains, cosine))
+            rows.append(
+                rediscover(PlainSAE(plan.label, plan.arm, plan.seed, plan.k, whole(plan)), consensus, chains, cosine)
+            )
     return rows, left_out
 
 

@@ -28,7 +28,9 @@ IDENTITY = ("format_version", "chain", "label", "generation", "seed", "k", "cycl
 
 
 def write_evaluation(plans: Sequence[ChainPlan], path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write evaluation.json; returns its rows, and in words which files of chains could not be read: a row goes without their curves."""
+    """Write evaluation.json; returns its rows, and in words which files of chains could not be read: a row goes without
+    their curves.
+    """
     rows, unread = [], []
     for plan in plans:
         rows += chain_rows(plan, unread)
@@ -37,21 +39,32 @@ def write_evaluation(plans: Sequence[ChainPlan], path: Path) -> tuple[list[dict[
 
 
 def chain_rows(plan: ChainPlan, unread: list[str]) -> list[dict[str, Any]]:
-    """One row per finished cycle that belongs to the sweep; what was cleaned away since is left out of it, what cannot be read goes to
-    `unread`."""
+    """One row per finished cycle that belongs to the sweep; what was cleaned away since is left out of it, what cannot
+    be read goes to `unread`."""
     rows = []
     source = plan.start.chain if plan.start else None
     for cycle, record in enumerate(plan.folder.records()[: plan.cycles]):
         folder, last = plan.folder.cycle(cycle), cycle == plan.cycles - 1
         row = {
-            "chain": plan.label, "arm": plan.arm, "stage": plan.stage, "seed": plan.seed, "k": plan.k, "cycle": cycle, "last": last,
-            "from": source.label if source else None, "folder": str(plan.folder.path.name),
-        }  # fmt: skip
+            "chain": plan.label,
+            "arm": plan.arm,
+            "stage": plan.stage,
+            "seed": plan.seed,
+            "k": plan.k,
+            "cycle": cycle,
+            "last": last,
+            "from": source.label if source else None,
+            "folder": str(plan.folder.path.name),
+        }
         row |= {name: value for name, value in record.items() if name not in IDENTITY}
         row["core_density"] = record["core_l0"] / record["core_in"] if record["core_in"] else None
         curves = {
-            "coverage_curve": folder.scores.exists() and (lambda folder=folder, size=record["core_out"]: coverage_curve(folder, size)),
-            "density_histogram": last and folder.sae.exists() and folder.core.exists() and (lambda folder=folder: density_histogram(folder)),
+            "coverage_curve": folder.scores.exists()
+            and (lambda folder=folder, size=record["core_out"]: coverage_curve(folder, size)),
+            "density_histogram": last
+            and folder.sae.exists()
+            and folder.core.exists()
+            and (lambda folder=folder: density_histogram(folder)),
         }
         for name, read in curves.items():
             try:

@@ -15,7 +15,8 @@ HIT, MISS, NOT_AVAILABLE = "hit", "miss", "not available"
 def judge(expectations: Sequence[ExpectConfig], numbers: dict[str, float]) -> dict[str, Any]:
     """Every expectation with its numbers and outcome, as expectations.json has them.
 
-    A claim with a bound on both sides gives two entries. Where a number does not exist the outcome is `not available`, never a hit.
+    A claim with a bound on both sides gives two entries. Where a number does not exist the outcome is `not available`,
+    never a hit.
     """
     entries = []
     for expected in expectations:
@@ -34,9 +35,15 @@ def _judge(expected: ExpectConfig, relation: str, bound: float | str, numbers: d
     else:
         outcome, why = HIT if (value > limit if relation == "above" else value < limit) else MISS, None
     return {
-        "claim": expected.claim, "value_name": expected.value, "value": value, "relation": relation,
-        "bound_name": bound if named else None, "bound": limit, "outcome": outcome, "why": why,
-    }  # fmt: skip
+        "claim": expected.claim,
+        "value_name": expected.value,
+        "value": value,
+        "relation": relation,
+        "bound_name": bound if named else None,
+        "bound": limit,
+        "outcome": outcome,
+        "why": why,
+    }
 
 
 def _unknown(name: str, numbers: dict[str, float]) -> str:

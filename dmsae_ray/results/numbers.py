@@ -1,12 +1,12 @@
 """The results of a sweep as named numbers: what an expectation refers to, and what two sweeps are compared by.
 
-    chains.<arm>                                        finished chains
-    evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
-    evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
-    consistency.<arm>.<differs>.<metric>                mean over pairs; `.low`, `.high`: its interval over seeds, where there is one
-    consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
-    consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like, where an arm has one k only
-    consensus.<name>, rediscovery.<arm>.<whose>.<metric>  features found in several chains, and in SAEs that never had a core
+chains.<arm>                                        finished chains
+evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
+evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
+consistency.<arm>.<differs>.<metric>                mean over pairs; `.low`, `.high`: its interval over seeds, where there is one
+consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
+consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like, where an arm has one k only
+consensus.<name>, rediscovery.<arm>.<whose>.<metric>  features found in several chains, and in SAEs that never had a core
 """
 
 from __future__ import annotations
@@ -17,9 +17,23 @@ from collections.abc import Iterator
 from typing import Any
 
 METRICS = (
-    "l0", "core_l0", "free_l0", "core_density", "fvu", "kl", "loss_recovered_zero", "loss_recovered_mean", "dead_share", "core_in", "core_out",
-    "jaccard", "coverage", "core_share", "core_explained", "tokens",
-)  # fmt: skip
+    "l0",
+    "core_l0",
+    "free_l0",
+    "core_density",
+    "fvu",
+    "kl",
+    "loss_recovered_zero",
+    "loss_recovered_mean",
+    "dead_share",
+    "core_in",
+    "core_out",
+    "jaccard",
+    "coverage",
+    "core_share",
+    "core_explained",
+    "tokens",
+)
 
 
 def numbers_of(
@@ -76,9 +90,10 @@ def consensus_numbers(consensus: dict[str, Any]) -> dict[str, float]:
     if groups and seeds > 1:
         repeated = sum(group["in_seeds"] >= 2 for group in groups)
         found |= {
-            "consensus.in_two_seeds": repeated, "consensus.share_in_two_seeds": repeated / len(groups),
+            "consensus.in_two_seeds": repeated,
+            "consensus.share_in_two_seeds": repeated / len(groups),
             "consensus.in_all_seeds": sum(group["in_seeds"] == seeds for group in groups),
-        }  # fmt: skip
+        }
     return found | dict(_spreads("rediscovery", consensus.get("rediscovery_summary") or {}))
 
 
@@ -89,7 +104,11 @@ def _spreads(place: str, tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
         if isinstance(value, dict) and "mean" in value and not isinstance(value["mean"], dict):
             if value["mean"] is not None:
                 yield where, value["mean"]
-                yield from zip((f"{where}.min", f"{where}.max"), (value["min"], value["max"]), strict=True) if "min" in value else ()
+                yield from (
+                    zip((f"{where}.min", f"{where}.max"), (value["min"], value["max"]), strict=True)
+                    if "min" in value
+                    else ()
+                )
             if value.get("interval"):
                 yield from zip((f"{where}.low", f"{where}.high"), value["interval"], strict=True)
         elif isinstance(value, dict):

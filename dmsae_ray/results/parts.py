@@ -34,9 +34,8 @@ class Parts:
     def make(self, name: str, act: Callable[[], T], needs: Sequence[str] = (), files: Sequence[str] = ()) -> T | None:
         """What `act` returns; None, and the reason noted, if it raises or a part that it needs could not be made.
 
-        files: what it writes; those of an earlier run get another name (`earlier`) where this one made none: they would pass for these
-        results.
-        Only another driver's taking over (Superseded) and an interruption are raised.
+        files: what it writes; those of an earlier run get another name (`earlier`) where this one made none: they would
+        pass for these results. Only another driver's taking over (Superseded) and an interruption are raised.
         """
         lacking = [part for part in needs if part in self.reasons]
         try:
@@ -87,7 +86,9 @@ def known_from(path: Path, say: Callable[[str], None]) -> dict | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in a line, without Ray's wrapping: what this program raises is a sentence by itself, of others the kind belongs to it."""
+    """An error in a line, without Ray's wrapping: what this program raises is a sentence by itself, of others the kind
+    belongs to it.
+    """
     # What Ray wrapped is its wrapping's `cause`; what an error of ours was made from is `__cause__`, and says less.
     cause = next(link for link in causes(error) if getattr(link, "cause", None) is None)
     line = scrub((str(cause).strip() or "no reason given").splitlines()[0])
@@ -100,7 +101,10 @@ UNREADABLE = (ValueError, KeyError, OSError, SafetensorError)
 
 def damaged(folder: Path, error: BaseException) -> str:
     """What to do about a cycle's file that cannot be read."""
-    return f"{folder}: cannot be read ({reason_of(error)}); delete this cycle's folder and run the sweep to have it computed again"
+    return (
+        f"{folder}: cannot be read ({reason_of(error)}); delete this cycle's folder and run the sweep to have it "
+        "computed again"
+    )
 
 
 class _Scrubbed:

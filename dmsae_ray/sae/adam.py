@@ -1,7 +1,8 @@
 """The update of one training step: parallel component out, clip, Adam, decoder rows to unit length.
 
-As dictionary-learning 0.1.0 does it (`set_decoder_norm_to_unit_norm`, `remove_gradient_parallel_to_decoder_directions`, clip by
-the norm of the whole gradient, Adam), in two passes over the weights: one that takes the norm, one that does the rest.
+As dictionary-learning 0.1.0 does it (`set_decoder_norm_to_unit_norm`, `remove_gradient_parallel_to_decoder_directions`,
+clip by the norm of the whole gradient, Adam), in two passes over the weights: one that takes the norm, one that does
+the rest.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Adam:
 
     @torch.no_grad()
     def update(self, gradient: Tensor, lr: float) -> float:
-        """Apply a gradient laid out like `sae.flat`; returns the norm of the whole one, before clipping. If that is not finite,
-        nothing is changed."""
+        """Apply a gradient laid out like `sae.flat`; returns the norm of the whole one, before clipping. If that is not
+        finite, nothing is changed."""
         squares, parallel_F = self.squares(gradient)
         norm = math.sqrt(squares.item())
         if math.isfinite(norm):
@@ -47,7 +48,9 @@ class Adam:
         return norm
 
     def squares(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of squares (0-dim, float64) of the gradient without what is parallel to decoder rows, and that as factors of them [F]."""
+        """Sum of squares (0-dim, float64) of the gradient without what is parallel to decoder rows, and that as factors
+        of them [F].
+        """
         W_enc, b_enc, W_dec, b_dec = self.sae.views(gradient)
         squares, parallel_F = self.ops.gradient_squares(W_dec, self.sae.W_dec.detach())
         squares = squares + self.ops.gradient_squares(W_enc, None)[0] + b_enc.double().square().sum()
@@ -58,15 +61,29 @@ class Adam:
         sae, ops, settings = self.sae, self.ops, self.settings
         self.steps += 1
         step = AdamStep(
-            settings.beta1, settings.beta2, settings.eps, lr / (1 - settings.beta1**self.steps),
+            settings.beta1,
+            settings.beta2,
+            settings.eps,
+            lr / (1 - settings.beta1**self.steps),
             1 / math.sqrt(1 - settings.beta2**self.steps),
-        )  # fmt: skip
+        )
         rounded = self.screen.trained_latents()
         for name, W, g, m, v in zip(
             TRAINED, sae.views(sae.flat), sae.views(gradient), sae.views(self.mean), sae.views(self.square), strict=True
-        ):  # fmt: skip
+        ):
             decoder = name == "W_dec"
-            ops.adam(W, g, m, v, parallel_F if decoder else None, clip, step, decoder, rounded if name == "W_enc" else None, **where)
+            ops.adam(
+                W,
+                g,
+                m,
+                v,
+                parallel_F if decoder else None,
+                clip,
+                step,
+                decoder,
+                rounded if name == "W_enc" else None,
+                **where,
+            )
         torch.autograd.graph.increment_version(sae.flat)  # kernels write behind torch's back
         self.screen.updated()
 

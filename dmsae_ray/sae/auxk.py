@@ -2,13 +2,13 @@
 
 Shapes: B tokens of this rank, D = d, K dead latents of this rank, G prefix groups, R rows of a chunk.
 
-Per token the largest relu(p) among the dead latents rebuild the residual, which counts as a constant; the loss is the mean
-squared error over tokens divided by the residual's variance over the global batch (0 if that is 0), as in dictionary-learning
-0.1.0. Up to d / 2 of the dead latents take part per token, which is most of them unless they are many, so the products over
-them are dense.
+Per token the largest relu(p) among the dead latents rebuild the residual, which counts as a constant; the loss is the
+mean squared error over tokens divided by the residual's variance over the global batch (0 if that is 0), as in
+dictionary-learning 0.1.0. Up to d / 2 of the dead latents take part per token, which is most of them unless they are
+many, so the products over them are dense.
 
-Other ranks may hold the other rows (`rows`) or the other latents (`latents`); in the latter case ranks exchange what decides
-which latents are a token's largest, and what their latents rebuild.
+Other ranks may hold the other rows (`rows`) or the other latents (`latents`); in the latter case ranks exchange what
+decides which latents are a token's largest, and what their latents rebuild.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Dead:
 def find_dead(dead_F: Tensor, group_ends: list[int], ranks: Collective, at_most: int | None = None) -> Dead:
     """dead_F: which of this rank's latents are dead.
 
-    at_most: a bound on their number; with it (one rank only) nothing waits for the device, and places that are not needed name the
-    last latent, which is a free one.
+    at_most: a bound on their number; with it (one rank only) nothing waits for the device, and places that are not
+    needed name the last latent, which is a free one.
     """
     if at_most is not None:
         latent_K = torch.nonzero_static(dead_F, size=at_most, fill_value=-1).squeeze(1)
@@ -63,12 +63,26 @@ def find_dead(dead_F: Tensor, group_ends: list[int], ranks: Collective, at_most:
 
 
 def add_aux(
-    centred_BD: Tensor, residual_BD: Tensor, dead: Dead, encoder_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, n_frozen: int,
-    most: int, alpha: float, ops: TorchPairs, rows: Collective, grad_W_enc: Tensor, grad_b_enc: Tensor, grad_W_dec: Tensor,
-) -> Tensor:  # fmt: skip
-    """This rank's rows' AuxK loss (before alpha), 0-dim; alpha times its gradients are added to those of the dead latents.
+    centred_BD: Tensor,
+    residual_BD: Tensor,
+    dead: Dead,
+    encoder_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FD: Tensor,
+    n_frozen: int,
+    most: int,
+    alpha: float,
+    ops: TorchPairs,
+    rows: Collective,
+    grad_W_enc: Tensor,
+    grad_b_enc: Tensor,
+    grad_W_dec: Tensor,
+) -> Tensor:
+    """This rank's rows' AuxK loss (before alpha), 0-dim; alpha times its gradients are added to those of the dead
+    latents.
 
-    residual_BD: x_hat - x with all latents of all ranks. n_frozen: latents before the first row of grad_W_enc. most: dead
+    residual_BD: x_hat - x with all latents of all ranks. n_frozen: latents before the first row of grad_W_enc. most:
+    dead
     latents used per token. rows: the ranks that hold the other rows.
     """
     n_rows, latents, dead_K = len(residual_BD), dead.ranks, dead.latent_K
@@ -80,7 +94,11 @@ def add_aux(
     inverse = torch.where(variance > 0, 1 / variance, 0)
 
     W_enc_KD, b_enc_K, W_dec_KD = encoder_FD[dead_K], b_enc_F[dead_K], W_dec_FD[dead_K]
-    sum_W_enc_KD, sum_b_enc_K, sum_W_dec_KD = torch.zeros_like(W_enc_KD), torch.zeros_like(b_enc_K), torch.zeros_like(W_dec_KD)
+    sum_W_enc_KD, sum_b_enc_K, sum_W_dec_KD = (
+        torch.zeros_like(W_enc_KD),
+        torch.zeros_like(b_enc_K),
+        torch.zeros_like(W_dec_KD),
+    )
     if dead.exists_K is not None:
         b_enc_K = torch.where(dead.exists_K, b_enc_K, -torch.inf)  # is then no token's largest, and gets no gradient
         inverse = torch.where(dead.exists_K.any(), inverse, 0)
@@ -100,7 +118,8 @@ def add_aux(
         grad_RK = (error_RD @ W_dec_KD.t()).masked_fill_(z_RK <= 0, 0)
         sum_W_enc_KD.addmm_(grad_RK.t(), centred_RD)
         sum_b_enc_K += grad_RK.sum(dim=0)
-    # Dead latents have no kept pair in this batch, but a rank may hold none of the others' rows either: add, do not set.
+    # Dead latents have no kept pair in this batch, but a rank may hold none of the others' rows either: add, do not
+    # set.
     grad_W_enc.index_add_(0, dead_K - n_frozen, sum_W_enc_KD)
     grad_b_enc.index_add_(0, dead_K, sum_b_enc_K)
     grad_W_dec.index_add_(0, dead_K, sum_W_dec_KD)
@@ -110,7 +129,8 @@ def add_aux(
 def keep_top_of_ranks(z_RK: Tensor, most: int, dead: Dead) -> None:
     """In place, what `keep_top` does to the columns of all ranks side by side, in the latents' order.
 
-    Ranks exchange their largest values of every row, as many as could be kept, and how many of each group equal the smallest kept.
+    Ranks exchange their largest values of every row, as many as could be kept, and how many of each group equal the
+    smallest kept.
     """
     z_RK.nan_to_num_(nan=0.0, posinf=torch.inf).clamp_min_(0)
     if most >= dead.count:
@@ -124,9 +144,12 @@ def keep_top_of_ranks(z_RK: Tensor, most: int, dead: Dead) -> None:
     # Whatever exceeds the smallest kept value is among those exchanged; what equals it may not be.
     left_R1 = most - (largest > least_R1).sum(dim=1, keepdim=True)
     tied_RK = z_RK == least_R1
-    tied_RG = torch.zeros(n_rows, dead.n_groups, dtype=torch.int64, device=z_RK.device).index_add_(1, dead.group_K, tied_RK.long())
+    tied_RG = torch.zeros(n_rows, dead.n_groups, dtype=torch.int64, device=z_RK.device).index_add_(
+        1, dead.group_K, tied_RK.long()
+    )
     tied_RGW = torch.stack(dead.ranks.all_gather(tied_RG), dim=2)
-    # Tied columns of all ranks before the first one of this rank's in each group, less this rank's own in the groups before.
+    # Tied columns of all ranks before the first one of this rank's in each group, less this rank's own in the groups
+    # before.
     before_RG = (tied_RGW.flatten(1).cumsum(1).view(tied_RGW.shape) - tied_RGW)[:, :, dead.ranks.rank]
     before_RG -= tied_RG.cumsum(1) - tied_RG
     place_RK = before_RG[:, dead.group_K] + tied_RK.cumsum(1)

@@ -1,19 +1,21 @@
 """BatchTopK: which (token, latent) pairs of a global batch are kept.
 
-Shapes: B tokens of this rank, F latents of this rank (the first C are the core), N pairs. Ranks hold either different tokens and
-all latents, or all tokens and different latents.
+Shapes: B tokens of this rank, F latents of this rank (the first C are the core), N pairs. Ranks hold either different
+tokens and all latents, or all tokens and different latents.
 
-Over the global batch the gate keeps the first k * tokens positive pairs in the order (value descending, token ascending,
-latent ascending), or all positive ones if there are fewer. A pair's value is its sampled dot product (`pairs.py`). The result
-is exact, ties included, and depends neither on the screen nor on how tokens or latents are spread over ranks.
+Over the global batch the gate keeps the first k * tokens positive pairs in the order (value descending, token
+ascending, latent ascending), or all positive ones if there are fewer. A pair's value is its sampled dot product
+(`pairs.py`). The result is exact, ties included, and depends neither on the screen nor on how tokens or latents are
+spread over ranks.
 
-`core_gate: relu` keeps every positive core pair. The free latents then share k * tokens pairs (`core_budget: exempt`) or
-max(tokens, k * tokens - active core pairs) (`counted`).
+`core_gate: relu` keeps every positive core pair. The free latents then share k * tokens pairs (`core_budget: exempt`)
+or max(tokens, k * tokens - active core pairs) (`counted`).
 
-How it is known to be exact. A screen gives every pair an approximation and a margin. If at least k * tokens free pairs have
-approximation - margin >= L, then so many have values >= L, so the smallest kept value T is at least L, and every pair that
-could be kept has approximation + margin >= L. The largest such L, the (k * tokens)-th largest of approximation - margin, is
-used; if no guess led to enough pairs, L is 0 and all pairs that can be positive are candidates.
+How it is known to be exact. A screen gives every pair an approximation and a margin. If at least k * tokens free pairs
+have approximation - margin >= L, then so many have values >= L, so the smallest kept value T is at least L, and every
+pair that could be kept has approximation + margin >= L. The largest such L, the (k * tokens)-th largest of
+approximation - margin, is used; if no guess led to enough pairs, L is 0 and all pairs that can be positive are
+candidates.
 """
 
 from __future__ import annotations
@@ -32,22 +34,31 @@ SAMPLE_GUESS = 0.85
 """The same for a guess from a few rows of the batch itself, whose values have not had their margins taken off."""
 
 LOWER, RETRIES = 0.85, 8
-"""A guess that was too high is lowered by this factor, so many times; then every pair that can be positive is a candidate."""
+"""A guess that was too high is lowered by this factor, so many times; then every pair that can be positive is a
+candidate.
+"""
 
 
 def gate(
-    centred_BD: Tensor, rows: Rounded, screen: Screen, settings: SAESettings, comm: Collective = Alone(),
-    token_index_B: Tensor | None = None, guess: float | Tensor | None = None, latent_ids_F: Tensor | None = None,
-) -> Kept:  # fmt: skip
+    centred_BD: Tensor,
+    rows: Rounded,
+    screen: Screen,
+    settings: SAESettings,
+    comm: Collective = Alone(),
+    token_index_B: Tensor | None = None,
+    guess: float | Tensor | None = None,
+    latent_ids_F: Tensor | None = None,
+) -> Kept:
     """The kept pairs of this rank's rows.
 
-    centred_BD: x - b_dec, rows: its rounding by `screen.ops.centre`; every rank holds the same number of rows. token_index_B:
-    each row's place in the global batch (int64), by default ranks one after the other. guess: what the bound L is expected to
-    exceed, equal on all ranks; None: it is guessed from the batch. latent_ids_F: this rank's latents, ascending, where every rank
-    holds the whole batch and the latents are spread; None: every rank holds all latents. Raises `ScreenError`.
+    centred_BD: x - b_dec, rows: its rounding by `screen.ops.centre`; every rank holds the same number of rows.
+    token_index_B: each row's place in the global batch (int64), by default ranks one after the other. guess: what the
+    bound L is expected to exceed, equal on all ranks; None: it is guessed from the batch. latent_ids_F: this rank's
+    latents, ascending, where every rank holds the whole batch and the latents are spread; None: every rank holds all
+    latents. Raises `ScreenError`.
 
-    guess as a 0-dim tensor, for one worker with fused kernels: nothing waits for the device, and all numbers in `Kept` stay there,
-    as 0-dim tensors (gate_on_device.py).
+    guess as a 0-dim tensor, for one worker with fused kernels: nothing waits for the device, and all numbers in `Kept`
+    stay there, as 0-dim tensors (gate_on_device.py).
     """
     sae, ops = screen.sae, screen.ops
     if ops.fused and comm.world == 1:
@@ -85,20 +96,41 @@ def gate(
         wrong = comm.all_reduce_sum(torch.tensor(wrong, device=b_enc_F.device)).item()
     check_margins(wrong)
     kept, smallest = select(
-        found.row_N, found.latent_N, value_N, len(centred_BD), n_exempt, settings, ops, comm, token_index_B, latent_ids_F
+        found.row_N,
+        found.latent_N,
+        value_N,
+        len(centred_BD),
+        n_exempt,
+        settings,
+        ops,
+        comm,
+        token_index_B,
+        latent_ids_F,
     )
     return Kept(kept, smallest, bound, len(value_N), retries)
 
 
 def select(
-    row_N: Tensor, latent_N: Tensor, value_N: Tensor, n_rows: int, n_exempt: int, settings: SAESettings, ops: TorchPairs,
-    comm: Collective, token_index_B: Tensor | None, latent_ids_F: Tensor | None = None,
-) -> tuple[Pairs, float]:  # fmt: skip
-    """The kept ones of these pairs (sorted by row, then latent), which hold every pair that can be kept, and the smallest kept value."""
+    row_N: Tensor,
+    latent_N: Tensor,
+    value_N: Tensor,
+    n_rows: int,
+    n_exempt: int,
+    settings: SAESettings,
+    ops: TorchPairs,
+    comm: Collective,
+    token_index_B: Tensor | None,
+    latent_ids_F: Tensor | None = None,
+) -> tuple[Pairs, float]:
+    """The kept ones of these pairs (sorted by row, then latent), which hold every pair that can be kept, and the
+    smallest kept value.
+    """
     core_N = latent_N < n_exempt if n_exempt else None
     free_N = value_N if core_N is None else value_N.masked_fill(core_N, -1.0)
     positive_N = value_N > 0
-    counts = torch.stack([(free_N > 0).sum(), (positive_N & core_N).sum() if n_exempt else positive_N.new_zeros((), dtype=torch.int64)])
+    counts = torch.stack(
+        [(free_N > 0).sum(), (positive_N & core_N).sum() if n_exempt else positive_N.new_zeros((), dtype=torch.int64)]
+    )
     n_free, n_core = comm.all_reduce_sum(counts).tolist()
     n_tokens = n_rows * comm.world if latent_ids_F is None else n_rows
     budget = settings.k * n_tokens
@@ -151,7 +183,9 @@ def _tied_beyond(
     Ranks exchange one count per token of the global batch.
     """
     device = row_N.device
-    token_B = torch.arange(n_rows, device=device) + comm.rank * n_rows if token_index_B is None else token_index_B.to(device)
+    token_B = (
+        torch.arange(n_rows, device=device) + comm.rank * n_rows if token_index_B is None else token_index_B.to(device)
+    )
     count_B = torch.bincount(row_N[tied_N], minlength=n_rows)
     counts = torch.zeros(n_rows * comm.world, dtype=torch.int64, device=device)
     counts[token_B] = count_B
@@ -165,7 +199,9 @@ def _tied_beyond(
     return tied_N & (place_N >= keep_B[row_N.long()])
 
 
-def _tied_beyond_latents(tied_N: Tensor, row_N: Tensor, id_N: Tensor, n_keep: int, n_rows: int, comm: Collective) -> Tensor:
+def _tied_beyond_latents(
+    tied_N: Tensor, row_N: Tensor, id_N: Tensor, n_keep: int, n_rows: int, comm: Collective
+) -> Tensor:
     """The same where ranks hold latents of all tokens. id_N: each pair's latent among those of all ranks.
 
     Ranks exchange one count per token, then the tied latents of the one token that the cut falls in.

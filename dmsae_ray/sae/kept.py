@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from dmsae_ray.sae.ops.pairs import Pairs
 
 GUESS = 0.97
-"""The proven bound L of the next batch is guessed to exceed this share of the smallest of the last ones. A wrong guess costs a
-second scan, never correctness."""
+"""The proven bound L of the next batch is guessed to exceed this share of the smallest of the last ones. A wrong guess
+costs a second scan, never correctness."""
 
 
 class ScreenError(ArithmeticError):
@@ -40,5 +40,6 @@ def check_margins(wrong: int) -> None:
     if wrong:
         raise ScreenError(
             f"{wrong} screened pre-activations were off by more than their proven margin: this machine's "
-            "matrix product is less exact than any order of sums allows. Set train.screen to fp32, and report this machine"
+            "matrix product is less exact than any order of sums allows. Set train.screen to fp32, and report this "
+            "machine"
         )

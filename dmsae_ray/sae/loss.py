@@ -1,23 +1,28 @@
 """The training loss of one batch and its gradients, over kept pairs only.
 
-Shapes: B tokens that this rank computes with, R of them at a time, D = d, F latents of this rank, G groups, N kept pairs, P trained
-numbers.
+Shapes: B tokens that this rank computes with, R of them at a time, D = d, F latents of this rank, G groups, N kept
+pairs, P trained numbers.
 
     L = (1/G^2) * sum_g mean_tokens ||x - x_hat_g||^2 + alpha * L_aux
 
-as `MatryoshkaBatchTopKTrainer.loss` of dictionary-learning 0.1.0 (means are over the global batch). The gradients are written
-out: one pass over the decoder gives all prefix errors as running sums over groups, the error of prefix g reaches group h only
-for h <= g (a sum from behind), and everything else is sums over pairs.
+as `MatryoshkaBatchTopKTrainer.loss` of dictionary-learning 0.1.0 (means are over the global batch). The gradients are
+written
+out: one pass over the decoder gives all prefix errors as running sums over groups, the error of prefix g reaches group
+h only for h <= g (a sum from behind), and everything else is sums over pairs.
 
-Several ranks start with equal shares of the batch's rows. The gate is one over the whole batch. Then `settings.parallel` says:
+Several ranks start with equal shares of the batch's rows. The gate is one over the whole batch. Then
+`settings.parallel` says:
 
 - `ddp`: every rank computes the gradient of its rows; their mean over ranks is the batch's.
-- `gather`: ranks give each other rows and kept pairs, and each computes the whole gradient, in the batch's own order: the same
-  bits on every rank, and on any number of ranks. Nothing as large as a gradient is sent; the work on pairs is done by each.
+- `gather`: ranks give each other rows and kept pairs, and each computes the whole gradient, in the batch's own order:
+the same
+  bits on every rank, and on any number of ranks. Nothing as large as a gradient is sent; the work on pairs is done by
+  each.
 - `latent`: ranks give each other their rows first; each gates its latents on all rows. What a rank's latents add to the
   reconstructions is summed over ranks, and the gradient of its own latents is then complete.
 
-Prefix errors of a whole batch are its largest intermediate (G times the batch): `settings.micro_batch` rows are done at a time.
+Prefix errors of a whole batch are its largest intermediate (G times the batch): `settings.micro_batch` rows are done at
+a time.
 """
 
 from __future__ import annotations
@@ -66,20 +71,23 @@ class Outcome:
     """scans of the screen beyond the first"""
     wrong: int = 0
     short: bool = False
-    """this and `wrong`: see `kept.Kept`. If the guess was a tensor all numbers are 0-dim tensors, and latent_N ends in padding"""
+    """this and `wrong`: see `kept.Kept`. If the guess was a tensor all numbers are 0-dim tensors, and latent_N ends in
+    padding
+    """
 
 
 class LossModule(nn.Module):
     """The forward pass as a module with one parameter: the SAE's trained numbers as one vector.
 
-    So DistributedDataParallel can wrap it and reduces all gradients in one buffer of fixed layout; `flat` shares the memory
-    of the SAE's parameters.
+    So DistributedDataParallel can wrap it and reduces all gradients in one buffer of fixed layout; `flat` shares the
+    memory of the SAE's parameters.
     """
 
     def __init__(
         self, sae: MatryoshkaSAE, settings: SAESettings, comm: Collective = Alone(), latent_ids_F: Tensor | None = None
     ) -> None:
-        """latent_ids_F: with parallel `latent`, and only then, the latents that this rank's SAE has of the whole one, ascending.
+        """latent_ids_F: with parallel `latent`, and only then, the latents that this rank's SAE has of the whole one,
+        ascending.
 
         Raises native.NotBuilt if compiled kernels are asked for and cannot be had.
         """
@@ -114,12 +122,18 @@ class LossModule(nn.Module):
 
     @torch.no_grad()
     def compute(
-        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, guess: float | Tensor | None = None,
-        gradient: Tensor | None = None, dead_at_most: int | None = None,
-    ) -> tuple[Tensor, Tensor, Outcome]:  # fmt: skip
+        self,
+        x_BD: Tensor,
+        silent_F: Tensor,
+        token_index_B: Tensor | None = None,
+        guess: float | Tensor | None = None,
+        gradient: Tensor | None = None,
+        dead_at_most: int | None = None,
+    ) -> tuple[Tensor, Tensor, Outcome]:
         """The loss of the rows that this rank computes with, its gradient [P], and the outcome.
 
-        x_BD: this rank's rows. silent_F: tokens since each latent last fired, before this batch. token_index_B, guess: see `gate`.
+        x_BD: this rank's rows. silent_F: tokens since each latent last fired, before this batch. token_index_B, guess:
+        see `gate`.
         gradient: where to put it, by default a buffer that the next call overwrites. dead_at_most: see `find_dead`.
         """
         sae, settings, comm, ops = self.sae, self.settings, self.comm, self.ops
@@ -140,7 +154,9 @@ class LossModule(nn.Module):
                 self._gradient = torch.empty_like(sae.flat)
             gradient = self._gradient
         grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = sae.views(gradient)
-        loss_rec, residual_BD, fired_F = self._reconstruction(x_BD, centred_BD, pairs, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec)
+        loss_rec, residual_BD, fired_F = self._reconstruction(
+            x_BD, centred_BD, pairs, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec
+        )
 
         fired_F = self.rows.all_reduce_max(fired_F.to(torch.int8))
         silent_F = (silent_F + settings.batch).masked_fill_(fired_F.bool(), 0)
@@ -150,22 +166,52 @@ class LossModule(nn.Module):
         dead = find_dead(dead_F, sae.group_ends, self.latents, dead_at_most)
         if dead.count and settings.auxk_alpha:
             loss_aux = add_aux(
-                centred_BD, residual_BD, dead, sae.encoder_rows(), b_enc_F, sae.W_dec.detach(), sae.n_frozen, settings.aux_latents,
-                settings.auxk_alpha, ops, self.rows, grad_W_enc, grad_b_enc, grad_W_dec,
-            )  # fmt: skip
+                centred_BD,
+                residual_BD,
+                dead,
+                sae.encoder_rows(),
+                b_enc_F,
+                sae.W_dec.detach(),
+                sae.n_frozen,
+                settings.aux_latents,
+                settings.auxk_alpha,
+                ops,
+                self.rows,
+                grad_W_enc,
+                grad_b_enc,
+                grad_W_dec,
+            )
         # b_dec is in every prefix's reconstruction; the encoder subtracts it.
         grad_b_dec -= self.latents.all_reduce_sum(ops.weighted_rows(grad_b_enc, sae.encoder_rows()))
         outcome = Outcome(
-            loss_rec, loss_aux, x_BD, residual_BD, pairs.latent_N, silent_F, dead_F, kept.smallest, kept.bound, candidates, kept.retries,
-            kept.wrong, kept.short,
-        )  # fmt: skip
+            loss_rec,
+            loss_aux,
+            x_BD,
+            residual_BD,
+            pairs.latent_N,
+            silent_F,
+            dead_F,
+            kept.smallest,
+            kept.bound,
+            candidates,
+            kept.retries,
+            kept.wrong,
+            kept.short,
+        )
         return (loss_rec + settings.auxk_alpha * loss_aux).to(x_BD.dtype), gradient, outcome
 
     def _reconstruction(
-        self, x_BD: Tensor, centred_BD: Tensor, pairs: Pairs, grad_W_enc: Tensor, grad_b_enc: Tensor, grad_W_dec: Tensor, grad_b_dec: Tensor
+        self,
+        x_BD: Tensor,
+        centred_BD: Tensor,
+        pairs: Pairs,
+        grad_W_enc: Tensor,
+        grad_b_enc: Tensor,
+        grad_W_dec: Tensor,
+        grad_b_dec: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The reconstruction loss, the residual [B, D] and which latents fired [F]; fills the gradients, but for what reaches b_dec
-        through the encoder."""
+        """The reconstruction loss, the residual [B, D] and which latents fired [F]; fills the gradients, but for what
+        reaches b_dec through the encoder."""
         sae, ops = self.sae, self.ops
         n_rows, n_groups = len(x_BD), len(sae.group_ends)
         scale = 2 / (n_groups**2 * n_rows)
@@ -183,9 +229,20 @@ class LossModule(nn.Module):
             S_RGD, gradient_N, loss_R = self._decode(x_RD, some, piece)
             start_F1, order_N = ops.by_latent(some.latent_N, sae.width)
             ops.weight_gradients(
-                S_RGD, centred_RD, some, gradient_N, start_F1, order_N, sae.group_ends, sae.n_frozen, scale,
-                grad_W_enc, grad_b_enc, grad_W_dec, add=index > 0,
-            )  # fmt: skip
+                S_RGD,
+                centred_RD,
+                some,
+                gradient_N,
+                start_F1,
+                order_N,
+                sae.group_ends,
+                sae.n_frozen,
+                scale,
+                grad_W_enc,
+                grad_b_enc,
+                grad_W_dec,
+                add=index > 0,
+            )
             # The first prefix sees every later one's error.
             if index == 0:
                 torch.sum(S_RGD[:, 0], dim=0, out=grad_b_dec).mul_(scale)
@@ -200,7 +257,9 @@ class LossModule(nn.Module):
         return loss_rec / (n_groups**2 * n_rows), residual_BD, fired_F
 
     def _decode(self, x_RD: Tensor, pairs: Pairs, most_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """S [R, G, D] from all ranks' latents, gradients of the pairs' activations [N], squared errors [R]; see `TorchPairs.decode`."""
+        """S [R, G, D] from all ranks' latents, gradients of the pairs' activations [N], squared errors [R]; see
+        `TorchPairs.decode`.
+        """
         sae, ops = self.sae, self.ops
         W_dec_FD, b_dec_D = sae.W_dec.detach(), sae.b_dec.detach()
         if self.latents.world > 1:
@@ -218,7 +277,10 @@ class LossModule(nn.Module):
 def _rows_of(pairs: Pairs, start: int, stop: int, first: int, last: int) -> Pairs:
     """The pairs, from `first` to before `last`, of rows `start` to before `stop`, counted from there."""
     return Pairs(
-        pairs.start_B1[start : stop + 1] - first, pairs.row_N[first:last] - start, pairs.latent_N[first:last], pairs.value_N[first:last]
+        pairs.start_B1[start : stop + 1] - first,
+        pairs.row_N[first:last] - start,
+        pairs.latent_N[first:last],
+        pairs.value_N[first:last],
     )
 
 

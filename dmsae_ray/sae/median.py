@@ -9,8 +9,8 @@ from torch import Tensor
 def geometric_median(points_ND: Tensor, max_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
     """Point [D] with the least summed distance to the rows, by Weiszfeld's iteration from their mean.
 
-    Ends after `max_iterations`, or when a move is shorter than `tolerance` (the figures of dictionary-learning 0.1.0). A row
-    that coincides with the guess would have an infinite weight; its distance is bounded from below instead.
+    Ends after `max_iterations`, or when a move is shorter than `tolerance` (the figures of dictionary-learning 0.1.0).
+    A row that coincides with the guess would have an infinite weight; its distance is bounded from below instead.
     """
     guess_D = points_ND.mean(dim=0)
     smallest = torch.finfo(points_ND.dtype).tiny ** 0.5

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 EXPLODED = 1e3
-"""A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is more)."""
+"""A loss of so many times the first step's has diverged (or times 1/G, the loss of reconstructing nothing, if that is
+more).
+"""
 RECENT = 8
 """Batches whose proven bounds the next guess is made from."""
 
 
 class Diverged(RuntimeError):
-    """Training cannot go on: a batch, the loss or the gradient is not finite, or the loss exploded. No weight was changed."""
+    """Training cannot go on: a batch, the loss or the gradient is not finite, or the loss exploded. No weight was
+    changed.
+    """
 
     behind = 0
     """batches given to the trainer since the one meant"""

@@ -31,15 +31,20 @@ _TENSORS = (*TRAINED, "W_enc_core", "theta")
 class MatryoshkaSAE(nn.Module):
     """p = (x - b_dec) @ W_enc^T + b_enc;  z = p where p > theta, 0 elsewhere;  x_hat = z @ W_dec + b_dec.
 
-    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` the core's encoder rows are a
-    buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc begins with the core's.
-    Everything but the buffer is trained.
+    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` the core's encoder rows
+    are a buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc begins with the
+    core's. Everything but the buffer is trained.
     """
 
     def __init__(
-        self, d: int, group_ends: list[int], core_size: int, core_gate: str, dtype: torch.dtype = torch.float32,
+        self,
+        d: int,
+        group_ends: list[int],
+        core_size: int,
+        core_gate: str,
+        dtype: torch.dtype = torch.float32,
         core_transfer: str = "frozen",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Zero parameters; see `init` for those that training starts from.
 
         group_ends: cumulative ends of the prefixes in latents, [core + group 0, ..., width].
@@ -60,7 +65,9 @@ class MatryoshkaSAE(nn.Module):
         self._pack()
 
     def _pack(self) -> None:
-        """Move all weights into one piece of memory: the frozen encoder rows, then all that is trained, in a fixed order."""
+        """Move all weights into one piece of memory: the frozen encoder rows, then all that is trained, in a fixed
+        order.
+        """
         with torch.no_grad():
             whole = torch.cat([tensor.detach().flatten() for tensor in (self.W_enc_core, *self._trained())])
             at = self.W_enc_core.numel()
@@ -82,7 +89,7 @@ class MatryoshkaSAE(nn.Module):
     def __deepcopy__(self, memo) -> MatryoshkaSAE:
         copy = MatryoshkaSAE(
             self.d, self.group_ends, self.core_size, self.core_gate, self.W_dec.dtype, self.core_transfer
-        ).to(self.W_dec.device)  # fmt: skip
+        ).to(self.W_dec.device)
         copy.load_state_dict(self.state_dict())
         memo[id(self)] = copy
         return copy
@@ -117,10 +124,12 @@ class MatryoshkaSAE(nn.Module):
     def init(
         settings: SAESettings, core_W_enc_CD: Tensor | None, seed: int, dtype: torch.dtype = torch.float32
     ) -> MatryoshkaSAE:
-        """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows copied.
+        """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows
+        copied.
 
-        Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer. b_dec becomes
-        the geometric median of the first batch in the first training step. Raises ValueError if the core does not fit.
+        Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer.
+        b_dec becomes the geometric median of the first batch in the first training step. Raises ValueError if the core
+        does not fit.
         """
         core_size = 0 if core_W_enc_CD is None else len(core_W_enc_CD)
         if core_size >= settings.width:
@@ -180,7 +189,10 @@ class MatryoshkaSAE(nn.Module):
         """
         taken = [name for name, value in metadata.items() if name in _TENSORS and isinstance(value, Tensor)]
         assert not taken, f"metadata tensors {taken} bear the names of parameters"
-        tensors = {**self.state_dict(), **{name: value for name, value in metadata.items() if isinstance(value, Tensor)}}
+        tensors = {
+            **self.state_dict(),
+            **{name: value for name, value in metadata.items() if isinstance(value, Tensor)},
+        }
         header = {
             "format": "dmsae_ray.sae",
             "format_version": str(FORMAT_VERSION),
@@ -214,9 +226,13 @@ class MatryoshkaSAE(nn.Module):
         if missing:
             raise ValueError(f"{path}: lacks the tensors {', '.join(missing)}")
         sae = MatryoshkaSAE(
-            tensors["W_dec"].shape[1], json.loads(header["group_ends"]), int(header["core_size"]), header["core_gate"],
-            tensors["W_dec"].dtype, header["core_transfer"],
-        )  # fmt: skip
+            tensors["W_dec"].shape[1],
+            json.loads(header["group_ends"]),
+            int(header["core_size"]),
+            header["core_gate"],
+            tensors["W_dec"].dtype,
+            header["core_transfer"],
+        )
         for name, expected in sae.state_dict().items():
             if tensors[name].shape != expected.shape:
                 raise ValueError(

@@ -1,9 +1,10 @@
 """The one dense product of a training step, and how far it can be off.
 
-A screen approximates all pre-activations of a batch, in bf16 or in the weights' own precision, and hands on the few pairs
-that may be kept. `gate` recomputes those by the sampled dot product that defines a pair's value, so a screen decides time and
-never the result: whatever it hands on, the pairs that matter are among them, because every approximation comes with a margin
-that its error cannot exceed.
+A screen approximates all pre-activations of a batch, in bf16 or in the weights' own precision, and hands on the few
+pairs that may be kept. `gate` recomputes those by the sampled dot product that defines a pair's value, so a screen
+decides time and
+never the result: whatever it hands on, the pairs that matter are among them, because every approximation comes with a
+margin that its error cannot exceed.
 
 The margin of pair (i, j). Let x be the centred row, w the encoder row, x', w' what the product is made of, u the unit
 roundoff of the weights' precision. Then
@@ -85,7 +86,9 @@ class Screen:
         safe_B = (rows.norm_N + rows.error_N) * largest < info.max / 2**10
         row_a_B = torch.where(safe_B, row_a_B * grow, torch.inf)
         row_c_B = torch.where(safe_B, row_c_B * grow, torch.inf)
-        relative = 2.0**-8 * (1 + 2.0**-8) * grow if self.low and not self.ops.fused else 0.0  # a fused product is not stored
+        relative = (
+            2.0**-8 * (1 + 2.0**-8) * grow if self.low and not self.ops.fused else 0.0
+        )  # a fused product is not stored
         return Margin(row_a_B, row_c_B, relative, 8 * roundoff, 4 * d * info.tiny)
 
     def factors(self, centred_BD: Tensor, rows: Rounded) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,9 @@ class Screen:
         return found[0] if len(found) == 1 else Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def guess(self, centred_BD: Tensor, rows: Rounded, b_enc_F: Tensor, k: int) -> float:
-        """About the k * B-th largest value of the batch, from a few of its rows; 0 if there are not so many positive ones."""
+        """About the k * B-th largest value of the batch, from a few of its rows; 0 if there are not so many positive
+        ones.
+        """
         step = max(1, len(centred_BD) // SAMPLE)
         left, right = self.factors(centred_BD, rows)
         left = left[::step]

@@ -60,13 +60,16 @@ class SAESettings:
     threshold_start_step: int = 1000
     """that mean takes in the steps after this one"""
     screen: str = "auto"
-    """precision of the product that finds candidates: `bf16`, `fp32`, or `auto`, the faster one here. Never changes a result"""
+    """precision of the product that finds candidates: `bf16`, `fp32`, or `auto`, the faster one here. Never changes a
+    result
+    """
     kernels: str = "auto"
-    """`compiled`: C kernels on a CPU, Triton's on a CUDA device; `torch`: plain torch; `auto`: compiled where possible. Differ in the
-    order of sums"""
+    """`compiled`: C kernels on a CPU, Triton's on a CUDA device; `torch`: plain torch; `auto`: compiled where possible.
+    Differ in the order of sums"""
     parallel: str = "ddp"
-    """what several ranks share: `ddp`, each computes its rows' gradient, which are summed; `gather`, each computes the whole
-    gradient from all rows and kept pairs; `latent`, each has a part of the latents and all rows. Differ in the order of sums"""
+    """what several ranks share: `ddp`, each computes its rows' gradient, which are summed; `gather`, each computes the
+    whole gradient from all rows and kept pairs; `latent`, each has a part of the latents and all rows. Differ in the
+    order of sums"""
     micro_batch: int | None = None
     """most rows whose prefix errors a rank holds at a time; None: all it computes with. Changes the order of sums"""
 

@@ -1,9 +1,10 @@
 """Steps of one worker on a CUDA device, launched one ahead of those that the host has seen the numbers of.
 
-From the batch to the new weights nothing waits for the device: lists are as long as they can get (gate_on_device.py, `find_dead`), what
-one step hands to the next stays on the device (`Carried`), and the update's kernels read there whether they may change anything. A
-step that must not count (the loss or the gradient is not finite, the loss exploded, a margin was wrong, candidates or dead latents had
-too few places) so leaves weights and Adam's state as they were, as do those launched after it. The host learns of it one step later,
+From the batch to the new weights nothing waits for the device: lists are as long as they can get (gate_on_device.py,
+`find_dead`), what one step hands to the next stays on the device (`Carried`), and the update's kernels read there
+whether they may change anything. A step that must not count (the loss or the gradient is not finite, the loss exploded,
+a margin was wrong, candidates or dead latents had too few places) so leaves weights and Adam's state as they were, as
+do those launched after it. The host learns of it one step later,
 while the device is at work on the next: it then raises, or launches again what had too few places.
 """
 
@@ -57,7 +58,8 @@ class Numbers(NamedTuple):
     n_kept: int
     n_dead: int
     near_dead: int
-    """free latents that are dead if they stay silent until the last step that is launched before these numbers are seen"""
+    """free latents that are dead if they stay silent until the last step that is launched before these numbers are seen
+    """
     counts: bool
     """whether the step changed anything"""
 
@@ -104,8 +106,8 @@ class Steps:
         self._places = deque([] if dead_places is None else [dead_places])
 
     def dead_places(self) -> int:
-        """Places for dead latents in the next step, once all were seen. A part of the training's state: products over dead latents may
-        sum in another order in another shape."""
+        """Places for dead latents in the next step, once all were seen. A part of the training's state: products over
+        dead latents may sum in another order in another shape."""
         assert not self._flights
         self._begin()
         return self._places[0]
@@ -127,9 +129,11 @@ class Steps:
         silent_F = trainer.silent_F
         new = {"device": silent_F.device}
         self._carried = Carried(
-            silent_F, torch.full((RECENT,), math.inf, **new), torch.tensor(trainer.limit(), dtype=torch.float64, **new),
+            silent_F,
+            torch.full((RECENT,), math.inf, **new),
+            torch.tensor(trainer.limit(), dtype=torch.float64, **new),
             torch.ones((), dtype=torch.bool, **new),
-        )  # fmt: skip
+        )
         for batches in range(len(self._places) + 1, self.LATE + 2):
             self._places.append(_rounded_up(int(near_dead(trainer, silent_F, batches))))
 
@@ -168,9 +172,15 @@ class Steps:
         self._flights.popleft()
         self._places.append(_rounded_up(seen.near_dead))
         outcome = replace(
-            flight.outcome, latent_N=flight.outcome.latent_N[: seen.n_kept], smallest=seen.smallest, bound=seen.bound,
-            candidates=seen.candidates, retries=seen.retries, wrong=0, short=False,
-        )  # fmt: skip
+            flight.outcome,
+            latent_N=flight.outcome.latent_N[: seen.n_kept],
+            smallest=seen.smallest,
+            bound=seen.bound,
+            candidates=seen.candidates,
+            retries=seen.retries,
+            wrong=0,
+            short=False,
+        )
         return outcome, seen.loss_rec, seen.loss_aux, seen.norm
 
     def _raise(self, seen: Numbers, flight: Flight, behind: int) -> NoReturn:
@@ -198,7 +208,9 @@ def launch_step(
 ) -> tuple[Outcome, Tensor, Carried]:
     """The outcome, `Numbers` [13] and what the next step gets. Asks the device for nothing."""
     settings, loss = trainer.settings, trainer.loss
-    _, gradient, outcome = loss.compute(x_BD, before.silent_F, token_index_B, GUESS * before.bounds_R.min(), None, dead_places)
+    _, gradient, outcome = loss.compute(
+        x_BD, before.silent_F, token_index_B, GUESS * before.bounds_R.min(), None, dead_places
+    )
     total = outcome.loss_rec + settings.auxk_alpha * outcome.loss_aux.double()
     squares, parallel_F = trainer.adam.squares(gradient)
     norm = squares.sqrt()
@@ -208,18 +220,33 @@ def launch_step(
     clip = (settings.clip / (norm + 1e-6)).clamp(max=1.0)
     trainer.adam.apply(gradient, parallel_F, clip, settings.learning_rate(step), go=go.int())
     numbers = Numbers(
-        outcome.loss_rec, outcome.loss_aux, norm, outcome.smallest, outcome.bound, outcome.candidates, outcome.retries, outcome.wrong,
-        outcome.short, (outcome.latent_N < trainer.sae.width).sum(), n_dead, near_dead(trainer, outcome.silent_F, Steps.LATE + 1), go,
-    )  # fmt: skip
+        outcome.loss_rec,
+        outcome.loss_aux,
+        norm,
+        outcome.smallest,
+        outcome.bound,
+        outcome.candidates,
+        outcome.retries,
+        outcome.wrong,
+        outcome.short,
+        (outcome.latent_N < trainer.sae.width).sum(),
+        n_dead,
+        near_dead(trainer, outcome.silent_F, Steps.LATE + 1),
+        go,
+    )
     after = Carried(
-        outcome.silent_F, torch.cat([before.bounds_R[1:], outcome.bound.view(1)]),
-        before.limit if step else (EXPLODED * total).clamp(min=EXPLODED / len(trainer.sae.group_ends)), go,
-    )  # fmt: skip
+        outcome.silent_F,
+        torch.cat([before.bounds_R[1:], outcome.bound.view(1)]),
+        before.limit if step else (EXPLODED * total).clamp(min=EXPLODED / len(trainer.sae.group_ends)),
+        go,
+    )
     return outcome, torch.stack([number.double() for number in numbers]), after
 
 
 def near_dead(trainer: Trainer, silent_F: Tensor, batches: int) -> Tensor:
-    """Free latents that are dead after so many batches more if they stay silent, 0-dim. None are asked for where there is no AuxK."""
+    """Free latents that are dead after so many batches more if they stay silent, 0-dim. None are asked for where there
+    is no AuxK.
+    """
     settings = trainer.settings
     near_F = silent_F[trainer.sae.core_size :] + batches * settings.batch >= settings.dead_window_tokens
     return near_F.sum() * bool(settings.auxk_alpha)

@@ -1,7 +1,7 @@
 """The inference threshold: one scalar that gives an SAE the L0 it was trained with.
 
-Shapes: B tokens of a chunk, D = d, F = width. (Method: "theta is set on rows held back from training to the value at which
-mean total L0 is k".)
+Shapes: B tokens of a chunk, D = d, F = width. (Method: "theta is set on rows held back from training to the value at
+which mean total L0 is k".)
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ _DIGITS = 1 << _DIGIT_BITS
 def calibrate(sae: MatryoshkaSAE, chunks: Callable[[], Iterable[Tensor]], k: int, settings: SAESettings) -> float:
     """Exact theta: over all rows of all chunks, as many pairs p > theta as the gate would have kept.
 
-    chunks: called once per pass (two passes in float32), gives the same x_BD [B, D] each time. The target is k * rows pairs;
-    with an exempt core (`core_gate: relu`) core pairs are those above 0, and the free pairs' target is max(rows, k * rows -
-    core pairs) if the core is counted, k * rows if it is not. theta is the largest pre-activation that must not count, so it
-    is a number of the SAE's own precision and `p > theta` is exact; where the target cuts a tie, the whole tie is left out;
-    with fewer positive pairs than the target theta is 0. Memory is bounded: a radix select over the floats' ordered bits,
-    16 bits a pass. Does not set `sae.theta`. Raises ValueError if there are no rows.
+    chunks: called once per pass (two passes in float32), gives the same x_BD [B, D] each time. The target is k * rows
+    pairs;
+    with an exempt core (`core_gate: relu`) core pairs are those above 0, and the free pairs' target is max(rows, k *
+    rows - core pairs) if the core is counted, k * rows if it is not. theta is the largest pre-activation that must not
+    count, so it is a number of the SAE's own precision and `p > theta` is exact; where the target cuts a tie, the whole
+    tie is left out; with fewer positive pairs than the target theta is 0. Memory is bounded: a radix select over the
+    floats' ordered bits, 16 bits a pass. Does not set `sae.theta`. Raises ValueError if there are no rows.
     """
     n_exempt = sae.core_size if settings.core_gate == "relu" else 0
     bits_dtype = torch.int32 if sae.W_dec.dtype == torch.float32 else torch.int64

@@ -2,9 +2,9 @@
 
 Shapes: B tokens of this rank's batch, D = d, F width.
 
-Gradient; its component parallel to each decoder row removed; norm of the whole gradient clipped; Adam; decoder rows brought
-back to norm 1. In the first step b_dec is the geometric median of the global batch, and the learning rate is 0 if there is
-a warm-up.
+Gradient; its component parallel to each decoder row removed; norm of the whole gradient clipped; Adam; decoder rows
+brought back to norm 1. In the first step b_dec is the geometric median of the global batch, and the learning rate is 0
+if there is a warm-up.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ STATE_VERSION = 2
 class Trainer:
     """An SAE in training: its optimiser, counters and running threshold.
 
-    `sae` is what this rank trains: the one given, or with `settings.parallel` latent its part of it, a copy; `whole` is the whole
-    one on every rank. `step` raises `Diverged` on all ranks together. A batch changes the state only if its step succeeds, but for
-    b_dec in the first step.
+    `sae` is what this rank trains: the one given, or with `settings.parallel` latent its part of it, a copy; `whole` is
+    the whole one on every rank. `step` raises `Diverged` on all ranks together. A batch changes the state only if its
+    step succeeds, but for b_dec in the first step.
 
-    On a CUDA device (one rank, whole batches) steps are launched one ahead of those whose numbers were seen, so that it never waits:
-    `step` then raises for the batch before its own, and the counters here are one step late. `settle` takes in the last; `step` with
-    `log`, `whole` and `state_dict` do so first.
+    On a CUDA device (one rank, whole batches) steps are launched one ahead of those whose numbers were seen, so that it
+    never waits: `step` then raises for the batch before its own, and the counters here are one step late. `settle`
+    takes in the last; `step` with `log`, `whole` and `state_dict` do so first.
     """
 
     def __init__(
@@ -50,14 +50,16 @@ class Trainer:
         comm: Collective = Alone(),
         model: nn.Module | None = None,
     ) -> None:
-        """sae: alike on all ranks. model: with several ranks and parallel `ddp`, and only then, the `LossModule` of this SAE wrapped
-        in DistributedDataParallel (`forward_sync_buffers=False` saves a broadcast per step)."""
+        """sae: alike on all ranks. model: with several ranks and parallel `ddp`, and only then, the `LossModule` of
+        this SAE wrapped in DistributedDataParallel (`forward_sync_buffers=False` saves a broadcast per step)."""
         if (sae.width, sae.d) != (settings.width, settings.d):
             raise ValueError(f"the SAE is {sae.width} x {sae.d}, its settings say {settings.width} x {settings.d}")
         if settings.batch % comm.world:
             raise ValueError(f"batch {settings.batch} is not a multiple of the {comm.world} workers")
         averages = settings.parallel == "ddp" and comm.world > 1
-        assert averages == (model is not None), "several ranks in mode ddp, and no others, need a model that averages gradients"
+        assert averages == (model is not None), (
+            "several ranks in mode ddp, and no others, need a model that averages gradients"
+        )
         self._shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in sae.state_dict().items()}
         self._core_size = sae.core_size
         self._shard = Shard(sae, comm.world, comm.rank) if settings.parallel == "latent" and comm.world > 1 else None
@@ -68,7 +70,9 @@ class Trainer:
         self.comm = comm
         self.model = model
         if model is None:
-            self.loss = LossModule(sae, settings, comm, None if self._shard is None else self._shard.ids_N.to(sae.b_dec.device))
+            self.loss = LossModule(
+                sae, settings, comm, None if self._shard is None else self._shard.ids_N.to(sae.b_dec.device)
+            )
         else:
             self.loss: LossModule = model.module
         self.adam = Adam(sae, settings, self.loss.ops, self.loss.screen, self.loss.latents)
@@ -95,12 +99,14 @@ class Trainer:
         return self.threshold_sum / (1 - self.settings.threshold_beta**self.threshold_steps)
 
     def step(self, x_BD: Tensor, token_index_B: Tensor | None = None, log: bool = False) -> StepReport | None:
-        """Train on one batch. x_BD: this rank's rows, divided by the dataset's scale, an equal share of the global batch.
+        """Train on one batch. x_BD: this rank's rows, divided by the dataset's scale, an equal share of the global
+        batch.
 
-        token_index_B: place of each row in the global batch (int64; by default ranks follow one another); with it the result
-        does not depend on which rank holds which row. On a CUDA device neither may be overwritten before the next call has
-        returned. log: return the step's figures (on all ranks alike, since they are summed over ranks); this changes no state.
-        Raises `Diverged`, or ValueError if the batch does not fit the settings.
+        token_index_B: place of each row in the global batch (int64; by default ranks follow one another); with it the
+        result does not depend on which rank holds which row. On a CUDA device neither may be overwritten before the
+        next call has
+        returned. log: return the step's figures (on all ranks alike, since they are summed over ranks); this changes no
+        state. Raises `Diverged`, or ValueError if the batch does not fit the settings.
         """
         settings, sae = self.settings, self.sae
         expected = (settings.batch // self.comm.world, settings.d)
@@ -128,7 +134,9 @@ class Trainer:
             self._see(0)
 
     def _see(self, leave: int) -> tuple[Outcome, float, float, float] | None:
-        """Take in the launched steps but the last `leave`; what `_advance` would have returned, of the last one taken in."""
+        """Take in the launched steps but the last `leave`; what `_advance` would have returned, of the last one taken
+        in.
+        """
         seen = None
         while self._ahead.in_flight > leave:
             seen = self._ahead.see()
@@ -232,7 +240,12 @@ class Trainer:
         if self._shard is None:
             return self.sae
         sae = MatryoshkaSAE(
-            self.sae.d, self._shard.group_ends_of_all, self._core_size, self.sae.core_gate, self.sae.W_dec.dtype, self.sae.core_transfer
+            self.sae.d,
+            self._shard.group_ends_of_all,
+            self._core_size,
+            self.sae.core_gate,
+            self.sae.W_dec.dtype,
+            self.sae.core_transfer,
         )
         sae.load_state_dict(self._whole_weights())
         return sae.to(self.sae.b_dec.device)
@@ -241,11 +254,11 @@ class Trainer:
         return {name: self._shard.whole(self.comm, name, tensor) for name, tensor in self.sae.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a bit-identical continuation needs, of types that `torch.load(weights_only=True)` takes: the same for every mode
-        and number of ranks, and on every rank. All ranks call it together.
+        """All that a bit-identical continuation needs, of types that `torch.load(weights_only=True)` takes: the same
+        for every mode and number of ranks, and on every rank. All ranks call it together.
 
-        Like a module's, the tensors are the live ones (with parallel `latent` copies on the CPU): save or copy them before the
-        next step.
+        Like a module's, the tensors are the live ones (with parallel `latent` copies on the CPU): save or copy them
+        before the next step.
         """
         self.settle()
         sae, adam, silent_F = self.sae.state_dict(), self.adam.state_dict(), self.silent_F
@@ -265,8 +278,8 @@ class Trainer:
         } | ({} if self._ahead is None else {"dead_places": self._ahead.dead_places()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of a trainer with the same settings, of any mode and number of ranks. Raises ValueError if it
-        cannot be continued."""
+        """Continue from a `state_dict` of a trainer with the same settings, of any mode and number of ranks. Raises
+        ValueError if it cannot be continued."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"training state has version {state.get('version')}, this program continues version {STATE_VERSION}: "
@@ -276,8 +289,8 @@ class Trainer:
         for name, (dtype, shape) in self._shapes.items():
             if sae[name].shape != shape or sae[name].dtype != dtype:
                 raise ValueError(
-                    f"training state's {name} is {sae[name].dtype} {tuple(sae[name].shape)}, this SAE's is {dtype} {tuple(shape)}: "
-                    "it belongs to another configuration"
+                    f"training state's {name} is {sae[name].dtype} {tuple(sae[name].shape)}, this SAE's is {dtype} "
+                    f"{tuple(shape)}: it belongs to another configuration"
                 )
         if self._shard is not None:
             sae = {name: self._shard.part(name, tensor) for name, tensor in sae.items()}

@@ -29,7 +29,8 @@ class ChainRow:
     loss_recovered: float | None
     """against zero ablation"""
     loss_recovered_mean: float | None
-    """against mean ablation: the more sober one, since a stream set to its mean already costs less than one set to zero"""
+    """against mean ablation: the more sober one, since a stream set to its mean already costs less than one set to zero
+    """
     dead: float | None
     tokens_per_s: float | None
     status: str
@@ -90,20 +91,46 @@ def chain_columns(rows: list[ChainRow]) -> dict[str, list[Any]]:
 def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The pairs of comparison.json as columns of plain values, nulls included."""
     names = [
-        "a", "b", "group", "differs", "size_a", "size_b", "shared", "overlap", "pw_mcc", "mmcs_ab", "mmcs_ba", "activation",
-        "activation_pairs", "activation_left_out", "pw_mcc_dictionary",
-    ]  # fmt: skip
+        "a",
+        "b",
+        "group",
+        "differs",
+        "size_a",
+        "size_b",
+        "shared",
+        "overlap",
+        "pw_mcc",
+        "mmcs_ab",
+        "mmcs_ba",
+        "activation",
+        "activation_pairs",
+        "activation_left_out",
+        "pw_mcc_dictionary",
+    ]
     columns = {name: [pair.get(name) for pair in pairs] for name in names}
-    numbers = ["mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99", "density_gap"]
+    numbers = [
+        "mean",
+        "p99",
+        "overlap_mean",
+        "overlap_p99",
+        "mmcs_mean",
+        "activation_mean",
+        "activation_p99",
+        "density_gap",
+    ]
     for null in NULLS:
         for name in ("available", *numbers, "reason"):
             columns[f"{null} {name}"] = [null_of(pair, null).get(name) for pair in pairs]
-        columns[f"{null} dictionary"] = [((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs]
+        columns[f"{null} dictionary"] = [
+            ((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs
+        ]
     return columns
 
 
 def evaluation_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """evaluation.json, a row per cycle: everything but curves and lists. Prefixes are columns of their own, `prefix 0 fvu`."""
+    """evaluation.json, a row per cycle: everything but curves and lists. Prefixes are columns of their own, `prefix 0
+    fvu`.
+    """
     flat = []
     for row in rows:
         one = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
@@ -116,7 +143,10 @@ def evaluation_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def expectation_columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """expectations.json."""
-    return {name: [entry[name] for entry in entries] for name in ("claim", "outcome", "value_name", "value", "relation", "bound_name", "bound", "why")}
+    return {
+        name: [entry[name] for entry in entries]
+        for name in ("claim", "outcome", "value_name", "value", "relation", "bound_name", "bound", "why")
+    }
 
 
 def feature_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
@@ -126,7 +156,9 @@ def feature_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in names}
     for place, end in enumerate(("low", "high")):
         columns[f"reproducibility {end}"] = [group["interval"][place] for group in groups]
-    columns["members"] = [" ".join(f"{member['chain']}.{member['latent']}" for member in group["members"]) for group in groups]
+    columns["members"] = [
+        " ".join(f"{member['chain']}.{member['latent']}" for member in group["members"]) for group in groups
+    ]
     return columns
 
 
@@ -141,8 +173,8 @@ def rediscovery_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]
 
 
 def group_columns(comparison: dict[str, Any]) -> dict[str, list[Any]]:
-    """The groups of comparison.json's summary as columns of plain values: what is measured, each with mean and interval, and the means
-    of its nulls."""
+    """The groups of comparison.json's summary as columns of plain values: what is measured, each with mean and
+    interval, and the means of its nulls."""
     groups = comparison["summary"]["groups"]
     columns: dict[str, list[Any]] = {"group": list(groups)}
     columns |= {name: [group[name] for group in groups.values()] for name in ("pairs", "of", "scored", "seeds")}

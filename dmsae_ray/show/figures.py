@@ -36,7 +36,8 @@ def save(figure: Figure, path: Path) -> None:
 def matrices(
     comparison: dict[str, Any], arm: str | None = None
 ) -> tuple[list[str], list[list[float | None]], list[list[float | None]]]:
-    """Labels, PW-MCC and 99th percentile of the covariance null of comparison.json, as symmetric matrices with None where there is
+    """Labels, PW-MCC and 99th percentile of the covariance null of comparison.json, as symmetric matrices with None
+    where there is
     no pair (the diagonal among them). arm: of these chains only; None: of all."""
     labels = [label for label in comparison["chains"] if arm is None or comparison["arms"][label] == arm]
     at = {label: position for position, label in enumerate(labels)}
@@ -57,14 +58,16 @@ def consistency_matrix(
     nulls: Sequence[Sequence[float | None]],
     failed: Sequence[str] = (),
 ) -> Figure:
-    """Heat map of PW-MCC, core against core. Each cell states, below its value, what it has to exceed: the 99th percentile of the
-    covariance null."""
+    """Heat map of PW-MCC, core against core. Each cell states, below its value, what it has to exceed: the 99th
+    percentile of the covariance null."""
     n = len(labels)
     roomy = n <= 12
     side = min(LARGEST_INCH, 2.6 + (0.95 if roomy else 0.5) * n)
     figure = new_figure(side + 1.0, side)
     axes = figure.subplots()
-    values = np.array([[math.nan if value is None else value for value in row] for row in matrix], dtype=float).reshape(n, n)
+    values = np.array([[math.nan if value is None else value for value in row] for row in matrix], dtype=float).reshape(
+        n, n
+    )
     colours = matplotlib.colormaps["cividis"].with_extremes(bad="#e8e8e8")
     lowest = min([0.0, *(value for row in matrix for value in row if value is not None)])
     image = axes.imshow(values if n else np.full((1, 1), np.nan), vmin=lowest, vmax=1.0, cmap=colours)
@@ -74,7 +77,15 @@ def consistency_matrix(
             if value is None:
                 continue
             ink = "black" if value > 0.55 else "white"
-            axes.text(j, i - (0.12 if roomy else 0), f"{value:.2f}", ha="center", va="center", color=ink, fontsize=11 if roomy else 6)
+            axes.text(
+                j,
+                i - (0.12 if roomy else 0),
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                color=ink,
+                fontsize=11 if roomy else 6,
+            )
             if roomy:
                 below = "null n/a" if null is None else f"p99 {null:.2f}"
                 axes.text(j, i + 0.22, below, ha="center", va="center", color=ink, fontsize=7)
@@ -83,7 +94,11 @@ def consistency_matrix(
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="PW-MCC", shrink=0.8)
     known = [null for row in nulls for null in row if null is not None]
-    bar = f"p99: 99th percentile of the covariance null, at most {max(known):.2f}" if known else "covariance null not available"
+    bar = (
+        f"p99: 99th percentile of the covariance null, at most {max(known):.2f}"
+        if known
+        else "covariance null not available"
+    )
     title = f"Agreement of the cores of {n} chains\n{bar}"
     if n < 2:
         title = "Agreement of cores: not available (needs two finished chains)"
@@ -125,18 +140,27 @@ def core_sizes(rows: Sequence[ChainRow]) -> Figure:
     return figure
 
 
-def coverage_curves(label: str, curves: Sequence[tuple[int, np.ndarray, int, float]], tau: float | None = None) -> Figure:
+def coverage_curves(
+    label: str, curves: Sequence[tuple[int, np.ndarray, int, float]], tau: float | None = None
+) -> Figure:
     """Cumulative share of the attribution over candidates by rank, a line per cycle.
 
-    curves: (cycle, share [P] by falling attribution, core size chosen, share that this core carries: below the line where it was
-    not chosen by attribution); tau: the share that a core has to carry.
+    curves: (cycle, share [P] by falling attribution, core size chosen, share that this core carries: below the line
+    where it was not chosen by attribution); tau: the share that a core has to carry.
     """
     figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     for position, (cycle, share_P, size, carried) in enumerate(curves):
         colour = OKABE_ITO[position % len(OKABE_ITO)]
         style = ("-", "--", ":")[position // len(OKABE_ITO) % 3]
-        axes.plot(np.arange(1, len(share_P) + 1), share_P, style, color=colour, linewidth=1.5, label=f"cycle {cycle}: core of {size}")
+        axes.plot(
+            np.arange(1, len(share_P) + 1),
+            share_P,
+            style,
+            color=colour,
+            linewidth=1.5,
+            label=f"cycle {cycle}: core of {size}",
+        )
         if size > 0:
             axes.plot(size, carried, "o", color=colour, markersize=5)
     if tau is not None:

@@ -1,4 +1,6 @@
-"""One headless Chromium for all tests of the page, and pages that must say nothing on the console and ask the network for nothing."""
+"""One headless Chromium for all tests of the page, and pages that must say nothing on the console and ask the network
+for nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Watched:
         self.page.goto(f"{self.address}#{view}")
         self.page.wait_for_selector("html[data-ready]")
         self.page.wait_for_function(
-            "() => [...document.querySelectorAll('.view.current .plot:not(.none)')].every((plot) => plot.querySelector('.main-svg'))"
+            "() => [...document.querySelectorAll('.view.current .plot:not(.none)')].every((plot) => "
+            "plot.querySelector('.main-svg'))"
         )
         return self.page
 

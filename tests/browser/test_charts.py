@@ -1,4 +1,6 @@
-"""Every chart shows data, within its axes and its frame, whatever is chosen; tables that are wider than their frame say so."""
+"""Every chart shows data, within its axes and its frame, whatever is chosen; tables that are wider than their frame say
+so.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def test_the_page_s_header_stays_above_every_table(open_page, width):
         over = heading.evaluate(
             """(cell) => {
               const { left, top, height } = cell.getBoundingClientRect();
-              return [top, document.elementFromPoint(left + 30, Math.max(2, top + height / 2)).closest("header") !== null];
+              const found = document.elementFromPoint(left + 30, Math.max(2, top + height / 2));
+              return [top, found.closest("header") !== null];
             }"""
         )
         assert over[0] > 60 or over[1], "the heading of a table lies over the title of the page"
@@ -77,16 +80,24 @@ def test_a_table_wider_than_its_frame_says_so(open_page, width):
                 before = table.locator(".scroll").evaluate("(scroll) => scroll.scrollLeft")
                 more.click()
                 page.wait_for_function(
-                    "([scroll, before]) => scroll.scrollLeft > before", arg=[table.locator(".scroll").element_handle(), before]
+                    "([scroll, before]) => scroll.scrollLeft > before",
+                    arg=[table.locator(".scroll").element_handle(), before],
                 )
                 page.wait_for_timeout(50)
             expect(more).to_have_text(re.compile(r"^← \d+ more columns?$"))
             last = table.locator("thead th").last.bounding_box()
             frame = table.locator(".scroll").bounding_box()
-            assert last["x"] + last["width"] <= frame["x"] + frame["width"] + 2, "the last column can be reached by the button"
+            assert last["x"] + last["width"] <= frame["x"] + frame["width"] + 2, (
+                "the last column can be reached by the button"
+            )
     assert wide or width == 1400, "some table is wider than a small screen"
 
 
 def test_core_table_is_whole_at_1400(open_page):
     page = open_page("single_arm", viewport={"width": 1400, "height": 900}).go("cores")
-    assert page.locator("#table-cores").evaluate("(table) => table.closest('.scroll').scrollWidth - table.closest('.scroll').clientWidth") <= 0
+    assert (
+        page.locator("#table-cores").evaluate(
+            "(table) => table.closest('.scroll').scrollWidth - table.closest('.scroll').clientWidth"
+        )
+        <= 0
+    )

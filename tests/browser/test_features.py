@@ -38,7 +38,9 @@ def features(artifact):
 
 def by(features, key):
     """As the browser sorts: falling, what is missing last, then by share of attribution, then by id."""
-    return [f["id"] for f in sorted(features, key=lambda f: (f[key] is None, -(f[key] or 0), -f["score"], int(f["id"][1:])))]
+    return [
+        f["id"] for f in sorted(features, key=lambda f: (f[key] is None, -(f[key] or 0), -f["score"], int(f["id"][1:])))
+    ]
 
 
 def test_all_features_are_listed_by_reproducibility(page, features):
@@ -106,10 +108,19 @@ def test_detail_is_the_artifact(sweep, features):
         page = sweep.go(f"feature={feature['id']}")
         detail = page.locator("#feature-detail")
         expect(detail.locator("h3")).to_contain_text(feature["id"])
-        facts = [number(text) for text in detail.locator(".facts .number").evaluate_all("(found) => found.map((one) => one.dataset.value)")]
-        assert facts == [feature[name] for name in ("reproducibility", "score", "density", "cosine", "max_activation", "mean_loss_change")]
+        facts = [
+            number(text)
+            for text in detail.locator(".facts .number").evaluate_all(
+                "(found) => found.map((one) => one.dataset.value)"
+            )
+        ]
+        assert facts == [
+            feature[name]
+            for name in ("reproducibility", "score", "density", "cosine", "max_activation", "mean_loss_change")
+        ]
         contexts = detail.locator(".contexts .context").evaluate_all(
-            "(texts) => texts.map((text) => [...text.children].map((one) => [one.textContent, Number(one.dataset.value), one.title]))"
+            "(texts) => texts.map((text) => [...text.children].map((one) => [one.textContent, "
+            "Number(one.dataset.value), one.title]))"
         )
         assert len(contexts) == 8
         for shown, context in zip(contexts, feature["contexts"], strict=True):
@@ -118,12 +129,16 @@ def test_detail_is_the_artifact(sweep, features):
             assert [activation for _, activation, _ in shown] == context["activations"]
             assert all(title.startswith(f"{text} · activation ") for text, _, title in shown)
         assert detail.locator(".token.peak").count() == 8
-        deltas = detail.locator("#feature-effects .number").evaluate_all("(found) => found.map((one) => Number(one.dataset.value))")
+        deltas = detail.locator("#feature-effects .number").evaluate_all(
+            "(found) => found.map((one) => Number(one.dataset.value))"
+        )
         assert deltas == [effect["delta"] for effect in feature["effects"]]
         partners = detail.locator("#feature-partners tbody tr") if feature["partners"] else []
         assert (partners.count() if feature["partners"] else 0) == len(feature["partners"])
         if feature["partners"]:
-            first = partners.first.locator(".number").evaluate_all("(found) => found.map((one) => Number(one.dataset.value))")
+            first = partners.first.locator(".number").evaluate_all(
+                "(found) => found.map((one) => Number(one.dataset.value))"
+            )
             assert first == [feature["partners"][0][name] for name in ("latent", "cosine", "score", "density")]
 
 
@@ -131,10 +146,15 @@ def test_shade_says_how_active(sweep, features):
     page = sweep.go("feature=f012")
     feature = features[12]
     strengths = page.locator(".contexts .context").first.evaluate(
-        "(text) => [...text.children].map((token) => [Number(token.dataset.value), token.style.getPropertyValue('--strength')])"
+        "(text) => [...text.children].map((token) => [Number(token.dataset.value), "
+        "token.style.getPropertyValue('--strength')])"
     )
     for activation, strength in strengths:
-        assert strength == "" if activation == 0 else float(strength) == pytest.approx(activation / feature["max_activation"])
+        assert (
+            strength == ""
+            if activation == 0
+            else float(strength) == pytest.approx(activation / feature["max_activation"])
+        )
 
 
 def test_texts_of_the_corpus_stay_texts(sweep):
@@ -158,7 +178,9 @@ def test_a_label_has_several_tokens_and_says_when_no_token_means_much(page, feat
     peaks = [context["tokens"][context["peak"]] for context in features[7]["contexts"]]
     shown, title = label(7)
     assert shown == title and 1 < len(title.split(" · ")) <= 3, "several contexts, several tokens"
-    assert title.split(" · ")[0] == peaks[0].strip() and all(any(word == peak.strip() for peak in peaks) for word in title.split(" · "))
+    assert title.split(" · ")[0] == peaks[0].strip() and all(
+        any(word == peak.strip() for peak in peaks) for word in title.split(" · ")
+    )
     shown, title = label(5)
     assert features[5]["density"] == 0.93 and shown == "on 93 % of tokens" and title.startswith("strongest on ")
     assert label(2)[0] == "never active"
@@ -166,7 +188,9 @@ def test_a_label_has_several_tokens_and_says_when_no_token_means_much(page, feat
 
 def test_the_last_column_shows_what_the_list_is_sorted_by(page, features):
     def column() -> tuple[str, list[float]]:
-        cells = page.locator("#feature-list .number").evaluate_all("(cells) => cells.map((cell) => Number(cell.dataset.value))")
+        cells = page.locator("#feature-list .number").evaluate_all(
+            "(cells) => cells.map((cell) => Number(cell.dataset.value))"
+        )
         return page.locator("#feature-column").inner_text(), cells
 
     assert column()[0] == "Share"
@@ -194,7 +218,9 @@ def test_keyboard(page):
     assert chosen() == order[0], "the first has none before it"
     page.keyboard.press("/")
     page.keyboard.type("needle-7")
-    assert chosen() == "f007" and page.input_value("#feature-search") == "needle-7", "letters typed into the field stay there"
+    assert chosen() == "f007" and page.input_value("#feature-search") == "needle-7", (
+        "letters typed into the field stay there"
+    )
     page.keyboard.press("Escape")
     assert page.input_value("#feature-search") == "" and len(ids(page)) == 1000
     assert chosen() == "f007" and page.evaluate("document.activeElement.id") == "feature-list"
@@ -202,7 +228,9 @@ def test_keyboard(page):
     assert chosen() == order[-1]
     assert page.get_attribute("#feature-list", "aria-activedescendant") == f"option-{order[-1]}"
     box, frame = page.locator(f"#option-{order[-1]}").bounding_box(), page.locator("#feature-list").bounding_box()
-    assert frame["y"] <= box["y"] and box["y"] + box["height"] <= frame["y"] + frame["height"] + 1, "the chosen one is in sight"
+    assert frame["y"] <= box["y"] and box["y"] + box["height"] <= frame["y"] + frame["height"] + 1, (
+        "the chosen one is in sight"
+    )
     assert page.url.endswith(f"#feature={order[-1]}")
 
 

@@ -9,23 +9,34 @@ from test_views import VIEWS
 
 SAYS = {
     "one_chain": {
-        "summary": "nothing was stated in advance", "consistency": "cores have not been compared, which needs two finished chains",
-        "consensus": "no consensus over chains has been made", "cores": "No chain has a second core",
+        "summary": "nothing was stated in advance",
+        "consistency": "cores have not been compared, which needs two finished chains",
+        "consensus": "no consensus over chains has been made",
+        "cores": "No chain has a second core",
     },
     "unscored": {
-        "summary": "What was run is not known", "consensus": "no consensus over chains has been made",
+        "summary": "What was run is not known",
+        "consensus": "no consensus over chains has been made",
         "features": "no features have been described",
     },
     "bare": {
-        "summary": "Failures are not known", "consistency": "comparison.json is not there", "cores": "No finished cycle selected a core",
-        "coverage": "evaluation.json holds none", "quality": "FVU was not measured", "density": "evaluation.json holds none",
+        "summary": "Failures are not known",
+        "consistency": "comparison.json is not there",
+        "cores": "No finished cycle selected a core",
+        "coverage": "evaluation.json holds none",
+        "quality": "FVU was not measured",
+        "density": "evaluation.json holds none",
         "features": "features.json is not there",
     },
     "all_failed": {
-        "summary": "no chain has finished a cycle", "consistency": "cores have not been compared", "cores": "no chain has finished a cycle",
-        "coverage": "no chain has finished a cycle", "quality": "no chain has finished a cycle", "density": "no chain has finished a cycle",
+        "summary": "no chain has finished a cycle",
+        "consistency": "cores have not been compared",
+        "cores": "no chain has finished a cycle",
+        "coverage": "no chain has finished a cycle",
+        "quality": "no chain has finished a cycle",
+        "density": "no chain has finished a cycle",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAYS)
@@ -40,7 +51,9 @@ def test_what_is_missing_is_said(open_page, name):
         shown = current.locator(".plot:not(.none), tbody tr, .facts, .card, #browser").count()
         assert shown or notes, f"{view} is blank"
         for plot in current.locator(".plot:not(.none)").all():
-            assert plot.evaluate("(plot) => plot.querySelectorAll('.trace, .hm').length") > 0, f"an empty chart in {view}"
+            assert plot.evaluate("(plot) => plot.querySelectorAll('.trace, .hm').length") > 0, (
+                f"an empty chart in {view}"
+            )
         assert current.locator("tbody:not(:has(tr))").count() == 0, f"an empty table in {view}"
 
 

@@ -66,7 +66,9 @@ def test_narrow_screens_do_not_scroll_sideways(open_page, width):
         page = watched.go(view)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
         link = page.locator("nav a[aria-current]").bounding_box()
-        assert -1 <= link["x"] and link["x"] + link["width"] <= width + 1, f"the navigation does not show where one is: {view}"
+        assert -1 <= link["x"] and link["x"] + link["width"] <= width + 1, (
+            f"the navigation does not show where one is: {view}"
+        )
         for caption in page.locator(".view.current caption span").all():
             box = caption.bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= width, f"a caption of {view} runs out of sight"
@@ -95,9 +97,20 @@ def test_contrast(open_page, scheme):
       return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
     }"""
     for selector in (
-        ".lead", "h1 .project", "nav a:not([aria-current])", ".card .label", ".card strong", "caption", ".unit", "tbody td",
-        ".outcome-hit td:nth-child(2)", ".outcome-miss td:nth-child(2)", ".outcome-not-available td:nth-child(2)", ".missing", ".facts dt",
-    ):  # fmt: skip
+        ".lead",
+        "h1 .project",
+        "nav a:not([aria-current])",
+        ".card .label",
+        ".card strong",
+        "caption",
+        ".unit",
+        "tbody td",
+        ".outcome-hit td:nth-child(2)",
+        ".outcome-miss td:nth-child(2)",
+        ".outcome-not-available td:nth-child(2)",
+        ".missing",
+        ".facts dt",
+    ):
         ink, paper = page.locator(selector).first.evaluate(colours)
         assert contrast(ink, paper) >= 4.5, (selector, ink, paper)
     from dmsae_ray.show.page.arm_style import COLOURS
@@ -114,7 +127,12 @@ def test_every_control_has_a_name_and_every_heading_a_scope(sweep):
         current = page.locator(".view.current")
         for control in current.locator("select, input").all():
             assert control.evaluate("(control) => control.labels[0]?.textContent.trim()"), view
-        assert current.locator("thead th:not([scope='col']), tbody th:not([scope='row']), table:not(:has(caption))").count() == 0
+        assert (
+            current.locator(
+                "thead th:not([scope='col']), tbody th:not([scope='row']), table:not(:has(caption))"
+            ).count()
+            == 0
+        )
     listbox = page.locator("#feature-list")
     assert (listbox.get_attribute("role"), listbox.get_attribute("aria-label")) == ("listbox", "Features")
     assert listbox.locator('[role="option"][aria-selected="true"]').count() == 1
@@ -133,7 +151,9 @@ def test_the_page_runs_no_script_but_its_own(sweep):
     assert page.locator("script").count() == 4, "two of data, plotly, and the page's"
     assert page.content().count("plotly.js v") == 1
     # The policy of the page itself is what keeps a text of the corpus from ever being run.
-    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = true'}))")
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = true'}))"
+    )
     assert page.evaluate("window.ran") is None
     refused = [complaint for complaint in sweep.complaints if "Content Security Policy" in complaint]
     assert len(refused) == len(sweep.complaints) == 1

@@ -29,7 +29,11 @@ def test_every_view_is_whole(sweep, view):
 
 def test_summary(sweep, artifact):
     page = sweep.go("summary")
-    rows, comparison, expected = artifact("evaluation")["rows"], artifact("comparison"), artifact("expectations")["expectations"]
+    rows, comparison, expected = (
+        artifact("evaluation")["rows"],
+        artifact("comparison"),
+        artifact("expectations")["expectations"],
+    )
     assert value(page, "#card-chains strong") == len({row["chain"] for row in rows})
     assert value(page, "#card-agreement strong") == comparison["summary"]["groups"]["base/seed"]["pw_mcc"]["mean"]
     assert value(page, "#card-consensus strong") == artifact("consensus")["core_size"]
@@ -57,11 +61,18 @@ def test_consistency_table_is_the_comparison(sweep, artifact):
     for row in shown:
         pair = by_chains.pop((row["Chain a"], row["Chain b"]))
         assert row["Differ in"] == pair["differs"]
-        for name, field in (("PW-MCC", "pw_mcc"), ("Overlap", "overlap"), ("Activation", "activation"), ("MMCS b to a", "mmcs_ba")):
+        for name, field in (
+            ("PW-MCC", "pw_mcc"),
+            ("Overlap", "overlap"),
+            ("Activation", "activation"),
+            ("MMCS b to a", "mmcs_ba"),
+        ):
             assert number(row[name]) == pair[field]
         for name, null, field in (
-            ("Covariance p99", "covariance", "p99"), ("Density p99", "matched_density", "p99"), ("Cycle-0 sets", "cycle0", "mean"),
-        ):  # fmt: skip
+            ("Covariance p99", "covariance", "p99"),
+            ("Density p99", "matched_density", "p99"),
+            ("Cycle-0 sets", "cycle0", "mean"),
+        ):
             assert number(row[name]) == (pair["nulls"][null][field] if pair["nulls"][null]["available"] else None)
         bars = [null["p99"] for name, null in pair["nulls"].items() if name != "cycle0" and null["available"]]
         assert row["Beyond chance"] == ("yes" if all(pair["pw_mcc"] > bar for bar in bars) else "no")
@@ -79,7 +90,11 @@ def test_consistency_matrix(sweep, artifact):
 
     def cells() -> dict[tuple[str, str], float | None]:
         (heat,) = traces(page, "chart-matrix")
-        return {(row, column): z for row, zs in zip(heat["y"], heat["z"], strict=True) for column, z in zip(heat["x"], zs, strict=True)}
+        return {
+            (row, column): z
+            for row, zs in zip(heat["y"], heat["z"], strict=True)
+            for column, z in zip(heat["x"], zs, strict=True)
+        }
 
     found = cells()
     assert len(found) == 64 and sum(z is None for z in found.values()) == 8, "a chain is not compared with itself"
@@ -92,7 +107,9 @@ def test_consistency_matrix(sweep, artifact):
     found = cells()
     for pair in pairs:
         null = pair["nulls"]["matched_density"]
-        assert found[pair["a"], pair["b"]] == (pytest.approx(pair["pw_mcc"] - null["p99"], abs=1e-15) if null["available"] else None)
+        assert found[pair["a"], pair["b"]] == (
+            pytest.approx(pair["pw_mcc"] - null["p99"], abs=1e-15) if null["available"] else None
+        )
     choose(page, "chart-matrix", Measure="activation", Show="minus cycle-0 sets")
     assert "No pair has the cycle-0 sets of activation" in page.locator("#chart-matrix").inner_text()
     assert page.locator("#chart-matrix svg").count() == 0, "no empty chart beside the reason"
@@ -119,7 +136,9 @@ def test_consensus(sweep, artifact):
     sets = ("consensus", "matched_consensus", "cores", "matched")
     assert len(shown) == len(sets) * len(consensus["rediscovery"])
     assert [float(row["Found"]) for row in shown[:4]] == [consensus["rediscovery"][0][name]["found"] for name in sets]
-    of_seed = [[row["cores"]["found"] for row in consensus["rediscovery"] if row["seed"] == seed] for seed in (10, 11, 12, 13)]
+    of_seed = [
+        [row["cores"]["found"] for row in consensus["rediscovery"] if row["seed"] == seed] for seed in (10, 11, 12, 13)
+    ]
     mean = np.mean([np.mean(values) for values in of_seed])
     assert float(table(page, "table-rediscovery-summary")[4]["Mean"]) == pytest.approx(mean, abs=1e-15)
 
@@ -135,7 +154,9 @@ def test_cores(sweep, artifact):
     assert drift["y"] == [row["decoder_drift"]["mean"] for row in chain[1:]]
     base = [row for row in rows if row["arm"] == "base"]
     *_, totals = traces(page, "chart-origins")
-    assert totals["y"] == pytest.approx([np.mean([row["core_out"] for row in base if row["cycle"] == cycle]) for cycle in range(4)])
+    assert totals["y"] == pytest.approx(
+        [np.mean([row["core_out"] for row in base if row["cycle"] == cycle]) for cycle in range(4)]
+    )
     choose(page, "chart-origins", Chains="seed1-k32")
     *bars, totals = traces(page, "chart-origins")
     for bar in bars:
@@ -144,7 +165,9 @@ def test_cores(sweep, artifact):
     assert totals["y"] == [row["core_out"] for row in chain]
     choose(page, "chart-sizes", Arm="random")
     for chart in ("chart-sizes", "chart-jaccard", "chart-drift"):
-        assert {trace["meta"] for trace in traces(page, chart)} == {row["chain"] for row in rows if row["arm"] == "random"}, "charts follow"
+        assert {trace["meta"] for trace in traces(page, chart)} == {
+            row["chain"] for row in rows if row["arm"] == "random"
+        }, "charts follow"
 
 
 def test_coverage(sweep, artifact):
@@ -160,30 +183,45 @@ def test_coverage(sweep, artifact):
     shown = {row["Chain"]: row for row in table(page, "table-coverage")}
     assert len(shown) == len(last)
     for row in last:
-        assert number(shown[row["chain"]]["For 80 %"]) == next((rank for rank, share in row["coverage_curve"] if share >= 0.8), None)
+        assert number(shown[row["chain"]]["For 80 %"]) == next(
+            (rank for rank, share in row["coverage_curve"] if share >= 0.8), None
+        )
 
 
 def test_quality(sweep, artifact):
     page = sweep.go("quality")
     last = [row for row in artifact("evaluation")["rows"] if row["last"]]
     for chart, field in (
-        ("fvu", "fvu"), ("kl", "kl"), ("l0", "l0"), ("loss-recovered-zero", "loss_recovered_zero"),
-        ("loss-recovered-mean", "loss_recovered_mean"), ("dead-share", "dead_share"),
-    ):  # fmt: skip
+        ("fvu", "fvu"),
+        ("kl", "kl"),
+        ("l0", "l0"),
+        ("loss-recovered-zero", "loss_recovered_zero"),
+        ("loss-recovered-mean", "loss_recovered_mean"),
+        ("dead-share", "dead_share"),
+    ):
         drawn = {trace["meta"]: trace for trace in traces(page, f"chart-{chart}")}
         assert drawn.keys() == {row["arm"] for row in last}
         for arm, trace in drawn.items():
             for place, k in enumerate(trace["x"]):
                 values = [row[field] for row in last if (row["arm"], row["k"]) == (arm, int(k))]
                 assert trace["y"][place] == pytest.approx(np.mean(values), abs=1e-14)
-                low, high = trace["y"][place] - trace["error_y"]["arrayminus"][place], trace["y"][place] + trace["error_y"]["array"][place]
+                low, high = (
+                    trace["y"][place] - trace["error_y"]["arrayminus"][place],
+                    trace["y"][place] + trace["error_y"]["array"][place],
+                )
                 if len(values) < 4:
-                    assert (low, high) == pytest.approx((min(values), max(values)), abs=1e-12), "below four seeds: their range"
+                    assert (low, high) == pytest.approx((min(values), max(values)), abs=1e-12), (
+                        "below four seeds: their range"
+                    )
                 else:
-                    assert min(values) < low < np.mean(values) < high < max(values), "from four seeds on: an interval of the mean"
+                    assert min(values) < low < np.mean(values) < high < max(values), (
+                        "from four seeds on: an interval of the mean"
+                    )
     shown = table(page, "table-quality")
     found = {row["Chain"]: (float(row["FVU"]), float(row["KL"]), number(row["Explained by the core"])) for row in shown}
-    assert len(shown) == len(last) and found == {row["chain"]: (row["fvu"], row["kl"], row["core_explained"]) for row in last}
+    assert len(shown) == len(last) and found == {
+        row["chain"]: (row["fvu"], row["kl"], row["core_explained"]) for row in last
+    }
     choose(page, "chart-arms", k="32", Measure="KL")
     points = {(trace["meta"]["arm"], trace["meta"]["of"]): trace["x"] for trace in traces(page, "chart-arms")}
     for arm in ("base", "random", "relu", "plain"):
@@ -192,7 +230,9 @@ def test_quality(sweep, artifact):
     assert ("transfer", "mean") not in points, "it has no SAE at this k"
     choose(page, "chart-further", Measure="Free L0")
     plain = next(trace for trace in traces(page, "chart-further") if trace["meta"] == "plain")
-    assert plain["y"][0] == pytest.approx(np.mean([row["free_l0"] for row in last if (row["arm"], row["k"]) == ("plain", 16)]))
+    assert plain["y"][0] == pytest.approx(
+        np.mean([row["free_l0"] for row in last if (row["arm"], row["k"]) == ("plain", 16)])
+    )
     choose(page, "chart-prefixes", k="32", Measure="KL")
     base = next(trace for trace in traces(page, "chart-prefixes") if trace["meta"] == "base")
     rows = [row for row in last if (row["arm"], row["k"]) == ("base", 32)]

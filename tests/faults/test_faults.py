@@ -28,9 +28,13 @@ def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path, capfd)
     assert main(command(output, *one_chain)[3:]) == 2
     refused = capfd.readouterr().err
     assert "in use by another driver" in refused and str(process.pid) in refused
+
     # In the middle of training a second cycle: one record exists, and a checkpoint of the next cycle.
     def middle():
-        return any((f / "cycle_00" / "record.json").exists() and (f / "cycle_01" / "checkpoint.pt").exists() for f in (output / "chains").glob("*"))
+        return any(
+            (f / "cycle_00" / "record.json").exists() and (f / "cycle_01" / "checkpoint.pt").exists()
+            for f in (output / "chains").glob("*")
+        )
 
     wait_for(middle, process)
     before = {path: path.read_bytes() for path in output.glob("chains/*/cycle_*/record.json")}
@@ -60,7 +64,9 @@ def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path, capfd)
         assert db.execute(doubled).fetchall() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_an_added_seed_reuses_finished_chains_and_a_signal_leaves_no_run_running(small_sweep, tmp_path, capfd, number):
     """scancel, docker stop and Kubernetes send SIGTERM. Signals that follow do not end the clean-up half-way."""
     from dmsae_ray.sweep import main
@@ -100,7 +106,11 @@ def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
     run = run_command(output, "--sweep.seeds", "0", "--train.lr", "1e6", "--sweep.cycles", "1", "--train.clip", "1e9")
     assert run.code == 1, run.out
     (failure,) = [json.loads(path.read_text()) for path in output.glob("chains/*/failed.json")]
-    assert failure["kind"] == "diverged" and "train.lr" in failure["reason"] and f"step {failure['step']}:" in failure["reason"]
+    assert (
+        failure["kind"] == "diverged"
+        and "train.lr" in failure["reason"]
+        and f"step {failure['step']}:" in failure["reason"]
+    )
     assert f"cycle 0, step {failure['step']}:" in logged(output), "MLflow says where"
     assert "Compared: 0 of 1 chains" in run.out and "not available" in run.out
     with sqlite3.connect(output / "mlflow.db") as db:
@@ -140,7 +150,9 @@ def test_nan_in_the_activations_names_the_shard_and_saves_nothing(small_sweep, t
     rows = read_rows(store, entry, per_group, manifest.d, manifest.dtype)
     rows[::7, 3] = float("nan")
     raw = rows.view(torch.int16).numpy()
-    facts = inspect_shard(store, entry.file)[1] | {"digests": [digest_of(raw[i : i + per_group]) for i in range(0, len(raw), per_group)]}
+    facts = inspect_shard(store, entry.file)[1] | {
+        "digests": [digest_of(raw[i : i + per_group]) for i in range(0, len(raw), per_group)]
+    }
     store.write(entry.file, ShardWriter()._encode(raw, per_group, facts))  # `write` refuses such rows
     tree = json.loads(store.read("manifest.json"))
     tree["shards"][1] = inspect_shard(store, entry.file)[0].to_dict()
@@ -151,7 +163,9 @@ def test_nan_in_the_activations_names_the_shard_and_saves_nothing(small_sweep, t
     (failed,) = output.glob("chains/*/failed.json")
     failure = json.loads(failed.read_text())
     assert failure["kind"] == "data" and str(path) in failure["reason"] and "NaN" in failure["reason"]
-    assert not list(output.glob("chains/*/cycle_*/sae.safetensors")) and not list(output.glob("chains/*/cycle_*/record.json"))
+    assert not list(output.glob("chains/*/cycle_*/sae.safetensors")) and not list(
+        output.glob("chains/*/cycle_*/record.json")
+    )
 
 
 @pytest.mark.parametrize(

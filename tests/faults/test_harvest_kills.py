@@ -87,7 +87,11 @@ def test_a_killed_actor_is_replaced(alone, tmp_path):
     assert {path: shards(output)[path] for path in kept} == kept
     assert dataset_bytes(output) == dataset_bytes(alone)
     assert temporaries(output) == []
-    done = [int(line.split()[1].replace(",", "")) for line in victim.said.splitlines() if " tokens, " in line and " of " in line]
+    done = [
+        int(line.split()[1].replace(",", ""))
+        for line in victim.said.splitlines()
+        if " tokens, " in line and " of " in line
+    ]
     assert done == sorted(done) and done[-1] == 131072 + 2048  # a shard that is told of twice would count twice
 
 
@@ -103,7 +107,8 @@ def test_five_kills_of_a_harvest(alone, tmp_path):
         victim.wait_for(lambda: victim.find(MAKER) and len(shards(output)) >= before + more)
         time.sleep(delay)
         assert victim.alive and victim.find(MAKER) and in_the_making(output), f"strike {strike} came too late"
-        # Every other time only the driver dies at once, and its actors when they miss their raylet, seconds and shards later.
+        # Every other time only the driver dies at once, and its actors when they miss their raylet, seconds and shards
+        # later.
         victim.kill(everything=strike % 2 == 0)
         assert in_the_making(output), f"strike {strike} came too late"
         after = shards(output)

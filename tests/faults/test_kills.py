@@ -14,12 +14,24 @@ from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_
 
 TRAINER, DRIVER = "ray::RayTrainWorker", "ray::ImplicitFunc"
 SEED0 = (*LOCAL, "--sweep.seeds", "0")
-# A dataset and a cycle long enough to be struck at a chosen place: 128 steps of 512 rows, half a pass, a checkpoint every 8.
+# A dataset and a cycle long enough to be struck at a chosen place: 128 steps of 512 rows, half a pass, a checkpoint
+# every 8.
 STEPS, BATCH, LANES, EVERY = 128, 512, 8, 8
 LONGER = (
-    *SEED0, "--harvest.tokens", "131072", "--harvest.rows_per_shard", "2048", "--train.tokens", str(STEPS * BATCH), "--train.log_steps", "1",
-    "--train.checkpoint_steps", str(EVERY), "--attribution.sequences_per_shard", "2",
-)  # fmt: skip
+    *SEED0,
+    "--harvest.tokens",
+    "131072",
+    "--harvest.rows_per_shard",
+    "2048",
+    "--train.tokens",
+    str(STEPS * BATCH),
+    "--train.log_steps",
+    "1",
+    "--train.checkpoint_steps",
+    str(EVERY),
+    "--attribution.sequences_per_shard",
+    "2",
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,13 @@ class Standing:
             step, resumes = round_ * (512 // (BATCH // LANES)) + row // (BATCH // LANES), progress["resumes"]
         file = cycle / "curve.jsonl"
         return Standing(
-            file.read_bytes().count(b"\n") if file.exists() else 0, step, resumes, (cycle / "sae.safetensors").exists(),
-            len(list(cycle.glob("attribution/*.safetensors"))), (cycle / "record.json").exists(),
-        )  # fmt: skip
+            file.read_bytes().count(b"\n") if file.exists() else 0,
+            step,
+            resumes,
+            (cycle / "sae.safetensors").exists(),
+            len(list(cycle.glob("attribution/*.safetensors"))),
+            (cycle / "record.json").exists(),
+        )
 
 
 def record(cycle: Path) -> dict:
@@ -88,7 +104,10 @@ def test_a_superseded_driver_and_its_worker_write_nothing_more(small_sweep, tmp_
     """A driver that was cut off while another took the folder over: here the generation alone is raised while it works."""
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
-    victim, taken_over = Victim(output, *SEED0, "--sweep.cycles", "1", "--train.log_steps", "1", "--cluster.retries", "0"), None
+    victim, taken_over = (
+        Victim(output, *SEED0, "--sweep.cycles", "1", "--train.log_steps", "1", "--cluster.retries", "0"),
+        None,
+    )
     while taken_over is None:
         victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint)
         (worker,) = trainers(victim)
@@ -113,16 +132,30 @@ def undisturbed(small_sweep, tmp_path_factory) -> Path:
 
 def left_behind(output: Path) -> list[str]:
     """Every file of the chain, and whatever Ray's own bookkeeping left."""
-    return sorted(str(path.relative_to(output)) for part in ("chains", "ray") for path in (output / part).rglob("*") if path.is_file())
+    return sorted(
+        str(path.relative_to(output))
+        for part in ("chains", "ray")
+        for path in (output / part).rglob("*")
+        if path.is_file()
+    )
 
 
 def moments(seed: int, n: int) -> list[tuple[int, str, float, str]]:
     """(cycle, phase, place in it, victim), in the order in which a chain comes to them."""
     draw = np.random.default_rng(seed)
     drawn = [
-        (int(draw.integers(2)), int(draw.choice(3, p=[0.6, 0.2, 0.2])), float(draw.random()), ("driver", "worker")[draw.integers(2)]) for _ in range(n)
+        (
+            int(draw.integers(2)),
+            int(draw.choice(3, p=[0.6, 0.2, 0.2])),
+            float(draw.random()),
+            ("driver", "worker")[draw.integers(2)],
+        )
+        for _ in range(n)
     ]
-    return [(cycle, ("train", "evaluate", "attribute")[phase], place, victim) for cycle, phase, place, victim in sorted(drawn)]
+    return [
+        (cycle, ("train", "evaluate", "attribute")[phase], place, victim)
+        for cycle, phase, place, victim in sorted(drawn)
+    ]
 
 
 @pytest.mark.slow
@@ -134,10 +167,13 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
     args = (*LONGER, "--cluster.retries", "10")
     victim, drivers, expected = Victim(output, *args), 1, {0: [], 1: []}
     for number, phase, place, whom in strikes:
+
         def there(now: Standing) -> bool:
             if phase == "train":
                 return now.logged > place * (STEPS - 2)
-            return now.checkpoint == STEPS and (phase == "evaluate" or now.saved and now.scored > before.scored + 3 * place)
+            return now.checkpoint == STEPS and (
+                phase == "evaluate" or now.saved and now.scored > before.scored + 3 * place
+            )
 
         def at_work() -> bool:
             found = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
@@ -152,7 +188,9 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
         with frozen(worker):
             struck = Standing.of(folder)
             assert victim.alive and there(struck) and not struck.done, f"{phase} of cycle {number} was over: {struck}"
-            assert {"train": struck.logged < STEPS, "evaluate": not struck.saved, "attribute": struck.saved}[phase], struck
+            assert {"train": struck.logged < STEPS, "evaluate": not struck.saved, "attribute": struck.saved}[phase], (
+                struck
+            )
             print(f"the {whom} in {phase} of cycle {number}: {struck}")
             if whom == "worker":
                 worker.kill()
@@ -160,8 +198,13 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
                 victim.kill(everything=True)
         if whom == "driver":
             victim, drivers = Victim(output, *args), drivers + 1
-        # What the next worker group starts from. It tells of its start only in a checkpoint of its own, or in the record.
-        again = [{"step": struck.checkpoint, "generation": drivers, "workers": 1, "parallel": "ddp"}] if struck.checkpoint else []
+        # What the next worker group starts from. It tells of its start only in a checkpoint of its own, or in the
+        # record.
+        again = (
+            [{"step": struck.checkpoint, "generation": drivers, "workers": 1, "parallel": "ddp"}]
+            if struck.checkpoint
+            else []
+        )
         expected[number] = struck.resumes + again
     victim.finish()
     assert len(cycles(output)) == 2
@@ -190,7 +233,10 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
             struck = Standing.of(cycles(output)[0])
             assert victim.alive and 0 < struck.checkpoint <= struck.logged < STEPS and not struck.saved
             second.kill()
-        expected, told = [{"step": struck.checkpoint, "generation": 1, "workers": 2, "parallel": "ddp"}], struck.checkpoint
+        expected, told = (
+            [{"step": struck.checkpoint, "generation": 1, "workers": 2, "parallel": "ddp"}],
+            struck.checkpoint,
+        )
     victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint > max(told, 40))
     workers = trainers(victim)
     assert len(workers) == before

@@ -48,7 +48,9 @@ def test_training_outlives_a_server_that_is_away_for_seconds_and_refuses_every_f
     output = with_references(small_sweep, tmp_path / "out")
     url = s3.url("flaky", proxy=True)
     process, log = start(output, *ONE_CHAIN, "--sweep.cycles", "1", "--harvest.dataset", url)
-    wait_for(lambda: any(output.glob("chains/*/chain.json")), process)  # the dataset is verified, workers have yet to start
+    wait_for(
+        lambda: any(output.glob("chains/*/chain.json")), process
+    )  # the dataset is verified, workers have yet to start
     s3.proxy.phase = "training"
     assert process.wait(timeout=HANGS) == 0, log.read_text()
     refused = s3.proxy.refused
@@ -84,7 +86,12 @@ def test_a_server_that_stays_away_fails_the_chain_by_name_and_the_same_command_g
     (failed,) = output.glob("chains/*/failed.json")
     failure = json.loads(failed.read_text())
     assert failure["kind"] == "data" and failure["cycle"] == 1
-    for word in ("s3://activations/away/shards/train-", "7 attempts failed", "HTTP status 503", "run the same command again"):
+    for word in (
+        "s3://activations/away/shards/train-",
+        "7 attempts failed",
+        "HTTP status 503",
+        "run the same command again",
+    ):
         assert word in failure["reason"], failure["reason"]
     assert failure["reason"] in log.read_text() and "Traceback" not in log.read_text()
     (record,) = output.glob("chains/*/cycle_*/record.json")
@@ -103,7 +110,13 @@ def test_a_server_that_is_away_at_the_start_ends_the_command_with_one_message(s3
     run = run_command(tmp_path / "out", option, s3.url("nowhere", proxy=True), module=module)
     assert run.code == 2 and "Traceback" not in run.out, run.out
     (line,) = [line for line in run.out.splitlines() if line.startswith("error: ")]
-    for word in ("s3://activations/nowhere/", "manifest.json", "7 attempts failed", "HTTP status 503", "Check the address"):
+    for word in (
+        "s3://activations/nowhere/",
+        "manifest.json",
+        "7 attempts failed",
+        "HTTP status 503",
+        "Check the address",
+    ):
         assert word in line
     assert s3.proxy.refused and not s3.proxy.served
 
@@ -119,7 +132,12 @@ def test_our_own_attempts_begin_where_the_clients_end(s3):
     with pytest.raises(OSError, match="503"):
         system.get_file_info(f"{prefix}/a")
     assert CLIENT_GIVES_UP_S <= time.monotonic() - start < CLIENT_GIVES_UP_S + 2
-    calls = (lambda: store.read("a"), lambda: store.read_range("a", 1, 2), lambda: store.write("b", b"more"), lambda: store.sizes(""))
+    calls = (
+        lambda: store.read("a"),
+        lambda: store.read_range("a", 1, 2),
+        lambda: store.write("b", b"more"),
+        lambda: store.sizes(""),
+    )
     for call in calls:
         end = time.monotonic() + CLIENT_GIVES_UP_S + 1
         s3.proxy.reset(lambda request, end=end: request.at < end)

@@ -5,7 +5,9 @@ from victims import Victim, copy_parts, none_left_running  # noqa: F401 (a fixtu
 
 
 def test_two_sweeps_whose_workers_hold_every_cpu_both_finish(small_sweep, tmp_path):
-    """One CPU for each one's only worker, on the two that our own error message asks for: none is left for reading rows."""
+    """One CPU for each one's only worker, on the two that our own error message asks for: none is left for reading
+    rows.
+    """
     with ray_head(cpus=2) as (address, _, env):
         running = []
         for seed in "01":

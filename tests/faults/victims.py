@@ -46,7 +46,11 @@ class Victim:
         with open(self.log, "a") as log:
             start = log.tell()
             self.process = subprocess.Popen(
-                command(output, *args, module=module), env=environment(**env), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command(output, *args, module=module),
+                env=environment(**env),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._start, self._root = start, root or psutil.Process(self.process.pid)
         STARTED.append(self)
@@ -124,7 +128,11 @@ def frozen(process: psutil.Process) -> Iterator[None]:
 
 def temporaries(output: Path) -> list[str]:
     """Files under a name that only a writer at work should have."""
-    return [str(path.relative_to(output)) for part in ("data", "tokens", "chains") for path in (output / part).rglob("*tmp*")]
+    return [
+        str(path.relative_to(output))
+        for part in ("data", "tokens", "chains")
+        for path in (output / part).rglob("*tmp*")
+    ]
 
 
 def copy_parts(source: Path, output: Path, *parts: str) -> None:
@@ -146,7 +154,18 @@ def results(cycle: Path) -> dict[str, bytes]:
         for name, tensor in load_file(cycle / f"{file}.safetensors").items()
     }
     record = json.loads((cycle / "record.json").read_text())
-    told = ("data_digest", "theta", "theta_training", "fvu", "l0", "core_out", "core_share", "coverage", "steps", "tokens")
+    told = (
+        "data_digest",
+        "theta",
+        "theta_training",
+        "fvu",
+        "l0",
+        "core_out",
+        "core_share",
+        "coverage",
+        "steps",
+        "tokens",
+    )
     return found | {name: json.dumps(record[name]).encode() for name in told}
 
 

@@ -38,7 +38,9 @@ CASES = {
 STEPS = {"batchtopk": 20, "micro": 12, "counted": 6, "exempt": 12, "init": 10}
 FLOAT32_STEPS = 50
 HANDOVERS = (("ddp", "latent", "gather"), ("latent", "gather", "ddp"), ("gather", "ddp", "latent"))
-"""Runs that begin with two ranks in one mode, go on with four in another and end with one in a third; each does as many steps."""
+"""Runs that begin with two ranks in one mode, go on with four in another and end with one in a third; each does as many
+steps.
+"""
 LEG = 10
 
 
@@ -70,8 +72,16 @@ def mask_of_ties(k, core_gate, comm, rows, ids):
     n_exempt = int((ids < 2).sum()) if core_gate == "relu" else 0
     spread = {"token_index_B": rows} if len(ids) == 9 else {"token_index_B": None, "latent_ids_F": ids}
     pairs, _ = select(
-        row_N, latent_N, p_BF.flatten(), len(rows), n_exempt, settings, NativePairs() if k % 2 else TorchPairs(), comm, **spread
-    )  # fmt: skip
+        row_N,
+        latent_N,
+        p_BF.flatten(),
+        len(rows),
+        n_exempt,
+        settings,
+        NativePairs() if k % 2 else TorchPairs(),
+        comm,
+        **spread,
+    )
     return mask_of(pairs, rows, ids, 9)
 
 
@@ -111,7 +121,9 @@ def new_trainer(settings, comm, dtype, seed=2):
     model = None
     if comm.world > 1 and settings.parallel == "ddp":
         model = DistributedDataParallel(
-            LossModule(sae, settings, comm), forward_sync_buffers=settings.kernels == "torch", gradient_as_bucket_view=True
+            LossModule(sae, settings, comm),
+            forward_sync_buffers=settings.kernels == "torch",
+            gradient_as_bucket_view=True,
         )
     return Trainer(sae, settings, comm, model)
 
@@ -141,8 +153,9 @@ def run(comm, masks=None):
     for k in (1, 2, 3, 9):
         for core_gate in ("batchtopk", "relu"):
             found[f"ties.{core_gate}.{k}"] = {
-                "rows": mask_of_ties(k, core_gate, comm, rows, all_ids), "latents": mask_of_ties(k, core_gate, comm, all_rows, ids),
-            }  # fmt: skip
+                "rows": mask_of_ties(k, core_gate, comm, rows, all_ids),
+                "latents": mask_of_ties(k, core_gate, comm, all_rows, ids),
+            }
     for case in cases_of(comm.world):
         for parallel in MODES if comm.world > 1 else MODES[:1]:
             trainer, reports, kept, x_BD = train(case, parallel, comm, torch.float64)
@@ -152,8 +165,13 @@ def run(comm, masks=None):
                 stopped = False
             except Diverged:
                 stopped = True
-            found[case, parallel] = {"state": trainer.state_dict(), "reports": reports, "stopped": stopped, "masks": kept,
-                                     "whole": trainer.whole().state_dict()}  # fmt: skip
+            found[case, parallel] = {
+                "state": trainer.state_dict(),
+                "reports": reports,
+                "stopped": stopped,
+                "masks": kept,
+                "whole": trainer.whole().state_dict(),
+            }
     for parallel in MODES:
         trainer, _, kept, _ = train("batchtopk", parallel, comm, torch.float32, None if parallel == "gather" else masks)
         found["float32", parallel] = {"state": trainer.state_dict(), "masks": kept}
@@ -161,7 +179,9 @@ def run(comm, masks=None):
 
 
 def traffic(comm):
-    """Of every step of every mode: bytes sent, bytes by the formula, dead latents, and whether the screen left pairs to spare."""
+    """Of every step of every mode: bytes sent, bytes by the formula, dead latents, and whether the screen left pairs to
+    spare.
+    """
     found, rows = {}, rows_of(comm.rank, comm.world)
     for parallel in MODES:
         # A screen that is not exact, so that it leaves pairs that are not kept.
@@ -202,7 +222,9 @@ def hand_over(comm, folder):
     leg = {2: 0, 4: 1, 1: 2}[comm.world]
     rows, states = rows_of(comm.rank, comm.world), {}
     for modes in HANDOVERS:
-        trainer = new_trainer(settings_of("batchtopk", modes[leg]), comm, torch.float64, seed=2 if leg == 0 else 7 + leg)
+        trainer = new_trainer(
+            settings_of("batchtopk", modes[leg]), comm, torch.float64, seed=2 if leg == 0 else 7 + leg
+        )
         file = f"{folder}/handover-{modes[0]}.pt"
         if leg:
             trainer.load_state_dict(torch.load(file, weights_only=True))
@@ -229,7 +251,9 @@ def rank_main(rank, folder):
         if rank >= world:
             continue
         meeting = f"file://{folder}/meeting{world}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=600))
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=600)
+        )
         comm = TorchCollective()
         found = run(comm, masks) | {"traffic": traffic(comm)}
         hand_over(comm, folder)

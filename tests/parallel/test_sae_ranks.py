@@ -3,7 +3,19 @@
 import pytest
 import torch
 import torch.multiprocessing
-from gloo_ranks import CASES, FLOAT32_STEPS, HANDOVERS, LEG, MODES, STEPS, cases_of, hand_over, rank_main, run_alone, undisturbed
+from gloo_ranks import (
+    CASES,
+    FLOAT32_STEPS,
+    HANDOVERS,
+    LEG,
+    MODES,
+    STEPS,
+    cases_of,
+    hand_over,
+    rank_main,
+    run_alone,
+    undisturbed,
+)
 
 from dmsae_ray.sae.ranks.collective import Alone
 
@@ -55,7 +67,8 @@ def test_parameters_and_reports_are_those_of_one_process(alone, ranks, parallel)
 
 
 def check(case, parallel, one, found):
-    # A first guess from a part of the latents is another one than from all, and decides how much is screened, not what is found.
+    # A first guess from a part of the latents is another one than from all, and decides how much is screened, not what
+    # is found.
     left_out = {"candidates", "retries"} if parallel == "latent" else set()
     for rank in found:
         assert_state(rank["state"], one["state"])
@@ -122,7 +135,9 @@ def test_bytes_sent_are_those_of_the_formula(ranks, parallel):
         assert len(steps) == 13 and all(sent == formula > 0 for sent, formula, _, _ in steps), steps
         dead = [dead for _, _, dead, _ in steps]
         assert any(spare for *_, spare in steps)
-        assert min(dead) == 0 and max(dead) > 2, "with and without AuxK, and with more dead latents than it uses per token"
+        assert min(dead) == 0 and max(dead) > 2, (
+            "with and without AuxK, and with more dead latents than it uses per token"
+        )
 
 
 def test_two_processes_do_every_case():

@@ -17,8 +17,12 @@ PLACEBO = ("--selection.by", "reconstruction", "--selection.size", "match")
 
 @pytest.fixture
 def beside(small_sweep, tmp_path):
-    """A copy of the finished sweep's output folder to add to; its MLflow database names the original's artifacts, so it stays."""
-    shutil.copytree(small_sweep.output, tmp_path / "out", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "sweeps"))
+    """A copy of the finished sweep's output folder to add to; its MLflow database names the original's artifacts, so it
+    stays.
+    """
+    shutil.copytree(
+        small_sweep.output, tmp_path / "out", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "sweeps")
+    )
     return tmp_path / "out"
 
 
@@ -40,7 +44,11 @@ def test_a_placebo_has_its_twin_s_sizes_and_its_own_criterion(beside, small_swee
     run = run_command(beside, *PLACEBO, "--sweep.seeds", "0")
     assert run.code == 0, run.out
     twin = small_sweep.chains()["seed0-k8"]
-    (placebo,) = [f for f in (beside / "chains").glob("*") if json.loads((f / "chain.json").read_text())["label"] == "seed0-k8-reconstruction"]
+    (placebo,) = [
+        f
+        for f in (beside / "chains").glob("*")
+        if json.loads((f / "chain.json").read_text())["label"] == "seed0-k8-reconstruction"
+    ]
     assert "seed0-k8-reconstruction" in run.out
     theirs, ours = records_of(twin), records_of(placebo)
     assert [r["core_out"] for r in ours] == [r["core_out"] for r in theirs]
@@ -50,7 +58,11 @@ def test_a_placebo_has_its_twin_s_sizes_and_its_own_criterion(beside, small_swee
         assert other["selection"] == {"by": "attribution", "size": "tau", "candidates": candidates}
         core = Core.load(placebo / f"cycle_{cycle:02d}/core.safetensors")
         scores = load_file(placebo / f"cycle_{cycle:02d}/scores.safetensors")
-        assert len(scores["values"]) == candidates and core.selected_by == "reconstruction" and core.size == record["core_out"]
+        assert (
+            len(scores["values"]) == candidates
+            and core.selected_by == "reconstruction"
+            and core.size == record["core_out"]
+        )
         assert torch.equal(core.latent_ids_C, top(scores["values"], core.size))
         assert torch.equal(core.scores_C, scores["scores"][core.latent_ids_C]), "attribution is measured all the same"
         assert record["coverage"] == pytest.approx(float(core.scores_C.sum() / scores["scores"].sum()))

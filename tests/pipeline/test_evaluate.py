@@ -37,22 +37,34 @@ def folders(output):
 
 def files(output):
     """When each was written, but for what every command leaves: its log and its lock."""
-    found = [path for path in output.rglob("*") if path.is_file() and "logs" not in path.parts and path.name != "driver.lock"]
+    found = [
+        path for path in output.rglob("*") if path.is_file() and "logs" not in path.parts and path.name != "driver.lock"
+    ]
     return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in found}
 
 
 def test_on_the_same_tokens_it_finds_what_the_chain_found(output):
     """Other batches' order of sums apart: one process here, a Ray worker there."""
     before = files(output)
-    code = "import sys; from dmsae_ray.evaluate import main; status = main(sys.argv[1:]); assert 'ray' not in sys.modules; sys.exit(status)"
-    run = subprocess.run([sys.executable, "-c", code, *command(output, "--all")[3:]], env=environment(), capture_output=True, text=True)
+    code = (
+        "import sys; from dmsae_ray.evaluate import main; status = main(sys.argv[1:]); assert 'ray' not in "
+        "sys.modules; sys.exit(status)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command(output, "--all")[3:]], env=environment(), capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     for label, folder in folders(output).items():
         for cycle in (0, 1):
-            found, record = (read(folder / f"cycle_{cycle:02d}" / name) for name in ("evaluation-4096.json", "record.json"))
+            found, record = (
+                read(folder / f"cycle_{cycle:02d}" / name) for name in ("evaluation-4096.json", "record.json")
+            )
             assert (found["label"], found["cycle"], found["chain"]) == (label, cycle, folder.name)
             prefixes = [entry["name"] for entry in found["prefixes"]]
-            assert prefixes == ["core"] * bool(cycle) + ["0", "1", "2", "3", "4"] and found["prefixes"][-1]["kl"] == found["kl"]
+            assert (
+                prefixes == ["core"] * bool(cycle) + ["0", "1", "2", "3", "4"]
+                and found["prefixes"][-1]["kl"] == found["kl"]
+            )
             floats = [name for name, value in record.items() if isinstance(value, float) and name != "finished_at"]
             measured = {name: record[name] for name in floats if name in found}
             assert {"fvu", "kl", "l0", "loss_spliced", "loss_recovered_mean", "dead_share"} < measured.keys()
@@ -69,13 +81,20 @@ def test_other_tokens_have_files_of_their_own_and_are_measured_once(output, capf
     assert evaluate(output, *argv) == 0
     out, folder = capfd.readouterr().out, folders(output)["seed0-k8"]
     (made,) = output.glob("chains/*/cycle_*/evaluation-1000.json")
-    assert made == folder / "cycle_01/evaluation-1000.json", "the last cycle of the chain named, though that was trained with other fields"
+    assert made == folder / "cycle_01/evaluation-1000.json", (
+        "the last cycle of the chain named, though that was trained with other fields"
+    )
     found, (references,) = read(made), output.glob("data/*/references-1000-4.json")
     assert 1000 <= found["evaluation_tokens"] == read(references)["tokens"] < 1000 + 128
-    assert found["loss_clean"] == read(references)["clean"] and found["fvu"] != read(folder / "cycle_01/record.json")["fvu"]
+    assert (
+        found["loss_clean"] == read(references)["clean"]
+        and found["fvu"] != read(folder / "cycle_01/record.json")["fvu"]
+    )
     assert f"{found['fvu']:.3f}" in out and f"{found['kl']:.3f}" in out and "known" not in out
     assert f"{found['evaluation_tokens']:,} tokens in" in out
-    begun, running = (next(line for line in out.splitlines() if words in line) for words in ("the sweep did", "left for 1 SAEs"))
+    begun, running = (
+        next(line for line in out.splitlines() if words in line) for words in ("the sweep did", "left for 1 SAEs")
+    )
     assert "1 SAEs on 1,000 tokens each" in begun and "tokens/s, at which it takes" in begun and "tokens/s" in running
     before = files(output)
     assert evaluate(output, *argv) == 0
@@ -109,7 +128,10 @@ def test_other_weights_are_measured_anew(output, capfd):
         (("--chain", "seed7-k8"), "--chain seed7-k8: no chain of this configuration; it has seed0-k8, seed1-k8"),
         (("--evaluate.tokens", "100_000_000"), "evaluate.tokens 100000000: the corpus's evaluation split has only"),
         (("--train.lr", "0.5"), "none of 2 chains asked for is finished"),
-        (("--sweep.cycles", "3"), "none of 2 chains asked for is finished (with --all, single finished cycles will do)"),
+        (
+            ("--sweep.cycles", "3"),
+            "none of 2 chains asked for is finished (with --all, single finished cycles will do)",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is(output, argv, said, capfd):
@@ -120,7 +142,9 @@ def test_what_cannot_be_measured_is_said_before_anything_is(output, argv, said, 
     if "--evaluate.tokens" in argv:
         # To know how much text there is the corpus was read to its end, and what was read on the way is kept.
         for found in (before, after):
-            for name in [name for name in found if name.endswith("tokens/evaluation.safetensors") or name.startswith("tokens/")]:
+            for name in [
+                name for name in found if name.endswith("tokens/evaluation.safetensors") or name.startswith("tokens/")
+            ]:
                 del found[name]
     assert after == before
 

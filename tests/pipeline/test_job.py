@@ -29,7 +29,15 @@ def test_a_submitted_job_gives_the_same_cores_in_a_lasting_folder(head, small_sw
     for part in ("data", "tokens", f"chains/{small_sweep.chains()['seed1-k8'].name}"):
         shutil.copytree(small_sweep.output / part, output / part)
     submit = [BIN / "ray", "job", "submit", "--address", f"http://127.0.0.1:{port}", "--working-dir", ".", "--"]
-    job = ["python", "-m", "dmsae_ray.sweep", "--config", str(small_sweep.output.parent / "small.yaml"), "--output", str(output)]
+    job = [
+        "python",
+        "-m",
+        "dmsae_ray.sweep",
+        "--config",
+        str(small_sweep.output.parent / "small.yaml"),
+        "--output",
+        str(output),
+    ]
     end = time.monotonic() + 600
     while True:
         done = subprocess.run([*submit, *job], cwd=REPOSITORY, env=env, text=True, capture_output=True, timeout=HANGS)

@@ -20,8 +20,11 @@ def groups_of(*argv):
 def test_groups_share_their_batches():
     assert groups_of("--cluster.lockstep", "1") == [[f"seed{seed}-k{k}"] for seed in (0, 1) for k in (8, 16, 32)]
     assert sorted(groups_of("--cluster.lockstep", "2")) == [
-        ["seed0-k32"], ["seed0-k8", "seed0-k16"], ["seed1-k32"], ["seed1-k8", "seed1-k16"],
-    ]  # fmt: skip
+        ["seed0-k32"],
+        ["seed0-k8", "seed0-k16"],
+        ["seed1-k32"],
+        ["seed1-k8", "seed1-k16"],
+    ]
     # One order of data for all: seeds advance together, too.
     (everyone,) = groups_of("--cluster.lockstep", "6", "--sweep.data_seed", "3")
     assert len(everyone) == 6
@@ -29,8 +32,15 @@ def test_groups_share_their_batches():
 
 def by_label(output, found: dict[str, bytes]) -> dict[str, bytes]:
     """The same by the chain's label instead of its key."""
-    labels = {path.parent.name: json.loads(path.read_text())["label"] for path in (output / "chains").glob("*/chain.json")}
-    return {place.replace(key, label): value for place, value in found.items() for key, label in labels.items() if key in place}
+    labels = {
+        path.parent.name: json.loads(path.read_text())["label"] for path in (output / "chains").glob("*/chain.json")
+    }
+    return {
+        place.replace(key, label): value
+        for place, value in found.items()
+        for key, label in labels.items()
+        if key in place
+    }
 
 
 def everything(output, label):
@@ -59,14 +69,20 @@ def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small
     assert "Compared: 2 of 3 chains" in run.out
     assert everything(output, "seed0-k8") == everything(small_sweep.output, "seed0-k8") != {}
     together = {
-        record["label"]: [json.loads((path.parent / f"cycle_{cycle:02d}/record.json").read_text())["lockstep"] for cycle in (0, 1)]
-        for path in (output / "chains").glob("*/chain.json") for record in [json.loads(path.read_text())] if "k24" not in record["label"]
-    }  # fmt: skip
+        record["label"]: [
+            json.loads((path.parent / f"cycle_{cycle:02d}/record.json").read_text())["lockstep"] for cycle in (0, 1)
+        ]
+        for path in (output / "chains").glob("*/chain.json")
+        for record in [json.loads(path.read_text())]
+        if "k24" not in record["label"]
+    }
     assert together == {"seed0-k8": [1, 2], "seed0-k16": [1, 2]}, "alone until the other one had caught up"
     for chain in (output / "chains").glob("*/cycle_01"):
         for cycle in (0, 1):
             digest = json.loads((chain.parent / f"cycle_{cycle:02d}/record.json").read_text())["data_digest"]
-            assert digest == digest_of_rows(output, cycle, 32, 512, 8), "one order of data: the same rows in the same cycle"
+            assert digest == digest_of_rows(output, cycle, 32, 512, 8), (
+                "one order of data: the same rows in the same cycle"
+            )
 
 
 @pytest.mark.slow

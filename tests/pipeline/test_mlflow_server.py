@@ -27,11 +27,29 @@ class Server:
         self._log = open(folder / "server.log", "w")
         # Started by its own Python and in a group of its own: its workers end with it.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}", "--artifacts-destination",
-             str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
-            env=environment(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),  # eight processes less
-            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "mlflow",
+                "server",
+                "--backend-store-uri",
+                f"sqlite:///{folder / 'store.db'}",
+                "--artifacts-destination",
+                str(folder / "artifacts"),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--workers",
+                "1",
+            ],
+            env=environment(
+                MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"
+            ),  # eight processes less
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         end = time.monotonic() + HANGS
         while not self._healthy():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -47,7 +65,9 @@ class Server:
 
     def api(self, path: str, **body) -> dict:
         request = urllib.request.Request(
-            f"{self.url}/api/2.0/mlflow/{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+            f"{self.url}/api/2.0/mlflow/{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
         )
         return json.load(urllib.request.urlopen(request, timeout=300))
 
@@ -77,7 +97,9 @@ def server(study, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experiment(server):
-    (found,) = [one for one in server[0].api("experiments/search", max_results=10)["experiments"] if one["name"] == "dmsae_ray"]
+    (found,) = [
+        one for one in server[0].api("experiments/search", max_results=10)["experiments"] if one["name"] == "dmsae_ray"
+    ]
     return found["experiment_id"]
 
 
@@ -92,11 +114,21 @@ def metrics_of(run: dict) -> dict[str, float]:
 def test_runs_are_found_by_stage_arm_seed_and_k(server, experiment):
     here, output = server
     chains = here.runs(experiment, "tags.`dmsae.kind` = 'chain'")
-    rows = {row["chain"]: row for row in json.loads((results(output) / "evaluation.json").read_text())["rows"] if row["last"]}
+    rows = {
+        row["chain"]: row
+        for row in json.loads((results(output) / "evaluation.json").read_text())["rows"]
+        if row["last"]
+    }
     assert chains.keys() == rows.keys()
     for label, run in chains.items():
         row, tags = rows[label], tags_of(run)
-        assert [tags[name] for name in ("stage", "arm", "seed", "k", "chain")] == [row["stage"], row["arm"], str(row["seed"]), str(row["k"]), label]
+        assert [tags[name] for name in ("stage", "arm", "seed", "k", "chain")] == [
+            row["stage"],
+            row["arm"],
+            str(row["seed"]),
+            str(row["k"]),
+            label,
+        ]
         assert run["info"]["status"] == "FINISHED"
         metrics = metrics_of(run)
         assert metrics["cycle/fvu"] == pytest.approx(row["fvu"]) and metrics["cycle/core_size"] == row["core_out"]
@@ -117,25 +149,48 @@ def test_tables_pictures_and_the_page_are_there_and_equal_the_files(server, expe
     client = mlflow.MlflowClient(here.url)
     # Asked for through the tracking server alone: an artifact that it cannot give would not be in its page either.
     got = {entry.path for entry in client.list_artifacts(run_id)}
-    assert {"report.html", "report.txt", "consistency.png", "core_sizes.png", "evaluation.json", "comparison.json", "consensus.json",
-            "features.json", "expectations.json", "numbers.json", "tables"} <= got  # fmt: skip
-    assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_bytes() == (folder / "report.html").read_bytes()
+    assert {
+        "report.html",
+        "report.txt",
+        "consistency.png",
+        "core_sizes.png",
+        "evaluation.json",
+        "comparison.json",
+        "consensus.json",
+        "features.json",
+        "expectations.json",
+        "numbers.json",
+        "tables",
+    } <= got
+    assert (
+        Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_bytes()
+        == (folder / "report.html").read_bytes()
+    )
     assert Path(client.download_artifacts(run_id, "consistency.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(here.url)  # load_table downloads by it, whatever client it is asked of
     try:
-        tables = {name: client.load_table(experiment, f"tables/{name}.json", run_ids=[run_id])
-                  for name in ("chains", "pairs", "evaluation", "expectations", "features", "groups", "rediscovery")}  # fmt: skip
+        tables = {
+            name: client.load_table(experiment, f"tables/{name}.json", run_ids=[run_id])
+            for name in ("chains", "pairs", "evaluation", "expectations", "features", "groups", "rediscovery")
+        }
     finally:
         mlflow.set_tracking_uri(before)
     pairs = json.loads((folder / "comparison.json").read_text())["pairs"]
     assert tables["pairs"]["pw_mcc"].tolist() == pytest.approx([pair["pw_mcc"] for pair in pairs])
     assert len(tables["evaluation"]) == len(json.loads((folder / "evaluation.json").read_text())["rows"])
     assert tables["expectations"]["outcome"].tolist() == ["hit", "hit", "miss", "not available"]
-    assert tables["features"]["id"].tolist() == [group["id"] for group in json.loads((folder / "consensus.json").read_text())["groups"]]
-    assert tables["rediscovery"]["chain"].tolist() == ["seed100-k8-plain"] and "base/seed" in tables["groups"]["group"].tolist()
+    assert tables["features"]["id"].tolist() == [
+        group["id"] for group in json.loads((folder / "consensus.json").read_text())["groups"]
+    ]
+    assert (
+        tables["rediscovery"]["chain"].tolist() == ["seed100-k8-plain"]
+        and "base/seed" in tables["groups"]["group"].tolist()
+    )
     numbers = json.loads((folder / "numbers.json").read_text())
-    assert metrics_of(run)["results/consistency.base.seed.pw_mcc"] == pytest.approx(numbers["consistency.base.seed.pw_mcc"])
+    assert metrics_of(run)["results/consistency.base.seed.pw_mcc"] == pytest.approx(
+        numbers["consistency.base.seed.pw_mcc"]
+    )
 
 
 def test_the_compare_view_of_its_page_shows_both_seeds(server, experiment):

@@ -31,7 +31,9 @@ def test_harvesting_to_a_url_and_training_from_it_gives_the_files_and_weights_of
     assert not (tmp_path / "out" / "data").exists()
 
     place, options = url.split("?")
-    trained = run_command(tmp_path / "out", "--sweep.seeds", "0", "--harvest.dataset", f"{place}/{folder.name}?{options}")
+    trained = run_command(
+        tmp_path / "out", "--sweep.seeds", "0", "--harvest.dataset", f"{place}/{folder.name}?{options}"
+    )
     assert trained.code == 0 and "complete and checked" in trained.out, trained.out
     same_results(tmp_path / "out", small_sweep.output, cycles=2)
     assert {name for name in files_below(tmp_path / "out" / "data" / folder.name)} == references
@@ -53,7 +55,9 @@ def test_bad_shards_of_a_url_are_made_again_there_and_they_alone(small_sweep, s3
     assert "2 bad" in capfd.readouterr().out
     run = run_command(tmp_path / "out", *arguments, "--repair", module="harvest")
     assert run.code == 0, run.out
-    assert {name: s3.content(f"bad/{folder.name}")[name] for name in names} == {name: (folder / name).read_bytes() for name in names}
+    assert {name: s3.content(f"bad/{folder.name}")[name] for name in names} == {
+        name: (folder / name).read_bytes() for name in names
+    }
     written = {name for request in s3.proxy.served if request.method == "PUT" for name in names if name in request.path}
     assert written == set(names[1:])
     assert harvest.main(command(tmp_path / "out", *arguments, "--verify")[3:]) == 0
@@ -63,7 +67,8 @@ def test_bad_shards_of_a_url_are_made_again_there_and_they_alone(small_sweep, s3
     "url",
     [
         f"s3://name:{PASSWORD}@activations/x?nonsense=1",  # refused before anything is sent
-        f"s3://name:{PASSWORD}@activations/x?endpoint_override=127.0.0.1:PORT&scheme=http&region=us-east-1",  # nothing there
+        # nothing there
+        f"s3://name:{PASSWORD}@activations/x?endpoint_override=127.0.0.1:PORT&scheme=http&region=us-east-1",
         f"strange://name:{PASSWORD}@activations/x",
     ],
 )

@@ -20,7 +20,9 @@ from dmsae_ray.lm.source import TINY
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The shipped model, in which one of about 500 tokens of text has an embedding of norm 1000, eleven times that at the hook (the median row has 28)."""
+    """The shipped model, in which one of about 500 tokens of text has an embedding of norm 1000, eleven times that at
+    the hook (the median row has 28).
+    """
     tokenizer, counts = load_tokenizer("tiny"), Counter()
     for document in islice(load_parts(CorpusConfig())[0], 20):
         counts.update(tokenizer(document.text)["input_ids"])
@@ -36,7 +38,9 @@ def model(tmp_path_factory):
 
 
 def test_kept_outliers_are_warned_of_and_by_default_they_count_nowhere(model, tmp_path):
-    kept = run_command(tmp_path / "kept", "--model.name", str(model), "--harvest.outlier_norm", "null", module="harvest")
+    kept = run_command(
+        tmp_path / "kept", "--model.name", str(model), "--harvest.outlier_norm", "null", module="harvest"
+    )
     assert kept.code == 0, kept.out
     (line,) = [line for line in kept.out.splitlines() if "of the variance" in line]
     assert "warning: " in line and "Set harvest.outlier_norm to 10" in line
@@ -46,7 +50,12 @@ def test_kept_outliers_are_warned_of_and_by_default_they_count_nowhere(model, tm
     assert run.code == 0, run.out
     assert "rows of more than 10 times the median norm are left out" in run.out and "of the variance" not in run.out
     data = json.loads((results(output) / "data.json").read_text())
-    assert data["dropped"] > 0 and data["outlier_norm"] == 10 and data["warning"] is None and data["outliers"]["share_of_variance"] < 0.05
+    assert (
+        data["dropped"] > 0
+        and data["outlier_norm"] == 10
+        and data["warning"] is None
+        and data["outliers"]["share_of_variance"] < 0.05
+    )
     (folder,) = (output / "data").glob("*/manifest.json")
     dataset = ActivationDataset(folder.parent)
     assert dataset.manifest.max_norm == data["max_norm"] < 1000

@@ -24,6 +24,8 @@ def test_every_chart_of_the_quickstart_shows_its_data(tmp_path):
     """What `make sweep` runs: no configuration but the default one."""
     output = tmp_path / "quickstart"
     command = [sys.executable, "-m", "dmsae_ray.sweep", "--output", str(output)]
-    run = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
+    run = subprocess.run(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800
+    )
     assert run.returncode == 0, run.stdout
     look_at(results(output) / "report.html", charts_at_least=14)

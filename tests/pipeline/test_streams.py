@@ -28,7 +28,14 @@ def cluster():
             patch.setenv(name, value)
         here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
         # One CPU for each stream's consumer and one for all that read, as a sweep leaves it to Ray Data.
-        ray.init(address="local", num_cpus=STREAMS + 1, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False, runtime_env=here)
+        ray.init(
+            address="local",
+            num_cpus=STREAMS + 1,
+            object_store_memory=1 << 30,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=here,
+        )
         yield
         ray.shutdown()
 
@@ -42,20 +49,38 @@ def dataset(tmp_path_factory) -> ActivationDataset:
         rows_ND = torch.randn(16 * PER_GROUP, D, generator=generator).half()
         entries.append(writer.write(store, f"shards/{name}.parquet", rows_ND, PER_GROUP, {"dataset": "key"}, nothing))
     Manifest(
-        key="key", model="", model_fingerprint="", corpus_fingerprint="", hook="", d=D, dtype="float16", context=8, seed=0,
-        rows_per_group=PER_GROUP, positions=nothing, shards=entries[:-1], calibration=entries[-1], fields={}, **statistics_of(rows_ND),
-    ).save(store)  # fmt: skip
+        key="key",
+        model="",
+        model_fingerprint="",
+        corpus_fingerprint="",
+        hook="",
+        d=D,
+        dtype="float16",
+        context=8,
+        seed=0,
+        rows_per_group=PER_GROUP,
+        positions=nothing,
+        shards=entries[:-1],
+        calibration=entries[-1],
+        fields={},
+        **statistics_of(rows_ND),
+    ).save(store)
     return ActivationDataset(store)
 
 
 def order_of(dataset: ActivationDataset, data_seed: int) -> Order:
-    return Order(n_units=len(dataset.units()), unit_rows=PER_GROUP, batch=1024, lanes=LANES, data_seed=data_seed, cycle=0)
+    return Order(
+        n_units=len(dataset.units()), unit_rows=PER_GROUP, batch=1024, lanes=LANES, data_seed=data_seed, cycle=0
+    )
 
 
 def consume(place: str, data_seed: int) -> tuple[int, int, float]:
     """(batches, digest, seconds to the first batch) of one stream's pass; waits for the others before it begins."""
     dataset = ActivationDataset(place)
-    stream, order = Stream(dataset, dataset.units(), 0, 1, StreamLimits(BUDGET_MB)), order_of(ActivationDataset(place), data_seed)
+    stream, order = (
+        Stream(dataset, dataset.units(), 0, 1, StreamLimits(BUDGET_MB)),
+        order_of(ActivationDataset(place), data_seed),
+    )
     start, first, count = time.monotonic(), None, 0
     batches = stream.open(order, 0, order.rounds_per_pass * order.batches_per_round)
     for _ in batches:
@@ -95,7 +120,9 @@ def test_a_stream_keeps_to_its_share_of_the_object_store(cluster, dataset):
     watcher = threading.Thread(target=watch)
     watcher.start()
     order = order_of(dataset, 0)
-    for _ in Stream(dataset, dataset.units(), 0, 1, StreamLimits(BUDGET_MB)).open(order, 0, order.rounds_per_pass * order.batches_per_round):
+    for _ in Stream(dataset, dataset.units(), 0, 1, StreamLimits(BUDGET_MB)).open(
+        order, 0, order.rounds_per_pass * order.batches_per_round
+    ):
         time.sleep(0.02)  # slower than reading, so that all that can wait does
     stop.set()
     watcher.join()

@@ -1,5 +1,5 @@
-"""A small study through the front door: arms, transfer, plain SAEs, consensus, features, expectations, report, and two sweeps beside
-each other. Chains of the small sweep are reused, so only what is new is trained."""
+"""A small study through the front door: arms, transfer, plain SAEs, consensus, features, expectations, report, and two
+sweeps beside each other. Chains of the small sweep are reused, so only what is new is trained."""
 
 import json
 import shutil
@@ -21,9 +21,11 @@ def test_every_arm_has_its_chains_and_those_of_the_sweep_are_reused(study, small
     rows = read(output, "evaluation.json")["rows"]
     assert [(row["chain"], row["cycle"], row["stage"], row["from"]) for row in rows] == [
         *[(f"seed{seed}-k8", cycle, "distill", None) for seed in (0, 1) for cycle in (0, 1)],
-        ("seed0-k8-random", 0, "distill", None), ("seed0-k8-random", 1, "distill", None),
-        ("seed0-k16-transfer-from-k8", 0, "transfer", "seed0-k8"), ("seed100-k8-plain", 0, "plain", None),
-    ]  # fmt: skip
+        ("seed0-k8-random", 0, "distill", None),
+        ("seed0-k8-random", 1, "distill", None),
+        ("seed0-k16-transfer-from-k8", 0, "transfer", "seed0-k8"),
+        ("seed100-k8-plain", 0, "plain", None),
+    ]
     for row in rows:
         record = json.loads((output / "chains" / row["folder"] / f"cycle_{row['cycle']:02d}/record.json").read_text())
         assert row["fvu"] == record["fvu"] and row["prefixes"] == record["prefixes"] and row["kl"] == record["kl"]
@@ -53,12 +55,18 @@ def test_the_comparison_is_by_arm_and_leaves_out_what_has_no_core_of_its_own(stu
     comparison = read(output, "comparison.json")
     assert comparison["chains"] == ["seed0-k8", "seed1-k8", "seed0-k8-random"]
     assert {(pair["a"], pair["b"], pair["group"]) for pair in comparison["pairs"]} == {
-        ("seed0-k8", "seed1-k8", "base/seed"), ("seed0-k8", "seed0-k8-random", "base~random/arm"),
-    }  # fmt: skip
+        ("seed0-k8", "seed1-k8", "base/seed"),
+        ("seed0-k8", "seed0-k8-random", "base~random/arm"),
+    }
     consensus = read(output, "consensus.json")
-    sizes = [Core.load(output / "chains" / row["folder"] / "cycle_01/core.safetensors").size
-             for row in read(output, "evaluation.json")["rows"] if row["arm"] == "base" and row["last"]]  # fmt: skip
-    assert sum(len(group["members"]) for group in consensus["groups"]) == sum(sizes), "every latent of every core is in one group"
+    sizes = [
+        Core.load(output / "chains" / row["folder"] / "cycle_01/core.safetensors").size
+        for row in read(output, "evaluation.json")["rows"]
+        if row["arm"] == "base" and row["last"]
+    ]
+    assert sum(len(group["members"]) for group in consensus["groups"]) == sum(sizes), (
+        "every latent of every core is in one group"
+    )
     assert [row["chain"] for row in consensus["rediscovery"]] == ["seed100-k8-plain"]
     features = read(output, "features.json")["features"]
     assert len(features) == min(12, len(consensus["groups"])) and all(feature["contexts"] for feature in features)
@@ -75,7 +83,14 @@ def test_expectations_are_judged_and_said(study):
 def test_the_report_makes_all_of_it_again_without_training(study):
     output, _ = study
     folder = results(output)
-    names = ("comparison.json", "consensus.json", "features.json", "evaluation.json", "numbers.json", "expectations.json")
+    names = (
+        "comparison.json",
+        "consensus.json",
+        "features.json",
+        "evaluation.json",
+        "numbers.json",
+        "expectations.json",
+    )
     before = {name: json.loads((folder / name).read_text()) for name in names}
     trained = {path: path.stat().st_mtime_ns for path in output.glob("chains/*/cycle_*/*")}
     for name in names:
@@ -86,11 +101,15 @@ def test_the_report_makes_all_of_it_again_without_training(study):
     for found in (before, after):
         found["comparison.json"].pop("seconds_per_pair")
     assert after == before
-    assert {path: path.stat().st_mtime_ns for path in output.glob("chains/*/cycle_*/*")} == trained, "nothing was trained or touched"
+    assert {path: path.stat().st_mtime_ns for path in output.glob("chains/*/cycle_*/*")} == trained, (
+        "nothing was trained or touched"
+    )
     assert f"evaluation.base.k8.fvu {before['numbers.json']['evaluation.base.k8.fvu']:.6g}" in run.out
     # A second one keeps all that is known, and starts no Ray for it.
     again = run_command(output, module="report")
-    assert again.code == 0 and "ray: " not in again.out and "compare: " not in again.out and "features: " not in again.out, again.out
+    assert (
+        again.code == 0 and "ray: " not in again.out and "compare: " not in again.out and "features: " not in again.out
+    ), again.out
 
 
 @pytest.mark.slow
@@ -108,8 +127,21 @@ def test_training_goes_on_from_a_consensus_core_and_two_sweeps_are_compared(stud
     assert run.code == 0, run.out
     (row,) = read(other, "evaluation.json")["rows"]
     assert row["core_in"] == core.size and row["stage"] == "distill"
-    against = run_command(other, "--sae.core", str(consensus), "--sweep.seeds", "0", "--sweep.cycles", "1", "--against", str(results(output)), module="report")
-    assert against.code == 0 and "Numbers of both sweeps" in against.out and "evaluation.base.k8.fvu" in against.out, against.out
+    against = run_command(
+        other,
+        "--sae.core",
+        str(consensus),
+        "--sweep.seeds",
+        "0",
+        "--sweep.cycles",
+        "1",
+        "--against",
+        str(results(output)),
+        module="report",
+    )
+    assert against.code == 0 and "Numbers of both sweeps" in against.out and "evaluation.base.k8.fvu" in against.out, (
+        against.out
+    )
     (found,) = results(other).glob("against-*.json")
     assert {pair["group"] for pair in json.loads(found.read_text())["pairs"]} == {"base/arm"}
 
@@ -117,6 +149,8 @@ def test_training_goes_on_from_a_consensus_core_and_two_sweeps_are_compared(stud
 def test_against_what_is_no_sweep_is_refused_at_once(study, tmp_path):
     output, _ = study
     run = run_command(output, "--against", str(tmp_path), module="report")
-    assert run.code == 2 and "not a sweep's results folder (lacks config.yaml, chains.json, numbers.json)" in run.out, run.out
+    assert run.code == 2 and "not a sweep's results folder (lacks config.yaml, chains.json, numbers.json)" in run.out, (
+        run.out
+    )
     run = run_command(output, "--against", str(results(output)), module="report")
     assert run.code == 2 and "is this sweep itself" in run.out, run.out

@@ -23,7 +23,15 @@ def test_ends_with_both_tables_and_says_where_everything_lies(small_sweep):
 
 
 def test_shows_our_lines_and_not_ray_s(small_sweep):
-    for chatter in ("(pid=", "INFO worker", "raylet", "TuneReport", "Logical resource usage", "FutureWarning", "Traceback"):
+    for chatter in (
+        "(pid=",
+        "INFO worker",
+        "raylet",
+        "TuneReport",
+        "Logical resource usage",
+        "FutureWarning",
+        "Traceback",
+    ):
         assert chatter not in small_sweep.run.out, chatter
 
 
@@ -36,7 +44,9 @@ def test_one_completion_record_per_chain_and_cycle_with_sound_numbers(small_swee
         for r in records:
             assert r["label"] == label and r["tokens"] == r["steps"] * 512 == 16_384 and r["rows_dropped"] == 0
             assert r["workers"] == 1 and r["resumes"] == []
-            assert r["data_digest"] == digest_of_rows(small_sweep.output, r["cycle"], r["steps"], 512, 8, r["seed"]), "exactly these rows, once"
+            assert r["data_digest"] == digest_of_rows(small_sweep.output, r["cycle"], r["steps"], 512, 8, r["seed"]), (
+                "exactly these rows, once"
+            )
             assert 0 < r["fvu"] < 1 and r["core_l0"] + r["free_l0"] == pytest.approx(r["l0"])
             assert r["loss_clean"] < r["loss_spliced"] < r["loss_zero"]
             assert r["coverage"] >= 0.9 and sum(r["origins"].values()) == r["core_out"] > 0
@@ -110,7 +120,9 @@ def test_clean_removes_only_what_no_finished_result_needs(small_sweep, capfd):
     assert here(capfd, small_sweep, "--status").count("done") == 2
 
 
-def test_a_moved_folder_of_any_name_keeps_its_artifacts_and_what_fails_late_takes_nothing_with_it(small_sweep, tmp_path, capfd):
+def test_a_moved_folder_of_any_name_keeps_its_artifacts_and_what_fails_late_takes_nothing_with_it(
+    small_sweep, tmp_path, capfd
+):
     """All through the front door: moved, without a cluster for the features, with a store that is gone for good."""
     moved = tmp_path / "a%20b #c?d"
     shutil.copytree(small_sweep.output, moved)
@@ -122,7 +134,12 @@ def test_a_moved_folder_of_any_name_keeps_its_artifacts_and_what_fails_late_take
     away = ["--cluster.address", "127.0.0.1:1", "--track.uri", "http://name:hunter2@127.0.0.1:1"]
     assert report.main(command(moved, *away, module="report")[3:]) == 1
     said = "".join(capfd.readouterr())
-    assert "seed0-k8" in said and "PW-MCC" in said and "error: track.uri http://***@127.0.0.1:1" in said and "hunter2" not in said
+    assert (
+        "seed0-k8" in said
+        and "PW-MCC" in said
+        and "error: track.uri http://***@127.0.0.1:1" in said
+        and "hunter2" not in said
+    )
     (failed,) = json.loads((folder / "failed_parts.json").read_text())
     assert failed["part"] == "features" and "127.0.0.1:1" in failed["reason"] and failed["reason"] in said
     assert failed["part"] in (folder / "report.html").read_text() and (folder / "numbers.json").exists()
@@ -133,7 +150,9 @@ def test_a_moved_folder_of_any_name_keeps_its_artifacts_and_what_fails_late_take
     with sqlite3.connect(moved / "mlflow.db") as db:
         places = [place for (place,) in db.execute("select artifact_uri from runs")]
     here = (moved / "mlartifacts").as_uri()
-    assert len(places) == 7 and all(place.startswith(f"{here}/") and Path(url2pathname(urlparse(place).path)).is_dir() for place in places)
+    assert len(places) == 7 and all(
+        place.startswith(f"{here}/") and Path(url2pathname(urlparse(place).path)).is_dir() for place in places
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a%20b #c?d", "small.yaml", "sweeps"]
     for path in moved.rglob("*"):
         assert not path.is_file() or b"hunter2" not in path.read_bytes(), path

@@ -40,7 +40,9 @@ def cluster():
         patch.setenv("RAY_AUTH_MODE", "disabled")
         # Workers import the loop below from this file, and the package from this checkout.
         here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
-        ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here)
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here
+        )
         yield
         ray.shutdown()
 
@@ -87,19 +89,32 @@ def attribute_with(sweep, out: Path, settings: ScoreSettings, workers: int, trou
     ledger = [str(out / "ledger"), len(batches), "test"]
     ray.train.torch.TorchTrainer(
         attribute_in_group,
-        train_loop_config={"sae": str(sae), "dataset": dataset.store.url, "scale": dataset.manifest.scale,
-                           "aggregator": aggregator, "ledger": ledger, "out": str(out), "trouble": trouble},
+        train_loop_config={
+            "sae": str(sae),
+            "dataset": dataset.store.url,
+            "scale": dataset.manifest.scale,
+            "aggregator": aggregator,
+            "ledger": ledger,
+            "out": str(out),
+            "trouble": trouble,
+        },
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(name="attribution", storage_path=str(out / "train")),
-    ).fit()  # fmt: skip
+    ).fit()
     counts = [int((out / f"worker-{rank}").read_text()) for rank in range(workers)]
     return ray.get(aggregator.select.remote(tuple(ledger))), counts
 
 
 @pytest.mark.parametrize(
-    "settings", [pytest.param(ScoreSettings(), id="mean_abs", marks=pytest.mark.slow),
-                 pytest.param(ScoreSettings("quantile", until_jaccard=0.95), id="quantile-in-stages")])  # fmt: skip
-def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_and_a_dead_actor(cluster, small_sweep, tmp_path, settings):
+    "settings",
+    [
+        pytest.param(ScoreSettings(), id="mean_abs", marks=pytest.mark.slow),
+        pytest.param(ScoreSettings("quantile", until_jaccard=0.95), id="quantile-in-stages"),
+    ],
+)
+def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_and_a_dead_actor(
+    cluster, small_sweep, tmp_path, settings
+):
     alone, _ = attribute_with(small_sweep, tmp_path / "one", settings, 1, trouble=False)
     shared, counts = attribute_with(small_sweep, tmp_path / "three", settings, 3, trouble=True)
     assert sum(count > 0 for count in counts) >= 2, counts
@@ -161,7 +176,11 @@ def test_a_byte_altered_after_the_start_fails_the_chain_by_name_and_saves_nothin
     path.write_bytes(raw)
     plan = run_chain(small_sweep, dataset, tmp_path / "out", cycles=1)
     failure = plan.folder.failure()
-    assert failure["kind"] == "data" and str(path) in failure["reason"] and "dmsae_ray.harvest --repair" in failure["reason"]
+    assert (
+        failure["kind"] == "data"
+        and str(path) in failure["reason"]
+        and "dmsae_ray.harvest --repair" in failure["reason"]
+    )
     assert not plan.folder.cycle(0).sae.exists() and not plan.folder.records()
 
 
@@ -233,7 +252,9 @@ def test_a_read_task_that_is_killed_is_read_again_and_changes_no_batch(cluster, 
 
     def kill() -> None:
         (victim,) = wait_for_tasks(lambda task: task.task_id not in known and task.state == "RUNNING")
-        assert "read_units" in Path(f"/proc/{victim.worker_pid}/cmdline").read_text()  # Ray names a process after its task
+        assert (
+            "read_units" in Path(f"/proc/{victim.worker_pid}/cmdline").read_text()
+        )  # Ray names a process after its task
         os.kill(victim.worker_pid, signal.SIGKILL)
         victims.append(victim)
 
@@ -253,8 +274,13 @@ def wait_for_tasks(wanted) -> list:
 
 
 @pytest.mark.parametrize(
-    "train", [pytest.param({"parallel": "ddp"}, id="ddp"), pytest.param({"parallel": "gather"}, id="gather", marks=pytest.mark.slow),
-              pytest.param({"parallel": "latent", "micro_batch": 100}, id="latent")])  # fmt: skip
+    "train",
+    [
+        pytest.param({"parallel": "ddp"}, id="ddp"),
+        pytest.param({"parallel": "gather"}, id="gather", marks=pytest.mark.slow),
+        pytest.param({"parallel": "latent", "micro_batch": 100}, id="latent"),
+    ],
+)
 def test_two_workers_train_and_attribute_together(cluster, small_sweep, tmp_path, train):
     cycles = 2 if train["parallel"] == "latent" else 1  # a core is dealt over workers there
     plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=cycles, workers=2, **train)

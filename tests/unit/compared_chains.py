@@ -40,16 +40,36 @@ def core_of(sae: Latents, ids, *, seed=0, k=16, cycle=2, scores=None, **changes)
     ids = torch.as_tensor(ids, dtype=torch.int64)
     size = len(ids)
     fields = dict(
-        W_enc_CD=sae.W_enc_ND[ids], W_dec_CD=sae.W_dec_ND[ids], b_enc_C=sae.b_enc_N[ids], b_dec_D=sae.b_dec_D,
-        scores_C=torch.arange(size, dtype=torch.float64) if scores is None else torch.as_tensor(scores), density_C=sae.density_N[ids],
-        latent_ids_C=ids, theta=0.5, scale=sae.scale, hook="h", model="m", cycle=cycle, seed=seed, k=k,
-        entered_C=torch.full((size,), cycle), selected=((cycle,),) * size,
-    )  # fmt: skip
+        W_enc_CD=sae.W_enc_ND[ids],
+        W_dec_CD=sae.W_dec_ND[ids],
+        b_enc_C=sae.b_enc_N[ids],
+        b_dec_D=sae.b_dec_D,
+        scores_C=torch.arange(size, dtype=torch.float64) if scores is None else torch.as_tensor(scores),
+        density_C=sae.density_N[ids],
+        latent_ids_C=ids,
+        theta=0.5,
+        scale=sae.scale,
+        hook="h",
+        model="m",
+        cycle=cycle,
+        seed=seed,
+        k=k,
+        entered_C=torch.full((size,), cycle),
+        selected=((cycle,),) * size,
+    )
     return Core(**fields | changes)
 
 
 def named(seed=0, k=16, arm="base", **changes) -> ChainIdentity:
-    usual = {"label": f"{arm}-seed{seed}-k{k}", "arm": arm, "seed": seed, "data_seed": seed, "part": None, "k": k, "rest": "all else"}
+    usual = {
+        "label": f"{arm}-seed{seed}-k{k}",
+        "arm": arm,
+        "seed": seed,
+        "data_seed": seed,
+        "part": None,
+        "k": k,
+        "rest": "all else",
+    }
     return ChainIdentity(**usual | changes)
 
 
@@ -61,6 +81,10 @@ def make_chain(seed, k=16, size=10, common=0, cycle=2, **changes) -> ChainResult
     W_enc_FD[core_ids[:common]], W_dec_FD[core_ids[:common]] = unit_rows(common, 7)[order], unit_rows(common, 8)[order]
     sae = latents(W_enc_FD, W_dec_FD)
     return ChainResult(
-        chain=named(seed, k, **changes), core=core_of(sae, core_ids, seed=seed, k=k, cycle=cycle), sae=sae, core_ids_C=core_ids,
-        start=latents(unit_rows(WIDTH, seed + 50), unit_rows(WIDTH, seed + 70)), start_ids_N=torch.arange(20).flip(0),
-    )  # fmt: skip
+        chain=named(seed, k, **changes),
+        core=core_of(sae, core_ids, seed=seed, k=k, cycle=cycle),
+        sae=sae,
+        core_ids_C=core_ids,
+        start=latents(unit_rows(WIDTH, seed + 50), unit_rows(WIDTH, seed + 70)),
+        start_ids_N=torch.arange(20).flip(0),
+    )

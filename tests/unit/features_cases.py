@@ -39,7 +39,9 @@ class TableModel:
         return Cut(torch.where((ids_BT == 0)[:, :, None], torch.nan, self.table_VD[ids_BT]), None)
 
 
-def sae_of(W_enc_FD: torch.Tensor, W_dec_FD: torch.Tensor, theta: float, core_size: int = 0, gate: str = "batchtopk") -> MatryoshkaSAE:
+def sae_of(
+    W_enc_FD: torch.Tensor, W_dec_FD: torch.Tensor, theta: float, core_size: int = 0, gate: str = "batchtopk"
+) -> MatryoshkaSAE:
     """An SAE with these rows, no biases and one group."""
     sae = MatryoshkaSAE(W_enc_FD.shape[1], [len(W_enc_FD)], core_size, gate)
     with torch.no_grad():
@@ -49,7 +51,9 @@ def sae_of(W_enc_FD: torch.Tensor, W_dec_FD: torch.Tensor, theta: float, core_si
     return sae
 
 
-def random_sae(d: int, width: int, theta: float, seed: int = 0, core_size: int = 0, gate: str = "batchtopk") -> MatryoshkaSAE:
+def random_sae(
+    d: int, width: int, theta: float, seed: int = 0, core_size: int = 0, gate: str = "batchtopk"
+) -> MatryoshkaSAE:
     """Random unit rows, biases on both sides."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(2, width, d, generator=generator)

@@ -1,4 +1,6 @@
-"""Language models that tests share: the shipped one, and small random ones of other architectures, beside transformers' own."""
+"""Language models that tests share: the shipped one, and small random ones of other architectures, beside transformers'
+own.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,15 @@ from dmsae_ray.lm.source import TINY
 B, T = 3, 100  # longer than the tiny model's sliding window of 64
 LENGTHS = torch.tensor([T, 40, 17])
 OTHERS = ("llama", "neox", "falcon")
-"""Llama: no norms after attention and MLP. NeoX: attention and MLP in parallel. Falcon: parallel, and one norm for both."""
+"""Llama: no norms after attention and MLP. NeoX: attention and MLP in parallel. Falcon: parallel, and one norm for
+both.
+"""
 PLACES = [
-    (architecture, kind) for architecture in ("tiny", *OTHERS) for kind in KINDS
+    (architecture, kind)
+    for architecture in ("tiny", *OTHERS)
+    for kind in KINDS
     if architecture in ("tiny", "llama") or kind != "hook_resid_mid"
-]  # fmt: skip
+]
 
 
 IDS_BT = torch.randint(3, 4096, (B, T), generator=torch.Generator().manual_seed(0))
@@ -40,11 +46,18 @@ def folder_of(architecture: str) -> Path:
         return TINY
     from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoXConfig, LlamaConfig
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 4096, "initializer_range": 0.2}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 4096,
+        "initializer_range": 0.2,
+    }
     config = {
         "llama": lambda: LlamaConfig(intermediate_size=48, num_key_value_heads=2, **shape),
-        "neox": lambda: GPTNeoXConfig(intermediate_size=48, **shape), "falcon": lambda: FalconConfig(**shape),
-    }[architecture]()  # fmt: skip
+        "neox": lambda: GPTNeoXConfig(intermediate_size=48, **shape),
+        "falcon": lambda: FalconConfig(**shape),
+    }[architecture]()
     folder = Path(MADE.name) / architecture
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -63,7 +76,9 @@ def reference(architecture: str):
     """The same model in transformers, without TransformerLens."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder_of(architecture), dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder_of(architecture), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 @torch.no_grad()
@@ -79,7 +94,9 @@ def run_reference(model, pre_hooks=(), hooks=()):
 
 @torch.no_grad()
 def states_of(architecture, layer):
-    """The stream before, in the middle of and after a block, and what attention and MLP add to it, caught in transformers."""
+    """The stream before, in the middle of and after a block, and what attention and MLP add to it, caught in
+    transformers.
+    """
     model = reference(architecture)
     block, caught = model.model.layers[layer], {}
     mid, attn_out, mlp_out = (
@@ -94,9 +111,14 @@ def states_of(architecture, layer):
     def first(args, output):
         return output[0] if isinstance(output, tuple) else output
 
-    run_reference(model, hooks=[
-        (block, catch("hook_resid_pre", lambda args, output: args[0])), (block, catch("hook_resid_post", first)),
-        (mid, catch("hook_resid_mid", lambda args, output: args[0])), (attn_out, catch("hook_attn_out", first)),
-        (mlp_out, catch("hook_mlp_out", first)),
-    ])  # fmt: skip
+    run_reference(
+        model,
+        hooks=[
+            (block, catch("hook_resid_pre", lambda args, output: args[0])),
+            (block, catch("hook_resid_post", first)),
+            (mid, catch("hook_resid_mid", lambda args, output: args[0])),
+            (attn_out, catch("hook_attn_out", first)),
+            (mlp_out, catch("hook_mlp_out", first)),
+        ],
+    )
     return caught | {"hook_out": caught["hook_resid_post"]}

@@ -1,5 +1,5 @@
-"""The training step written down plainly from its definition, with autograd: slow, in any precision, and without a line of
-`dmsae_ray.sae`. Tests compare the real one with it.
+"""The training step written down plainly from its definition, with autograd: slow, in any precision, and without a line
+of `dmsae_ray.sae`. Tests compare the real one with it.
 
 Shapes: B tokens, D = d, F = width; the first C latents are the core.
 """
@@ -58,8 +58,24 @@ def reference_loss(x_BD, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, group_ends, mask_
 class ReferenceTrainer:
     """Whole updates of the parameters {W_enc [F, D] with the core's rows first, b_enc, W_dec, b_dec}."""
 
-    def __init__(self, parameters, group_ends, core_size, k, lr, core_gate="batchtopk", core_budget="counted",
-                 dead_window=10_000_000, warmup=0, decay=0, total=0, auxk_alpha=1 / 32, auxk_k=None, clip=1.0, frozen=True):  # fmt: skip
+    def __init__(
+        self,
+        parameters,
+        group_ends,
+        core_size,
+        k,
+        lr,
+        core_gate="batchtopk",
+        core_budget="counted",
+        dead_window=10_000_000,
+        warmup=0,
+        decay=0,
+        total=0,
+        auxk_alpha=1 / 32,
+        auxk_k=None,
+        clip=1.0,
+        frozen=True,
+    ):
         self.parameters = {name: tensor.clone() for name, tensor in parameters.items()}
         self.group_ends, self.core_size, self.k, self.lr, self.clip = group_ends, core_size, k, lr, clip
         self.core_gate, self.core_budget = core_gate, core_budget
@@ -79,9 +95,17 @@ class ReferenceTrainer:
         self.silent = torch.where(mask.any(dim=0), 0, self.silent + len(x_BD))
         dead = (self.silent >= self.dead_window) & (torch.arange(len(self.silent)) >= self.core_size)
         loss, _, _ = reference_loss(
-            x_BD, leaves["W_enc"], leaves["b_enc"], leaves["W_dec"], leaves["b_dec"],
-            self.group_ends, mask, dead, self.auxk_alpha, self.auxk_k,
-        )  # fmt: skip
+            x_BD,
+            leaves["W_enc"],
+            leaves["b_enc"],
+            leaves["W_dec"],
+            leaves["b_dec"],
+            self.group_ends,
+            mask,
+            dead,
+            self.auxk_alpha,
+            self.auxk_k,
+        )
         loss.backward()
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
         gradients["W_enc"][: self.n_frozen] = 0

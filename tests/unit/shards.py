@@ -21,21 +21,38 @@ def bits(rows_ND: torch.Tensor) -> torch.Tensor:
     return rows_ND.contiguous().view(torch.int16)
 
 
-def write(store: Store, name: str, rows_ND: torch.Tensor, per_group: int = PER_GROUP, key: str = "key", **about) -> ShardEntry:
+def write(
+    store: Store, name: str, rows_ND: torch.Tensor, per_group: int = PER_GROUP, key: str = "key", **about
+) -> ShardEntry:
     return ShardWriter().write(store, name, rows_ND, per_group, {"dataset": key, **about}, NOTHING)
 
 
-def make_dataset(folder, shards: int = 2, rows: int = 32, per_group: int = PER_GROUP, last: int | None = None, key: str = "key"):
+def make_dataset(
+    folder, shards: int = 2, rows: int = 32, per_group: int = PER_GROUP, last: int | None = None, key: str = "key"
+):
     """shards of so many rows, the last one of `last` rows, and a calibration shard."""
     store = Store(folder)
     sizes = [*[rows] * (shards - 1), rows if last is None else last]
     entries = [
-        write(store, f"shards/train-{i:05d}.parquet", some_rows(size, seed=i), per_group, key) for i, size in enumerate(sizes)
+        write(store, f"shards/train-{i:05d}.parquet", some_rows(size, seed=i), per_group, key)
+        for i, size in enumerate(sizes)
     ]
     calibration = write(store, "shards/calibration.parquet", some_rows(rows, seed=99), per_group, key)
     Manifest(
-        key=key, model="m", model_fingerprint="f", corpus_fingerprint="c", hook="blocks.1.hook_resid_post", d=D, dtype="float16",
-        context=8, seed=0, rows_per_group=per_group, positions=NOTHING, shards=entries, calibration=calibration, fields=FIELDS,
+        key=key,
+        model="m",
+        model_fingerprint="f",
+        corpus_fingerprint="c",
+        hook="blocks.1.hook_resid_post",
+        d=D,
+        dtype="float16",
+        context=8,
+        seed=0,
+        rows_per_group=per_group,
+        positions=NOTHING,
+        shards=entries,
+        calibration=calibration,
+        fields=FIELDS,
         **statistics_of(read_rows(store, calibration, per_group, D, "float16")),
-    ).save(store)  # fmt: skip
+    ).save(store)
     return ActivationDataset(store)

@@ -41,15 +41,29 @@ def plans_of(tmp_path, text=STUDY, *argv):
 def test_every_arm_adds_its_chains_after_the_grid(tmp_path):
     plans = plans_of(tmp_path)
     assert list(plans) == [
-        "seed0-k16", "seed1-k16", "seed0-k32", "seed1-k32",
-        "seed0-k16-random", "seed0-k16-disjoint", "seed1-k16-disjoint", "seed0-k16-order",
-        "seed100-k16-plain", "seed100-k32-plain", "seed100-k16-plain-long",
-        "seed0-k64-transfer-from-k16", "seed1-k64-transfer-from-k16",
-        "seed0-k16-transfer-from-k32", "seed0-k64-transfer-from-k32", "seed1-k16-transfer-from-k32", "seed1-k64-transfer-from-k32",
-    ]  # fmt: skip
+        "seed0-k16",
+        "seed1-k16",
+        "seed0-k32",
+        "seed1-k32",
+        "seed0-k16-random",
+        "seed0-k16-disjoint",
+        "seed1-k16-disjoint",
+        "seed0-k16-order",
+        "seed100-k16-plain",
+        "seed100-k32-plain",
+        "seed100-k16-plain-long",
+        "seed0-k64-transfer-from-k16",
+        "seed1-k64-transfer-from-k16",
+        "seed0-k16-transfer-from-k32",
+        "seed0-k64-transfer-from-k32",
+        "seed1-k16-transfer-from-k32",
+        "seed1-k64-transfer-from-k32",
+    ]
     assert len({plan.key for plan in plans.values()}) == len(plans), "no two chains in one folder"
     assert {label: plan.stage for label, plan in plans.items() if plan.arm != BASE and plan.stage != "distill"} == {
-        label: "transfer" if "transfer" in label else "plain" for label in plans if "transfer" in label or "plain" in label
+        label: "transfer" if "transfer" in label else "plain"
+        for label in plans
+        if "transfer" in label or "plain" in label
     }
     assert [plans[label].cycles for label in ("seed0-k16", "seed0-k16-random", "seed100-k16-plain")] == [3, 3, 1]
     assert plans["seed100-k16-plain-long"].steps == 3 * plans["seed100-k16-plain"].steps
@@ -71,7 +85,9 @@ def test_what_a_chain_needs_is_what_must_be_finished_before_it(tmp_path):
     plans = plans_of(tmp_path)
     needs = {label: [chain.label for chain in plan.needs()] for label, plan in plans.items() if plan.needs()}
     assert needs.pop("seed0-k16-random") == ["seed0-k16"]
-    assert needs == {label: [f"{label.split('-')[0]}-{label.split('from-')[1]}"] for label in plans if "transfer" in label}
+    assert needs == {
+        label: [f"{label.split('-')[0]}-{label.split('from-')[1]}"] for label in plans if "transfer" in label
+    }
 
 
 def test_a_transfer_draws_what_its_source_never_drew(tmp_path):
@@ -84,16 +100,23 @@ def test_a_transfer_draws_what_its_source_never_drew(tmp_path):
     assert longer["seed0-k16"].key == source.key != longer["seed0-k64-transfer-from-k16"].key
 
 
-@pytest.mark.parametrize("old, new, said", [
-    ("selection.by: random", "selection.by: best", "study.arms.random: selection.by: Input should be"),
-    ("sweep.data: disjoint", "model.context: 64", "model.context cannot differ in an arm: chains are compared on the same data"),
-    ("sweep.data: disjoint", "sweep.cycles: 2", "sweep.cycles cannot differ in an arm"),
-    ("sweep.data: disjoint", "sae.depth: 2", "study.arms.disjoint: sae.depth: no such field"),
-    ("sweep.data: disjoint", "sweep.parts: 3", "sweep.parts has a meaning only with sweep.data disjoint"),
-    ("    plain:", "    base:", "an arm cannot be called base"),
-    ("    plain:", "    Plain Ones:", "study.arms"),
-    ("core: distilled", "core: all", "study.arms.transfer.core"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("selection.by: random", "selection.by: best", "study.arms.random: selection.by: Input should be"),
+        (
+            "sweep.data: disjoint",
+            "model.context: 64",
+            "model.context cannot differ in an arm: chains are compared on the same data",
+        ),
+        ("sweep.data: disjoint", "sweep.cycles: 2", "sweep.cycles cannot differ in an arm"),
+        ("sweep.data: disjoint", "sae.depth: 2", "study.arms.disjoint: sae.depth: no such field"),
+        ("sweep.data: disjoint", "sweep.parts: 3", "sweep.parts has a meaning only with sweep.data disjoint"),
+        ("    plain:", "    base:", "an arm cannot be called base"),
+        ("    plain:", "    Plain Ones:", "study.arms"),
+        ("core: distilled", "core: all", "study.arms.transfer.core"),
+    ],
+)
 def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path, old, new, said):
     assert old in STUDY
     with pytest.raises(ValueError) as error:
@@ -101,30 +124,52 @@ def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path, old, new, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("expect, said", [
-    ("value: agreement.base.seed, above: 0", "results begin with chains, evaluation, consistency, consensus, rediscovery"),
-    ("value: evaluation.randm.k16.fvu, above: 0", "no arm 'randm'; there are base, disjoint"),
-    ("value: consistency.base.seed.pw_mcc, above: consistency.bse.seed.pw_mcc", "no arm 'bse'"),
-    ("value: consistency.base.seed.pw_mcc", "names no bound: set above, below or both"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expect, said",
+    [
+        (
+            "value: agreement.base.seed, above: 0",
+            "results begin with chains, evaluation, consistency, consensus, rediscovery",
+        ),
+        ("value: evaluation.randm.k16.fvu, above: 0", "no arm 'randm'; there are base, disjoint"),
+        ("value: consistency.base.seed.pw_mcc, above: consistency.bse.seed.pw_mcc", "no arm 'bse'"),
+        ("value: consistency.base.seed.pw_mcc", "names no bound: set above, below or both"),
+    ],
+)
 def test_an_expectation_of_nothing_is_refused_before_the_run(tmp_path, expect, said):
     with pytest.raises(ValueError) as error:
         config_of(tmp_path, STUDY + f"  expect:\n  - {{claim: cores agree, {expect}}}\n")
     assert said in str(error.value)
-    assert config_of(tmp_path, STUDY + "  expect:\n  - {claim: x, value: consistency.base~random.arm.pw_mcc, below: 1}\n").study.expect
+    assert config_of(
+        tmp_path, STUDY + "  expect:\n  - {claim: x, value: consistency.base~random.arm.pw_mcc, below: 1}\n"
+    ).study.expect
 
 
-# -- a core file to start from -------------------------------------------------------------------------------------------
+# -- a core file to start from
+# -------------------------------------------------------------------------------------------
 
 
 def core_file(path, d=8, scale=2.0, cycle=2):
     torch.manual_seed(0)
     W = torch.randn(3, d)
     core = Core(
-        W_enc_CD=W, W_dec_CD=W / W.norm(dim=1, keepdim=True), b_enc_C=torch.zeros(3), b_dec_D=torch.zeros(d), scores_C=torch.ones(3),
-        density_C=torch.full((3,), 0.1), latent_ids_C=torch.arange(3), theta=0.1, scale=scale, hook="blocks.1.hook_resid_post", model="m",
-        cycle=cycle, seed=0, k=4, entered_C=torch.full((3,), cycle), selected=((cycle,),) * 3,
-    )  # fmt: skip
+        W_enc_CD=W,
+        W_dec_CD=W / W.norm(dim=1, keepdim=True),
+        b_enc_C=torch.zeros(3),
+        b_dec_D=torch.zeros(d),
+        scores_C=torch.ones(3),
+        density_C=torch.full((3,), 0.1),
+        latent_ids_C=torch.arange(3),
+        theta=0.1,
+        scale=scale,
+        hook="blocks.1.hook_resid_post",
+        model="m",
+        cycle=cycle,
+        seed=0,
+        k=4,
+        entered_C=torch.full((3,), cycle),
+        selected=((cycle,),) * 3,
+    )
     core.save(path)
     return path
 
@@ -139,12 +184,16 @@ def test_a_chain_starts_from_a_core_file_under_a_key_of_its_content(tmp_path):
     plan, plain = plans["seed0-k16"], plans_of(tmp_path, text)["seed0-k16"]
     assert plan.start.path == path and plan.number(0) == 3 and plan.key != plain.key and plan.stage == "distill"
     moved = core_file(tmp_path / "elsewhere.safetensors")
-    assert plans_of(tmp_path, text, "--sae.core", str(moved))["seed0-k16"].key == plan.key, "where it lies decides nothing"
+    assert plans_of(tmp_path, text, "--sae.core", str(moved))["seed0-k16"].key == plan.key, (
+        "where it lies decides nothing"
+    )
     assert json.loads(json.dumps(plan.fields)) == plan.fields
     check_start(path, Fits)
 
 
-@pytest.mark.parametrize("field, value", [("d", 9), ("hook", "blocks.2.hook_resid_post"), ("scale", 2.1), ("model_fingerprint", "n")])
+@pytest.mark.parametrize(
+    "field, value", [("d", 9), ("hook", "blocks.2.hook_resid_post"), ("scale", 2.1), ("model_fingerprint", "n")]
+)
 def test_a_core_of_other_activations_is_refused_before_the_run(tmp_path, field, value):
     path = core_file(tmp_path / "core.safetensors")
     with pytest.raises(ValueError, match=r"sae.core .*core.safetensors: made with .* leave sae.core empty"):

@@ -15,7 +15,9 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 SCALE = 20.0
 
 
-@pytest.fixture(scope="module", params=["hook_resid_post", "hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out"])
+@pytest.fixture(
+    scope="module", params=["hook_resid_post", "hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out"]
+)
 def lm(request):
     return LanguageModel.load("tiny", f"blocks.2.{request.param}")
 
@@ -23,9 +25,13 @@ def lm(request):
 @pytest.fixture(scope="module")
 def batch(lm):
     """Two sequences; the first holds two documents, each with its BOS."""
-    texts = [["def read(self, path):\n    with open(path) as file:", "        return file.read()"], ["The list is sorted in place."]]
+    texts = [
+        ["def read(self, path):\n    with open(path) as file:", "        return file.read()"],
+        ["The list is sorted in place."],
+    ]
     rows = [
-        [token for text in row for token in (lm.bos_id, *lm.tokenizer(text, add_special_tokens=False)["input_ids"])] for row in texts
+        [token for text in row for token in (lm.bos_id, *lm.tokenizer(text, add_special_tokens=False)["input_ids"])]
+        for row in texts
     ]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((2, int(lengths.max())), lm.pad_id)
@@ -36,7 +42,9 @@ def batch(lm):
 
 def tokens_of(lm, ids, lengths) -> int:
     """Tokens that are neither BOS nor padding, counted one by one."""
-    return sum(int(token) != lm.bos_id for row, length in zip(ids, lengths.tolist(), strict=True) for token in row[:length])
+    return sum(
+        int(token) != lm.bos_id for row, length in zip(ids, lengths.tolist(), strict=True) for token in row[:length]
+    )
 
 
 def identity_sae(d: int) -> MatryoshkaSAE:
@@ -55,7 +63,9 @@ def test_an_exact_reconstruction_explains_all_and_recovers_all_loss(lm, batch):
     tally_batch(tally, identity_sae(lm.d), lm, ids, lengths, SCALE)
     references = reference_losses(lm, [batch], torch.zeros(lm.d))
     metrics, density = scores_of(tally, identity_sae(lm.d), references)
-    assert metrics["fvu"] < 1e-10 and metrics["evaluation_tokens"] == references["tokens"] == tokens_of(lm, ids, lengths)
+    assert metrics["fvu"] < 1e-10 and metrics["evaluation_tokens"] == references["tokens"] == tokens_of(
+        lm, ids, lengths
+    )
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_clean"], rel=1e-5)
     assert metrics["loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
     assert metrics["l0"] == pytest.approx(lm.d, rel=1e-3)  # of +e_i and -e_i exactly one is active
@@ -74,7 +84,9 @@ def test_ablation_keeps_what_stands_at_every_bos(lm, batch):
                 if ids[n, t] != lm.bos_id:
                     ablated[n, t] = value
         losses[kind] = float(lm.loss(cut, ablated, ids, lengths)) / tokens_of(lm, ids, lengths)
-    assert references["zero"] == pytest.approx(losses["zero"], rel=1e-6) and references["mean"] == pytest.approx(losses["mean"], rel=1e-6)
+    assert references["zero"] == pytest.approx(losses["zero"], rel=1e-6) and references["mean"] == pytest.approx(
+        losses["mean"], rel=1e-6
+    )
     assert references["zero"] != pytest.approx(references["mean"], rel=1e-3)
 
 

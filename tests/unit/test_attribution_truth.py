@@ -20,8 +20,9 @@ from dmsae_ray.sae.threshold import calibrate
 from dmsae_ray.sae.trainer import Trainer
 
 FLOORS = {"each": 0.85, "sum": 0.55}
-"""Rank correlation of mean_abs with ablation that must be reached: with the mean over tokens of |change of the token's loss|,
-and with the |change of the summed loss|, in which tokens cancel. A first-order estimate at single positions cannot reach 1."""
+"""Rank correlation of mean_abs with ablation that must be reached: with the mean over tokens of |change of the token's
+loss|, and with the |change of the summed loss|, in which tokens cancel. A first-order estimate at single positions
+cannot reach 1."""
 
 
 def trained(rows_RD, steps: int, **fields) -> tuple[MatryoshkaSAE, float]:
@@ -36,14 +37,15 @@ def trained(rows_RD, steps: int, **fields) -> tuple[MatryoshkaSAE, float]:
     return sae, scale
 
 
-# -- planted effects -----------------------------------------------------------------------------------------------------
+# -- planted effects
+# -----------------------------------------------------------------------------------------------------
 
 
 class Planted:
     """Stands where a language model does: x(token) = sum_i f_i v_i, Loss = sum over rows of sum_i effect_i * tanh(f_i).
 
-    f_i is read from x by the features' dual directions, so that a feature's effect on a row's loss, the difference that setting
-    f_i = 0 makes, is effect_i * tanh(f_i) exactly.
+    f_i is read from x by the features' dual directions, so that a feature's effect on a row's loss, the difference that
+    setting f_i = 0 makes, is effect_i * tanh(f_i) exactly.
     """
 
     def __init__(self, features: int = 48, d: int = 64, vocabulary: int = 4096, active: int = 4):
@@ -92,7 +94,8 @@ def test_planted_features_are_found_and_ranked_by_their_effect(planted, aggregat
     assert recall >= 0.9 and correlation >= 0.9
 
 
-# -- ablation ------------------------------------------------------------------------------------------------------------
+# -- ablation
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,9 @@ def test_attribution_ranks_latents_as_ablating_them_does(real):
     for aggregator in ("mean_abs", "quantile", "mean_signed"):
         scores_A = scores([partial], ScoreSettings(aggregator))[active]
         found = {kind: spearmanr(scores_A, change).statistic for kind, change in changes.items()}
-        print(f"{aggregator}: Spearman with ablation of {len(active)} latents", {kind: round(value, 3) for kind, value in found.items()})
+        print(
+            f"{aggregator}: Spearman with ablation of {len(active)} latents",
+            {kind: round(value, 3) for kind, value in found.items()},
+        )
         if aggregator == "mean_abs":
             assert all(found[kind] >= floor for kind, floor in FLOORS.items())

@@ -12,13 +12,24 @@ from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.lock import Lease
 
 SMALL = (
-    "--harvest.rows_per_group", str(PER_GROUP), "--harvest.rows_per_shard", "32", "--train.lanes", "4", "--train.batch", "32",
-    "--train.tokens", "640",
-)  # fmt: skip
+    "--harvest.rows_per_group",
+    str(PER_GROUP),
+    "--harvest.rows_per_shard",
+    "32",
+    "--train.lanes",
+    "4",
+    "--train.batch",
+    "32",
+    "--train.tokens",
+    "640",
+)
 
 
 def configured(*argv, tokens):
-    return load(SweepCommand, [*SMALL, "--harvest.tokens", str(tokens), *(() if "--sweep.k" in argv else ("--sweep.k", "4")), *argv])
+    return load(
+        SweepCommand,
+        [*SMALL, "--harvest.tokens", str(tokens), *(() if "--sweep.k" in argv else ("--sweep.k", "4")), *argv],
+    )
 
 
 def plans_of(dataset, *argv):
@@ -30,7 +41,8 @@ def files_of(plan, dataset) -> list[str]:
     return sorted({unit.file for unit in plan.units(dataset)})
 
 
-# -- parts ---------------------------------------------------------------------------------------------------------------
+# -- parts
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards, last", [(4, 32), (5, 32), (6, 32), (6, 16), (7, 8)])
@@ -40,16 +52,26 @@ def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, shards, last, see
     n = parts or seeds.count(",") + 1
     if (shards - (last < 32)) // n == 0:
         with pytest.raises(ValueError, match="less than one row group for each of 4 lanes"):
-            configured("--sweep.data", "disjoint", "--sweep.seeds", seeds, *(["--sweep.parts", str(parts)] if parts else []),
-                       tokens=32 * (shards - 1) + last)  # fmt: skip
+            configured(
+                "--sweep.data",
+                "disjoint",
+                "--sweep.seeds",
+                seeds,
+                *(["--sweep.parts", str(parts)] if parts else []),
+                tokens=32 * (shards - 1) + last,
+            )
         return
     dataset = make_dataset(tmp_path / "d", shards=shards, last=last)
-    plans = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.seeds", seeds, *(["--sweep.parts", str(parts)] if parts else []))
+    plans = plans_of(
+        dataset, "--sweep.data", "disjoint", "--sweep.seeds", seeds, *(["--sweep.parts", str(parts)] if parts else [])
+    )
     units = [plan.units(dataset) for plan in plans]
     taken = [unit for some in units for unit in some]
     assert len(taken) == len(set(taken)) and {len(some) for some in units} == {len(units[0])}
     files = [files_of(plan, dataset) for plan in plans]
-    assert len({file for some in files for file in some}) == sum(len(some) for some in files), "no shard, so no sequence, in two parts"
+    assert len({file for some in files for file in some}) == sum(len(some) for some in files), (
+        "no shard, so no sequence, in two parts"
+    )
     all_units, size = dataset.units(), len(units[0])
     for plan, some in zip(plans, units):
         part = plan.seed % n
@@ -103,7 +125,8 @@ def test_parts_of_shared_data_are_refused():
     assert "sweep.parts has a meaning only with sweep.data disjoint" in refused("--sweep.parts", "2")
 
 
-# -- keys ----------------------------------------------------------------------------------------------------------------
+# -- keys
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def chain_key(*argv, seed=0, k=4):
@@ -112,13 +135,22 @@ def chain_key(*argv, seed=0, k=4):
 
 def test_a_chain_s_key_changes_with_its_part_and_not_with_who_works_on_it():
     same, disjoint = chain_key(), ("--sweep.data", "disjoint")
-    for argv in (["--cluster.workers", "2"], ["--cluster.workers", "4", "--cluster.cpus_per_worker", "1"], ["--cluster.read_tasks", "1"],
-                 ["--cluster.fetch_ahead", "1"], ["--cluster.object_store_mb", "64"]):  # fmt: skip
+    for argv in (
+        ["--cluster.workers", "2"],
+        ["--cluster.workers", "4", "--cluster.cpus_per_worker", "1"],
+        ["--cluster.read_tasks", "1"],
+        ["--cluster.fetch_ahead", "1"],
+        ["--cluster.object_store_mb", "64"],
+    ):
         assert chain_key(*argv) == same, argv
     # One data seed and all else equal: only the part differs.
     fixed = ("--sweep.data_seed", "5")
-    parts = [chain_key(*fixed), chain_key(*disjoint, *fixed), chain_key(*disjoint, *fixed, "--sweep.parts", "3"),
-             chain_key(*disjoint, *fixed, "--sweep.seeds", "0,1,2,3")]  # fmt: skip
+    parts = [
+        chain_key(*fixed),
+        chain_key(*disjoint, *fixed),
+        chain_key(*disjoint, *fixed, "--sweep.parts", "3"),
+        chain_key(*disjoint, *fixed, "--sweep.seeds", "0,1,2,3"),
+    ]
     assert len(set(parts)) == 4
     assert chain_key(*disjoint, "--sweep.seeds", "0,1,2", seed=1) == chain_key(*disjoint, "--sweep.parts", "3", seed=1)
     assert chain_key(*disjoint, "--cluster.workers", "2") == chain_key(*disjoint)
@@ -131,16 +163,27 @@ def dataset_key(*argv, hook=None):
 def test_a_dataset_s_key_is_the_same_wherever_and_with_whatever_it_is_made():
     same = dataset_key()
     for argv in (
-        ["--harvest.hooks", "blocks.1.hook_resid_post,blocks.0.hook_mlp_out"], ["--harvest.store", "s3://bucket/p"],
-        ["--harvest.actors", "7"], ["--harvest.gpus_per_actor", "0.5"], ["--harvest.dataset", "/elsewhere"],
-        ["--model.device_map", "auto"], ["--cluster.workers", "2"], ["--sweep.seeds", "5,6"],
-    ):  # fmt: skip
+        ["--harvest.hooks", "blocks.1.hook_resid_post,blocks.0.hook_mlp_out"],
+        ["--harvest.store", "s3://bucket/p"],
+        ["--harvest.actors", "7"],
+        ["--harvest.gpus_per_actor", "0.5"],
+        ["--harvest.dataset", "/elsewhere"],
+        ["--model.device_map", "auto"],
+        ["--cluster.workers", "2"],
+        ["--sweep.seeds", "5,6"],
+    ):
         assert dataset_key(*argv) == same, argv
     for argv in (
-        ["--harvest.seed", "1"], ["--harvest.dtype", "bfloat16"], ["--harvest.sequences_per_forward", "16"], ["--harvest.threads", "2"],
-        ["--harvest.outlier_norm", "6"], ["--harvest.tokens", "400000"], ["--model.context", "64"], ["--model.dtype", "bfloat16"],
+        ["--harvest.seed", "1"],
+        ["--harvest.dtype", "bfloat16"],
+        ["--harvest.sequences_per_forward", "16"],
+        ["--harvest.threads", "2"],
+        ["--harvest.outlier_norm", "6"],
+        ["--harvest.tokens", "400000"],
+        ["--model.context", "64"],
+        ["--model.dtype", "bfloat16"],
         ["--model.hook", "blocks.1.hook_resid_post"],
-    ):  # fmt: skip
+    ):
         assert dataset_key(*argv) != same, argv
 
 

@@ -63,13 +63,19 @@ def test_capacity_counts_gpus():
 
 
 def test_a_worker_lies_on_one_node():
-    """Two nodes of two CPUs are four, and have none for a worker that wants three; nor have eight nodes of a GPU two for one."""
+    """Two nodes of two CPUs are four, and have none for a worker that wants three; nor have eight nodes of a GPU two
+    for one.
+    """
     said = refusal(Config(cluster={"cpus_per_worker": 3}), 2 * holding(2))
-    assert re.search(r"3 CPUs on one node for each of 1 training worker, its 2 nodes have room for 0 \(the largest has 2\)", said)
+    assert re.search(
+        r"3 CPUs on one node for each of 1 training worker, its 2 nodes have room for 0 \(the largest has 2\)", said
+    )
     assert "lower cluster.cpus_per_worker" in said
     said = refusal(Config(cluster={"gpus_per_worker": 2}), 8 * holding(8, gpus=1))
     assert re.search(r"2 GPUs on one node for each of 1 training worker.*8 nodes have room for 0", said)
-    assert capacity(Config(cluster={"gpus_per_worker": 2}), 4 * holding(8, gpus=2), chains=9, local=False).concurrent == 4
+    assert (
+        capacity(Config(cluster={"gpus_per_worker": 2}), 4 * holding(8, gpus=2), chains=9, local=False).concurrent == 4
+    )
     config = Config(harvest={"gpus_per_actor": 2})
     assert "2 GPUs on one node for each of 1 harvest actor" in refusal(config, 8 * holding(8, gpus=1))
     # CPUs here and GPUs there are of no use to a worker that wants both.
@@ -100,16 +106,25 @@ def test_capacity_counts_the_object_store_that_the_streams_may_fill():
     config = Config(cluster={"workers": 2, "object_store_mb": 300})
     assert capacity(config, holding(64, store_mb=600), chains=9, local=False).concurrent == 1
     assert capacity(config, holding(64, store_mb=1900), chains=9, local=False).concurrent == 3
-    assert re.search(r"600 MB of object store \(2 training workers of 300\), it has 599", refusal(config, holding(64, store_mb=599)))
+    assert re.search(
+        r"600 MB of object store \(2 training workers of 300\), it has 599", refusal(config, holding(64, store_mb=599))
+    )
     assert re.search(r"3 CPUs .* and 600 MB of object store .*it has 0", refusal(config, [Node(2)]))
 
 
 def test_capacity_gives_harvest_actors_what_chains_do_not_hold_at_that_time():
     assert capacity(Config(), holding(8), chains=4, local=False).harvest_actors == 7
     assert capacity(Config(harvest={"actors": 3}), holding(8), chains=4, local=False).harvest_actors == 3
-    assert capacity(Config(harvest={"gpus_per_actor": 0.5}), holding(64, gpus=2), chains=4, local=False).harvest_actors == 4
-    assert capacity(Config(harvest={"gpus_per_actor": 2}), holding(64, gpus=8), chains=4, local=False).harvest_actors == 4
-    assert re.search("2 GPUs .*1 harvest actor.*it has 1", refusal(Config(harvest={"gpus_per_actor": 2}), holding(64, gpus=1)))
+    assert (
+        capacity(Config(harvest={"gpus_per_actor": 0.5}), holding(64, gpus=2), chains=4, local=False).harvest_actors
+        == 4
+    )
+    assert (
+        capacity(Config(harvest={"gpus_per_actor": 2}), holding(64, gpus=8), chains=4, local=False).harvest_actors == 4
+    )
+    assert re.search(
+        "2 GPUs .*1 harvest actor.*it has 1", refusal(Config(harvest={"gpus_per_actor": 2}), holding(64, gpus=1))
+    )
 
 
 def test_what_only_runs_the_language_model_needs_no_room_for_chains():
@@ -130,7 +145,10 @@ def test_a_machine_that_is_too_small_is_known_before_ray_is_started(monkeypatch)
 @pytest.mark.parametrize(
     "args, said",
     [
-        (("--cluster.workers", "2", "--cluster.gpus_per_worker", "0.5"), "two workers of a chain would share a GPU, which NCCL refuses"),
+        (
+            ("--cluster.workers", "2", "--cluster.gpus_per_worker", "0.5"),
+            "two workers of a chain would share a GPU, which NCCL refuses",
+        ),
         (("--cluster.gpus_per_worker", "1.5"), "cluster.gpus_per_worker 1.5: Ray gives out whole GPUs"),
         (("--harvest.gpus_per_actor", "2.5"), "harvest.gpus_per_actor 2.5: Ray gives out whole GPUs"),
     ],
@@ -182,7 +200,10 @@ def packed(nodes: list[Node], bundle: Bundle) -> int:
 def test_as_many_fit_as_can_be_placed_one_after_the_other():
     draw = random.Random(0)
     for _ in range(500):
-        nodes = [Node(draw.randint(0, 9), draw.choice((0, 0, 1, 2, 4)), draw.choice((0, 700, 3000))) for _ in range(draw.randint(1, 5))]
+        nodes = [
+            Node(draw.randint(0, 9), draw.choice((0, 0, 1, 2, 4)), draw.choice((0, 700, 3000)))
+            for _ in range(draw.randint(1, 5))
+        ]
         bundle = Bundle(draw.choice((1, 2, 3)), draw.choice((0, 0, 0.1, 0.5, 1, 2)), draw.choice((64, 512, 1000)))
         assert sum(slots(node, bundle) for node in nodes) == packed(nodes, bundle), (nodes, bundle)
         count = fitting(nodes, bundle, spare_cpus=1)
@@ -242,14 +263,19 @@ def test_an_address_where_nobody_listens_costs_seconds(capfd, tmp_path, monkeypa
         dead = f"127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", dead)
     said = sweep_error(capfd, tmp_path)
-    assert f"RAY_ADDRESS {dead}: nothing that could be joined answers there (Connection refused" in said and "--cluster.address local" in said
+    assert (
+        f"RAY_ADDRESS {dead}: nothing that could be joined answers there (Connection refused" in said
+        and "--cluster.address local" in said
+    )
 
 
 def test_an_address_that_makes_no_sense_is_refused_at_once(capfd, tmp_path):
     for address, why in (
-        ("nowhere.invalid:6379", "no machine of the name nowhere.invalid"), ("ray://127.0.0.1:10001", "Ray Client"),
-        ("127.0.0.1", "is not <host>:<port>"), ("127.0.0.1:port", "is not <host>:<port>"),
-    ):  # fmt: skip
+        ("nowhere.invalid:6379", "no machine of the name nowhere.invalid"),
+        ("ray://127.0.0.1:10001", "Ray Client"),
+        ("127.0.0.1", "is not <host>:<port>"),
+        ("127.0.0.1:port", "is not <host>:<port>"),
+    ):
         said = sweep_error(capfd, tmp_path, "--cluster.address", address)
         assert why in said and address in said
 
@@ -279,7 +305,9 @@ def test_another_port_than_the_head_s_is_known_as_such(capfd, tmp_path):
 def test_the_harvest_alone_asks_first_too(capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
     assert harvest(["--output", str(tmp_path / "out")]) == 2
-    assert "no machine of the name nowhere.invalid" in capfd.readouterr().err and not list((tmp_path / "out").glob("tokens/*"))
+    assert "no machine of the name nowhere.invalid" in capfd.readouterr().err and not list(
+        (tmp_path / "out").glob("tokens/*")
+    )
 
 
 def test_a_machine_that_is_too_small_ends_the_command_before_the_tokens(capfd, tmp_path, monkeypatch):
@@ -302,7 +330,8 @@ def test_what_ray_start_left_behind_is_named(capfd, tmp_path, monkeypatch):
     assert dead in said and "`ray start` noted" in said and "ray stop" in said
 
 
-# -- a machine too busy for Ray's own limit of time ------------------------------------------------------------------------
+# -- a machine too busy for Ray's own limit of time
+# ------------------------------------------------------------------------
 
 
 def starting(monkeypatch, *errors: str) -> tuple[list[str], list[dict]]:

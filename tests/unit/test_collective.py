@@ -19,7 +19,9 @@ from dmsae_ray.sae.ranks.collective import TorchCollective, gather_objects, gath
 
 @pytest.fixture
 def device_only():
-    """A process group of two with a backend for one device, PyTorch's meta device, and none for the CPU. It says nothing to anybody."""
+    """A process group of two with a backend for one device, PyTorch's meta device, and none for the CPU. It says
+    nothing to anybody.
+    """
     dist.init_process_group("meta:fake", store=dist.HashStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
@@ -47,7 +49,9 @@ def test_sums_of_an_evaluation_reach_the_group_s_device(device_only):
     tally = Tally()
     tally.add(rows=3, x=torch.ones(4), error=torch.ones(2))
     tally.reduce(OnMeta())
-    assert sorted(tally.sums) == ["error", "rows", "x"] and all(value.device.type == "cpu" for value in tally.sums.values())
+    assert sorted(tally.sums) == ["error", "rows", "x"] and all(
+        value.device.type == "cpu" for value in tally.sums.values()
+    )
 
 
 def test_everything_else_that_ranks_say_does_too(device_only):

@@ -21,12 +21,15 @@ COMMON = 10
 def core_from(rows_CD, label, seed, k=16, scores=None, **changes) -> NamedCore:
     rows_CD = rows_CD / rows_CD.norm(dim=1, keepdim=True)
     sae = latents(2.0 * rows_CD, rows_CD)
-    core = core_of(sae, range(len(rows_CD)), seed=seed, k=k, scores=np.ones(len(rows_CD)) if scores is None else scores, **changes)
+    core = core_of(
+        sae, range(len(rows_CD)), seed=seed, k=k, scores=np.ones(len(rows_CD)) if scores is None else scores, **changes
+    )
     return NamedCore(label, seed, core)
 
 
 def planted(common=COMMON, own=5, noise=0.05):
-    """Four chains: three have the common features, with noise and in an order of their own; all have features of their own.
+    """Four chains: three have the common features, with noise and in an order of their own; all have features of their
+    own.
 
     Returns the chains and, for each, the row of every common feature.
     """
@@ -41,7 +44,9 @@ def planted(common=COMMON, own=5, noise=0.05):
         )
         order = torch.randperm(common + own)
         chains.append(core_from(rows_CD[order], f"seed{seed}", seed))
-        places.append({int(source): row for row, source in enumerate(order.tolist()) if source < common} if seed < 3 else {})
+        places.append(
+            {int(source): row for row, source in enumerate(order.tolist()) if source < common} if seed < 3 else {}
+        )
     return chains, places
 
 
@@ -55,7 +60,11 @@ def test_planted_features_are_the_groups_exactly():
     for feature in found.features[:COMMON]:
         assert (feature.in_seeds, feature.reproducibility, feature.in_core) == (3, 0.75, True)
         assert feature.elsewhere == pytest.approx(2 / 3) and feature.interval[0] < 0.75 < feature.interval[1]
-        assert 0.8 < feature.cosine < 1 and feature.score == pytest.approx(1 / 15) and feature.density == pytest.approx(0.1)
+        assert (
+            0.8 < feature.cosine < 1
+            and feature.score == pytest.approx(1 / 15)
+            and feature.density == pytest.approx(0.1)
+        )
     single = found.features[-1]
     assert (single.in_seeds, single.elsewhere, single.cosine, single.in_core) == (1, 0, None, False)
 
@@ -63,8 +72,9 @@ def test_planted_features_are_the_groups_exactly():
 def test_the_order_of_the_chains_does_not_matter():
     chains, _ = planted(noise=0.12)
     here, there = (
-        {frozenset((some[m.chain].label, m.index) for m in members) for members in group(some, 0.7)} for some in (chains, chains[::-1])
-    )  # fmt: skip
+        {frozenset((some[m.chain].label, m.index) for m in members) for members in group(some, 0.7)}
+        for some in (chains, chains[::-1])
+    )
     assert here == there
 
 
@@ -76,8 +86,11 @@ def test_of_two_near_copies_in_a_chain_the_nearer_joins():
     groups = {frozenset((m.chain, m.index) for m in members) for members in group([a, b, c], 0.5)}
     assert cosines(a.core.W_dec_CD[:1], b.core.W_dec_CD[:1])[0, 0] > 0.9
     assert groups == {
-        frozenset({(0, 1), (1, 0), (2, 0)}), frozenset({(0, 2), (1, 1), (2, 1)}), frozenset({(1, 2), (2, 2)}), frozenset({(0, 0)}),
-    }  # fmt: skip
+        frozenset({(0, 1), (1, 0), (2, 0)}),
+        frozenset({(0, 2), (1, 1), (2, 1)}),
+        frozenset({(1, 2), (2, 2)}),
+        frozenset({(0, 0)}),
+    }
 
 
 def test_a_chain_never_joins_twice_however_dense_the_links():
@@ -90,7 +103,9 @@ def test_a_chain_never_joins_twice_however_dense_the_links():
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5), noise=st.floats(0.02, 0.3), seed=st.integers(0, 10_000))
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5), noise=st.floats(0.02, 0.3), seed=st.integers(0, 10_000)
+)
 def test_groups_are_what_greedy_joining_must_leave(sizes, noise, seed):
     """Every latent once, no chain twice, the surest link joined, and no link left that could still join two groups."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,9 +128,15 @@ def test_groups_are_what_greedy_joining_must_leave(sizes, noise, seed):
 
 def test_chains_of_one_seed_count_once():
     rows_CD = unit_rows(4, 1, d=D)
-    chains = [core_from(rows_CD, f"seed0-k{k}", 0, k) for k in (16, 32, 64)] + [core_from(unit_rows(4, 7, d=D), "seed1-k16", 1)]
+    chains = [core_from(rows_CD, f"seed0-k{k}", 0, k) for k in (16, 32, 64)] + [
+        core_from(unit_rows(4, 7, d=D), "seed1-k16", 1)
+    ]
     found = find_consensus(chains)
-    assert found.features[0].in_seeds == 1 and len(found.features[0].members) == 3 and found.features[0].reproducibility == 0.5
+    assert (
+        found.features[0].in_seeds == 1
+        and len(found.features[0].members) == 3
+        and found.features[0].reproducibility == 0.5
+    )
     assert found.core is None, "half of the seeds, and yet one seed: no agreement"
     assert found.to_dict()["core_size"] == 0
 
@@ -138,7 +159,9 @@ def test_the_core_is_made_of_means(tmp_path):
         rows = [chains[m.chain].core for m in feature.members]
         W_dec_GD = torch.stack([one.W_dec_CD[m.index] for one, m in zip(rows, feature.members)])
         assert torch.allclose(core.W_dec_CD[row], W_dec_GD.mean(0) / W_dec_GD.mean(0).norm(), atol=1e-6)
-        assert float(core.W_enc_CD[row].norm()) == pytest.approx(2.0, abs=1e-5), "as long as the members' rows, not shorter"
+        assert float(core.W_enc_CD[row].norm()) == pytest.approx(2.0, abs=1e-5), (
+            "as long as the members' rows, not shorter"
+        )
         assert cosines(core.W_enc_CD[row : row + 1], core.W_dec_CD[row : row + 1])[0, 0] == pytest.approx(1, abs=1e-6)
     path = tmp_path / "consensus.safetensors"
     core.save(path)
@@ -168,7 +191,9 @@ def test_one_chain_and_empty_cores():
     assert find_consensus([zero]).features[0].score == 0
 
 
-@pytest.mark.parametrize("name, value", [("hook", "elsewhere"), ("model", "other"), ("scale", 2.0), ("selected_by", "random")])
+@pytest.mark.parametrize(
+    "name, value", [("hook", "elsewhere"), ("model", "other"), ("scale", 2.0), ("selected_by", "random")]
+)
 def test_cores_of_different_things_are_refused(name, value):
     a, b = core_from(unit_rows(3, 0, d=D), "a", 0), core_from(unit_rows(3, 0, d=D), "b", 1, **{name: value})
     with pytest.raises(ValueError, match=f"b has {name} .*, a has "):
@@ -178,11 +203,18 @@ def test_cores_of_different_things_are_refused(name, value):
 def test_the_plain_form():
     chains, _ = planted()
     plain = json.loads(json.dumps(find_consensus(chains).to_dict(), allow_nan=False))
-    assert plain["chains"] == ["seed0", "seed1", "seed2", "seed3"] and plain["seeds"] == [0, 1, 2, 3] and plain["core_size"] == COMMON
+    assert (
+        plain["chains"] == ["seed0", "seed1", "seed2", "seed3"]
+        and plain["seeds"] == [0, 1, 2, 3]
+        and plain["core_size"] == COMMON
+    )
     first = plain["groups"][0]
     assert (
         first["id"] == "f000"
         and first["in_chains"] == 3
         and [member["chain"] for member in first["members"]] == ["seed0", "seed1", "seed2"]
     )
-    assert set(first["members"][0]) == {"chain", "index", "latent", "score", "density"} and plain["groups"][-1]["id"] == "f039"
+    assert (
+        set(first["members"][0]) == {"chain", "index", "latent", "score", "density"}
+        and plain["groups"][-1]["id"] == "f039"
+    )

@@ -43,10 +43,23 @@ def write_chain(plan, dataset, cycles=2):
         save_scores(folder.scores, scores_N)
         ids_C = torch.arange(6) if size else scores_N.topk(6).indices.sort().values
         manifest = dataset.manifest
-        core = next_core(core, sae, ids_C, scores_N, density_F, cycle=cycle, seed=plan.seed, k=plan.k, scale=manifest.scale,
-                         hook=manifest.hook, model=manifest.model_fingerprint)  # fmt: skip
+        core = next_core(
+            core,
+            sae,
+            ids_C,
+            scores_N,
+            density_F,
+            cycle=cycle,
+            seed=plan.seed,
+            k=plan.k,
+            scale=manifest.scale,
+            hook=manifest.hook,
+            model=manifest.model_fingerprint,
+        )
         core.save(folder.core)
-        write_json(folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size, "core_out": core.size})
+        write_json(
+            folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size, "core_out": core.size}
+        )
 
 
 @pytest.fixture
@@ -55,7 +68,16 @@ def dataset(tmp_path):
 
 
 def chains(dataset, home, *argv, arm="base", write=True):
-    fixed = ("--output", str(home), "--sweep.cycles", "2", "--sae.width", str(WIDTH), "--sae.prefix_fractions", "0.25,0.25")
+    fixed = (
+        "--output",
+        str(home),
+        "--sweep.cycles",
+        "2",
+        "--sae.width",
+        str(WIDTH),
+        "--sae.prefix_fractions",
+        "0.25,0.25",
+    )
     plans = [replace(plan, arm=arm) for plan in plans_of(dataset, *fixed, *argv)]
     for plan in plans if write else []:
         if not plan.finished():
@@ -80,8 +102,12 @@ def test_a_study_with_two_arms(tmp_path, dataset):
     found, said = run(base + placebo + order, dataset, tmp_path / "sweep")
     assert said == ["compare: 9 pairs of cores, 20 draws of each null"]
     assert Counter(pair["group"] for pair in found["pairs"]) == {
-        "base/seed": 2, "base/k": 2, "base/both": 2, "random/seed": 1, "base~random/arm": 2,
-    }  # fmt: skip
+        "base/seed": 2,
+        "base/k": 2,
+        "base/both": 2,
+        "random/seed": 1,
+        "base~random/arm": 2,
+    }
     assert found["arms"] == {plan.label: plan.arm for plan in base + placebo} and found["chains"] == list(found["arms"])
     assert found["failed"] == [{"label": order[0].label, "reason": "not finished"}]
     assert found["seconds_per_pair"] > 0 and found["sample"] is None
@@ -104,7 +130,8 @@ def test_what_was_compared_is_not_compared_again(tmp_path, dataset, monkeypatch)
     two = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1")
     first, said = run(two, dataset, tmp_path / "sweep")
     assert said and len(first["pairs"]) == 1
-    # The same again: the file. One seed more, in a new folder: its own two pairs only, and the old result under the new labels.
+    # The same again: the file. One seed more, in a new folder: its own two pairs only, and the old result under the new
+    # labels.
     assert run(two, dataset, tmp_path / "sweep") == (first, [])
     three = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
     more, said = run([replace(plan, arm="plain") for plan in three], dataset, tmp_path / "next")
@@ -152,7 +179,10 @@ def test_a_sample_says_of_how_many(tmp_path, dataset):
 def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path, dataset, monkeypatch):
     plans = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
     shorter = [
-        replace(plan, config=plan.config.model_copy(update={"sweep": plan.config.sweep.model_copy(update={"cycles": 1})})) for plan in plans
+        replace(
+            plan, config=plan.config.model_copy(update={"sweep": plan.config.sweep.model_copy(update={"cycles": 1})})
+        )
+        for plan in plans
     ]
     monkeypatch.setattr(comparison, "KEPT_BYTES", 0)
     loaded, real = [], comparison.chain_result
@@ -174,9 +204,9 @@ def test_the_last_cycle_is_the_plans_own_and_few_chains_stay_in_memory(tmp_path,
 def test_a_long_comparison_says_how_far_it_is(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(comparison, "QUIET_S", 0.0)
     _, said = run(chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2"), dataset, tmp_path / "sweep")
-    assert [line.rsplit(",", 1)[0] for line in said[1:]] == ["compare: 1 of 3 pairs", "compare: 2 of 3 pairs"] and said[1].endswith(
-        "s left"
-    )
+    assert [line.rsplit(",", 1)[0] for line in said[1:]] == ["compare: 1 of 3 pairs", "compare: 2 of 3 pairs"] and said[
+        1
+    ].endswith("s left")
 
 
 @pytest.mark.parametrize("fields", [{"pairs": "sample"}, {"sample": 3}])
@@ -201,10 +231,12 @@ def test_two_sweeps(tmp_path, dataset):
     assert found["chains"] == ["a:seed0-k4", "a:seed1-k4", "b:seed0-k4", "b:seed1-k4"]
     assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
         (f"a:seed{i}-k4", f"b:seed{j}-k4") for i in (0, 1) for j in (0, 1)
-    ]  # fmt: skip
+    ]
     assert {tuple(pair["differences"]) for pair in found["pairs"]} == {("rest",), ("seed", "data_seed", "rest")}
     # write_chain initialises by seed alone, so the two sweeps' chains of one seed hold the same SAEs.
-    assert found["pairs"][0]["pw_mcc"] == pytest.approx(1) and found["pairs"][0]["activation"] == pytest.approx(1, abs=1e-6)
+    assert found["pairs"][0]["pw_mcc"] == pytest.approx(1) and found["pairs"][0]["activation"] == pytest.approx(
+        1, abs=1e-6
+    )
     own = compare_across(config, dataset, left, left, ("a", "same"), tmp_path / "own.json", said.append)
     assert [pair["group"] for pair in own["pairs"]] == ["base/seed", "base/seed"], "a chain is not compared with itself"
     with pytest.raises(ValueError, match="both sweeps are called a"):
@@ -212,7 +244,9 @@ def test_two_sweeps(tmp_path, dataset):
 
 
 def agree(plans, dataset):
-    """Give the chains after the first the first one's last core, in their own SAE's place, so that there is a consensus."""
+    """Give the chains after the first the first one's last core, in their own SAE's place, so that there is a
+    consensus.
+    """
     source = MatryoshkaSAE.load(plans[0].folder.cycle(1).sae)[0]
     for plan in plans[1:]:
         folder = plan.folder.cycle(1)
@@ -228,7 +262,17 @@ def agree(plans, dataset):
 def test_consensus_and_rediscovery_from_folders(tmp_path, dataset):
     base = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
     plain = [
-        *chains(dataset, tmp_path / "out", "--sweep.seeds", "0,5,6", "--sweep.cycles", "1", "--train.lr", "0.001", arm="plain"),
+        *chains(
+            dataset,
+            tmp_path / "out",
+            "--sweep.seeds",
+            "0,5,6",
+            "--sweep.cycles",
+            "1",
+            "--train.lr",
+            "0.001",
+            arm="plain",
+        ),
         *chains(dataset, tmp_path / "out", "--sweep.seeds", "7", "--train.lr", "0.001", arm="transfer"),
     ]
     assert [plan.cycles for plan in plain] == [1, 1, 1, 2]

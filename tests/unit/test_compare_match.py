@@ -80,7 +80,9 @@ def test_pw_mcc_is_the_best_assignment_whatever_the_sizes(n, m, d, seed):
     assert found == pytest.approx(C_NM[linear_sum_assignment(C_NM, maximize=True)].mean(), abs=1e-9)
     small, large = (C_NM, m) if n <= m else (C_NM.T, n)
     if large <= 5:
-        assert found == pytest.approx(max(small[range(size), order].mean() for order in permutations(range(large), size)), abs=1e-9)
+        assert found == pytest.approx(
+            max(small[range(size), order].mean() for order in permutations(range(large), size)), abs=1e-9
+        )
     assert pw_mcc(hungarian(B_MD, A_ND)) == pytest.approx(found, abs=1e-9)
 
 

@@ -43,7 +43,10 @@ def test_two_random_sets_lie_within_the_null():
     rng = np.random.default_rng(3)
     whole = rng.standard_normal((200, D)) @ root_DD.T
     null = covariance_null(Gaussian.of(cov_DD), (25, 40), whole, whole, 100, 0.7, seed=0)
-    scores = [pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T)) for _ in range(100)]
+    scores = [
+        pw_mcc(hungarian(rng.standard_normal((25, D)) @ root_DD.T, rng.standard_normal((40, D)) @ root_DD.T))
+        for _ in range(100)
+    ]
     assert null.available and null.draws == 100 and null.size == (25, 40)
     assert null.mean == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / np.sqrt(100) * 1.5)
     assert np.mean(np.array(scores) <= null.p99) >= 0.93
@@ -178,7 +181,9 @@ def test_a_wide_density_gap_is_flagged_with_its_numbers():
 
 
 def test_too_few_living_free_latents():
-    enough, few = (with_densities(latents(14, i), [0.1] * 4, free) for i, free in enumerate(([0.1] * 10, [0.1] * 3 + [0.0] * 7)))
+    enough, few = (
+        with_densities(latents(14, i), [0.1] * 4, free) for i, free in enumerate(([0.1] * 10, [0.1] * 3 + [0.0] * 7))
+    )
     null = density_null(enough, few)
     assert not null.available and "second SAE has 3 free latents" in null.reason and null.mean is None
 
@@ -204,7 +209,13 @@ def test_cycle0_takes_the_top_and_cuts_the_cores_alike():
 def test_equal_sets_of_cycle_0_agree_in_everything():
     start = ranked(latents(6, 0))
     null = cycle0_null(start, start, start, start, 0.7, None)
-    for value in (null.mean, null.overlap_mean, null.activation_mean, null.core_pw_mcc_same_size, null.core_activation_same_size):
+    for value in (
+        null.mean,
+        null.overlap_mean,
+        null.activation_mean,
+        null.core_pw_mcc_same_size,
+        null.core_activation_same_size,
+    ):
         assert value == pytest.approx(1, abs=1e-6)
 
 
@@ -218,7 +229,9 @@ def test_draws_are_shared_between_pairs_of_equal_sizes(monkeypatch):
     assert len(calls) == 10 and (first.mean, first.p99) == (other.mean, other.p99)
     assert (first.mmcs_mean, first.size, other.size) == (0.4, (4, 7), (7, 4))
     null.of((5, 5), 0, 0)
-    assert len(calls) == 20 and CovarianceNull(Gaussian.of(np.eye(D)), 10, 0.7, 0).of((5, 5), 0, 0) == null.of((5, 5), 0, 0)
+    assert len(calls) == 20 and CovarianceNull(Gaussian.of(np.eye(D)), 10, 0.7, 0).of((5, 5), 0, 0) == null.of(
+        (5, 5), 0, 0
+    )
     whole = null.dictionary((30, 20))
     assert len(calls) == 31 and null.dictionary((30, 20)) == whole and len(calls) == 31
     assert whole.draws == 1 and 0 < whole.mean < 1

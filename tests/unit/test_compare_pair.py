@@ -38,7 +38,11 @@ def test_equal_cores_score_one_and_above_every_null():
     assert pair.dictionary_nulls["covariance"].mean < pair.pw_mcc_dictionary < 1
     assert "no free latents" in pair.dictionary_nulls["matched_density"].reason
     # Whole rows are equal, thresholds and biases too: so are the activations, and no null's are.
-    assert pair.activation == pytest.approx(1, abs=1e-6) and (pair.activation_pairs, pair.activation_left_out, pair.activation_rows) == (
+    assert pair.activation == pytest.approx(1, abs=1e-6) and (
+        pair.activation_pairs,
+        pair.activation_left_out,
+        pair.activation_rows,
+    ) == (
         10,
         0,
         512,
@@ -51,7 +55,15 @@ def test_equal_cores_score_one_and_above_every_null():
 def test_a_core_against_itself_scores_one_everywhere():
     chain = make_chain(0)
     pair = compare_pair(chain, renamed(chain, label="copy", seed=1))
-    for value in (pair.pw_mcc, pair.overlap, pair.mmcs_ab, pair.mmcs_ba, pair.mmcs, pair.activation, pair.pw_mcc_dictionary):
+    for value in (
+        pair.pw_mcc,
+        pair.overlap,
+        pair.mmcs_ab,
+        pair.mmcs_ba,
+        pair.mmcs,
+        pair.activation,
+        pair.pw_mcc_dictionary,
+    ):
         assert value == pytest.approx(1, abs=1e-6)
     assert pair.shared == 10 and pair.differs == "init" and pair.nulls["cycle0"].mean == pytest.approx(1)
     assert pair.dictionary_nulls["cycle0"].mean == pytest.approx(1)
@@ -85,7 +97,9 @@ def test_half_a_common_core():
 @pytest.mark.parametrize("size", [0, 1])
 def test_a_core_too_small_has_no_score(size):
     pair = compare_pair(make_chain(0, size=size), make_chain(1))
-    assert [pair.overlap, pair.shared, pair.pw_mcc, pair.mmcs_ab, pair.mmcs_ba, pair.mmcs, pair.activation] == [None] * 7
+    assert [pair.overlap, pair.shared, pair.pw_mcc, pair.mmcs_ab, pair.mmcs_ba, pair.mmcs, pair.activation] == [
+        None
+    ] * 7
     assert f"cores of {size} and 10" in pair.reason
     assert not any(null.available for null in pair.nulls.values())
     assert PairResult.from_dict(json.loads(json.dumps(pair.to_dict()))) == pair
@@ -101,8 +115,11 @@ def test_dictionaries_are_matched_by_prefix():
 
 @pytest.mark.parametrize(
     "first, words",
-    [(make_chain(0, cycle=0), "base-seed0-k16 is itself"), (replace(make_chain(0), start_has_core=True), "base-seed0-k16 began with")],
-)  # fmt: skip
+    [
+        (make_chain(0, cycle=0), "base-seed0-k16 is itself"),
+        (replace(make_chain(0), start_has_core=True), "base-seed0-k16 began with"),
+    ],
+)
 def test_where_cycle_0_is_no_null(first, words):
     pair = compare_pair(first, make_chain(1))
     for null in (pair.nulls["cycle0"], pair.dictionary_nulls["cycle0"]):
@@ -116,7 +133,9 @@ def test_a_small_cycle_0_is_set_against_the_best_of_the_cores():
     assert null.size == (6, 6)
     best = pw_mcc(hungarian(a.core.W_dec_CD[4:], b.core.W_dec_CD[4:]))
     assert null.core_pw_mcc_same_size == pytest.approx(best) and best < 0.7
-    assert null.mean == pytest.approx(pw_mcc(hungarian(a.start.W_dec_ND[a.start_ids_N], b.start.W_dec_ND[b.start_ids_N])))
+    assert null.mean == pytest.approx(
+        pw_mcc(hungarian(a.start.W_dec_ND[a.start_ids_N], b.start.W_dec_ND[b.start_ids_N]))
+    )
 
 
 def test_results_survive_json_and_refuse_other_fields():

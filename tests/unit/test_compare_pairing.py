@@ -49,9 +49,16 @@ def study():
 def test_pairs_within_arms_and_across_at_equal_seed_and_k():
     pairs = pairs_within(study())
     assert Counter(pair.group for pair in pairs) == {
-        "base/seed": 2, "base/k": 2, "base/both": 2, "random/seed": 2, "random/k": 2, "random/both": 2, "base~random/arm": 4,
-        "base~order/data": 1, "random~order/arm": 1,
-    }  # fmt: skip
+        "base/seed": 2,
+        "base/k": 2,
+        "base/both": 2,
+        "random/seed": 2,
+        "random/k": 2,
+        "random/both": 2,
+        "base~random/arm": 4,
+        "base~order/data": 1,
+        "random~order/arm": 1,
+    }
     assert all((pair.a.seed, pair.a.k) == (pair.b.seed, pair.b.k) for pair in pairs if pair.a.arm != pair.b.arm)
     (across,) = [pair for pair in pairs if pair.group == "random~order/arm"]
     assert across.differences == ("data_seed", "rest")
@@ -83,8 +90,11 @@ def test_pairs_across_two_sweeps():
     ]
     pairs = pairs_across(left, right)
     assert [(pair.a.label, pair.b.label, pair.differs) for pair in pairs] == [
-        ("x:0", "y:0", "arm"), ("x:0", "y:1", "arm"), ("x:1", "y:0", "arm"), ("x:1", "y:1", "arm"),
-    ]  # fmt: skip
+        ("x:0", "y:0", "arm"),
+        ("x:0", "y:1", "arm"),
+        ("x:1", "y:0", "arm"),
+        ("x:1", "y:1", "arm"),
+    ]
     # A chain that both sweeps have is one chain; with the other sweep's other seeds it is compared.
     same = [replace(chain, label=f"z:{chain.seed}") for chain in left]
     assert [(pair.a.label, pair.b.label, pair.differs) for pair in pairs_across(left, same)] == [

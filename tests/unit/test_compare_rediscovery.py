@@ -24,7 +24,13 @@ def chain(seed, core_CD=CORE_CD, free=40, free_density=0.1):
 
 
 def plain(rows_CD, seed=7, k=16, arm="plain", width=30):
-    return PlainSAE(f"{arm}-seed{seed}-k{k}", arm, seed, k, latents(torch.cat([unit_rows(width - len(rows_CD), 200 + seed, d=D), rows_CD])))
+    return PlainSAE(
+        f"{arm}-seed{seed}-k{k}",
+        arm,
+        seed,
+        k,
+        latents(torch.cat([unit_rows(width - len(rows_CD), 200 + seed, d=D), rows_CD])),
+    )
 
 
 def found_in(sae, chains=None):
@@ -49,21 +55,28 @@ def test_seven_of_ten_planted():
 def test_free_latents_that_the_sae_has_are_found_among_the_matched():
     chains = [chain(0), chain(1)]
     row = found_in(plain(torch.cat([own.W_dec_ND[10:] for _, own in chains]), width=90), chains)
-    assert row["matched"]["found"] == row["matched_consensus"]["found"] == 1 and row["matched"]["mmcs"] == pytest.approx(1)
+    assert row["matched"]["found"] == row["matched_consensus"]["found"] == 1 and row["matched"][
+        "mmcs"
+    ] == pytest.approx(1)
     assert row["cores"]["found"] == row["consensus"]["found"] == 0
 
 
 def test_one_latent_must_have_both_cosines():
     features = Directions(CORE_CD, CORE_CD)
     for W_enc_ND, W_dec_ND, found in (
-        (CORE_CD, CORE_CD, True), (unit_rows(10, 5, d=D), CORE_CD, False), (CORE_CD, unit_rows(10, 5, d=D), False),
+        (CORE_CD, CORE_CD, True),
+        (unit_rows(10, 5, d=D), CORE_CD, False),
+        (CORE_CD, unit_rows(10, 5, d=D), False),
         (CORE_CD.roll(1, dims=0), CORE_CD, False),  # both are there, in different latents
-    ):  # fmt: skip
+    ):
         assert look_for(features, latents(W_enc_ND, W_dec_ND), 0.7).found_N.tolist() == [found] * 10
 
 
 def test_chunks_equal_the_whole(monkeypatch):
-    features, whole = Directions(unit_rows(9, 3, d=8), unit_rows(9, 4, d=8)), latents(unit_rows(50, 5, d=8), unit_rows(50, 6, d=8))
+    features, whole = (
+        Directions(unit_rows(9, 3, d=8), unit_rows(9, 4, d=8)),
+        latents(unit_rows(50, 5, d=8), unit_rows(50, 6, d=8)),
+    )
     monkeypatch.setattr(rediscovery, "CHUNK", 7)
     found = look_for(features, whole, 0.3)
     encoder, decoder = cosines(features.W_enc_ND, whole.W_enc_ND), cosines(features.W_dec_ND, whole.W_dec_ND)
@@ -80,7 +93,9 @@ def test_only_members_of_the_consensus_stand_for_it():
     first, second = (chain(seed, torch.cat([CORE_CD[:5], unit_rows(5, 30 + seed, d=D)])) for seed in (0, 1))
     row = found_in(plain(CORE_CD[:5]), [first, second])
     assert row["consensus"] | {"mmcs": 0} == {"found": 1.0, "mmcs": 0, "size": 5} and row["cores"]["found"] == 0.5
-    assert row["matched_consensus"]["size"] == 10 * rediscovery.DRAWS and row["matched"]["size"] == 20 * rediscovery.DRAWS
+    assert (
+        row["matched_consensus"]["size"] == 10 * rediscovery.DRAWS and row["matched"]["size"] == 20 * rediscovery.DRAWS
+    )
 
 
 def test_without_a_consensus_and_without_enough_free_latents():
@@ -100,15 +115,22 @@ def test_an_sae_of_a_chains_seed_is_refused():
 
 
 def test_the_summary_resamples_the_plain_seeds():
-    rows = [found_in(plain(CORE_CD[:n], seed=seed, k=k)) for k in (16, 32) for seed, n in ((7, 7), (8, 8), (9, 9), (10, 4))]
+    rows = [
+        found_in(plain(CORE_CD[:n], seed=seed, k=k)) for k in (16, 32) for seed, n in ((7, 7), (8, 8), (9, 9), (10, 4))
+    ]
     summary = summarise_rediscovery(rows, seed=0)
     assert set(summary) == {"plain", "plain/k16", "plain/k32"}
     found = summary["plain/k16"]["consensus"]["found"]
-    assert found["mean"] == pytest.approx(0.7) and (found["min"], found["max"], found["n"]) == pytest.approx((0.4, 0.9, 4))
+    assert found["mean"] == pytest.approx(0.7) and (found["min"], found["max"], found["n"]) == pytest.approx(
+        (0.4, 0.9, 4)
+    )
     low, high = found["interval"]
     assert 0.4 < low < 0.7 < high < 0.9
     # The same four seeds at two sparsities are four seeds.
-    assert summary["plain"]["consensus"]["found"]["interval"] == pytest.approx([low, high]) and summary["plain"]["seeds"] == 4
+    assert (
+        summary["plain"]["consensus"]["found"]["interval"] == pytest.approx([low, high])
+        and summary["plain"]["seeds"] == 4
+    )
     assert summary["plain"]["excess"]["consensus"]["found"]["mean"] == pytest.approx(0.7)
     few = summarise_rediscovery(rows[:3], seed=0)["plain"]["cores"]["found"]
     assert few["interval"] is None and few["values"] == pytest.approx([0.7, 0.8, 0.9])
@@ -119,14 +141,20 @@ def test_matched_latents_that_are_no_comparison_are_not_summed_up():
     far = found_in(plain(CORE_CD), [chain(0), chain(1, free_density=0.01)])
     near = found_in(plain(CORE_CD, seed=8))
     summary = summarise_rediscovery([far, near], seed=0)["plain"]
-    assert summary["matched"]["found"]["n"] == 1 and summary["cores"]["found"]["n"] == 2 and summary["excess"]["cores"]["found"]["n"] == 1
+    assert (
+        summary["matched"]["found"]["n"] == 1
+        and summary["cores"]["found"]["n"] == 2
+        and summary["excess"]["cores"]["found"]["n"] == 1
+    )
 
 
 def test_draws_are_as_dense_as_the_core_and_decided_by_the_seed():
     named, sae = chain(0, free=200)
     sae.density_N[:] = torch.rand(210, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.001
     one, again, other = (sought(named, sae, seed) for seed in (0, 0, 1))
-    assert all((a == b).all() for a, b in zip(one.draws, again.draws)) and not all((a == b).all() for a, b in zip(one.draws, other.draws))
+    assert all((a == b).all() for a, b in zip(one.draws, again.draws)) and not all(
+        (a == b).all() for a, b in zip(one.draws, other.draws)
+    )
     assert len(one.draws) == rediscovery.DRAWS and 1 <= one.density_gap < 1.2
     ids = [int(np.argmax(cosines(row[None], sae.W_dec_ND)[0])) for row in one.free.W_dec_ND]
     for draw in one.draws:

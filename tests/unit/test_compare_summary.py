@@ -40,11 +40,15 @@ def test_intervals_need_four_seeds():
 def test_equal_scores_have_an_interval_of_no_width():
     pairs = scored_pairs({(a, b): 0.5 for a in range(5) for b in range(a)})
     assert summarise(pairs).groups["base/seed"].scores["pw_mcc"].interval == pytest.approx((0.5, 0.5))
-    assert json.loads(json.dumps(summarise(pairs).to_dict(), allow_nan=False))["groups"]["base/seed"]["pw_mcc"]["n"] == 10
+    assert (
+        json.loads(json.dumps(summarise(pairs).to_dict(), allow_nan=False))["groups"]["base/seed"]["pw_mcc"]["n"] == 10
+    )
 
 
 def test_the_interval_covers_the_truth():
-    """200 times: seeds' effects are drawn, and a score for every pair; the interval holds the true mean about as often as it says."""
+    """200 times: seeds' effects are drawn, and a score for every pair; the interval holds the true mean about as often
+    as it says.
+    """
     rng, inside = np.random.default_rng(0), 0
     left, right = zip(*((a, b) for a in range(12) for b in range(a)), strict=True)
     for _ in range(200):
@@ -55,7 +59,10 @@ def test_the_interval_covers_the_truth():
 
 
 def test_groups_are_by_arms_and_by_what_differs():
-    pairs = [*scored_pairs({(0, 1): 0.2}), *scored_pairs({(0, 0): 0.4, (1, 1): 0.6}, group="base~random/arm", differs="arm")]
+    pairs = [
+        *scored_pairs({(0, 1): 0.2}),
+        *scored_pairs({(0, 0): 0.4, (1, 1): 0.6}, group="base~random/arm", differs="arm"),
+    ]
     groups = summarise(pairs, of={"base/seed": 9, "base~random/arm": 2}).groups
     assert {name: (group.pairs, group.of, group.seeds) for name, group in groups.items()} == {
         "base/seed": (1, 9, 2),
@@ -72,10 +79,14 @@ def test_every_score_and_every_null_is_summed_up():
         for number in NULL_NUMBERS:
             found, value = group.nulls[null].numbers[number], getattr(own, number)
             assert (found is None) == (value is None) and (found is None or found.mean == pytest.approx(value))
-    assert group.nulls["covariance"].excess["pw_mcc"].mean == pytest.approx(MODEL.pw_mcc - MODEL.nulls["covariance"].mean)
+    assert group.nulls["covariance"].excess["pw_mcc"].mean == pytest.approx(
+        MODEL.pw_mcc - MODEL.nulls["covariance"].mean
+    )
     assert group.nulls["covariance"].excess["activation"] is None, "directions have no activations"
     cycle0 = MODEL.nulls["cycle0"]
-    assert group.nulls["cycle0"].excess["activation"].mean == pytest.approx(cycle0.core_activation_same_size - cycle0.activation_mean)
+    assert group.nulls["cycle0"].excess["activation"].mean == pytest.approx(
+        cycle0.core_activation_same_size - cycle0.activation_mean
+    )
     assert group.dictionary_nulls["matched_density"] is None
     assert group.dictionary_nulls["cycle0"].mean == MODEL.dictionary_nulls["cycle0"].mean
 
@@ -111,7 +122,11 @@ def test_without_a_scored_pair_there_is_no_agreement():
     summary = summarise(compare_all([make_chain(0, size=1), make_chain(1)], comparer()))
     group = summary.groups["base/seed"]
     assert not summary.available and "cores of 1 and 10" in summary.reason and group.scored == 0
-    assert group.scores["pw_mcc"] is None and group.nulls["covariance"].above is None and group.scores["pw_mcc_dictionary"].n == 1
+    assert (
+        group.scores["pw_mcc"] is None
+        and group.nulls["covariance"].above is None
+        and group.scores["pw_mcc_dictionary"].n == 1
+    )
 
 
 def test_wilson():

@@ -52,13 +52,24 @@ def test_of_a_flag_given_twice_the_last_counts():
 
 def test_a_mixture_is_read_from_the_file_and_from_the_command_line(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("corpus:\n  mixture:\n  - {source: a.txt, weight: 2}\n  - {source: owner/name, weight: 0.5, text_field: body, revision: v1}\n")
-    parts = (CorpusPart(source="a.txt", weight=2), CorpusPart(source="owner/name", weight=0.5, text_field="body", revision="v1"))
+    path.write_text(
+        "corpus:\n  mixture:\n  - {source: a.txt, weight: 2}\n  - {source: owner/name, weight: 0.5, text_field: "
+        "body, revision: v1}\n"
+    )
+    parts = (
+        CorpusPart(source="a.txt", weight=2),
+        CorpusPart(source="owner/name", weight=0.5, text_field="body", revision="v1"),
+    )
     assert load(SweepCommand, ["--config", str(path)]).corpus.parts == parts
-    in_json = '[{"source": "a.txt", "weight": 2}, {"source": "owner/name", "weight": 0.5, "text_field": "body", "revision": "v1"}]'
+    in_json = (
+        '[{"source": "a.txt", "weight": 2}, {"source": "owner/name", "weight": 0.5, "text_field": "body", '
+        '"revision": "v1"}]'
+    )
     assert load(SweepCommand, ["--corpus.mixture", in_json]).corpus.parts == parts
     one = CorpusPart(source="b", weight=1)
-    assert load(SweepCommand, ["--config", str(path), "--corpus.mixture", '[{"source": "b", "weight": 1}]']).corpus.parts == (one,)
+    assert load(
+        SweepCommand, ["--config", str(path), "--corpus.mixture", '[{"source": "b", "weight": 1}]']
+    ).corpus.parts == (one,)
     single = load(SweepCommand, ["--corpus.source", "b", "--corpus.text_field", "body"]).corpus
     assert single.mixture == () and single.parts == (CorpusPart(source="b", weight=1, text_field="body"),)
 
@@ -68,8 +79,12 @@ def test_a_dataset_s_key_depends_on_what_decides_its_text():
         return fields_key(load(SweepCommand, list(argv)).dataset_fields("model", corpus))
 
     same = key()
-    for argv in (["--corpus.documents", "9"], ["--corpus.attribution_share", "0.1"], ["--corpus.evaluation_share", "0.1"],
-                 ["--corpus.packing", "concatenate"]):  # fmt: skip
+    for argv in (
+        ["--corpus.documents", "9"],
+        ["--corpus.attribution_share", "0.1"],
+        ["--corpus.evaluation_share", "0.1"],
+        ["--corpus.packing", "concatenate"],
+    ):
         assert key(*argv) != same, argv
     assert key(corpus="other") != same
     # Sources are in the fingerprint: a file that has moved is the same text.
@@ -84,7 +99,10 @@ def test_unknown_key_in_the_file_is_named(tmp_path):
 
 
 def test_unknown_flag_ends_the_command():
-    with pytest.raises(ValueError, match=r"^command line: unrecognized arguments: --train\.learning_rate 0\.1 \(see --help for all fields\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^command line: unrecognized arguments: --train\.learning_rate 0\.1 \(see --help for all fields\)$",
+    ):
         load(SweepCommand, ["--train.learning_rate", "0.1"])
 
 
@@ -98,7 +116,10 @@ def test_unknown_flag_ends_the_command():
         (["--attribution.tau", "1.5"], ["attribution.tau", "less than or equal to 1"]),
         (["--attribution.tau", "0"], ["attribution.tau", "greater than 0"]),
         (["--attribution.quantile", "0.8"], ["attribution.quantile", "only with attribution.aggregator quantile"]),
-        (["--attribution.candidates", "all", "--selection.by", "reconstruction", "--selection.size", "0.5"], ["selection.by reconstruction", "attribution.candidates to first_group"]),
+        (
+            ["--attribution.candidates", "all", "--selection.by", "reconstruction", "--selection.size", "0.5"],
+            ["selection.by reconstruction", "attribution.candidates to first_group"],
+        ),
         (["--attribution.until_jaccard", "1.5"], ["attribution.until_jaccard", "less than or equal to 1"]),
         (["--train.lanes", "3"], ["train.lanes 3", "train.batch 1024"]),
         (["--cluster.workers", "3"], ["cluster.workers 3", "train.lanes 8"]),
@@ -109,9 +130,18 @@ def test_unknown_flag_ends_the_command():
         (["--sae.prefix_fractions", "0.5,0.6"], ["sae.prefix_fractions", "together below 1"]),
         (["--corpus.mixture", '[{"source": "a", "weight": 0}]'], ["corpus.mixture.0.weight", "greater than 0"]),
         (["--corpus.mixture", '[{"source": "a"}]'], ["corpus.mixture.0.weight", "required"]),
-        (["--corpus.mixture", '[{"source": "a", "weight": 1, "field": "x"}]'], ["corpus.mixture.0.field", "no such field"]),
-        (["--corpus.source", "a", "--corpus.mixture", '[{"source": "b", "weight": 1}]'], ["corpus.mixture and corpus.source are both"]),
-        (["--corpus.text_field", "a", "--corpus.mixture", '[{"source": "b", "weight": 1}]'], ["corpus.mixture and corpus.text_field"]),
+        (
+            ["--corpus.mixture", '[{"source": "a", "weight": 1, "field": "x"}]'],
+            ["corpus.mixture.0.field", "no such field"],
+        ),
+        (
+            ["--corpus.source", "a", "--corpus.mixture", '[{"source": "b", "weight": 1}]'],
+            ["corpus.mixture and corpus.source are both"],
+        ),
+        (
+            ["--corpus.text_field", "a", "--corpus.mixture", '[{"source": "b", "weight": 1}]'],
+            ["corpus.mixture and corpus.text_field"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_field(argv, words):
@@ -123,7 +153,9 @@ def test_a_mistake_is_named_with_its_field(argv, words):
 def test_several_mistakes_are_all_named():
     message = refused("--train.lanes", "3", "--sweep.k", "4096", "--sweep.data", "disjoint", "--sweep.seeds", "0,2")
     first, *lines = message.splitlines()
-    assert first.endswith("(with the command line's overrides):") and all(line.startswith("  configuration: ") for line in lines)
+    assert first.endswith("(with the command line's overrides):") and all(
+        line.startswith("  configuration: ") for line in lines
+    )
     named = [line.removeprefix("  configuration: ").split()[0] for line in lines]
     assert named == ["sweep.k", "train.batch", "sweep.seeds"], "a line each, remedy included"
 
@@ -151,7 +183,10 @@ def test_help_shows_what_a_plain_run_has(tmp_path, capsys):
     assert default_of("cluster.lockstep") == str(plain.cluster.lockstep) and default_of("output") == str(plain.home)
     path = tmp_path / "mine.yaml"
     path.write_text("train: {lr: 0.125}\nmodel: {name: owner/name}\n")
-    assert default_of("train.lr", "--config", str(path)) == "0.125" and default_of("model.name", "--config", str(path)) == "owner/name"
+    assert (
+        default_of("train.lr", "--config", str(path)) == "0.125"
+        and default_of("model.name", "--config", str(path)) == "owner/name"
+    )
     path.write_text("train: {learning_rate: 1}\n")
     with pytest.raises(ValueError, match="train.learning_rate: no such field"):
         load(SweepCommand, ["--help", "--config", str(path)])
@@ -165,15 +200,38 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
 
     same = key()
     assert same == fields_key(base.chain_fields(0, 16, "data"))
-    for argv in (["--sweep.seeds", "0,1,2"], ["--sweep.k", "8,16"], ["--train.log_steps", "7"], ["--sweep.cycles", "6"],
-                 ["--output", "/elsewhere"], ["--name", "other"], ["--cluster.concurrent", "1"], ["--compare.draws", "50"],
-                 ["--cluster.workers", "2"], ["--cluster.object_store_mb", "64"], ["--train.screen", "fp32"], ["--train.checkpoint_steps", "7"],
-                 ["--train.parallel", "latent"], ["--train.micro_batch", "64"]):  # fmt: skip
+    for argv in (
+        ["--sweep.seeds", "0,1,2"],
+        ["--sweep.k", "8,16"],
+        ["--train.log_steps", "7"],
+        ["--sweep.cycles", "6"],
+        ["--output", "/elsewhere"],
+        ["--name", "other"],
+        ["--cluster.concurrent", "1"],
+        ["--compare.draws", "50"],
+        ["--cluster.workers", "2"],
+        ["--cluster.object_store_mb", "64"],
+        ["--train.screen", "fp32"],
+        ["--train.checkpoint_steps", "7"],
+        ["--train.parallel", "latent"],
+        ["--train.micro_batch", "64"],
+    ):
         assert key(*argv) == same, argv
-    for argv in (["--train.lr", "0.001"], ["--sae.width", "4096"], ["--attribution.tau", "0.8"], ["--train.threads", "2"],
-                 ["--sweep.data_seed", "5"], ["--sweep.data", "disjoint"], ["--selection.size", "0.5"], ["--sae.core_transfer", "init"],
-                 ["--selection.by", "norm", "--selection.size", "match"], ["--attribution.aggregator", "quantile"],
-                 ["--attribution.until_jaccard", "0.9"], ["--attribution.candidates", "all"], ["--attribution.outlier_norm", "5"]):  # fmt: skip
+    for argv in (
+        ["--train.lr", "0.001"],
+        ["--sae.width", "4096"],
+        ["--attribution.tau", "0.8"],
+        ["--train.threads", "2"],
+        ["--sweep.data_seed", "5"],
+        ["--sweep.data", "disjoint"],
+        ["--selection.size", "0.5"],
+        ["--sae.core_transfer", "init"],
+        ["--selection.by", "norm", "--selection.size", "match"],
+        ["--attribution.aggregator", "quantile"],
+        ["--attribution.until_jaccard", "0.9"],
+        ["--attribution.candidates", "all"],
+        ["--attribution.outlier_norm", "5"],
+    ):
         assert key(*argv) != same, argv
 
 
@@ -188,7 +246,10 @@ def test_output_folder_is_absolute_and_lasting(monkeypatch, tmp_path):
 def test_resolved_configuration_reads_back_as_itself(tmp_path):
     import yaml
 
-    config = load(SweepCommand, ["--train.lr", "0.002", "--sweep.seeds", "7,8", "--corpus.mixture", '[{"source": "a", "weight": 2}]'])
+    config = load(
+        SweepCommand,
+        ["--train.lr", "0.002", "--sweep.seeds", "7,8", "--corpus.mixture", '[{"source": "a", "weight": 2}]'],
+    )
     path = tmp_path / "resolved.yaml"
     path.write_text(yaml.safe_dump(config.section_dict()))
     assert load(SweepCommand, ["--config", str(path)]).section_dict() == config.section_dict()

@@ -23,9 +23,16 @@ def make_core(size=3, d=4, **changes) -> Core:
         "scores_C": torch.rand(size, generator=generator, dtype=torch.float64),
         "density_C": torch.rand(size, generator=generator),
         "latent_ids_C": torch.arange(size) * 2,
-        "theta": 0.1, "scale": 1 / 3, "hook": "blocks.2.hook_resid_post", "model": "abc", "cycle": 2, "seed": 5, "k": 16,
-        "entered_C": torch.tensor([0, 1, 2][:size]), "selected": ((0, 1, 2), (1, 2), (2,))[:size],
-    }  # fmt: skip
+        "theta": 0.1,
+        "scale": 1 / 3,
+        "hook": "blocks.2.hook_resid_post",
+        "model": "abc",
+        "cycle": 2,
+        "seed": 5,
+        "k": 16,
+        "entered_C": torch.tensor([0, 1, 2][:size]),
+        "selected": ((0, 1, 2), (1, 2), (2,))[:size],
+    }
     return Core(**(fields | changes))
 
 

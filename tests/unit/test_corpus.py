@@ -26,14 +26,17 @@ def texts(source, **kwargs):
     return [document.text for document in load_documents(str(source), **kwargs)]
 
 
-# -- the embedded corpus -------------------------------------------------------------------------------------------------
+# -- the embedded corpus
+# -------------------------------------------------------------------------------------------------
 
 
 def test_embedded_corpus_is_small_licensed_and_without_duplicates(documents):
     assert EMBEDDED.stat().st_size < 4_000_000
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (EMBEDDED.parent / "LICENSE").read_text()
     assert hashlib.sha256(EMBEDDED.read_bytes()).hexdigest() in (EMBEDDED.parent / "README.md").read_text()
-    assert len(documents) > 500 and len({d.text for d in documents}) == len(documents) == len({d.name for d in documents})
+    assert len(documents) > 500 and len({d.text for d in documents}) == len(documents) == len(
+        {d.name for d in documents}
+    )
     assert {d.name.split("/")[0] for d in documents} == {"lib", "doc"}
     assert [d.name for d in documents] == sorted(d.name for d in documents)
 
@@ -47,12 +50,22 @@ def test_embedded_corpus_covers_every_split(documents):
     assert counts["attribution"] / total > 0.02 and counts["evaluation"] / total > 0.02
 
 
-# -- splits --------------------------------------------------------------------------------------------------------------
+# -- splits
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_split_depends_on_the_text_alone_and_is_stable():
     # Frozen values: another rule would move documents that the tiny model was trained on into held-out splits.
-    assert [split_of(f"document {i}", 0.2, 0.2) for i in range(8)] == ["attribution", "train", "train", "evaluation", "train", "attribution", "train", "evaluation"]
+    assert [split_of(f"document {i}", 0.2, 0.2) for i in range(8)] == [
+        "attribution",
+        "train",
+        "train",
+        "evaluation",
+        "train",
+        "attribution",
+        "train",
+        "evaluation",
+    ]
 
 
 def test_split_shares_and_nesting():
@@ -71,12 +84,15 @@ def test_split_refuses_impossible_shares(shares):
         split_of("text", *shares)
 
 
-# -- loaders -------------------------------------------------------------------------------------------------------------
+# -- loaders
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_txt_jsonl_and_parquet(tmp_path):
     (tmp_path / "a.txt").write_text("one document\nof two lines", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"body": "first"}\n\n{"body": ""}\n{"body": null}\n{"body": "sécond"}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        '{"body": "first"}\n\n{"body": ""}\n{"body": null}\n{"body": "sécond"}\n', encoding="utf-8"
+    )
     (tmp_path / "sub").mkdir()
     pq.write_table(pa.table({"body": ["third", None, "fourth"], "n": [1, 2, 3]}), tmp_path / "sub" / "c.parquet")
     (tmp_path / "ignored.tsv").write_text("x")
@@ -91,18 +107,21 @@ def test_txt_jsonl_and_parquet(tmp_path):
         check_source(str(source), "body")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.jsonl", b'{"other": "a", "more": 1}\n', r"x\.jsonl line 1: no field 'text'.*more, other"),
-    ("x.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"x\.jsonl line 2: field 'text' holds int"),
-    ("x.jsonl", b'{"text": "a"\n', r"x\.jsonl line 1: not JSON"),
-    ("x.jsonl", b'["a"]\n', r"x\.jsonl line 1: expected an object"),
-    ("x.jsonl", b"", r"x\.jsonl: the file is empty"),
-    ("x.jsonl", b'{"text": " "}\n', "no document has any text"),
-    ("x.txt", b"", r"x\.txt: the file is empty"),
-    ("x.txt", b"\xff\xfe", r"x\.txt: not UTF-8"),
-    ("x.parquet", b"nonsense", r"x\.parquet: not a readable Parquet file"),
-    ("x.tsv", b"a,b", r"cannot read \.tsv as text; save it as .csv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.jsonl", b'{"other": "a", "more": 1}\n', r"x\.jsonl line 1: no field 'text'.*more, other"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"x\.jsonl line 2: field 'text' holds int"),
+        ("x.jsonl", b'{"text": "a"\n', r"x\.jsonl line 1: not JSON"),
+        ("x.jsonl", b'["a"]\n', r"x\.jsonl line 1: expected an object"),
+        ("x.jsonl", b"", r"x\.jsonl: the file is empty"),
+        ("x.jsonl", b'{"text": " "}\n', "no document has any text"),
+        ("x.txt", b"", r"x\.txt: the file is empty"),
+        ("x.txt", b"\xff\xfe", r"x\.txt: not UTF-8"),
+        ("x.parquet", b"nonsense", r"x\.parquet: not a readable Parquet file"),
+        ("x.tsv", b"a,b", r"cannot read \.tsv as text; save it as .csv"),
+    ],
+)
 def test_unreadable_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -149,7 +168,9 @@ def test_hub_rows_are_streamed_and_only_as_far_as_asked(tmp_path):
 
 def test_a_parquet_data_set_left_early_does_not_abort_the_process(tmp_path):
     for number in range(3):
-        pq.write_table(pa.table({"text": ["some text " * 50] * 50_000}), tmp_path / f"{number}.parquet", row_group_size=5000)
+        pq.write_table(
+            pa.table({"text": ["some text " * 50] * 50_000}), tmp_path / f"{number}.parquet", row_group_size=5000
+        )
     code = """
 import sys
 from itertools import islice
@@ -161,17 +182,27 @@ print(len(list(islice(hub_rows(sys.argv[1], None), 300))))
         assert (done.returncode, done.stdout.strip()) == (0, "300"), done.stderr
 
 
-@pytest.mark.parametrize("call, environment", [
-    ("list(load_documents('owner/name'))", {"HF_HUB_OFFLINE": "1"}),
-    ("corpus_fingerprint('owner/name')", {"HF_HUB_OFFLINE": "1"}),
-    ("corpus_fingerprint('owner/name')", {"HF_ENDPOINT": "http://127.0.0.1:9"}),  # nobody listens there
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, environment",
+    [
+        ("list(load_documents('owner/name'))", {"HF_HUB_OFFLINE": "1"}),
+        ("corpus_fingerprint('owner/name')", {"HF_HUB_OFFLINE": "1"}),
+        ("corpus_fingerprint('owner/name')", {"HF_ENDPOINT": "http://127.0.0.1:9"}),  # nobody listens there
+    ],
+)
 def test_an_unreachable_hub_is_one_clear_message(call, environment, tmp_path):
     code = f"from dmsae_ray.corpus.documents import *\ntry: {call}\nexcept ValueError as error: print(error)"
     # A process of its own: the hub's library reads these variables when it is imported.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=600)
-    assert "corpus.source owner/name: nothing here has this name, and the hub" in done.stdout and "could not be asked" in done.stdout, done.stderr
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
+        "HF_HOME": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=600
+    )
+    assert (
+        "corpus.source owner/name: nothing here has this name, and the hub" in done.stdout
+        and "could not be asked" in done.stdout
+    ), done.stderr
     assert "a full commit as revision" in done.stdout
 
 

@@ -1,4 +1,6 @@
-"""What people have as text: formats, compressed files, odd bytes, chat messages, one long book; through the front door where a user would."""
+"""What people have as text: formats, compressed files, odd bytes, chat messages, one long book; through the front door
+where a user would.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,13 @@ def csv_bytes() -> bytes:
     return out.getvalue().encode()
 
 
-FORMS = {"a.jsonl": lines(ROWS), "a.ndjson": lines(ROWS), "a.json": json.dumps(ROWS, indent=1).encode(), "b.json": lines(ROWS), "a.csv": csv_bytes()}
+FORMS = {
+    "a.jsonl": lines(ROWS),
+    "a.ndjson": lines(ROWS),
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    "b.json": lines(ROWS),
+    "a.csv": csv_bytes(),
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -117,7 +125,8 @@ def test_a_folder_of_save_to_disk(tmp_path, dict_of_splits):
         check_source(str(tmp_path / "saved"), "body")
 
 
-# -- what is not read is named --------------------------------------------------------------------------------------------
+# -- what is not read is named
+# --------------------------------------------------------------------------------------------
 
 
 def test_what_lies_beside_the_texts_is_named_and_nothing_of_it_is_read(tmp_path):
@@ -131,7 +140,10 @@ def test_what_lies_beside_the_texts_is_named_and_nothing_of_it_is_read(tmp_path)
     assert sorted(texts(tmp_path)) == sorted(TEXTS)
     (line,) = ignored(CorpusConfig(source=str(tmp_path)))
     assert line.startswith("corpus: 7 not read")
-    assert all(name in line for name in ("README.txt", "LICENSE.txt", "readme.md", ".hidden.txt", "paper.pdf", "notes", ".git/a.txt"))
+    assert all(
+        name in line
+        for name in ("README.txt", "LICENSE.txt", "readme.md", ".hidden.txt", "paper.pdf", "notes", ".git/a.txt")
+    )
     before = corpus_fingerprint(str(tmp_path))
     (tmp_path / "README.txt").write_text("other")
     assert corpus_fingerprint(str(tmp_path)) == before
@@ -139,26 +151,39 @@ def test_what_lies_beside_the_texts_is_named_and_nothing_of_it_is_read(tmp_path)
     assert not ignored(CorpusConfig(source=str(tmp_path / "a.jsonl"))) and not ignored(CorpusConfig())
 
 
-@pytest.mark.parametrize("name, remedy", [("a.pdf", "save it as .txt"), ("a.docx", "save it as .txt"), ("a.tsv", "as .csv"), ("a.zip", "unpack"), ("a", "without a suffix")])
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("a.pdf", "save it as .txt"),
+        ("a.docx", "save it as .txt"),
+        ("a.tsv", "as .csv"),
+        ("a.zip", "unpack"),
+        ("a", "without a suffix"),
+    ],
+)
 def test_other_files_say_what_to_do(tmp_path, name, remedy, capsys):
     (tmp_path / name).write_bytes(b"x")
     assert main(["--corpus.source", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2
     assert remedy in (said := capsys.readouterr().err) and said.startswith("error: ") and str(tmp_path / name) in said
 
 
-# -- damage ---------------------------------------------------------------------------------------------------------------
+# -- damage
+# ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl.gz", gzip.compress(lines(ROWS * 50))[:-20], "cannot be read"),
-    ("a.jsonl.gz", b"no gzip", "cannot be read"),
-    ("a.jsonl.zst", pa.Codec("zstd").compress(lines(ROWS * 50), asbytes=True)[:-5], "cannot be read"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
-    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n", "line 1: not JSON"),
-    ("a.json", b'[{"text": "a"}, ["b"]]', "item 1: expected an object"),
-    ("a.csv", b"text,n\na,1\n\xff,2\n", "cannot be read"),
-    ("a.csv", b"n,text\n1,a\n2\n", "line 3: has 1 columns"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl.gz", gzip.compress(lines(ROWS * 50))[:-20], "cannot be read"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl.zst", pa.Codec("zstd").compress(lines(ROWS * 50), asbytes=True)[:-5], "cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n", "line 1: not JSON"),
+        ("a.json", b'[{"text": "a"}, ["b"]]', "item 1: expected an object"),
+        ("a.csv", b"text,n\na,1\n\xff,2\n", "cannot be read"),
+        ("a.csv", b"n,text\n1,a\n2\n", "line 3: has 1 columns"),
+    ],
+)
 def test_damaged_files_are_named_by_the_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -177,11 +202,19 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path, tokenizer)
     assert documents[7].text == words[7] + " \ufffd and \ufffd" and documents[7].replaced == 2
     assert documents[9].text == words[9] + " \U0001f600" and sum(d.replaced for d in documents) == 2
     said = []
-    prepare_tokens(CorpusConfig(source=str(tmp_path / "a.jsonl"), attribution_share=0.2, evaluation_share=0.2), tokenizer, 32, tmp_path / "t", None, said.append)
+    prepare_tokens(
+        CorpusConfig(source=str(tmp_path / "a.jsonl"), attribution_share=0.2, evaluation_share=0.2),
+        tokenizer,
+        32,
+        tmp_path / "t",
+        None,
+        said.append,
+    )
     assert len(said) == 2 and "a.jsonl line 8: 2 characters" in said[0] and "2 characters in all" in said[1]
 
 
-# -- one long book --------------------------------------------------------------------------------------------------------
+# -- one long book
+# --------------------------------------------------------------------------------------------------------
 
 
 def book(characters: int) -> str:
@@ -197,7 +230,11 @@ def book(characters: int) -> str:
 def test_pieces_joined_are_the_text_and_end_where_a_paragraph_does():
     text = book(100_000)
     pieces = list(pieces_of(text, PIECE))
-    assert "".join(pieces) == text and max(map(len, pieces)) <= PIECE and all(piece.endswith("\n\n") for piece in pieces[:-1])
+    assert (
+        "".join(pieces) == text
+        and max(map(len, pieces)) <= PIECE
+        and all(piece.endswith("\n\n") for piece in pieces[:-1])
+    )
     for odd in ("x" * 5000, "word " * 2000, "line\n" * 2000, "Sentence one. " * 500, "\r\n\r\n".join(["p" * 700] * 9)):
         pieces = list(pieces_of(odd, 1000))
         assert "".join(pieces) == odd and all(500 <= len(piece) <= 1000 for piece in pieces[:-1])
@@ -215,7 +252,8 @@ def test_one_book_is_a_corpus_and_lands_in_all_splits(tmp_path, tokenizer):
     assert len(texts(tmp_path / "a.jsonl")) == 1 and len(texts(tmp_path / "a.jsonl", piece_characters=5000)) > 50
 
 
-# -- chat -----------------------------------------------------------------------------------------------------------------
+# -- chat
+# -----------------------------------------------------------------------------------------------------------------
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
 
@@ -246,20 +284,63 @@ def test_chat_messages_become_what_the_template_makes_of_them(tmp_path, instruct
 
 def test_chat_messages_need_a_template(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": [{"role": "user", "content": "x"}]}]))
-    assert main(["--corpus.source", str(tmp_path / "a.jsonl"), "--corpus.text_field", "messages", "--output", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            [
+                "--corpus.source",
+                str(tmp_path / "a.jsonl"),
+                "--corpus.text_field",
+                "messages",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "no chat template" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": [{"from": "human", "value": "x"}]}]))
-    assert main(["--corpus.source", str(tmp_path / "a.jsonl"), "--corpus.text_field", "messages", "--output", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            [
+                "--corpus.source",
+                str(tmp_path / "a.jsonl"),
+                "--corpus.text_field",
+                "messages",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "chat messages are a list of {role, content}" in capsys.readouterr().err
 
 
-# -- more of a corpus than was read ---------------------------------------------------------------------------------------
+# -- more of a corpus than was read
+# ---------------------------------------------------------------------------------------
 
 
 def test_more_held_out_tokens_are_read_for_a_finished_dataset_and_its_key_and_first_ones_stay(tmp_path):
     """Without Ray: the harvest's own maker in this process."""
-    small = ["--output", str(tmp_path), "--harvest.tokens", "4096", "--harvest.calibration_tokens", "512", "--harvest.rows_per_group", "512"]
-    small += ["--train.batch", "512", "--attribution.tokens", "500", "--features.tokens", "500", "--harvest.rows_per_shard", "4096"]
+    small = [
+        "--output",
+        str(tmp_path),
+        "--harvest.tokens",
+        "4096",
+        "--harvest.calibration_tokens",
+        "512",
+        "--harvest.rows_per_group",
+        "512",
+    ]
+    small += [
+        "--train.batch",
+        "512",
+        "--attribution.tokens",
+        "500",
+        "--features.tokens",
+        "500",
+        "--harvest.rows_per_shard",
+        "4096",
+    ]
 
     def configuration(*more: str) -> Config:
         return Config(**load(SweepCommand, [*small, "--evaluate.tokens", "500", *more]).sections())
@@ -277,7 +358,11 @@ def test_more_held_out_tokens_are_read_for_a_finished_dataset_and_its_key_and_fi
     more = configuration("--evaluate.tokens", "6000")
     found = find_datasets(more, more.hooks, said.append)[more.model.hook]
     assert "reading on in the corpus, for 6,000 tokens of evaluation" in said[-1]
-    assert found.held_out("evaluation").tokens >= 6000 and (found.held_out("evaluation").ids[: len(first)] == first).all()
-    assert found.manifest == before.manifest and not (set(tmp_path.glob("data/*")) - {tmp_path / "data" / before.manifest.key})
+    assert (
+        found.held_out("evaluation").tokens >= 6000 and (found.held_out("evaluation").ids[: len(first)] == first).all()
+    )
+    assert found.manifest == before.manifest and not (
+        set(tmp_path.glob("data/*")) - {tmp_path / "data" / before.manifest.key}
+    )
     said.clear()
     assert find_datasets(config, config.hooks, said.append)[config.model.hook].manifest == before.manifest and not said

@@ -35,12 +35,15 @@ def values(by, sae=None, seed=0, removal_P=None):
     return found_P
 
 
-# -- what candidates are ranked by ---------------------------------------------------------------------------------------
+# -- what candidates are ranked by
+# ---------------------------------------------------------------------------------------
 
 
 def test_attribution_and_frequency_are_those_of_the_candidates():
     assert torch.equal(values("attribution"), SCORES_P)
-    assert torch.equal(values("frequency"), DENSITY_F[:CANDIDATES]), "the denser latents of later groups are no candidates"
+    assert torch.equal(values("frequency"), DENSITY_F[:CANDIDATES]), (
+        "the denser latents of later groups are no candidates"
+    )
 
 
 @pytest.mark.parametrize("core_transfer", ["frozen", "init"])
@@ -54,7 +57,9 @@ def test_norm_is_that_of_the_encoder_row_core_first(core_transfer):
 def test_random_is_its_seed_s_and_uniform():
     assert torch.equal(values("random", seed=4), values("random", seed=4))
     assert not torch.equal(values("random", seed=4), values("random", seed=5))
-    first = torch.bincount(torch.stack([values("random", seed=seed).argmax() for seed in range(2000)]), minlength=CANDIDATES)
+    first = torch.bincount(
+        torch.stack([values("random", seed=seed).argmax() for seed in range(2000)]), minlength=CANDIDATES
+    )
     assert (first - 400).abs().max() < 80, "each comes first in a fifth of the draws; four and a half deviations are 80"
 
 
@@ -97,7 +102,8 @@ def test_cost_of_removal_is_the_rise_in_squared_error_when_it_is_done(core_size)
     assert torch.equal(removal_cost(sae, x_RD[:0], z_RF[:0]), torch.zeros(CANDIDATES, dtype=torch.float64))
 
 
-# -- what is chosen ------------------------------------------------------------------------------------------------------
+# -- what is chosen
+# ------------------------------------------------------------------------------------------------------
 
 TAU_IDS = torch.tensor([0, 4])
 
@@ -109,7 +115,9 @@ def dataset(tmp_path_factory):
 
 def chosen(dataset, *argv, cycle=0, sae=None, removal_P=None):
     (plan, *_) = plans_of(dataset, *argv)
-    ids_C, values_P = choose(plan, cycle, make_sae() if sae is None else sae, {"ids": TAU_IDS, "scores": SCORES_P}, DENSITY_F, removal_P)
+    ids_C, values_P = choose(
+        plan, cycle, make_sae() if sae is None else sae, {"ids": TAU_IDS, "scores": SCORES_P}, DENSITY_F, removal_P
+    )
     assert ids_C.dtype == torch.int64
     return ids_C.tolist(), values_P
 
@@ -121,12 +129,20 @@ def test_by_default_the_core_is_what_carries_tau(dataset):
 @pytest.mark.parametrize(
     ("by", "share", "ids"),
     [
-        ("attribution", "0.2", [0]), ("attribution", "0.6", [0, 2, 4]), ("attribution", "1", [0, 1, 2, 3, 4]),
-        ("frequency", "0.2", [1]), ("frequency", "0.3", [1, 3]), ("frequency", "0.6", [1, 2, 3]),
-        ("reconstruction", "0.2", [2]), ("reconstruction", "0.4", [0, 2]), ("reconstruction", "0.8", [0, 1, 2, 3]),
-        ("norm", "0.01", [3]), ("norm", "0.4", [0, 3]), ("norm", "0.41", [0, 2, 3]),
+        ("attribution", "0.2", [0]),
+        ("attribution", "0.6", [0, 2, 4]),
+        ("attribution", "1", [0, 1, 2, 3, 4]),
+        ("frequency", "0.2", [1]),
+        ("frequency", "0.3", [1, 3]),
+        ("frequency", "0.6", [1, 2, 3]),
+        ("reconstruction", "0.2", [2]),
+        ("reconstruction", "0.4", [0, 2]),
+        ("reconstruction", "0.8", [0, 1, 2, 3]),
+        ("norm", "0.01", [3]),
+        ("norm", "0.4", [0, 3]),
+        ("norm", "0.41", [0, 2, 3]),
     ],
-)  # fmt: skip
+)
 def test_a_share_of_the_candidates_by_each_criterion_ties_by_id(dataset, by, share, ids):
     sae = make_sae()
     with torch.no_grad():
@@ -161,10 +177,18 @@ def test_a_matched_core_has_the_size_of_its_twin_s_in_the_same_cycle(dataset, tm
     assert [chosen(dataset, *match, cycle=cycle)[0] for cycle in range(3)] == [[], [1], [0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match="core of 6 latents cannot be selected from 5"):
         chosen(dataset, *match, cycle=3)
-    with pytest.raises(ValueError, match=r"seed0-k4-frequency from .*4 of 5 cycles done.*--selection.by attribution --selection.size tau"):
+    with pytest.raises(
+        ValueError,
+        match=r"seed0-k4-frequency from .*4 of 5 cycles done.*--selection.by attribution --selection.size tau",
+    ):
         chosen(dataset, *match, cycle=4)
     # A chain that differs in anything else, or another seed's, is no twin.
-    for other in (["--sae.width", "32"], ["--attribution.tau", "0.5"], ["--sae.core_transfer", "init"], ["--sweep.seeds", "1"]):
+    for other in (
+        ["--sae.width", "32"],
+        ["--attribution.tau", "0.5"],
+        ["--sae.core_transfer", "init"],
+        ["--sweep.seeds", "1"],
+    ):
         with pytest.raises(ValueError, match="0 of 1 cycles done"):
             chosen(dataset, *match, *other)
 
@@ -179,7 +203,7 @@ def test_controls_have_keys_and_labels_of_their_own(dataset):
         (["--selection.by", "norm", "--selection.size", "match", "--sae.core_transfer", "init"], "seed0-k4-norm-init"),
         (["--selection.size", "0.5"], "seed0-k4"),
         (["--sae.core_transfer", "init"], "seed0-k4-init"),
-    ):  # fmt: skip
+    ):
         plan = plans_of(dataset, *argv)[0]
         assert plan.label == label and plan.key not in keys
         keys.add(plan.key)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from shards import PER_GROUP, D, bits, make_dataset, some_rows, write
 
-from dmsae_ray.activations.dataset import PART, QUANTILES, ActivationDataset, DatasetError, Manifest, scale_of, statistics_of
+from dmsae_ray.activations.dataset import (
+    PART,
+    QUANTILES,
+    ActivationDataset,
+    DatasetError,
+    Manifest,
+    scale_of,
+    statistics_of,
+)
 from dmsae_ray.activations.rowgroup import ShardError
 from dmsae_ray.corpus.tokens import TokenSequences
 
@@ -40,7 +48,8 @@ def flip(path, place):
     path.write_bytes(raw)
 
 
-# -- manifest and statistics ---------------------------------------------------------------------------------------------
+# -- manifest and statistics
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_manifest_reads_back_as_itself(dataset):
@@ -65,9 +74,13 @@ def test_statistics_are_those_of_numpy(rows):
 
 def test_units_are_the_full_row_groups_in_file_order(dataset):
     per_shard = [shard.units() for shard in dataset.manifest.shards]
-    assert [len(units) for units in per_shard] == [4, 4, 3] and dataset.units() == per_shard[0] + per_shard[1] + per_shard[2][:2]
+    assert [len(units) for units in per_shard] == [4, 4, 3] and dataset.units() == per_shard[0] + per_shard[
+        1
+    ] + per_shard[2][:2]
     assert dataset.units(range(1, 3)) == per_shard[1] + per_shard[2][:2] and dataset.units(range(0)) == []
-    raw = b"".join((dataset.store.local / u.file).read_bytes()[u.offset : u.offset + PER_GROUP * 2 * D] for u in dataset.units())
+    raw = b"".join(
+        (dataset.store.local / u.file).read_bytes()[u.offset : u.offset + PER_GROUP * 2 * D] for u in dataset.units()
+    )
     expected = torch.cat([some_rows(32, 0), some_rows(32, 1), some_rows(20, 2)[:16]])
     assert raw == bits(expected).numpy().tobytes()
 
@@ -84,18 +97,23 @@ def test_held_out_sequences_are_read_from_the_dataset(dataset):
     assert (found.ids == sequences.ids).all() and (found.lengths == lengths).all() and found.tokens == 11
 
 
-# -- a manifest that is not one -----------------------------------------------------------------------------------------
+# -- a manifest that is not one
+# -----------------------------------------------------------------------------------------
 
 
 def test_no_manifest_no_dataset(tmp_path):
-    with pytest.raises(DatasetError, match=rf"{tmp_path}/manifest\.json: no finished dataset here; run .*dmsae_ray\.harvest"):
+    with pytest.raises(
+        DatasetError, match=rf"{tmp_path}/manifest\.json: no finished dataset here; run .*dmsae_ray\.harvest"
+    ):
         ActivationDataset(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00{", b"\x80abc", b"[]", b"null", b'"text"'])
 def test_a_manifest_that_is_none_is_named_with_the_remedy(dataset, content):
     (dataset.store.local / "manifest.json").write_bytes(content)
-    with pytest.raises(DatasetError, match=r"d/manifest\.json: (damaged|not a manifest).*delete it.*dmsae_ray\.harvest.*kept"):
+    with pytest.raises(
+        DatasetError, match=r"d/manifest\.json: (damaged|not a manifest).*delete it.*dmsae_ray\.harvest.*kept"
+    ):
         again(dataset)
 
 
@@ -106,10 +124,17 @@ def test_a_manifest_of_another_format_is_named(dataset):
             again(dataset)
 
 
-@pytest.mark.parametrize("change", [
-    lambda tree: tree.pop("scale"), lambda tree: tree.pop("shards"), lambda tree: tree.pop("calibration"),
-    lambda tree: tree["shards"][1].pop("digests"), lambda tree: tree.update(colour="blue"), lambda tree: tree.update(shards=None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.pop("scale"),
+        lambda tree: tree.pop("shards"),
+        lambda tree: tree.pop("calibration"),
+        lambda tree: tree["shards"][1].pop("digests"),
+        lambda tree: tree.update(colour="blue"),
+        lambda tree: tree.update(shards=None),
+    ],
+)
 def test_a_manifest_with_other_fields_is_named(dataset, change):
     edit(dataset, change)
     with pytest.raises(DatasetError, match=r"d/manifest\.json: not a manifest .*delete it"):
@@ -117,18 +142,28 @@ def test_a_manifest_with_other_fields_is_named(dataset, change):
 
 
 def test_a_dataset_made_otherwise_names_each_field(dataset):
-    dataset.expect({"model": {"hook": "blocks.1.hook_resid_post", "dtype": "float32"}, "harvest": {"dtype": "float16", "seed": 0}})
-    asked = {"model": {"hook": "blocks.2.hook_resid_post", "dtype": "float32"}, "harvest": {"dtype": "bfloat16", "seed": 0, "new": 1}}
+    dataset.expect(
+        {"model": {"hook": "blocks.1.hook_resid_post", "dtype": "float32"}, "harvest": {"dtype": "float16", "seed": 0}}
+    )
+    asked = {
+        "model": {"hook": "blocks.2.hook_resid_post", "dtype": "float32"},
+        "harvest": {"dtype": "bfloat16", "seed": 0, "new": 1},
+    }
     with pytest.raises(DatasetError) as error:
         dataset.expect(asked)
     message = str(error.value)
-    for words in ("model.hook: the dataset has 'blocks.1.hook_resid_post'", "asks for 'blocks.2.hook_resid_post'", "harvest.dtype",
-                  "harvest.new: the dataset has None"):  # fmt: skip
+    for words in (
+        "model.hook: the dataset has 'blocks.1.hook_resid_post'",
+        "asks for 'blocks.2.hook_resid_post'",
+        "harvest.dtype",
+        "harvest.new: the dataset has None",
+    ):
         assert words in message
     assert "seed" not in message and "model.dtype" not in message
 
 
-# -- damage --------------------------------------------------------------------------------------------------------------
+# -- damage
+# --------------------------------------------------------------------------------------------------------------
 
 
 def bad(dataset, read=True) -> dict[str, str]:
@@ -168,7 +203,9 @@ def harm_another_dataset(path, dataset):
 def harm_other_rows(path, dataset):
     # A page's checksum takes four or five bytes in its header: rows for which they come out as long.
     size = path.stat().st_size
-    assert any(write(dataset.store, "shards/train-00001.parquet", some_rows(32, seed)).bytes == size for seed in range(5, 99))
+    assert any(
+        write(dataset.store, "shards/train-00001.parquet", some_rows(32, seed)).bytes == size for seed in range(5, 99)
+    )
 
 
 def harm_sibling(path, dataset):
@@ -180,12 +217,19 @@ def harm_not_parquet(path, dataset):
     path.write_bytes(b"0" * path.stat().st_size)
 
 
-@pytest.mark.parametrize("harm, words, by_size_and_footer", [
-    (harm_truncated, "bytes, the manifest says", True), (harm_longer, "bytes, the manifest says", True), (harm_missing, "is missing", True),
-    (harm_another_dataset, "is a shard of another dataset, yek; this one is key", True),
-    (harm_other_rows, "footer and the manifest disagree", True), (harm_sibling, "footer and the manifest disagree", True),
-    (harm_not_parquet, "cannot be read as a shard", True), (harm_flipped, "has not the checksum", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm, words, by_size_and_footer",
+    [
+        (harm_truncated, "bytes, the manifest says", True),
+        (harm_longer, "bytes, the manifest says", True),
+        (harm_missing, "is missing", True),
+        (harm_another_dataset, "is a shard of another dataset, yek; this one is key", True),
+        (harm_other_rows, "footer and the manifest disagree", True),
+        (harm_sibling, "footer and the manifest disagree", True),
+        (harm_not_parquet, "cannot be read as a shard", True),
+        (harm_flipped, "has not the checksum", False),
+    ],
+)
 def test_every_damage_is_found_and_it_alone(dataset, harm, words, by_size_and_footer):
     entry = dataset.manifest.shards[1]
     path = dataset.store.local / entry.file
@@ -213,7 +257,9 @@ def test_a_manifest_whose_entry_was_altered_disagrees_with_the_footer(dataset):
 
 
 def test_every_byte_of_a_shard_may_flip_and_no_row_becomes_another_number(dataset):
-    """Found as damage, or one of the bytes that nothing here reads: page headers, and what Parquet repeats in its footer."""
+    """Found as damage, or one of the bytes that nothing here reads: page headers, and what Parquet repeats in its
+    footer.
+    """
     entry, whole = dataset.manifest.shards[2], some_rows(20, 2)
     path, found = dataset.store.local / entry.file, 0
     raw = path.read_bytes()
@@ -225,14 +271,18 @@ def test_every_byte_of_a_shard_may_flip_and_no_row_becomes_another_number(datase
             assert str(path) in str(error)
             found += 1
         else:
-            rows = [(dataset.store.local / u.file).read_bytes()[u.offset :][: PER_GROUP * 2 * D] for u in entry.units()[:2]]
+            rows = [
+                (dataset.store.local / u.file).read_bytes()[u.offset :][: PER_GROUP * 2 * D] for u in entry.units()[:2]
+            ]
             assert b"".join(rows) == bits(whole[:16]).numpy().tobytes()
     assert found > 20 * 2 * D  # the rows themselves, and more
 
 
 def test_a_scale_that_is_not_the_rows_is_found(dataset):
     edit(dataset, lambda tree: tree.update(scale=tree["scale"] * (1 + 1e-8)))
-    with pytest.raises(DatasetError, match=r"d/manifest\.json: scale .*is not that of shards/calibration\.parquet .*dmsae_ray\.harvest"):
+    with pytest.raises(
+        DatasetError, match=r"d/manifest\.json: scale .*is not that of shards/calibration\.parquet .*dmsae_ray\.harvest"
+    ):
         again(dataset).verify()
 
 

@@ -30,7 +30,9 @@ def test_cosines_are_those_of_the_angles():
 def test_length_does_not_count_and_one_row_is_enough():
     before, after = turned([30])
     found = decoder_drift(before, 7 * after)
-    assert all(found[name] == pytest.approx(math.cos(math.radians(30)), abs=1e-6) for name in ("mean", "min", "median", "q10"))
+    assert all(
+        found[name] == pytest.approx(math.cos(math.radians(30)), abs=1e-6) for name in ("mean", "min", "median", "q10")
+    )
 
 
 def test_an_empty_core_has_no_drift():

@@ -61,7 +61,12 @@ def test_every_number_is_that_of_a_search_token_by_token(lm, batch, core_size):
     (ids, lengths), sae = batch, random_sae(lm, core_size)
     references = references_of(lm, batch)
     metrics, density_F = evaluated(sae, lm, batch, references)
-    rows, x_all, active, found = 0, [], torch.zeros(sae.width), {prefix.name: [0.0, 0.0, 0.0] for prefix in prefixes_of(sae)}
+    rows, x_all, active, found = (
+        0,
+        [],
+        torch.zeros(sae.width),
+        {prefix.name: [0.0, 0.0, 0.0] for prefix in prefixes_of(sae)},
+    )
     assert list(found) == ["core"] * bool(core_size) + ["0", "1", "2"]
     for row, length in zip(ids, lengths.tolist(), strict=True):
         one = row[None, :length]
@@ -92,7 +97,9 @@ def test_every_number_is_that_of_a_search_token_by_token(lm, batch, core_size):
         error, loss, kl = found[prefix.name]
         assert (entry["name"], entry["latents"]) == (prefix.name, prefix.latents)
         assert entry["fvu"] == pytest.approx(error / variance, rel=1e-5)
-        assert entry["loss"] == pytest.approx(loss / rows, rel=1e-5) and entry["kl"] == pytest.approx(kl / rows, rel=1e-4)
+        assert entry["loss"] == pytest.approx(loss / rows, rel=1e-5) and entry["kl"] == pytest.approx(
+            kl / rows, rel=1e-4
+        )
         assert entry["l0"] == pytest.approx(float(active[: prefix.latents].sum()) / rows)
         for kind in ("zero", "mean"):
             expected = (references[kind] - loss / rows) / (references[kind] - references["clean"])
@@ -104,11 +111,13 @@ def test_the_last_prefix_is_the_whole_and_each_holds_the_one_before(lm, batch):
     metrics, density_F = evaluated(sae, lm, batch, references_of(lm, batch))
     entries, whole = metrics["prefixes"], metrics["prefixes"][-1]
     assert [entry["latents"] for entry in entries] == [3, 7, 15, 43]
-    assert whole["latents"] == sae.width and [metrics[name] for name in ("fvu", "kl", "l0", "loss_recovered_zero", "loss_spliced")] == [
-        whole[name] for name in ("fvu", "kl", "l0", "loss_recovered_zero", "loss")
-    ]  # fmt: skip
+    assert whole["latents"] == sae.width and [
+        metrics[name] for name in ("fvu", "kl", "l0", "loss_recovered_zero", "loss_spliced")
+    ] == [whole[name] for name in ("fvu", "kl", "l0", "loss_recovered_zero", "loss")]
     assert [entry["l0"] for entry in entries] == sorted(entry["l0"] for entry in entries)
-    assert metrics["core_l0"] == entries[0]["l0"] and metrics["core_l0"] + metrics["free_l0"] == pytest.approx(metrics["l0"])
+    assert metrics["core_l0"] == entries[0]["l0"] and metrics["core_l0"] + metrics["free_l0"] == pytest.approx(
+        metrics["l0"]
+    )
     x_RD = torch.randn(5, lm.d)
     *_, last = reconstructions(sae, sae.encode(x_RD))
     torch.testing.assert_close(last, sae.decode(sae.encode(x_RD)))
@@ -123,7 +132,11 @@ def test_an_sae_that_gives_x_back_changes_no_prediction(lm, batch):
         sae.W_dec.copy_(both)
     metrics, _ = evaluated(sae, lm, batch, references_of(lm, batch))
     first, whole = metrics["prefixes"]
-    assert whole["fvu"] < 1e-10 and abs(whole["kl"]) < 1e-6 and whole["loss"] == pytest.approx(metrics["loss_clean"], rel=1e-5)
+    assert (
+        whole["fvu"] < 1e-10
+        and abs(whole["kl"]) < 1e-6
+        and whole["loss"] == pytest.approx(metrics["loss_clean"], rel=1e-5)
+    )
     assert first["kl"] > 0.01 and first["fvu"] > 0.1, "half of the directions are not enough"
 
 
@@ -160,7 +173,11 @@ def test_an_sae_that_is_silent_is_an_ablation_to_its_bias(lm, batch):
 
 def test_without_a_core_nothing_is_said_of_one(lm, batch):
     metrics, _ = evaluated(random_sae(lm, core_size=0), lm, batch, references_of(lm, batch))
-    assert metrics["core_explained"] is None and metrics["core_l0"] == 0 and [entry["name"] for entry in metrics["prefixes"]] == ["0", "1", "2"]
+    assert (
+        metrics["core_explained"] is None
+        and metrics["core_l0"] == 0
+        and [entry["name"] for entry in metrics["prefixes"]] == ["0", "1", "2"]
+    )
 
 
 def test_an_exempt_core_is_evaluated_by_its_own_threshold(lm, batch):

@@ -24,9 +24,15 @@ from dmsae_ray.results.features.roster import roster_of
 
 SCALE = 20.0
 TEXTS = [
-    *(f"def step_{i}(self, value):\n    return value + {i}\n\n\nclass Reader{i}:\n    def read(self, path):\n        pass\n"
-      for i in range(12)),
-    *(f"The list is sorted in place, and item {i} comes first. It’s done: see :func:`sorted`.\n" * 3 for i in range(12)),
+    *(
+        f"def step_{i}(self, value):\n    return value + {i}\n\n\nclass Reader{i}:\n    def read(self, path):\n      "
+        "  pass\n"
+        for i in range(12)
+    ),
+    *(
+        f"The list is sorted in place, and item {i} comes first. It’s done: see :func:`sorted`.\n" * 3
+        for i in range(12)
+    ),
 ]
 SILENT = 4
 
@@ -42,7 +48,9 @@ def sequences(lm):
     packing = Concatenate(48, lm.bos_id, lm.pad_id)
     parts = [packing.add(document.ids) for document in encode((Document("text", text) for text in TEXTS), lm.tokenizer)]
     parts.append(packing.rest())
-    return TokenSequences(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "lengths", "rows")))
+    return TokenSequences(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "lengths", "rows"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +68,54 @@ def chains(lm, sequences, tmp_path_factory):
         path = folder / f"{number}.safetensors"
         sae.save(path, {})
         core = make_core(
-            size=len(ids), d=lm.d, W_enc_CD=sae.encoder_rows()[ids], W_dec_CD=sae.W_dec[ids], b_enc_C=sae.b_enc[ids], b_dec_D=sae.b_dec,
-            latent_ids_C=torch.tensor(ids), scores_C=torch.tensor([4.0, 1.0, 3.0][: len(ids)]) * (number + 1),
-            density_C=torch.tensor([0.5, 0.25, 0.125][: len(ids)]), seed=seed, scale=SCALE,
-        )  # fmt: skip
+            size=len(ids),
+            d=lm.d,
+            W_enc_CD=sae.encoder_rows()[ids],
+            W_dec_CD=sae.W_dec[ids],
+            b_enc_C=sae.b_enc[ids],
+            b_dec_D=sae.b_dec,
+            latent_ids_C=torch.tensor(ids),
+            scores_C=torch.tensor([4.0, 1.0, 3.0][: len(ids)]) * (number + 1),
+            density_C=torch.tensor([0.5, 0.25, 0.125][: len(ids)]),
+            seed=seed,
+            scale=SCALE,
+        )
         made.append(ChainCore(f"chain{number}", core, path))
     return made
 
 
 def group(name: str, members: list[tuple[str, int, int]], score: float) -> dict:
     return {
-        "id": name, "members": [{"chain": c, "index": i, "latent": n, "score": -1.0, "density": -1.0} for c, i, n in members],
-        "in_chains": len(members), "in_seeds": 1 + (len(members) > 2), "reproducibility": 0.5 + 0.5 * (len(members) > 2),
-        "interval": [0.25, 1.0], "cosine": 0.9 if len(members) > 1 else None, "score": score, "density": 0.3, "in_core": len(members) > 2,
-    }  # fmt: skip
+        "id": name,
+        "members": [{"chain": c, "index": i, "latent": n, "score": -1.0, "density": -1.0} for c, i, n in members],
+        "in_chains": len(members),
+        "in_seeds": 1 + (len(members) > 2),
+        "reproducibility": 0.5 + 0.5 * (len(members) > 2),
+        "interval": [0.25, 1.0],
+        "cosine": 0.9 if len(members) > 1 else None,
+        "score": score,
+        "density": 0.3,
+        "in_core": len(members) > 2,
+    }
 
 
 CONSENSUS = {
-    "format_version": 1, "chains": ["chain0", "chain1", "chain2"], "seeds": [0, 7],
+    "format_version": 1,
+    "chains": ["chain0", "chain1", "chain2"],
+    "seeds": [0, 7],
     "groups": [
         group("f000", [("chain0", 2, 6), ("chain1", 0, 0), ("chain2", 0, 2)], 0.6),
         group("f001", [("chain0", 1, 4), ("chain1", 1, 3)], 0.2),
         group("f002", [("chain0", 0, 1)], 0.5),
     ],
-}  # fmt: skip
+}
 
 
 def make(tmp_path, lm, sequences, chains, consensus=CONSENSUS, **settings):
     path = tmp_path / "features.json"
-    content = write_features(path, lm, sequences, SCALE, lm.tokenizer, chains, consensus, FeaturesConfig(**settings), key="k")
+    content = write_features(
+        path, lm, sequences, SCALE, lm.tokenizer, chains, consensus, FeaturesConfig(**settings), key="k"
+    )
     assert json.loads(path.read_text()) == content
     return content
 
@@ -106,19 +133,35 @@ def test_what_chains_share_comes_first_and_every_core_latent_once(tmp_path, lm, 
     # Scores are 4, 1, 3 times 1, 2, 3 for the chains: chain2's first row has 12.
     assert shared["representative"] == {"chain": "chain2", "index": 0, "latent": 2, "score": 12.0, "density": 0.5}
     assert [(p["chain"], p["index"], p["latent"], p["score"], p["density"]) for p in shared["partners"]] == [
-        ("chain1", 0, 0, 8.0, 0.5), ("chain0", 2, 6, 3.0, 0.125),
-    ]  # fmt: skip
+        ("chain1", 0, 0, 8.0, 0.5),
+        ("chain0", 2, 6, 3.0, 0.125),
+    ]
     rows = {chain.label: chain.core.W_dec_CD for chain in chains}
     for partner in shared["partners"]:
         cosine = float(rows["chain2"][0] @ rows[partner["chain"]][partner["index"]])
         assert partner["cosine"] == pytest.approx(cosine, abs=1e-5)
     assert (shared["chains"], shared["in_chains"]) == (["chain2", "chain1", "chain0"], 3)
-    assert [shared[n] for n in ("in_seeds", "n_chains", "n_seeds", "reproducibility", "interval", "score", "density", "cosine")] == [
-        2, 3, 2, 1.0, [0.25, 1.0], 0.6, 0.3, 0.9,
-    ]  # fmt: skip
+    assert [
+        shared[n]
+        for n in ("in_seeds", "n_chains", "n_seeds", "reproducibility", "interval", "score", "density", "cosine")
+    ] == [
+        2,
+        3,
+        2,
+        1.0,
+        [0.25, 1.0],
+        0.6,
+        0.3,
+        0.9,
+    ]
     assert pair["representative"]["chain"] == "chain1" and alone["partners"] == [] and alone["cosine"] is None
     assert silent["score"] == pytest.approx(0.2) and silent["reproducibility"] is silent["interval"] is None
-    assert (silent["max_activation"], silent["mean_loss_change"], silent["contexts"], silent["effects"]) == (0.0, None, [], [])
+    assert (silent["max_activation"], silent["mean_loss_change"], silent["contexts"], silent["effects"]) == (
+        0.0,
+        None,
+        [],
+        [],
+    )
 
 
 def test_without_a_comparison_every_latent_stands_alone(tmp_path, lm, sequences, chains):
@@ -127,13 +170,18 @@ def test_without_a_comparison_every_latent_stands_alone(tmp_path, lm, sequences,
     assert [f["id"] for f in content["features"]] == ["chain1.0", "chain2.2", "chain0.1", "chain0.6", "chain1.3"]
     assert [f["score"] for f in content["features"]] == pytest.approx([0.8, 0.8, 0.5, 0.375, 0.2])
     assert content["left_out"] == 2 and {f["kind"] for f in content["features"]} == {"core"}
-    assert all((f["n_chains"], f["n_seeds"], f["in_seeds"], f["reproducibility"]) == (3, 2, 1, None) for f in content["features"])
+    assert all(
+        (f["n_chains"], f["n_seeds"], f["in_seeds"], f["reproducibility"]) == (3, 2, 1, None)
+        for f in content["features"]
+    )
 
 
 def test_contexts_and_effects_are_those_of_the_representative(tmp_path, lm, sequences, chains):
     """Read from the file, each word and number is found again with a whole pass over that one sequence."""
     window, settings = 3, {"window": 3, "contexts": 5, "spread": 2, "effects": 6, "sequences_per_batch": 4}
-    content = make(tmp_path, lm, sequences, chains[::-1], **settings)  # the silent latent is then not the last that is read
+    content = make(
+        tmp_path, lm, sequences, chains[::-1], **settings
+    )  # the silent latent is then not the last that is read
     crossing = 0
     for feature in content["features"][:3]:
         chain, latent = (feature["representative"][name] for name in ("chain", "latent"))
@@ -141,7 +189,9 @@ def test_contexts_and_effects_are_those_of_the_representative(tmp_path, lm, sequ
         z_NT, cut, ids_NT, lengths_N = activations(lm, sequences, sae, latent)
         assert [context["spread"] for context in feature["contexts"]] == [False] * 3 + [True] * 2
         peaks = [context["activations"][context["peak"]] for context in feature["contexts"]]
-        assert feature["max_activation"] == pytest.approx(peaks[0], rel=1e-5) == pytest.approx(float(z_NT.max()), rel=1e-5)
+        assert (
+            feature["max_activation"] == pytest.approx(peaks[0], rel=1e-5) == pytest.approx(float(z_NT.max()), rel=1e-5)
+        )
         chosen, deltas = [], []
         for context, peak in zip(feature["contexts"], peaks, strict=True):
             (s,) = ((z_NT.amax(dim=1) - peak).abs() < 1e-5 * peak).nonzero()[:, 0].tolist()
@@ -152,7 +202,9 @@ def test_contexts_and_effects_are_those_of_the_representative(tmp_path, lm, sequ
             first, last = max(start, t - window), min(end, t + window + 1)
             crossing += (first > t - window) + (last < t + window + 1)
             assert (context["peak"], context["document_token"]) == (t - first, t - start)
-            assert "".join(context["tokens"]) == lm.tokenizer.decode(document[first:last]) or "<0x" in "".join(context["tokens"])
+            assert "".join(context["tokens"]) == lm.tokenizer.decode(document[first:last]) or "<0x" in "".join(
+                context["tokens"]
+            )
             assert len(context["tokens"]) == len(context["activations"]) == last - first
             assert context["activations"] == pytest.approx(z_NT[s, first:last].tolist(), rel=1e-4, abs=1e-5)
             chosen.append(s)
@@ -162,7 +214,9 @@ def test_contexts_and_effects_are_those_of_the_representative(tmp_path, lm, sequ
         assert len(set(chosen)) == len(chosen)
         tokens = int(sequences.rows[chosen].sum())
         assert feature["mean_loss_change"] == pytest.approx(float(torch.stack(deltas).sum()) / tokens, abs=1e-5)
-        largest = sorted(((float(d), i, t) for i, delta in enumerate(deltas) for t, d in enumerate(delta)), key=lambda x: -abs(x[0]))[:6]
+        largest = sorted(
+            ((float(d), i, t) for i, delta in enumerate(deltas) for t, d in enumerate(delta)), key=lambda x: -abs(x[0])
+        )[:6]
         assert [e["delta"] for e in feature["effects"]] == pytest.approx([d for d, _, _ in largest], abs=2e-5)
         for effect, (_, i, t) in zip(feature["effects"], largest, strict=True):
             document = ids_NT[chosen[i], : lengths_N[chosen[i]]].tolist()
@@ -207,7 +261,9 @@ def test_a_window_may_be_longer_than_a_document_and_effects_may_be_left_out(tmp_
 def test_consensus_of_other_cores_is_refused(lm, sequences, chains):
     cores = {chain.label: chain.core for chain in chains}
     for member in [("chain9", 0, 1), ("chain0", 3, 6), ("chain0", 1, 6)]:
-        with pytest.raises(ValueError, match=f"consensus.json: f000 has latent {member[2]} of {member[0]} .* delete consensus.json"):
+        with pytest.raises(
+            ValueError, match=f"consensus.json: f000 has latent {member[2]} of {member[0]} .* delete consensus.json"
+        ):
             roster_of(cores, CONSENSUS | {"groups": [group("f000", [member], 0.5)]})
 
 
@@ -225,9 +281,12 @@ def test_cores_without_a_latent_have_no_features(tmp_path, lm, sequences, chains
 def test_the_key_depends_on_all_that_decides_the_file():
     asked = {"settings": FeaturesConfig(), "dataset": "d", "cores": {"a": "1", "b": "2"}, "consensus": None}
     others = [
-        {"settings": FeaturesConfig(window=3)}, {"dataset": "e"}, {"cores": {"a": "1", "b": "3"}}, {"cores": {"b": "2", "a": "1"}},
+        {"settings": FeaturesConfig(window=3)},
+        {"dataset": "e"},
+        {"cores": {"a": "1", "b": "3"}},
+        {"cores": {"b": "2", "a": "1"}},
         {"consensus": "c"},
-    ]  # fmt: skip
+    ]
     keys = [features_key(**asked | other) for other in [{}, *others]]
     assert len(set(keys)) == len(keys) and features_key(**asked) == keys[0]
 
@@ -235,4 +294,6 @@ def test_the_key_depends_on_all_that_decides_the_file():
 def test_a_spread_without_a_top_is_refused():
     with pytest.raises(ValueError, match="features: features.spread 8 leaves none of features.contexts 6"):
         load_config(SweepCommand, ["--features.spread", "8"])
-    assert load_config(SweepCommand, ["--features.spread", "0", "--features.most", "20"]).features == FeaturesConfig(tokens=24_576, contexts=6, spread=0, most=20)
+    assert load_config(SweepCommand, ["--features.spread", "0", "--features.most", "20"]).features == FeaturesConfig(
+        tokens=24_576, contexts=6, spread=0, most=20
+    )

@@ -60,11 +60,13 @@ def test_equals_a_search_through_every_token(case, batch, contexts, spread):
     pieces = [Latents.of(sae, range(sae.width)) for sae in saes]
     peaks_L = find_peaks(pieces, lm, sequences, 2.0, contexts, spread, batch)
     truth_L = by_search(lm, sequences, saes, 2.0)
-    assert [len(truth) for truth in truth_L].count(0) == 1 and max(map(len, truth_L)) > 40 and len(truth_L) == len(peaks_L)
+    assert (
+        [len(truth) for truth in truth_L].count(0) == 1 and max(map(len, truth_L)) > 40 and len(truth_L) == len(peaks_L)
+    )
     for peaks, truth in zip(peaks_L, truth_L, strict=True):
         strong, weak = (
             [(p.activation, p.sequence, p.position) for p in peaks if p.spread is weaker] for weaker in (False, True)
-        )  # fmt: skip
+        )
         top = contexts - spread
         assert strong == truth[:top]
         # Fewer sequences than the sample holds: all of the rest are in it.
@@ -82,7 +84,9 @@ def test_the_lower_blocks_run_once_for_all_chains(case):
 
 
 def test_weaker_contexts_are_at_quantiles_of_a_sample():
-    """Sequence s peaks at s + 1 of 2000: two weaker ones lie near three quarters and one quarter, within the sample's error."""
+    """Sequence s peaks at s + 1 of 2000: two weaker ones lie near three quarters and one quarter, within the sample's
+    error.
+    """
     n = 2000
     table_VD = torch.arange(n + 3.0)[:, None] - 2
     sequences = sequences_of([[BOS, 3, s + 3] for s in range(n)])
@@ -114,7 +118,8 @@ def test_a_latent_for_one_word_peaks_at_that_word():
 
 
 @pytest.mark.parametrize(
-    "gate, core_size, transfer", [("batchtopk", 5, "frozen"), ("relu", 5, "frozen"), ("relu", 5, "init"), ("batchtopk", 0, "frozen")]
+    "gate, core_size, transfer",
+    [("batchtopk", 5, "frozen"), ("relu", 5, "frozen"), ("relu", 5, "init"), ("batchtopk", 0, "frozen")],
 )
 def test_some_latents_are_the_sae_s_own(gate, core_size, transfer):
     sae = random_sae(16, 32, 0.4, core_size=core_size, gate=gate)

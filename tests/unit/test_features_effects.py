@@ -15,8 +15,9 @@ from dmsae_ray.results.features.latents import Latents
 
 SCALE = 20.0
 PLACES = [
-    *(("tiny", f"blocks.2.{kind}") for kind in ("hook_resid_post", "hook_resid_mid", "hook_attn_out")), ("llama", "blocks.0.hook_mlp_out"),
-]  # fmt: skip
+    *(("tiny", f"blocks.2.{kind}") for kind in ("hook_resid_post", "hook_resid_mid", "hook_attn_out")),
+    ("llama", "blocks.0.hook_mlp_out"),
+]
 
 
 def make_sequences():
@@ -114,7 +115,11 @@ def test_without_removal_activations_are_the_same():
     lm, sequences = load("tiny", "blocks.2.hook_resid_post"), make_sequences()
     pieces, pairs = [Latents.of(random_sae(lm.d, 4, 0.02), [1, 2])], [(0, 0), (1, 3)]
     read, kept = (remove_latents(pieces, lm, sequences, SCALE, pairs, 2, remove=remove) for remove in (True, False))
-    assert torch.equal(read.activation_PT, kept.activation_PT) and bool((read.delta_PT != 0).any()) and not bool((kept.delta_PT != 0).any())
+    assert (
+        torch.equal(read.activation_PT, kept.activation_PT)
+        and bool((read.delta_PT != 0).any())
+        and not bool((kept.delta_PT != 0).any())
+    )
 
 
 def test_a_sequence_passes_the_lower_blocks_once_for_neighbouring_pairs(monkeypatch):
@@ -134,7 +139,10 @@ def test_logits_are_never_there_all_at_once(monkeypatch):
     monkeypatch.setattr(lm, "unembed", lambda stream_RD: rows.append(len(stream_RD)) or unembed(stream_RD))
     monkeypatch.setattr(divergence_, "LOGITS_AT_ONCE", {"cpu": 7 * lm.vocabulary})
     sequences, sae = make_sequences(), random_sae(lm.d, 4, 0.5, seed=3)
-    pieces, pairs = [Latents.of(sae, [0, 1, 2, 3])], [(latent, sequence) for latent in range(4) for sequence in range(4)]
+    pieces, pairs = (
+        [Latents.of(sae, [0, 1, 2, 3])],
+        [(latent, sequence) for latent in range(4) for sequence in range(4)],
+    )
     few = remove_latents(pieces, lm, sequences, SCALE, pairs, 8)
     assert max(rows) == 7 and sum(rows) > 100
     monkeypatch.undo()

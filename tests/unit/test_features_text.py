@@ -13,12 +13,32 @@ TEXT = "def f(x):\n    return x  # naïve — 思 🙂\n\tThe end."
 
 
 def sentencepiece(strip: bool) -> PreTrainedTokenizerFast:
-    """Pieces with a marked space and bytes for what no piece covers, as Gemma's (no space is dropped) or Llama's (one is)."""
-    pieces = ["<pad>", "<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), *("▁", "▁the", "▁The", "▁▁▁▁", "end")]
+    """Pieces with a marked space and bytes for what no piece covers, as Gemma's (no space is dropped) or Llama's (one
+    is).
+    """
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *("▁", "▁the", "▁The", "▁▁▁▁", "end"),
+    ]
     pieces += "abcdefghinrstuxT().:#ï"
-    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "T"), ("▁T", "he"), ("▁", "▁"), ("▁▁", "▁▁"), ("e", "n"), ("en", "d")]
+    merges = [
+        ("▁", "t"),
+        ("h", "e"),
+        ("▁t", "he"),
+        ("▁", "T"),
+        ("▁T", "he"),
+        ("▁", "▁"),
+        ("▁▁", "▁▁"),
+        ("e", "n"),
+        ("en", "d"),
+    ]
     pieces += [left + right for left, right in merges if left + right not in pieces]
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True))
+    backend = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True)
+    )
     space = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if strip else space
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -28,12 +48,18 @@ def sentencepiece(strip: bool) -> PreTrainedTokenizerFast:
 
 def t5_like() -> PreTrainedTokenizerFast:
     """Unigram pieces, of which a decoder drops the first one's space."""
-    backend = Tokenizer(models.Unigram([("<bos>", 0.0), ("▁", -2.0), ("▁the", -1.0), ("a", -3.0), ("e", -3.0)], unk_id=0))
+    backend = Tokenizer(
+        models.Unigram([("<bos>", 0.0), ("▁", -2.0), ("▁the", -1.0), ("a", -3.0), ("e", -3.0)], unk_id=0)
+    )
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>")
 
 
-TOKENIZERS = {"tiny": lambda: load_tokenizer("tiny"), "gemma": lambda: sentencepiece(False), "llama": lambda: sentencepiece(True)}
+TOKENIZERS = {
+    "tiny": lambda: load_tokenizer("tiny"),
+    "gemma": lambda: sentencepiece(False),
+    "llama": lambda: sentencepiece(True),
+}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -45,7 +71,11 @@ def test_the_tokens_of_a_text_are_that_text_again(name):
     assert text.join(ids) == ahead + TEXT
     tokens = [text.token(token) for token in ids]
     plain = "".join(tokens)
-    assert "�" not in plain and plain.startswith(ahead + "def f(x):\n    return x  # na") and plain.endswith("\n\tThe end.")
+    assert (
+        "�" not in plain
+        and plain.startswith(ahead + "def f(x):\n    return x  # na")
+        and plain.endswith("\n\tThe end.")
+    )
     # Bytes of the characters that are cut in pieces, in order, and nothing else, once they are put together again.
     whole = bytearray()
     for token in tokens:
@@ -56,15 +86,26 @@ def test_the_tokens_of_a_text_are_that_text_again(name):
     assert whole.decode() == ahead + TEXT and any(token.startswith("<0x") for token in tokens)
 
 
-@pytest.mark.parametrize("tokenizer", [sentencepiece(False), sentencepiece(True), t5_like()], ids=["gemma", "llama", "t5"])
+@pytest.mark.parametrize(
+    "tokenizer", [sentencepiece(False), sentencepiece(True), t5_like()], ids=["gemma", "llama", "t5"]
+)
 def test_a_space_before_a_word_stays(tokenizer):
     text = TokenText(tokenizer)
-    assert text.token(tokenizer.convert_tokens_to_ids("▁the")) == " the" == text.join([tokenizer.convert_tokens_to_ids("▁the")])
+    assert (
+        text.token(tokenizer.convert_tokens_to_ids("▁the"))
+        == " the"
+        == text.join([tokenizer.convert_tokens_to_ids("▁the")])
+    )
 
 
 def test_bytes_that_are_characters_are_those():
     text, convert = TokenText(sentencepiece(False)), sentencepiece(False).convert_tokens_to_ids
-    assert [text.token(convert(piece)) for piece in ("<0x0A>", "<0x41>", "<0xE2>", "▁▁▁▁")] == ["\n", "A", "<0xE2>", "    "]
+    assert [text.token(convert(piece)) for piece in ("<0x0A>", "<0x41>", "<0xE2>", "▁▁▁▁")] == [
+        "\n",
+        "A",
+        "<0xE2>",
+        "    ",
+    ]
 
 
 def test_every_token_of_the_tiny_model_has_a_text():
@@ -72,4 +113,7 @@ def test_every_token_of_the_tiny_model_has_a_text():
     text = TokenText(tokenizer)
     texts = [text.token(token) for token in range(len(tokenizer))]
     assert all(texts) and texts[2] == "<bos>" and "�" not in "".join(texts)
-    assert texts[tokenizer.convert_tokens_to_ids("ĠĠĠĠ")] == "    " and texts[tokenizer.convert_tokens_to_ids("ĊĠĠĠĠ")] == "\n    "
+    assert (
+        texts[tokenizer.convert_tokens_to_ids("ĠĠĠĠ")] == "    "
+        and texts[tokenizer.convert_tokens_to_ids("ĊĠĠĠĠ")] == "\n    "
+    )

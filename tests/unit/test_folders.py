@@ -20,10 +20,17 @@ from dmsae_ray.lock import Lease, OutputBusy, OutputLock, OutputUnseen, Supersed
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, pathlib; from dmsae_ray.lock import OutputLock; "
-         "lock = OutputLock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()", str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from dmsae_ray.lock import OutputLock; lock = OutputLock(pathlib.Path(sys.argv[1])); "
+            "print('held', flush=True); sys.stdin.read()",
+            str(tmp_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(OutputBusy, match=str(holder.pid)):
@@ -52,7 +59,9 @@ def test_a_worker_of_an_earlier_driver_cannot_commit(tmp_path):
     lock.release()
 
 
-@pytest.mark.parametrize("content, words", [(None, "does not see the output folder"), ("", "cannot be read"), ("two\n", "cannot be read")])
+@pytest.mark.parametrize(
+    "content, words", [(None, "does not see the output folder"), ("", "cannot be read"), ("two\n", "cannot be read")]
+)
 def test_a_generation_that_cannot_be_read_is_asked_for_again_and_is_no_successor(tmp_path, monkeypatch, content, words):
     monkeypatch.setattr("dmsae_ray.lock.PATIENCE_S", 0.3)
     path = tmp_path / "generation"
@@ -91,7 +100,11 @@ def test_a_file_system_without_locks_is_said_with_the_remedy(tmp_path, monkeypat
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert main(["--output", str(tmp_path), "--model.name", "tiny", *argv]) == 2
     said = capsys.readouterr().err
-    assert f"error: output folder {tmp_path}: its file system gives no lock" in said and "NFS" in said and "--output" in said
+    assert (
+        f"error: output folder {tmp_path}: its file system gives no lock" in said
+        and "NFS" in said
+        and "--output" in said
+    )
 
 
 def test_a_cycle_is_done_only_with_its_record(tmp_path):
@@ -110,7 +123,10 @@ def test_a_record_of_another_format_is_named(tmp_path):
     chain = ChainFolder(tmp_path)
     chain.cycle(0).path.mkdir()
     chain.cycle(0).record.write_text(json.dumps({"format_version": RECORD_VERSION - 1, "cycle": 0}))
-    with pytest.raises(ValueError, match=rf"cycle_00/record.json: format version {RECORD_VERSION - 1}, this program reads {RECORD_VERSION}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"cycle_00/record.json: format version {RECORD_VERSION - 1}, this program reads {RECORD_VERSION}",
+    ):
         chain.records()
 
 
@@ -118,5 +134,8 @@ def test_a_stream_s_blocks_fit_into_its_share_of_the_object_store():
     # 10 row groups of 2048 rows, 2 bytes a number: 80 MiB at d = 2048, and no byte more.
     config = Config(cluster={"object_store_mb": 80})
     check_stream(config, 2048)
-    with pytest.raises(ValueError, match=r"cluster\.object_store_mb 80: 10 row groups of harvest\.rows_per_group 2048 .*d = 2049 need 81"):
+    with pytest.raises(
+        ValueError,
+        match=r"cluster\.object_store_mb 80: 10 row groups of harvest\.rows_per_group 2048 .*d = 2049 need 81",
+    ):
         check_stream(config, 2049)

@@ -1,4 +1,6 @@
-"""The hub, by a server that answers as it does: mistyped names end soon and say both readings, and names of data follow content alone."""
+"""The hub, by a server that answers as it does: mistyped names end soon and say both readings, and names of data follow
+content alone.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def files(self, kind: str, commit: str) -> dict[str, bytes]:
         readme = {"README.md": commit.encode()}
         if kind == "models":
-            return readme | {path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file() and path.name != "README.md"}
+            return readme | {
+                path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file() and path.name != "README.md"
+            }
         return readme | {"data.jsonl": b'{"text": "a"}\n'}
 
     def answer(self, status: int, content: bytes, **headers: str) -> None:
@@ -54,10 +58,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
             commit = COMMITS.get(revision, revision)
             siblings = [
                 {"rfilename": file, "size": len(content), "blobId": git_id(content)}
-                | ({"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}} if file.endswith(".safetensors") else {})
+                | (
+                    {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}}
+                    if file.endswith(".safetensors")
+                    else {}
+                )
                 for file, content in self.files(kind, commit).items()
-            ]  # fmt: skip
-            return self.answer(200, json.dumps({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}).encode(), Content_Type="application/json")
+            ]
+            return self.answer(
+                200,
+                json.dumps({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}).encode(),
+                Content_Type="application/json",
+            )
         if path.startswith("owner/tiny/resolve/"):
             revision, file = path.split("/")[3:5]
             content = self.files("models", COMMITS.get(revision, revision)).get(file)
@@ -89,10 +101,15 @@ def python(code: str, home, endpoint: str, *args: str, **more: str) -> subproces
     """In a process of its own: the hub's library reads its variables when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment = kept | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint} | more
-    return subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
-SWEEP = "import sys, time; import dmsae_ray.sweep, huggingface_hub; t = time.time(); code = dmsae_ray.sweep.main(sys.argv[1:]); print(time.time() - t); sys.exit(code)"
+SWEEP = (
+    "import sys, time; import dmsae_ray.sweep, huggingface_hub; t = time.time(); code = "
+    "dmsae_ray.sweep.main(sys.argv[1:]); print(time.time() - t); sys.exit(code)"
+)
 MISTYPED = [("--model.name", "models/gemma", "model"), ("--corpus.source", "data/my.text", "data set")]
 
 
@@ -102,7 +119,10 @@ def test_a_name_that_nobody_has_is_one_message_with_both_readings(hub, tmp_path,
     assert done.returncode == 2, done.stderr
     asking, error = [line for line in done.stderr.splitlines() if line.startswith(("hub:", "error:"))]
     assert f"asking http://127.0.0.1:{hub.server_port} about the {kind} {name}" in asking
-    assert f"{flag[2:]} {name}: nothing here has this name, and the hub has no such {kind}" in error and f"correct {flag[2:]}" in error
+    assert (
+        f"{flag[2:]} {name}: nothing here has this name, and the hub has no such {kind}" in error
+        and f"correct {flag[2:]}" in error
+    )
     assert len(hub.asked) == 1 and not (tmp_path / "out" / "tokens").exists()
 
 
@@ -111,14 +131,33 @@ def test_a_hub_that_does_not_answer_is_waited_for_once(tmp_path, flag, name, kin
     with socket.socket() as silent:  # takes connections, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        done = python(SWEEP, tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", flag, name, "--output", str(tmp_path / "out"))
+        done = python(
+            SWEEP,
+            tmp_path,
+            f"http://127.0.0.1:{silent.getsockname()[1]}",
+            flag,
+            name,
+            "--output",
+            str(tmp_path / "out"),
+        )
         assert done.returncode == 2 and "could not be asked" in done.stderr, done.stderr
         assert SECONDS - 1 < float(done.stdout) < 3 * SECONDS  # the rest is a busy machine's
 
 
 def test_no_network_wanted_is_said_at_once(tmp_path):
-    done = python(SWEEP, tmp_path, "http://127.0.0.1:9", "--model.name", "owner/tiny", "--output", str(tmp_path / "out"), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and "could not be asked (OfflineModeIsEnabled" in done.stderr and float(done.stdout) < 10
+    done = python(
+        SWEEP,
+        tmp_path,
+        "http://127.0.0.1:9",
+        "--model.name",
+        "owner/tiny",
+        "--output",
+        str(tmp_path / "out"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert (
+        done.returncode == 2 and "could not be asked (OfflineModeIsEnabled" in done.stderr and float(done.stdout) < 10
+    )
 
 
 INFO = """
@@ -140,7 +179,11 @@ def test_a_model_is_named_after_its_content_wherever_it_lies_and_asked_for_once(
     assert sum(path.startswith("/api/models/owner/tiny") for path in hub.asked) == 2, hub.asked
     again = python(INFO, tmp_path, endpoint, COMMITS["main"])  # its configuration is in the cache, its weights are not
     assert again.stdout.splitlines() == done.stdout.splitlines()[:1] and len(hub.asked) == 3
-    python("from huggingface_hub import hf_hub_download; hf_hub_download('owner/tiny', 'model.safetensors')", tmp_path, endpoint)
+    python(
+        "from huggingface_hub import hf_hub_download; hf_hub_download('owner/tiny', 'model.safetensors')",
+        tmp_path,
+        endpoint,
+    )
     offline = python(INFO, tmp_path, "http://127.0.0.1:9", COMMITS["main"], "main", HF_HUB_OFFLINE="1")
     assert offline.stdout.splitlines() == 2 * done.stdout.splitlines()[:1], offline.stderr
 
@@ -158,5 +201,7 @@ def test_a_data_set_is_named_after_its_files_and_not_after_its_readme(hub, tmp_p
     done = python(DATA, tmp_path, f"http://127.0.0.1:{hub.server_port}")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [commit for commit, _ in lines] == [COMMITS["main"], COMMITS["other"], COMMITS["main"]] and len({name for _, name in lines}) == 1
+    assert [commit for commit, _ in lines] == [COMMITS["main"], COMMITS["other"], COMMITS["main"]] and len(
+        {name for _, name in lines}
+    ) == 1
     assert len(hub.asked) == 2

@@ -79,7 +79,9 @@ def test_a_dead_ledger_goes_on_from_its_files(tmp_path, aggregator):
     assert second.done == first.done
     drain(second)
     settings = ScoreSettings(aggregator)
-    assert torch.equal(scores(second.partials(), settings), scores([partial(shard) for shard in range(SHARDS)], settings))
+    assert torch.equal(
+        scores(second.partials(), settings), scores([partial(shard) for shard in range(SHARDS)], settings)
+    )
 
 
 def test_sums_of_another_sae_are_not_reused(tmp_path):
@@ -95,7 +97,9 @@ def test_stages_double_until_what_is_there_suffices(tmp_path):
         return len(partials) >= 8
 
     ledger = Ledger(tmp_path, 11, "s", enough=suffices)
-    assert [ledger.take(0), ledger.take(1)] == [0, 1] and ledger.take(0) == WAIT, "the third shard waits for the stage's end"
+    assert [ledger.take(0), ledger.take(1)] == [0, 1] and ledger.take(0) == WAIT, (
+        "the third shard waits for the stage's end"
+    )
     for shard in (1, 0):
         ledger.give(0, shard, partial(shard))
     drain(ledger)
@@ -110,7 +114,9 @@ def test_stages_end_with_the_budget(tmp_path):
 
 @pytest.mark.parametrize(("target", "shards"), [(0.4, 2), (0.6, 4), (0.9, 16)])
 def test_how_many_shards_count_does_not_depend_on_workers_or_a_death(tmp_path, target, shards):
-    """The core's agreement decides: workers that answer out of order, and a ledger that dies after each shard, find the same."""
+    """The core's agreement decides: workers that answer out of order, and a ledger that dies after each shard, find the
+    same.
+    """
     stop = bound(enough, settings=ScoreSettings(tau=0.7, until_jaccard=target))
     alone = Ledger(tmp_path / "alone", 32, "s", enough=stop)
     drain(alone)

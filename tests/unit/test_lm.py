@@ -1,4 +1,6 @@
-"""Where a language model comes from and where its weights lie; what it computes is in test_lm_sites.py and test_lm_cut.py."""
+"""Where a language model comes from and where its weights lie; what it computes is in test_lm_sites.py and
+test_lm_cut.py.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,16 @@ def test_attributes(lm):
 LOWER = [f"model.{name}" for name in ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1")]
 
 
-@pytest.mark.parametrize("device_map", [
-    {"": "cpu"}, "auto", {"model.layers.2": "disk", "model.layers.3": "disk"} | dict.fromkeys(["lm_head", *LOWER], "cpu"),
-    {"model": "disk", "lm_head": "disk"},
-], ids=["cpu", "auto", "upper blocks on disk", "all on disk"])  # fmt: skip
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": "cpu"},
+        "auto",
+        {"model.layers.2": "disk", "model.layers.3": "disk"} | dict.fromkeys(["lm_head", *LOWER], "cpu"),
+        {"model": "disk", "lm_head": "disk"},
+    ],
+    ids=["cpu", "auto", "upper blocks on disk", "all on disk"],
+)
 @pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_resid_mid"])
 def test_where_accelerate_keeps_the_weights_changes_no_bit(device_map, hook, folder, ids_BT):
     lengths_B, results = torch.tensor([T, 40, 17]), []
@@ -69,7 +77,9 @@ def test_where_accelerate_keeps_the_weights_changes_no_bit(device_map, hook, fol
         cut = lm.cut(ids_BT)
         value_BTD = (1.1 * cut.value_BTD).requires_grad_(True)
         loss = lm.loss(cut, value_BTD, ids_BT, lengths_B)
-        results.append((cut.value_BTD, loss.detach(), *torch.autograd.grad(loss, value_BTD), lm.sites(ids_BT, [HOOK])[HOOK]))
+        results.append(
+            (cut.value_BTD, loss.detach(), *torch.autograd.grad(loss, value_BTD), lm.sites(ids_BT, [HOOK])[HOOK])
+        )
     for without, with_map in zip(*results, strict=True):
         assert torch.equal(without, with_map)
 
@@ -80,7 +90,9 @@ def test_a_configuration_s_model(folder):
     assert (lm.name, lm.hook, lm.layer, lm.dtype) == (str(folder), "blocks.1.hook_mlp_out", 1, torch.bfloat16)
 
 
-@pytest.mark.parametrize("hook", ["blocks.4.hook_resid_post", "blocks.2.mlp.hook_out", "nonsense", "hook_embed", "blocks.1.hook_mlp_outs"])
+@pytest.mark.parametrize(
+    "hook", ["blocks.4.hook_resid_post", "blocks.2.mlp.hook_out", "nonsense", "hook_embed", "blocks.1.hook_mlp_outs"]
+)
 def test_unknown_hook_lists_what_there_is(hook):
     with pytest.raises(ValueError, match=r"blocks\.0\.hook_resid_post.*blocks\.3\.hook_resid_post.*hook_mlp_out"):
         LanguageModel.load("tiny", hook)
@@ -126,12 +138,19 @@ def test_fingerprint_follows_weights_configuration_and_tokenizer(folder):
     assert model_info(str(folder), bos_token="<bos>").fingerprint not in {model_info(str(folder)).fingerprint}
     (folder / "tokenizer_config.json").write_text(json.dumps(options | {"chat_template": "{{ messages }}"}))
     changed = model_info(str(folder))
-    assert changed.chat_template and changed.fingerprint == model_info(str(folder), bos_token="<bos>").fingerprint  # decides chat alone
+    assert (
+        changed.chat_template and changed.fingerprint == model_info(str(folder), bos_token="<bos>").fingerprint
+    )  # decides chat alone
 
 
-@pytest.mark.parametrize("removed, message", [
-    ("config.json", "no config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "removed, message",
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
 def test_incomplete_folders_say_what_is_missing(folder, removed, message):
     (folder / removed).unlink()
     with pytest.raises(ValueError, match=message):
@@ -164,7 +183,9 @@ def test_no_such_folder(tmp_path):
 
 
 def test_importing_loads_no_model_library():
-    code = "import sys, dmsae_ray.lm.model; sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, dmsae_ray.lm.model; sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -189,7 +210,9 @@ def test_tokens_without_an_embedding(folder):
     assert load_tokenizer(str(folder)).pad_token_id == 2 and model_info(str(folder)).vocab == 4096
     tokenizer.add_tokens(["an added word"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"1 tokens beyond the model's 4,096 embeddings, such as 'an added word' with id 4097"):
+    with pytest.raises(
+        ValueError, match=r"1 tokens beyond the model's 4,096 embeddings, such as 'an added word' with id 4097"
+    ):
         model_info(str(folder))
     with pytest.raises(ValueError, match="or set model.bos_token"):
         model_info(str(folder), bos_token="an added word")

@@ -1,10 +1,25 @@
-"""Going on from a cut with another value: logits, loss, gradient and targets, against transformers and arithmetic by hand."""
+"""Going on from a cut with another value: logits, loss, gradient and targets, against transformers and arithmetic by
+hand.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from language_models import IDS_BT, LENGTHS, PLACES, TINY, B, T, at, folder_of, load, reference, run_reference, states_of
+from language_models import (
+    IDS_BT,
+    LENGTHS,
+    PLACES,
+    TINY,
+    B,
+    T,
+    at,
+    folder_of,
+    load,
+    reference,
+    run_reference,
+    states_of,
+)
 
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.lm.site import INSIDE, KINDS
@@ -26,11 +41,15 @@ def test_the_clean_value_gives_the_model_s_own_logits(architecture, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["tiny", "llama"])
 def test_another_value_goes_where_the_block_s_arithmetic_says(architecture, kind):
-    """The block's output by hand, put into transformers' model: the stream in mid-block reaches the MLP and the sum after it."""
+    """The block's output by hand, put into transformers' model: the stream in mid-block reaches the MLP and the sum
+    after it.
+    """
     layer = 1
     lm, model = load(architecture, at(kind, layer)), reference(architecture)
     block, clean = model.model.layers[layer], states_of(architecture, layer)
-    value_BTD = clean[kind] + clean[kind].std() * torch.randn(clean[kind].shape, generator=torch.Generator().manual_seed(3))
+    value_BTD = clean[kind] + clean[kind].std() * torch.randn(
+        clean[kind].shape, generator=torch.Generator().manual_seed(3)
+    )
 
     def after(mid_BTD):
         if architecture == "llama":
@@ -39,14 +58,16 @@ def test_another_value_goes_where_the_block_s_arithmetic_says(architecture, kind
 
     with torch.no_grad():
         out_BTD = {
-            "hook_resid_pre": lambda: None, "hook_resid_mid": lambda: after(value_BTD),
+            "hook_resid_pre": lambda: None,
+            "hook_resid_mid": lambda: after(value_BTD),
             "hook_attn_out": lambda: after(clean["hook_resid_pre"] + value_BTD),
             "hook_mlp_out": lambda: clean["hook_resid_mid"] + value_BTD,
-        }.get(kind, lambda: value_BTD)()  # fmt: skip
+        }.get(kind, lambda: value_BTD)()
     truth = run_reference(
-        model, pre_hooks=[(block, lambda module, args: (value_BTD, *args[1:]))] if out_BTD is None else (),
+        model,
+        pre_hooks=[(block, lambda module, args: (value_BTD, *args[1:]))] if out_BTD is None else (),
         hooks=() if out_BTD is None else [(block, lambda module, args, output: out_BTD)],
-    )  # fmt: skip
+    )
     with torch.no_grad():
         logits_BTV = lm.logits(lm.cut(IDS_BT), value_BTD)
     torch.testing.assert_close(logits_BTV, truth.logits, rtol=1e-5, atol=1e-4)
@@ -76,8 +97,10 @@ def test_rows_are_real_tokens_but_bos():
     ids_NT = torch.tensor([[2, 7, 8, 2, 9, 0], [2, 7, 2, 2, 5, 6], [2, 4, 4, 4, 4, 4]])
     rows_NT = lm.rows(ids_NT, torch.tensor([5, 4, 1]))
     assert rows_NT.tolist() == [
-        [False, True, True, False, True, False], [False, True, False, False, False, False], [False] * 6,
-    ]  # fmt: skip
+        [False, True, True, False, True, False],
+        [False, True, False, False, False, False],
+        [False] * 6,
+    ]
 
 
 def loss_by_hand(logits_BTV):
@@ -109,7 +132,10 @@ def test_padding_changes_nothing(kind):
     short_BT = IDS_BT[2:, :17]
     short, wide = lm.cut(short_BT), lm.cut(IDS_BT[2:])
     torch.testing.assert_close(
-        lm.loss(short, short.value_BTD, short_BT, LENGTHS[2:]), lm.loss(wide, wide.value_BTD, IDS_BT[2:], LENGTHS[2:]), rtol=1e-5, atol=0
+        lm.loss(short, short.value_BTD, short_BT, LENGTHS[2:]),
+        lm.loss(wide, wide.value_BTD, IDS_BT[2:], LENGTHS[2:]),
+        rtol=1e-5,
+        atol=0,
     )
 
 

@@ -1,4 +1,6 @@
-"""Loss and divergence of other values at the hook, in chunks of rows, against whole logits; for every kind of place and model."""
+"""Loss and divergence of other values at the hook, in chunks of rows, against whole logits; for every kind of place and
+model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def values_of(cut):
 def by_whole_logits(lm, cut, value_BTD):
     """Both sums from all logits at once, target by target."""
     with torch.no_grad():
-        log_p_BTV, log_q_BTV = (torch.log_softmax(lm.logits(cut, value).double(), dim=2) for value in (cut.value_BTD, value_BTD))
+        log_p_BTV, log_q_BTV = (
+            torch.log_softmax(lm.logits(cut, value).double(), dim=2) for value in (cut.value_BTD, value_BTD)
+        )
     loss, kl = 0.0, 0.0
     for b, length in enumerate(LENGTHS.tolist()):
         for t in range(1, length):
@@ -42,7 +46,9 @@ def test_sums_are_those_of_whole_logits(architecture, kind, monkeypatch):
         assert loss_Q.dtype == kl_Q.dtype == torch.float64 and torch.equal(cut.value_BTD, before_BTD)
         for value_BTD, loss, kl in zip(values, loss_Q.tolist(), kl_Q.tolist(), strict=True):
             expected_loss, expected_kl = by_whole_logits(lm, cut, value_BTD)
-            assert loss == pytest.approx(expected_loss, rel=1e-5) and kl == pytest.approx(expected_kl, rel=1e-4, abs=1e-4)
+            assert loss == pytest.approx(expected_loss, rel=1e-5) and kl == pytest.approx(
+                expected_kl, rel=1e-4, abs=1e-4
+            )
             assert loss == pytest.approx(float(lm.loss(cut, value_BTD, IDS_BT, LENGTHS).detach()), rel=1e-5)
         assert kl_Q[3] == 0 and kl_Q[1] > 5 * kl_Q[2] > 0
 

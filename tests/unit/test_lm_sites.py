@@ -43,17 +43,26 @@ def counting(lm, run):
         block.original_component.register_forward_pre_hook(lambda module, args, number=number: blocks.append(number))
         for number, block in enumerate(lm.bridge.blocks)
     ]
-    handles.append(lm.bridge.blocks[2].original_component.mlp.register_forward_pre_hook(lambda module, args: mlps.append(1)))
+    handles.append(
+        lm.bridge.blocks[2].original_component.mlp.register_forward_pre_hook(lambda module, args: mlps.append(1))
+    )
     run()
     for handle in handles:
         handle.remove()
     return blocks, len(mlps)
 
 
-@pytest.mark.parametrize("kind, below, above, mlps", [
-    ("hook_resid_pre", [0, 1], [2, 3], 1), ("hook_resid_mid", [0, 1, 2], [2, 3], 1), ("hook_attn_out", [0, 1, 2], [2, 3], 1),
-    ("hook_mlp_out", [0, 1, 2], [2, 3], 1), ("hook_resid_post", [0, 1, 2], [3], 0), ("hook_out", [0, 1, 2], [3], 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, below, above, mlps",
+    [
+        ("hook_resid_pre", [0, 1], [2, 3], 1),
+        ("hook_resid_mid", [0, 1, 2], [2, 3], 1),
+        ("hook_attn_out", [0, 1, 2], [2, 3], 1),
+        ("hook_mlp_out", [0, 1, 2], [2, 3], 1),
+        ("hook_resid_post", [0, 1, 2], [3], 0),
+        ("hook_out", [0, 1, 2], [3], 0),
+    ],
+)
 def test_no_block_runs_that_is_not_needed(kind, below, above, mlps):
     lm = load("tiny", at(kind))
     cut = lm.cut(IDS_BT)
@@ -88,7 +97,9 @@ def test_a_model_that_goes_on_in_place_changes_no_value(kind):
 
 def test_a_place_that_is_missing_is_named_with_those_there_are():
     for architecture in ("neox", "falcon"):
-        with pytest.raises(ValueError, match=r"blocks\.1\.hook_resid_mid: .*blocks\.1\.hook_resid_pre, .*hook_attn_out, .*hook_mlp_out"):
+        with pytest.raises(
+            ValueError, match=r"blocks\.1\.hook_resid_mid: .*blocks\.1\.hook_resid_pre, .*hook_attn_out, .*hook_mlp_out"
+        ):
             LanguageModel.load(str(folder_of(architecture)), at("hook_resid_mid", 1))
     lm = load("neox", at("hook_resid_post", 1))
     with pytest.raises(ValueError, match=r"blocks\.0\.hook_resid_mid: .*GPTNeoXForCausalLM.*blocks\.0\.hook_mlp_out"):

@@ -1,4 +1,6 @@
-"""Shards out of the real small model, without Ray: the rows are transformers' own, and the bytes depend on the plan alone."""
+"""Shards out of the real small model, without Ray: the rows are transformers' own, and the bytes depend on the plan
+alone.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,19 @@ def sequences_of(count=90, seed=0):
     ids_NT = rng.integers(3, 4096, (count, T)).astype(np.int32)
     ids_NT[:, 0], ids_NT[::3, 3] = BOS, BOS
     ids_NT[np.arange(T) >= lengths_N[:, None]] = PAD
-    return TokenSequences(ids_NT, lengths_N, ((np.arange(T) < lengths_N[:, None]) & (ids_NT != BOS)).sum(axis=1).astype(np.int32))
+    return TokenSequences(
+        ids_NT, lengths_N, ((np.arange(T) < lengths_N[:, None]) & (ids_NT != BOS)).sum(axis=1).astype(np.int32)
+    )
 
 
 def configured(model="tiny", **harvest):
-    harvest = {"tokens": 1024, "outlier_norm": None, "rows_per_group": PER_GROUP, "rows_per_shard": 2 * PER_GROUP, "sequences_per_forward": PER_FORWARD} | harvest
+    harvest = {
+        "tokens": 1024,
+        "outlier_norm": None,
+        "rows_per_group": PER_GROUP,
+        "rows_per_shard": 2 * PER_GROUP,
+        "sequences_per_forward": PER_FORWARD,
+    } | harvest
     return Config(model={"name": str(model), "hook": POST, "context": T}, harvest=harvest)
 
 
@@ -48,11 +58,14 @@ def target_of(folder, hook, key="key"):
 
 
 def make(maker, targets, plans) -> dict[str, dict[str, ShardEntry]]:
-    """What an actor for these targets gives for these plans: plan -> hook -> entry. The model is loaded once for all tests."""
+    """What an actor for these targets gives for these plans: plan -> hook -> entry. The model is loaded once for all
+    tests.
+    """
     maker.targets, maker._writers = targets, {target.hook: ShardWriter() for target in targets}
     rows = list(maker({"plans": [json.dumps([plan.to_dict() for plan in plans])]}))
     return {
-        row["plan"][0]: {hook: ShardEntry(**entry) for hook, entry in json.loads(row["entries"][0]).items()} for row in rows
+        row["plan"][0]: {hook: ShardEntry(**entry) for hook, entry in json.loads(row["entries"][0]).items()}
+        for row in rows
     }
 
 
@@ -76,7 +89,10 @@ def plans(tokens):
 
 
 def files_of(target):
-    return {name: (target.store.read(name), (target.store.local / name).stat().st_mtime_ns) for name in target.store.sizes("shards")}
+    return {
+        name: (target.store.read(name), (target.store.local / name).stat().st_mtime_ns)
+        for name in target.store.sizes("shards")
+    }
 
 
 @torch.no_grad()
@@ -93,9 +109,14 @@ def rows_of_transformers(sequences, plan, hook, alone=False):
             picked += [picked[0]] * (PER_FORWARD - len(picked))  # one shape for all passes: it decides the last bits
             ids = torch.from_numpy(sequences.ids[picked].astype(np.int64))
             states += reference("tiny")(ids, output_hidden_states=True).hidden_states[STATE[hook]]
-    return torch.stack([
-        state_TD[t] for n, state_TD in zip(plan.sequences, states) for t in range(sequences.lengths[n]) if sequences.ids[n, t] != BOS
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            state_TD[t]
+            for n, state_TD in zip(plan.sequences, states)
+            for t in range(sequences.lengths[n])
+            if sequences.ids[n, t] != BOS
+        ]
+    )
 
 
 def rows_in(target, plan, dtype="float16"):
@@ -123,9 +144,11 @@ def test_rows_are_transformers_hidden_states_in_the_planned_order(maker, tokens,
             ids, lengths = sequences.ids[list(plan.sequences)], sequences.lengths[list(plan.sequences)]
             real = np.arange(T) < lengths[:, None]
             assert entry.positions == {
-                "bos": int(((ids == BOS) & real).sum()), "padding": int((~real).sum()), "outlier": 0,
+                "bos": int(((ids == BOS) & real).sum()),
+                "padding": int((~real).sum()),
+                "outlier": 0,
                 "unused": int(sequences.rows[list(plan.sequences)].sum()) - plan.rows,
-            }  # fmt: skip
+            }
 
 
 def test_a_hook_s_dataset_is_the_same_bytes_alone_and_beside_another(maker, plans, tmp_path):
@@ -135,7 +158,9 @@ def test_a_hook_s_dataset_is_the_same_bytes_alone_and_beside_another(maker, plan
         alone = target_of(tmp_path / "alone", together.hook)
         make(maker, [alone], plans[::-1])  # in another order too: another actor's
         assert len(files_of(alone)) == len(plans)
-        assert {name: raw for name, (raw, _) in files_of(alone).items()} == {name: raw for name, (raw, _) in files_of(together).items()}
+        assert {name: raw for name, (raw, _) in files_of(alone).items()} == {
+            name: raw for name, (raw, _) in files_of(together).items()
+        }
 
 
 def test_what_is_finished_is_not_made_again(maker, plans, tmp_path):
@@ -182,7 +207,10 @@ def test_one_bound_holds_in_every_shard_whoever_makes_which_first(maker, tokens,
     plans = spared(tokens, 0.5)
     norms = rows_of_transformers(tokens[0], plans[0], POST).half().float().norm(dim=1)
     factor = float(norms.sort().values[-len(norms) // 10] / norms.median())  # a tenth of them exceeds it
-    bound, targets = factor * float(norms.median()), [target_of(tmp_path / name, POST) for name in ("forward", "backward")]
+    bound, targets = (
+        factor * float(norms.median()),
+        [target_of(tmp_path / name, POST) for name in ("forward", "backward")],
+    )
     for target, order in zip(targets, (plans, plans[::-1])):
         with bounded(maker, plans, factor, outlier_reserve=0.5):
             made = make(maker, [target], order)
@@ -192,11 +220,14 @@ def test_one_bound_holds_in_every_shard_whoever_makes_which_first(maker, tokens,
             assert inspect_shard(target.store, plan.file)[1]["max_norm"] == pytest.approx(bound)
             entry = made[plan.name][POST]
             assert entry.positions["outlier"] > 0
-            # Every position of the sequences that were computed, whole forward passes of spare ones, is a row or is said to be none.
+            # Every position of the sequences that were computed, whole forward passes of spare ones, is a row or is
+            # said to be none.
             computed = (sum(entry.positions.values()) + plan.rows) // T - len(plan.sequences)
             assert sum(entry.positions.values()) + plan.rows == T * (len(plan.sequences) + computed)
             assert computed in {min(PER_FORWARD * i, len(plan.spare)) for i in range(9)}
-    assert {name: raw for name, (raw, _) in files_of(targets[0]).items()} == {name: raw for name, (raw, _) in files_of(targets[1]).items()}
+    assert {name: raw for name, (raw, _) in files_of(targets[0]).items()} == {
+        name: raw for name, (raw, _) in files_of(targets[1]).items()
+    }
 
 
 def test_without_outliers_the_bound_changes_no_row(maker, tokens, tmp_path):
@@ -214,14 +245,21 @@ def test_a_reserve_that_does_not_last_is_named(maker, tokens, tmp_path):
     plans = spared(tokens, 0.05)
     with bounded(maker, plans, 1.01), pytest.raises(ValueError) as error:
         make(maker, [target_of(tmp_path, POST)], plans)
-    for words in ("shard calibration", "harvest.outlier_norm 1.01 drops", "harvest.outlier_reserve (now 0.05)", "corpus.source more text"):
+    for words in (
+        "shard calibration",
+        "harvest.outlier_norm 1.01 drops",
+        "harvest.outlier_reserve (now 0.05)",
+        "corpus.source more text",
+    ):
         assert words in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [9, 5000])
 def test_kept_rows_are_those_up_to_the_bound(rows, dtype):
-    rows_RD = some_rows(rows, dtype=dtype) * torch.rand(rows, 1, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    rows_RD = some_rows(rows, dtype=dtype) * torch.rand(rows, 1, generator=torch.Generator().manual_seed(1)).to(
+        DTYPES[dtype]
+    )
     norms = np.linalg.norm(rows_RD.double().numpy(), axis=1)
     median = np.sort(norms)[(rows - 1) // 2]
     assert median_norm(rows_RD) == pytest.approx(median, rel=1e-6)
@@ -237,7 +275,8 @@ def test_a_norm_of_exactly_the_bound_stays():
     assert drop(rows_RD, None)[0] is rows_RD
 
 
-# -- values that do not fit ----------------------------------------------------------------------------------------------
+# -- values that do not fit
+# ----------------------------------------------------------------------------------------------
 
 TOKEN = 1000
 
@@ -261,13 +300,20 @@ def one_sequence(tmp_path):
     return ids[0], ShardPlan("train-00000", 1, (0,), T - 1)
 
 
-@pytest.mark.parametrize("value, why", [
-    (1e4, "its largest value 1.1"), (3e38, "the model gives NaN or infinity there"),
-], ids=["fp16", "inf"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, why",
+    [
+        (1e4, "its largest value 1.1"),
+        (3e38, "the model gives NaN or infinity there"),
+    ],
+    ids=["fp16", "inf"],
+)
 def test_a_value_that_does_not_fit_names_the_token_and_nothing_is_written(tmp_path, one_sequence, value, why):
     ids, plan = one_sequence
     target = target_of(tmp_path, PRE)
-    maker = ShardMaker(configured(model_with(tmp_path / "model", value)), [target], str(tmp_path / "train.safetensors"), plan)
+    maker = ShardMaker(
+        configured(model_with(tmp_path / "model", value)), [target], str(tmp_path / "train.safetensors"), plan
+    )
     with pytest.raises(ValueError) as error:
         make(maker, [target], [plan])
     message, piece = str(error.value), maker.lm.tokenizer.decode(ids[1:10])
@@ -289,7 +335,12 @@ def test_a_value_that_does_not_fit_is_an_outlier_where_those_are_left_out(tmp_pa
 def test_bfloat16_holds_what_float16_cannot(tmp_path, one_sequence):
     _, plan = one_sequence
     target = target_of(tmp_path, PRE)
-    maker = ShardMaker(configured(model_with(tmp_path / "model", 1e4), dtype="bfloat16"), [target], str(tmp_path / "train.safetensors"), plan)
+    maker = ShardMaker(
+        configured(model_with(tmp_path / "model", 1e4), dtype="bfloat16"),
+        [target],
+        str(tmp_path / "train.safetensors"),
+        plan,
+    )
     make(maker, [target], [plan])
     found_ND = rows_in(target, plan, "bfloat16")
     largest = float(found_ND.float().abs().max())

@@ -14,9 +14,16 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.stream import MASK, Pick
 
 orders = st.builds(
-    lambda units, lanes, lane_rows, batches, seed, cycle: Order(units + lanes, batches * lane_rows, lanes * lane_rows, lanes, seed, cycle),
-    st.integers(0, 30), st.sampled_from([1, 2, 4, 8, 12]), st.integers(1, 9), st.integers(1, 7), st.integers(0, 3), st.integers(0, 3),
-)  # fmt: skip
+    lambda units, lanes, lane_rows, batches, seed, cycle: Order(
+        units + lanes, batches * lane_rows, lanes * lane_rows, lanes, seed, cycle
+    ),
+    st.integers(0, 30),
+    st.sampled_from([1, 2, 4, 8, 12]),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
 
 
 @settings(deadline=None)
@@ -43,13 +50,19 @@ def test_the_global_batch_is_the_same_for_any_number_of_workers(order, world, st
 def test_a_position_is_one_step_s_and_a_step_s_is_one(order, step):
     round_, row = order.position(step)
     assert order.step_at(round_, row) == step
-    assert order.position(step + 1) == ((round_, row + order.lane_rows) if row + order.lane_rows < order.unit_rows else (round_ + 1, 0))
+    assert order.position(step + 1) == (
+        (round_, row + order.lane_rows) if row + order.lane_rows < order.unit_rows else (round_ + 1, 0)
+    )
 
 
 @settings(deadline=None)
 @given(orders, st.integers(0, 50))
 def test_no_batch_starts_anywhere_else(order, round_):
-    starts = [row for row in range(-order.unit_rows, 3 * order.unit_rows) if 0 <= row < order.unit_rows and row % order.lane_rows == 0]
+    starts = [
+        row
+        for row in range(-order.unit_rows, 3 * order.unit_rows)
+        if 0 <= row < order.unit_rows and row % order.lane_rows == 0
+    ]
     for row in range(-order.unit_rows, 3 * order.unit_rows):
         if row in starts:
             assert order.position(order.step_at(round_, row)) == (round_, row)
@@ -82,7 +95,8 @@ def test_cycles_and_data_seeds_give_other_orders():
     assert len({str(units) for units, _ in different}) == len({str(rows) for _, rows in different}) == 4
 
 
-# -- the digest ----------------------------------------------------------------------------------------------------------
+# -- the digest
+# ----------------------------------------------------------------------------------------------------------
 
 PER_GROUP, SHARDS, LANES, BATCH = 24, 3, 4, 32  # 8 rows of a lane in a batch, 3 batches in a round
 
@@ -90,7 +104,9 @@ PER_GROUP, SHARDS, LANES, BATCH = 24, 3, 4, 32  # 8 rows of a lane in a batch, 3
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The units of a dataset, read from disk, and an order over them of two rounds a pass."""
-    dataset = make_dataset(tmp_path_factory.mktemp("order") / "d", shards=SHARDS, rows=3 * PER_GROUP, per_group=PER_GROUP)
+    dataset = make_dataset(
+        tmp_path_factory.mktemp("order") / "d", shards=SHARDS, rows=3 * PER_GROUP, per_group=PER_GROUP
+    )
     units = [(dataset.store.local / u.file).read_bytes()[u.offset :][: PER_GROUP * 2 * D] for u in dataset.units()]
     return units, Order(len(units), PER_GROUP, BATCH, LANES, data_seed=5, cycle=2)
 
@@ -110,11 +126,15 @@ def given_by(data, rank, world, start, stop) -> int:
 
 
 def expected(data, steps, swap=None) -> int:
-    """The same of rows [0, steps * BATCH) of the order, laid out as one list of single rows. swap: two of them change places."""
+    """The same of rows [0, steps * BATCH) of the order, laid out as one list of single rows. swap: two of them change
+    places.
+    """
     units, order = data
     rows = []
     for round_ in range(-(-steps * BATCH // (LANES * PER_GROUP))):
-        dealt = [[units[unit][2 * D * row :][: 2 * D] for row in order.rows(round_, unit)] for unit in order.units(round_)]
+        dealt = [
+            [units[unit][2 * D * row :][: 2 * D] for row in order.rows(round_, unit)] for unit in order.units(round_)
+        ]
         for first in range(0, PER_GROUP, BATCH // LANES):
             rows += [row for lane in dealt for row in lane[first : first + BATCH // LANES]]
     if swap:
@@ -126,7 +146,9 @@ def expected(data, steps, swap=None) -> int:
 @pytest.mark.parametrize("steps", [1, 3, 4, 13])
 def test_the_sum_of_the_ranks_digests_is_that_of_the_order_s_rows(data, steps):
     for world in (1, 2, 4):
-        assert sum(given_by(data, rank, world, 0, steps) for rank in range(world)) & MASK == expected(data, steps), world
+        assert sum(given_by(data, rank, world, 0, steps) for rank in range(world)) & MASK == expected(data, steps), (
+            world
+        )
 
 
 @settings(deadline=None, max_examples=30)

@@ -39,7 +39,11 @@ def spiky(folder, training=3, calibration=0, size=100.0, outlier_norm=None):
     held = write(dataset.store, "shards/calibration.parquet", rows_ND)
     fields = dataset.manifest.fields | {"harvest": {"outlier_norm": outlier_norm}}
     dataclasses.replace(
-        dataset.manifest, shards=entries, calibration=held, fields=fields, **statistics_of(read_rows(dataset.store, held, 8, D, "float16"))
+        dataset.manifest,
+        shards=entries,
+        calibration=held,
+        fields=fields,
+        **statistics_of(read_rows(dataset.store, held, 8, D, "float16")),
     ).save(dataset.store)
     return ActivationDataset(dataset.store)
 
@@ -55,9 +59,20 @@ def test_a_few_rows_that_hold_the_variance_are_found_wherever_they_are(tmp_path)
     assert facts == json.loads((tmp_path / "data.json").read_text()) == dataset_facts(dataset)
     found = facts["outliers"]
     assert (found["rows"], found["of_rows"], found["multiple"]) == (int(out.sum()), 160, 10) and found["rows"] == 3
-    assert found["share_of_variance"] == pytest.approx(float(spread[out].sum() / spread.sum())) and found["share_of_variance"] > 0.9
-    assert found["largest"] == pytest.approx(float(norms.max())) and found["median"] == dataset.manifest.norm_quantiles["0.5"]
-    assert (facts["hook"], facts["rows"], facts["outlier_norm"], facts["dropped"]) == (dataset.manifest.hook, 128, None, 0)
+    assert (
+        found["share_of_variance"] == pytest.approx(float(spread[out].sum() / spread.sum()))
+        and found["share_of_variance"] > 0.9
+    )
+    assert (
+        found["largest"] == pytest.approx(float(norms.max()))
+        and found["median"] == dataset.manifest.norm_quantiles["0.5"]
+    )
+    assert (facts["hook"], facts["rows"], facts["outlier_norm"], facts["dropped"]) == (
+        dataset.manifest.hook,
+        128,
+        None,
+        0,
+    )
     (line,) = notes(dataset)
     assert line == f"warning: {facts['warning']}" and "3 of 160 rows" in line and "harvest.outlier_norm to 10" in line
     assert f"{found['share_of_variance']:.0%} of the variance" in line
@@ -65,7 +80,11 @@ def test_a_few_rows_that_hold_the_variance_are_found_wherever_they_are(tmp_path)
 
 def test_nothing_is_said_of_ordinary_rows(tmp_path):
     dataset = make_dataset(tmp_path / "d")
-    assert notes(dataset) == [] and dataset_facts(dataset)["warning"] is None and dataset_facts(dataset)["outliers"]["rows"] == 0
+    assert (
+        notes(dataset) == []
+        and dataset_facts(dataset)["warning"] is None
+        and dataset_facts(dataset)["outliers"]["rows"] == 0
+    )
 
 
 def test_pieces_do_not_matter_and_no_rows_are_refused():
@@ -99,7 +118,8 @@ def test_outliers_are_left_out_unless_all_rows_are_asked_for(word):
     assert load(SweepCommand, ["--harvest.outlier_norm", word]).harvest.outlier_norm is None
 
 
-# -- measurements --------------------------------------------------------------------------------------------------------
+# -- measurements
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +166,9 @@ def test_rows_beyond_the_bound_are_not_measured_and_keep_what_stands_there(lm, b
         return float((x_RD - sae.decode(sae.encode(x_RD))).square().sum() / (x_RD - x_RD.mean(dim=0)).square().sum())
 
     assert (metrics["evaluation_tokens"], metrics["rows_left_out"]) == (len(x_RD), 5)
-    assert metrics["fvu"] == pytest.approx(fvu(x_MD), rel=1e-4) and metrics["fvu_all_rows"] == pytest.approx(fvu(x_RD), rel=1e-4)
+    assert metrics["fvu"] == pytest.approx(fvu(x_MD), rel=1e-4) and metrics["fvu_all_rows"] == pytest.approx(
+        fvu(x_RD), rel=1e-4
+    )
     torch.testing.assert_close(density_F, (sae.encode(x_MD) > 0).double().mean(dim=0))
     spliced_NTD = value_NTD.clone()
     spliced_NTD[counts_NT] = sae.decode(sae.encode(x_MD)) * SCALE
@@ -178,13 +200,22 @@ def test_a_bound_that_leaves_no_row_is_named(lm, batch, sae):
 def test_features_do_not_fire_beyond_the_bound(lm, batch, sae):
     ids, lengths = batch
     rows_NT, norms_NT = lm.rows(ids, lengths), lm.cut(ids).value_BTD.norm(dim=2)
-    sequences = TokenSequences(ids.numpy().astype("int32"), lengths.numpy().astype("int32"), rows_NT.sum(dim=1).numpy().astype("int32"))
+    sequences = TokenSequences(
+        ids.numpy().astype("int32"), lengths.numpy().astype("int32"), rows_NT.sum(dim=1).numpy().astype("int32")
+    )
     piece = Latents.of(sae, range(43))
     free = find_peaks([piece], lm, sequences, SCALE, 3, 0, 2)
-    beyond = [(latent, peak) for latent, peaks in enumerate(free) for peak in peaks if norms_NT[peak.sequence, peak.position] > norms_NT[rows_NT].median()]
+    beyond = [
+        (latent, peak)
+        for latent, peaks in enumerate(free)
+        for peak in peaks
+        if norms_NT[peak.sequence, peak.position] > norms_NT[rows_NT].median()
+    ]
     bound = float(norms_NT[rows_NT].median())
     bounded = find_peaks([piece], lm, sequences, SCALE, 3, 0, 2, bound)
     assert beyond and all(norms_NT[peak.sequence, peak.position] <= bound for peaks in bounded for peak in peaks)
     latent, peak = beyond[0]
     read = remove_latents([piece], lm, sequences, SCALE, [(latent, peak.sequence)], 2, max_norm=bound)
-    assert float(read.activation_PT[0, peak.position]) == 0 and bool((read.activation_PT[0, norms_NT[peak.sequence] > bound] == 0).all())
+    assert float(read.activation_PT[0, peak.position]) == 0 and bool(
+        (read.activation_PT[0, norms_NT[peak.sequence] > bound] == 0).all()
+    )

@@ -1,4 +1,6 @@
-"""What an output folder may be, and what in it is ours to remove: through the front door, in a folder that holds a person's own files."""
+"""What an output folder may be, and what in it is ours to remove: through the front door, in a folder that holds a
+person's own files.
+"""
 
 import json
 import shutil
@@ -11,9 +13,21 @@ from dmsae_ray.ownership import MARKER, marked, scratch
 from dmsae_ray.sweep import main
 
 STRANGERS = [
-    "data/measurements.csv", "data/0123456789ab/measurements.csv", "ray/tracer.py", "ray/1/scene.txt", "chains/blocks.txt", "tokens/tolkien.txt",
-    "sweeps/chimney.txt", "pairs/of_shoes.json", "logs/2026.log", "mlflow.db", "mlartifacts/model.bin", "generation", "driver.lock", "data",
-]  # fmt: skip
+    "data/measurements.csv",
+    "data/0123456789ab/measurements.csv",
+    "ray/tracer.py",
+    "ray/1/scene.txt",
+    "chains/blocks.txt",
+    "tokens/tolkien.txt",
+    "sweeps/chimney.txt",
+    "pairs/of_shoes.json",
+    "logs/2026.log",
+    "mlflow.db",
+    "mlartifacts/model.bin",
+    "generation",
+    "driver.lock",
+    "data",
+]
 
 
 def put(path, text="mine"):
@@ -82,7 +96,9 @@ def test_folders_of_versions_without_a_mark_are_ours_and_so_are_copies_of_their_
 
 @pytest.fixture
 def home(tmp_path):
-    """An output folder of ours with what cleaning may remove, with a person's files among it, and with links to elsewhere."""
+    """An output folder of ours with what cleaning may remove, with a person's files among it, and with links to
+    elsewhere.
+    """
     home, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     OutputLock(home).release()
     for name in GOES:
@@ -99,13 +115,26 @@ def home(tmp_path):
 
 
 GOES = [
-    "data/bbbbbbbbbbbb/shards/train-00000.parquet", "data/bbbbbbbbbbbb/manifest.json.tmp-7-0a1b2c", "chains/bbbbbbbbbbbb/cycle_00/checkpoint.pt",
-    "chains/bbbbbbbbbbbb/chain.json", "ray/1/tune/trial/result.json", "sweeps/small-bbbbbbbbbbbb/report.txt.tmp-7-0a1b2c", "generation.tmp-7-0a1b2c",
-]  # fmt: skip
+    "data/bbbbbbbbbbbb/shards/train-00000.parquet",
+    "data/bbbbbbbbbbbb/manifest.json.tmp-7-0a1b2c",
+    "chains/bbbbbbbbbbbb/cycle_00/checkpoint.pt",
+    "chains/bbbbbbbbbbbb/chain.json",
+    "ray/1/tune/trial/result.json",
+    "sweeps/small-bbbbbbbbbbbb/report.txt.tmp-7-0a1b2c",
+    "generation.tmp-7-0a1b2c",
+]
 STAYS = [
-    "mine.tmp-7-0a1b2c", "data/mine/x.tmp-7-0a1b2c", "data/mine.csv", "data/bbbbbbbbbbbb/notes.txt", "chains/bbbbbbbbbbbb/cycle_00/notes.txt",
-    "chains/thoughts/chain.json", "ray/notes.txt", "ray/2/scene.txt", "sweeps/small-bbbbbbbbbbbb/draft.tmp-7", "sweeps/plan.txt.tmp-7-0a1b2c",
-]  # fmt: skip
+    "mine.tmp-7-0a1b2c",
+    "data/mine/x.tmp-7-0a1b2c",
+    "data/mine.csv",
+    "data/bbbbbbbbbbbb/notes.txt",
+    "chains/bbbbbbbbbbbb/cycle_00/notes.txt",
+    "chains/thoughts/chain.json",
+    "ray/notes.txt",
+    "ray/2/scene.txt",
+    "sweeps/small-bbbbbbbbbbbb/draft.tmp-7",
+    "sweeps/plan.txt.tmp-7-0a1b2c",
+]
 
 
 def test_cleaning_removes_ours_alone_says_what_it_leaves_and_follows_no_link(home, capsys):

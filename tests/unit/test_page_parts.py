@@ -20,7 +20,16 @@ from dmsae_ray.show.page.views.consistency import beyond_chance
 from dmsae_ray.show.page.views.coverage import rank_at
 from dmsae_ray.show.page.views.density import median, pooled
 
-ROW = {"chain": "seed0-k16", "arm": "base", "stage": "distill", "seed": 0, "k": 16, "cycle": 0, "last": True, "from": None}
+ROW = {
+    "chain": "seed0-k16",
+    "arm": "base",
+    "stage": "distill",
+    "seed": 0,
+    "k": 16,
+    "cycle": 0,
+    "last": True,
+    "from": None,
+}
 
 
 def folder(tmp_path, **files):
@@ -33,12 +42,25 @@ def folder(tmp_path, **files):
 @pytest.mark.parametrize(
     ("value", "kind", "seen"),
     [
-        (0.5633628, "share", "0.563"), (-0.0004, "signed", "-0.000"), (24693, "count", "24,693"), (15.7914, "tenths", "15.8"),
-        (0.0123, "percent", "1.2 %"), (1.0, "percent", "100 %"), (0.000004, "percent", "0.00040 %"), (0.34683, "nats", "0.347"),
-        (3.183207, "nats", "3.18"), (0.0000123, "nats", "1.23e-05"), (0.0, "nats", "0"), (12345.6, "nats", "12,346"),
-        (None, "share", "n/a"), (math.nan, "nats", "n/a"), (None, "text", "–"), ([0, 1], "text", "0, 1"), (True, "yes_no", "yes"),
+        (0.5633628, "share", "0.563"),
+        (-0.0004, "signed", "-0.000"),
+        (24693, "count", "24,693"),
+        (15.7914, "tenths", "15.8"),
+        (0.0123, "percent", "1.2 %"),
+        (1.0, "percent", "100 %"),
+        (0.000004, "percent", "0.00040 %"),
+        (0.34683, "nats", "0.347"),
+        (3.183207, "nats", "3.18"),
+        (0.0000123, "nats", "1.23e-05"),
+        (0.0, "nats", "0"),
+        (12345.6, "nats", "12,346"),
+        (None, "share", "n/a"),
+        (math.nan, "nats", "n/a"),
+        (None, "text", "–"),
+        ([0, 1], "text", "0, 1"),
+        (True, "yes_no", "yes"),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_written_with_sensible_digits(value, kind, seen):
     assert shown(value, kind) == seen
 
@@ -112,7 +134,9 @@ def test_histogram_medians_and_sums():
     assert median(edges, [0, 4, 0]) == pytest.approx(10**-1.5)
     assert median(edges, [2, 0, 2]) == pytest.approx(10**-2.0)
     assert median(edges, [0, 0, 0]) is None
-    rows = [{"chain": str(i), "density_histogram": {"edges": edges, "core": [i, 0, 1], "free": [1, 2, 3]}} for i in range(3)]
+    rows = [
+        {"chain": str(i), "density_histogram": {"edges": edges, "core": [i, 0, 1], "free": [1, 2, 3]}} for i in range(3)
+    ]
     assert pooled(rows) == {"edges": edges, "core": [3, 0, 3], "free": [3, 6, 9]}
     rows[2]["density_histogram"]["edges"] = [-4.0, -2.0, -1.0, 0.0]
     with pytest.raises(ValueError, match="density_histogram of 2 has other edges"):
@@ -163,16 +187,30 @@ def test_what_is_not_what_it_should_be_is_refused_by_name(tmp_path, files, messa
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     write_page(folder(tmp_path, evaluation={"rows": [ROW]}), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    ours = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # plotly's own text names addresses that it does not visit here
-    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?!#|data:)\w""", ours) and "url(" not in ours and "@import" not in ours
+    ours = re.sub(
+        r"<script>.*?</script>", "", page, flags=re.S
+    )  # plotly's own text names addresses that it does not visit here
+    assert (
+        not re.search(r"""(?:src|href)\s*=\s*["']?(?!#|data:)\w""", ours)
+        and "url(" not in ours
+        and "@import" not in ours
+    )
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page).group(1)
     assert policy.startswith("default-src 'none'") and "unsafe-eval" not in policy and "script-src 'sha256-" in policy
 
 
 def test_a_chart_answers_every_choice_and_one_option_is_no_choice():
     arms = Choice("Arm", ["base"])
-    chart = Chart("c", "Title", "How to read it.", {("base", "a"): "no a.", ("base", "b"): "no b."}, [arms, Choice("Measure", ["a", "b"])])
-    assert chart.data() == {"a": "no a.", "b": "no b."}, "asked for by what the page offers, and it offers no single arm"
+    chart = Chart(
+        "c",
+        "Title",
+        "How to read it.",
+        {("base", "a"): "no a.", ("base", "b"): "no b."},
+        [arms, Choice("Measure", ["a", "b"])],
+    )
+    assert chart.data() == {"a": "no a.", "b": "no b."}, (
+        "asked for by what the page offers, and it offers no single arm"
+    )
     assert chart.html().count("<select") == 1 and "Arm <b>base</b>" in chart.html()
     assert Chart("c", "Title", "", {("base",): "no."}, [arms]).data() == {"": "no."}
     with pytest.raises(AssertionError, match="c can be asked for"):
@@ -184,10 +222,15 @@ def test_a_chart_answers_every_choice_and_one_option_is_no_choice():
 @pytest.mark.parametrize(
     ("values", "least", "most", "low", "high"),
     [
-        ([0.183, 0.184], 0.02, 1.0, 0.17, 0.20), ([1.0, 1.0], 0.1, 1.0, 0.88, 1.01), ([0.0], 0.1, 1.0, -0.01, 0.11),
-        ([15.7, 31.7], 0.6, None, 14, 33), ([27], 8, None, 22, 32), ([0.1, 1.3], 0.1, 1.0, -0.1, 1.4), ([-0.4, 0.9], 0.1, 1.0, -0.6, 1.11),
+        ([0.183, 0.184], 0.02, 1.0, 0.17, 0.20),
+        ([1.0, 1.0], 0.1, 1.0, 0.88, 1.01),
+        ([0.0], 0.1, 1.0, -0.01, 0.11),
+        ([15.7, 31.7], 0.6, None, 14, 33),
+        ([27], 8, None, 22, 32),
+        ([0.1, 1.3], 0.1, 1.0, -0.1, 1.4),
+        ([-0.4, 0.9], 0.1, 1.0, -0.6, 1.11),
     ],
-)  # fmt: skip
+)
 def test_an_axis_holds_its_values_and_is_not_stretched_around_one(values, least, most, low, high):
     start, end = span(values, least, most)
     assert low <= start < min(values) and max(values) < end <= high and end - start >= least
@@ -200,9 +243,16 @@ def test_a_single_seed_has_no_ends():
 
 def single_arm(tmp_path, **more):
     rows = [
-        ROW | {"seed": seed, "chain": f"seed{seed}-k16", "core_out": 30, "loss_recovered_zero": 0.94, "loss_recovered_mean": 0.9}
+        ROW
+        | {
+            "seed": seed,
+            "chain": f"seed{seed}-k16",
+            "core_out": 30,
+            "loss_recovered_zero": 0.94,
+            "loss_recovered_mean": 0.9,
+        }
         for seed in (0, 1)
-    ]  # fmt: skip
+    ]
     return folder(tmp_path, **({"evaluation": {"rows": rows}} | more))
 
 
@@ -228,13 +278,32 @@ def test_what_could_not_be_made_is_said_first_and_in_its_place(tmp_path):
 
 
 def test_rows_that_decide_too_much_are_shown_with_their_figures(tmp_path):
-    outliers = {"multiple": 10.0, "rows": 17, "of_rows": 73728, "share_of_variance": 0.613, "largest": 26800.0, "median": 140.2}
-    data = {"hook": "h", "rows": 73728, "norm_quantiles": {"0.5": 140.2, "0.99": 171.9}, "outlier_norm": None, "dropped": 0}
-    page = written(single_arm(tmp_path, data=data | {"outliers": outliers, "warning": "17 rows hold 61 % of the variance"}))
+    outliers = {
+        "multiple": 10.0,
+        "rows": 17,
+        "of_rows": 73728,
+        "share_of_variance": 0.613,
+        "largest": 26800.0,
+        "median": 140.2,
+    }
+    data = {
+        "hook": "h",
+        "rows": 73728,
+        "norm_quantiles": {"0.5": 140.2, "0.99": 171.9},
+        "outlier_norm": None,
+        "dropped": 0,
+    }
+    page = written(
+        single_arm(tmp_path, data=data | {"outliers": outliers, "warning": "17 rows hold 61 % of the variance"})
+    )
     assert 'id="banner-data-warning"' in page and page.index("hold 61 % of the variance") < page.index('class="cards"')
     facts = re.search(r'id="rows".*?</dl>', page).group()
-    assert all(words in facts for words in ("17 of 73,728", "61 %", "26,800", "99 % quantile", "no row is dropped")), facts
-    page = written(single_arm(tmp_path, data=data | {"outlier_norm": 10, "warning": None, "outliers": None, "more": [1]}))
+    assert all(words in facts for words in ("17 of 73,728", "61 %", "26,800", "99 % quantile", "no row is dropped")), (
+        facts
+    )
+    page = written(
+        single_arm(tmp_path, data=data | {"outlier_norm": 10, "warning": None, "outliers": None, "more": [1]})
+    )
     assert "banner-data-warning" not in page and "10 times the median norm" in page
 
 
@@ -242,9 +311,11 @@ def test_rows_that_decide_too_much_are_shown_with_their_figures(tmp_path):
 def test_any_one_piece_alone_makes_a_page(tmp_path, only):
     content = {
         "comparison": {"chains": ["a", "b"], "arms": {"a": "base", "b": "base"}, "pairs": [], "failed": []},
-        "consensus": {"groups": []}, "features": {"features": []}, "expectations": {"expectations": []},
+        "consensus": {"groups": []},
+        "features": {"features": []},
+        "expectations": {"expectations": []},
         "failed_parts": [{"part": "evaluation", "reason": "disk full"}],
-    }[only]  # fmt: skip
+    }[only]
     page = written(folder(tmp_path, **{only: content}))
     assert page.count('class="view"') == 8
     assert ("it could not be made (disk full)" if only == "failed_parts" else "evaluation.json is not there") in page

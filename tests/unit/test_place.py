@@ -1,4 +1,6 @@
-"""Places are settled where the configuration is made; a plan that travels means the same under another folder, home and environment."""
+"""Places are settled where the configuration is made; a plan that travels means the same under another folder, home and
+environment.
+"""
 
 import os
 import pickle
@@ -46,7 +48,10 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_plan_means_the_same_in_a_process_with_another_folder_home_and_environment(here, tmp_path):
-    mixture = '[{"source": "te*/*.txt", "weight": 1}, {"source": "~/mo*/a.txt", "weight": 1}, {"source": "owner/name", "weight": 1}]'
+    mixture = (
+        '[{"source": "te*/*.txt", "weight": 1}, {"source": "~/mo*/a.txt", "weight": 1}, {"source": "owner/name", '
+        '"weight": 1}]'
+    )
     travelled = [
         *plans(
             "--output",
@@ -79,8 +84,8 @@ def test_a_plan_means_the_same_in_a_process_with_another_folder_home_and_environ
     lines = said(elsewhere, HOME=str(elsewhere), DMSAE_RAY_HOME=str(elsewhere / "made"))
     key = travelled[0].key
     assert lines[0] == (
-        f"{here}/out {here}/out/chains/{key} {here}/out/data/0123456789ab {here}/models/mine [['{here}/texts/a.txt']] None None None "
-        f"sqlite:///{here}/runs.db"
+        f"{here}/out {here}/out/chains/{key} {here}/out/data/0123456789ab {here}/models/mine [['{here}/texts/a.txt']] "
+        f"None None None sqlite:///{here}/runs.db"
     )
     assert lines[1].startswith(f"{here}/dmsae_ray/quickstart ")
     assert lines[1].endswith(
@@ -107,12 +112,21 @@ def test_keys_do_not_depend_on_where_things_lie(here):
         assert keys(*argv) == plain, argv
 
 
-@pytest.mark.parametrize("given, meant", [
-    ("sqlite:///runs.db", "sqlite:///{here}/runs.db"), ("sqlite:///a/runs.db?timeout=9", "sqlite:///{here}/a/runs.db?timeout=9"),
-    ("sqlite:////x/runs.db", "sqlite:////x/runs.db"), ("sqlite:///:memory:", "sqlite:///:memory:"), ("file:./runs", "file://{quoted}/runs"),
-    ("file:///x/runs", "file:///x/runs"), ("runs", "{here}/runs"), ("http://host:5000", "http://host:5000"), ("databricks", "databricks"),
-    ("postgresql://host/runs", "postgresql://host/runs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("sqlite:///runs.db", "sqlite:///{here}/runs.db"),
+        ("sqlite:///a/runs.db?timeout=9", "sqlite:///{here}/a/runs.db?timeout=9"),
+        ("sqlite:////x/runs.db", "sqlite:////x/runs.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("file:./runs", "file://{quoted}/runs"),
+        ("file:///x/runs", "file:///x/runs"),
+        ("runs", "{here}/runs"),
+        ("http://host:5000", "http://host:5000"),
+        ("databricks", "databricks"),
+        ("postgresql://host/runs", "postgresql://host/runs"),
+    ],
+)
 def test_a_tracking_store_in_a_file_is_absolute(here, given, meant):
     expected = meant.format(here=here, quoted=here.as_uri().removeprefix("file://"))
     config = load(SweepCommand, ["--track.uri", given])
@@ -134,11 +148,14 @@ def test_a_user_who_is_not_there_is_named(here):
         load(SweepCommand, ["--output", "~nobody-of-this-name/x"])
 
 
-@pytest.mark.parametrize("text, words", [
-    ("train: {lr: 0.1}\nsweep: {k: [8]}\ntrain: {batch: 512}\n", ["line 3", "train", "second time", "line 1"]),
-    ("sweep:\n  k: [8]\n  seeds: [0]\n  k: [16]\n", ["line 4", " k ", "line 2"]),
-    ("study:\n  arms:\n    a:\n      fields: {sae.width: 8}\n    a: {cycles: 1}\n", ["line 5", " a ", "line 3"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("train: {lr: 0.1}\nsweep: {k: [8]}\ntrain: {batch: 512}\n", ["line 3", "train", "second time", "line 1"]),
+        ("sweep:\n  k: [8]\n  seeds: [0]\n  k: [16]\n", ["line 4", " k ", "line 2"]),
+        ("study:\n  arms:\n    a:\n      fields: {sae.width: 8}\n    a: {cycles: 1}\n", ["line 5", " a ", "line 3"]),
+    ],
+)
 @pytest.mark.parametrize("command", [SweepCommand, EvaluateCommand])
 def test_a_key_that_is_given_twice_is_an_error(tmp_path, text, words, command):
     path = tmp_path / "mine.yaml"
@@ -152,7 +169,8 @@ def test_a_key_that_is_given_twice_is_an_error(tmp_path, text, words, command):
 def test_what_is_merged_in_may_be_overridden(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "train: &a {lr: 0.1, batch: 512}\nattribution: {tau: 0.5}\nharvest:\n  seed: 3\ncompare: {<<: {draws: 30, seed: 1}, seed: 2}\n"
+        "train: &a {lr: 0.1, batch: 512}\nattribution: {tau: 0.5}\nharvest:\n  seed: 3\ncompare: {<<: {draws: 30, "
+        "seed: 1}, seed: 2}\n"
     )
     config = load(SweepCommand, ["--config", str(path)])
     assert (config.compare.draws, config.compare.seed, config.train.batch) == (30, 2, 512)

@@ -28,9 +28,15 @@ def test_no_sequence_is_in_two_shards_and_each_has_just_enough(tokens, per_shard
         for sequences, wanted in ((plan.sequences, plan.rows), (plan.spare, int(np.ceil(plan.rows * reserve)))):
             rows = ROWS_N[list(sequences)]
             assert rows.sum() >= wanted > rows[:-1].sum() or not wanted, "enough, and not without the last sequence"
-    assert [plan.sequences for plan in plans] == [plan.sequences for plan in plans_of(tokens=tokens, per_shard=per_shard, seed=seed)]
+    assert [plan.sequences for plan in plans] == [
+        plan.sequences for plan in plans_of(tokens=tokens, per_shard=per_shard, seed=seed)
+    ]
     whole = tokens - tokens % 64
-    assert [plan.rows for plan in plans] == [256, *[per_shard] * (whole // per_shard), *[whole % per_shard] * (whole % per_shard > 0)]
+    assert [plan.rows for plan in plans] == [
+        256,
+        *[per_shard] * (whole // per_shard),
+        *[whole % per_shard] * (whole % per_shard > 0),
+    ]
     assert [plan.name for plan in plans] == ["calibration", *(f"train-{i:05d}" for i in range(len(plans) - 1))]
     assert [plan.number for plan in plans] == list(range(len(plans))) and plans[1].file == "shards/train-00000.parquet"
 
@@ -40,7 +46,9 @@ def test_a_plan_is_its_seed_s():
     first, second = plans_of()[1:3]
     assert sorted(first.permutation(7)) == list(range(first.rows))
     assert (first.permutation(7) == first.permutation(7)).all()
-    assert (first.permutation(7) != first.permutation(8)).any() and (first.permutation(7) != second.permutation(7)).any()
+    assert (first.permutation(7) != first.permutation(8)).any() and (
+        first.permutation(7) != second.permutation(7)
+    ).any()
 
 
 def test_more_shards_leave_those_that_were_there_as_they_are():
@@ -62,7 +70,9 @@ def test_the_last_sequences_are_used_to_the_last_row():
 
 
 def test_a_corpus_that_is_too_small_says_how_much_it_has():
-    with pytest.raises(ValueError, match=r"harvest\.tokens 2048 \+ harvest\.calibration_tokens 256.*gives only 900 rows; ask for fewer"):
+    with pytest.raises(
+        ValueError, match=r"harvest\.tokens 2048 \+ harvest\.calibration_tokens 256.*gives only 900 rows; ask for fewer"
+    ):
         plans_of(np.full(100, 9))
     with pytest.raises(ValueError, match="gives only 0 rows"):
         plans_of(np.zeros(0, dtype=np.int32))
@@ -71,4 +81,7 @@ def test_a_corpus_that_is_too_small_says_how_much_it_has():
     # What is left is the reserve, shard by shard.
     plans = plans_of(enough, reserve=0.05)
     assert [plan.sequences for plan in plans] == [plan.sequences for plan in plans_of(enough)]
-    assert len(plans[0].spare) == 1 and sum(len(plan.spare) for plan in plans) + sum(len(plan.sequences) for plan in plans) == 100
+    assert (
+        len(plans[0].spare) == 1
+        and sum(len(plan.spare) for plan in plans) + sum(len(plan.sequences) for plan in plans) == 100
+    )

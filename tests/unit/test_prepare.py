@@ -40,18 +40,24 @@ def write_texts(path, documents: int, words: int, seed: int, field: str = "text"
     rng = np.random.default_rng(seed)
     with path.open("w") as file:
         for _ in range(documents):
-            file.write(json.dumps({field: " ".join(map(str, rng.integers(0, 10**5, rng.integers(words // 2, words))))}) + "\n")
+            file.write(
+                json.dumps({field: " ".join(map(str, rng.integers(0, 10**5, rng.integers(words // 2, words))))}) + "\n"
+            )
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
-    long, short = write_texts(folder / "long.jsonl", 200, 150, 0), write_texts(folder / "short.jsonl", 400, 40, 1, "body")
+    long, short = (
+        write_texts(folder / "long.jsonl", 200, 150, 0),
+        write_texts(folder / "short.jsonl", 400, 40, 1, "body"),
+    )
     return CorpusConfig(
         mixture=(CorpusPart(source=long, weight=3), CorpusPart(source=short, weight=1, text_field="body")),
-        attribution_share=0.1, evaluation_share=0.1,
-    )  # fmt: skip
+        attribution_share=0.1,
+        evaluation_share=0.1,
+    )
 
 
 def file_hashes(folder) -> dict[str, str]:
@@ -62,7 +68,8 @@ def parts_of(folder, split: str) -> list[dict]:
     return json.loads(read_metadata(folder / f"{split}.safetensors")["parts"])
 
 
-# -- mixtures ------------------------------------------------------------------------------------------------------------
+# -- mixtures
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_order_of_a_mixture_by_hand():
@@ -76,7 +83,11 @@ def test_order_of_a_mixture_by_hand():
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 50), min_size=1, max_size=40)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.lists(st.integers(0, 50), min_size=1, max_size=40)), min_size=1, max_size=4
+    )
+)
 def test_no_part_leads_by_more_than_a_document_and_the_mixture_ends_when_the_next_part_does(parts):
     weights, documents = [weight for weight, _ in parts], [sizes for _, sizes in parts]
     tokens, counts, whole = [0] * len(parts), [0] * len(parts), sum(weights)
@@ -94,7 +105,10 @@ def test_no_part_leads_by_more_than_a_document_and_the_mixture_ends_when_the_nex
 
 
 def test_weights_count_by_their_ratios():
-    assert whole_weights([0.1, 0.2, 0.7]) == [1, 2, 7] and whole_weights([2.0, 1.0]) == whole_weights([1, 0.5]) == [2, 1]
+    assert whole_weights([0.1, 0.2, 0.7]) == [1, 2, 7] and whole_weights([2.0, 1.0]) == whole_weights([1, 0.5]) == [
+        2,
+        1,
+    ]
     assert whole_weights([3]) == [1]
 
 
@@ -128,7 +142,11 @@ def test_a_mixture_holds_its_shares_to_a_document_and_says_what_each_part_gave(m
     made = prepare_tokens(corpus, tokenizer, T, tmp_path)
     given = np.array([[[part["documents"], part["tokens"]] for part in parts_of(tmp_path, split)] for split in SPLITS])
     documents, tokens = given.sum(axis=0).T
-    longest = max(len(e.ids) for part in corpus.parts for e in encode(load_documents(part.source.reveal(), part.text_field), tokenizer))
+    longest = max(
+        len(e.ids)
+        for part in corpus.parts
+        for e in encode(load_documents(part.source.reveal(), part.text_field), tokenizer)
+    )
     assert (np.abs(tokens - np.array([0.75, 0.25]) * tokens.sum()) <= longest).all()
     assert documents[0] == 200 or documents[1] == 400  # one part is used up
     for split, (_, (first, second)) in zip(SPLITS, given.transpose(0, 2, 1)):
@@ -175,7 +193,8 @@ def test_bytes_do_not_depend_on_how_many_documents_are_encoded_at_a_time(mixture
     assert file_hashes(tmp_path / "64") == file_hashes(tmp_path / "3")
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_documents_give_the_ids_and_lengths_they_always_gave(tokenizer, tmp_path):
@@ -186,9 +205,9 @@ def test_documents_give_the_ids_and_lengths_they_always_gave(tokenizer, tmp_path
     made = prepare_tokens(CorpusConfig(source=str(tmp_path / "a.jsonl")), tokenizer, T, tmp_path)
     for split in SPLITS[1:]:
         made[split] = made[split].take(np.random.default_rng([3, 201]).permutation(len(made[split])))
-    assert {split: hashlib.sha256(s.ids.tobytes() + s.lengths.tobytes()).hexdigest()[:16] for split, s in made.items()} == {
-        "train": "f499a9f5cad2dd68", "attribution": "07c8c00d6f52ff7c", "evaluation": "76c0c828fa984e5b"
-    }  # fmt: skip
+    assert {
+        split: hashlib.sha256(s.ids.tobytes() + s.lengths.tobytes()).hexdigest()[:16] for split, s in made.items()
+    } == {"train": "f499a9f5cad2dd68", "attribution": "07c8c00d6f52ff7c", "evaluation": "76c0c828fa984e5b"}
     assert all((s.rows == s.lengths - 1).all() for s in made.values())
 
 
@@ -197,7 +216,11 @@ def test_no_more_is_tokenised_than_is_wanted_and_more_begins_with_the_same(token
     path, seen = tmp_path / "a.jsonl", []
     write_texts(path, 1500, 60, 0)
     corpus = CorpusConfig(source=str(path), attribution_share=0.1, evaluation_share=0.1)
-    monkeypatch.setattr(prepare, "encode", lambda documents, tokenizer: (seen.append(len(e.ids)) or e for e in encode(documents, tokenizer)))
+    monkeypatch.setattr(
+        prepare,
+        "encode",
+        lambda documents, tokenizer: (seen.append(len(e.ids)) or e for e in encode(documents, tokenizer)),
+    )
     all_of_it = prepare_tokens(corpus, tokenizer, T, tmp_path / "all")
     whole = sum(seen)
     before = None
@@ -206,7 +229,9 @@ def test_no_more_is_tokenised_than_is_wanted_and_more_begins_with_the_same(token
         wanted = {"train": 2000 * more, "attribution": 1000 * more, "evaluation": 500 * more}
         made = prepare_tokens(corpus, tokenizer, T, tmp_path / "some", wanted)
         have = {split: sequences.tokens for split, sequences in made.items()}
-        assert all(wanted[split] <= have[split] < wanted[split] + 400 for split in SPLITS) and not any(s.ends for s in made.values())
+        assert all(wanted[split] <= have[split] < wanted[split] + 400 for split in SPLITS) and not any(
+            s.ends for s in made.values()
+        )
         assert sum(seen) < sum(wanted.values()) + 64 * 300 < whole / 3  # 64 documents are encoded at a time
         for split in SPLITS:
             assert (made[split].ids == all_of_it[split].ids[: len(made[split])]).all()
@@ -216,7 +241,10 @@ def test_no_more_is_tokenised_than_is_wanted_and_more_begins_with_the_same(token
     again = prepare_tokens(corpus, tokenizer, T, tmp_path / "some", more)
     assert (again["train"].ids == before["train"].ids).all()  # longer than wanted, and left as it was
     assert 0 < sum(seen) < 3 * more["evaluation"] + 64 * 300  # of training documents nothing is tokenised again
-    assert all(prepare_tokens(corpus, tokenizer, T, tmp_path / "all", {"train": 10**9})["train"].ids[0] == all_of_it["train"].ids[0])
+    assert all(
+        prepare_tokens(corpus, tokenizer, T, tmp_path / "all", {"train": 10**9})["train"].ids[0]
+        == all_of_it["train"].ids[0]
+    )
 
 
 def test_the_embedded_corpus_is_sampled_and_its_documents_keep_their_splits():
@@ -225,7 +253,9 @@ def test_the_embedded_corpus_is_sampled_and_its_documents_keep_their_splits():
         split[document.text] = split_of(document.text, 0.05, 0.05)
     assert len({piece.name for piece in sample}) == len(sample) > 5000
     assert all(piece.whole in split and piece.text in piece.whole for piece in sample[:200])
-    assert len({piece.name.rpartition(" piece")[0] for piece in sample[:400]}) > 200  # few pieces of each of many documents
+    assert (
+        len({piece.name.rpartition(" piece")[0] for piece in sample[:400]}) > 200
+    )  # few pieces of each of many documents
     made = {split_of(piece.whole, 0.05, 0.05) for piece in sample[:400]}
     assert made == set(SPLITS)
 
@@ -274,7 +304,9 @@ prepare.prepare_tokens(CorpusConfig.model_validate_json(sys.argv[1]), load_token
 def test_an_empty_split_is_named_and_nothing_is_left(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n')
     corpus = CorpusConfig(source=str(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match="train split is empty: none of its 1 documents has 16 tokens.*corpus.attribution_share"):
+    with pytest.raises(
+        ValueError, match="train split is empty: none of its 1 documents has 16 tokens.*corpus.attribution_share"
+    ):
         prepare_tokens(corpus, tokenizer, T, tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []
 
@@ -291,7 +323,8 @@ def test_progress_is_said(mixture, tokenizer, tmp_path, monkeypatch):
     assert re.fullmatch(rf"tokens: {documents:,} documents, {tokens:,} tokens, [\d,]+ tokens/s", lines[-1])
 
 
-# -- bounded memory ------------------------------------------------------------------------------------------------------
+# -- bounded memory
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_documents_bound_what_is_read(tokenizer, tmp_path):
@@ -330,4 +363,8 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path):
         return most, (tmp_path / f"tokens-{documents}" / "train.safetensors").stat().st_size
 
     (small, _), (large, size) = peak(200), peak(1600)
-    assert large < 1.3 * small and 1.3 * small < size, (small, large, size)  # the second: holding it all would be noticed
+    assert large < 1.3 * small and 1.3 * small < size, (
+        small,
+        large,
+        size,
+    )  # the second: holding it all would be noticed

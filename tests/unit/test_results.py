@@ -1,4 +1,6 @@
-"""The parts of a sweep's results stand alone: what cannot be made is said, the rest is there, and only that is made again."""
+"""The parts of a sweep's results stand alone: what cannot be made is said, the rest is there, and only that is made
+again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from dmsae_ray.results.features.task import features_key
 from dmsae_ray.results.parts import Parts, reason_of
 from dmsae_ray.show.terminal.tables import plain_text
 
-METRICS = {"l0": 4.0, "core_l0": 1.0, "free_l0": 3.0, "fvu": 0.5, "kl": 0.1, "loss_recovered_zero": 0.9, "dead_share": 0.0}
+METRICS = {
+    "l0": 4.0,
+    "core_l0": 1.0,
+    "free_l0": 3.0,
+    "fvu": 0.5,
+    "kl": 0.1,
+    "loss_recovered_zero": 0.9,
+    "dead_share": 0.0,
+}
 
 
 @pytest.fixture
@@ -25,7 +35,12 @@ def sweep(tmp_path):
     plans = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2", "--sweep.k", "4")
     for plan in plans:
         for cycle, record in enumerate(plan.folder.records()):
-            more = {"origins": {"0": record["core_out"]}, "jaccard": 1.0 if cycle else None, "coverage": 0.9, "prefixes": []}
+            more = {
+                "origins": {"0": record["core_out"]},
+                "jaccard": 1.0 if cycle else None,
+                "coverage": 0.9,
+                "prefixes": [],
+            }
             write_json(plan.folder.cycle(cycle).record, record | METRICS | more)
     folder = tmp_path / "sweep"
     folder.mkdir()
@@ -55,8 +70,12 @@ def know_features(sweep) -> dict:
     from dmsae_ray.config import fields_key
 
     cores = {plan.label: file_sha256(plan.folder.cycle(1).core) for plan in plans}
-    known = {"key": features_key(plans[0].config.features, dataset.manifest.key, cores, fields_key(consensus)), "features": [], "tokens": 0,
-             "left_out": 0}  # fmt: skip
+    known = {
+        "key": features_key(plans[0].config.features, dataset.manifest.key, cores, fields_key(consensus)),
+        "features": [],
+        "tokens": 0,
+        "left_out": 0,
+    }
     write_json(folder / "features.json", known)
     return known
 
@@ -65,7 +84,15 @@ def test_without_features_all_else_is_there_and_only_they_are_made_again(sweep):
     plans, dataset, folder = sweep
     results, said = made(sweep)
     assert failed_parts(folder) == results.failed == {"features": "the Ray cluster is too small for one chain"}
-    for name in ("evaluation.json", "comparison.json", "consensus.json", "numbers.json", "expectations.json", "consistency.png", "report.html"):
+    for name in (
+        "evaluation.json",
+        "comparison.json",
+        "consensus.json",
+        "numbers.json",
+        "expectations.json",
+        "consistency.png",
+        "report.html",
+    ):
         assert (folder / name).exists(), name
     assert len(results.comparison["pairs"]) == 3 and results.numbers["chains.base"] == 3
     text = (folder / "report.txt").read_text()
@@ -75,7 +102,9 @@ def test_without_features_all_else_is_there_and_only_they_are_made_again(sweep):
 
     know_features(sweep)
     results, said = made(sweep)
-    assert results.failed == {} and not (folder / "failed_parts.json").exists() and said == [], "nothing is computed twice"
+    assert results.failed == {} and not (folder / "failed_parts.json").exists() and said == [], (
+        "nothing is computed twice"
+    )
     assert "could not be made" not in (folder / "report.txt").read_text()
 
 
@@ -83,15 +112,27 @@ def test_features_of_other_settings_do_not_pass_for_these_and_are_not_lost(sweep
     plans, dataset, folder = sweep
     made(sweep)
     known = know_features(sweep)
-    longer = [plan.config.model_copy(update={"features": plan.config.features.model_copy(update={"most": 7})}) for plan in plans]
+    longer = [
+        plan.config.model_copy(update={"features": plan.config.features.model_copy(update={"most": 7})})
+        for plan in plans
+    ]
     others = [type(plan)(**vars(plan) | {"config": config}) for plan, config in zip(plans, longer)]
     results, _ = made((others, dataset, folder))
     assert list(results.failed) == ["features"] and not (folder / "features.json").exists()
     results, said = made(sweep)
-    assert results.failed == {} and json.loads((folder / "features.json").read_text()) == known, "those of before, where they fit again"
+    assert results.failed == {} and json.loads((folder / "features.json").read_text()) == known, (
+        "those of before, where they fit again"
+    )
 
 
-@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(path.read_bytes()[:100]), lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+    ],
+)
 def test_a_damaged_sae_of_one_chain_leaves_the_others_their_results(sweep, harm):
     plans, dataset, folder = sweep
     sae = plans[1].folder.cycle(1).sae
@@ -120,7 +161,11 @@ def test_a_damaged_core_takes_with_it_what_needs_it(sweep):
 def test_files_of_before_that_are_damaged_are_made_again(sweep):
     plans, dataset, folder = sweep
     first, _ = made(sweep)
-    for path in (folder / "comparison.json", folder / "consensus.json", *(plans[0].config.home / "pairs").glob("*.json")):
+    for path in (
+        folder / "comparison.json",
+        folder / "consensus.json",
+        *(plans[0].config.home / "pairs").glob("*.json"),
+    ):
         path.write_text("{")
     again, said = made(sweep)
     assert list(again.failed) == ["features"] and sum("damaged" in line for line in said) == 5
@@ -145,4 +190,7 @@ def test_a_reason_has_no_wrapping_of_ray_and_no_secret():
     assert reason_of(wrapped) == "RuntimeError: CUDA out of memory at s3://***@b/p"
     ours = ValueError("a sentence")
     ours.__cause__ = ConnectionRefusedError(111, "refused")
-    assert reason_of(RayTaskError("f", "Traceback", ours)) == reason_of(ours) == "a sentence" and reason_of(KeyError()) == "KeyError: no reason given"
+    assert (
+        reason_of(RayTaskError("f", "Traceback", ours)) == reason_of(ours) == "a sentence"
+        and reason_of(KeyError()) == "KeyError: no reason given"
+    )

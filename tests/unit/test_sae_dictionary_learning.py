@@ -19,14 +19,23 @@ NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 def recorded(name):
     with safe_open(RECORDED, framework="pt") as file:
         configuration = json.loads(file.metadata()["configurations"])[name]
-        tensors = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")}
+        tensors = {
+            key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")
+        }
     settings = SAESettings(
-        d=configuration["d"], width=configuration["width"], k=configuration["k"], batch=configuration["batch"],
-        prefix_fractions=tuple(configuration["fractions"][:-1]), lr=configuration["lr"],
-        warmup_steps=configuration["warmup_steps"], total_steps=configuration["steps"],
-        decay_steps=configuration["steps"] - configuration["decay_start"], dead_window_tokens=configuration["dead_window"],
-        threshold_start_step=configuration["threshold_start_step"], threshold_beta=configuration["threshold_beta"],
-    )  # fmt: skip
+        d=configuration["d"],
+        width=configuration["width"],
+        k=configuration["k"],
+        batch=configuration["batch"],
+        prefix_fractions=tuple(configuration["fractions"][:-1]),
+        lr=configuration["lr"],
+        warmup_steps=configuration["warmup_steps"],
+        total_steps=configuration["steps"],
+        decay_steps=configuration["steps"] - configuration["decay_start"],
+        dead_window_tokens=configuration["dead_window"],
+        threshold_start_step=configuration["threshold_start_step"],
+        threshold_beta=configuration["threshold_beta"],
+    )
     return settings, tensors
 
 
@@ -45,9 +54,12 @@ def test_updates_equal_the_recorded_ones(name):
         assert torch.equal(trainer.silent_F, tensors["after.silent"][step])
         for parameter in NAMES:
             torch.testing.assert_close(
-                getattr(sae, parameter), tensors[f"after.{parameter}"][step], rtol=0, atol=1e-6,
+                getattr(sae, parameter),
+                tensors[f"after.{parameter}"][step],
+                rtol=0,
+                atol=1e-6,
                 msg=lambda text: f"{parameter} after update {step}: {text}",
-            )  # fmt: skip
+            )
         # Theirs is the running mean from the first value on, ours is bias-corrected: same values, other weights.
         theirs = tensors["after.threshold"][step].item()
         if theirs >= 0:
@@ -69,10 +81,16 @@ def test_the_reference_equals_them_too(name):
     settings, tensors = recorded(name)
     sae = MatryoshkaSAE.init(settings, None, seed=0)
     reference = ReferenceTrainer(
-        {parameter: tensors[f"before.{parameter}"].double() for parameter in NAMES}, sae.group_ends, 0, settings.k,
-        settings.lr, dead_window=settings.dead_window_tokens, warmup=settings.warmup_steps, decay=settings.decay_steps,
+        {parameter: tensors[f"before.{parameter}"].double() for parameter in NAMES},
+        sae.group_ends,
+        0,
+        settings.k,
+        settings.lr,
+        dead_window=settings.dead_window_tokens,
+        warmup=settings.warmup_steps,
+        decay=settings.decay_steps,
         total=settings.total_steps,
-    )  # fmt: skip
+    )
     for step, x_BD in enumerate(tensors["batches"]):
         loss, _, _ = reference.update(x_BD.double())
         assert loss == pytest.approx(tensors["after.loss"][step].item(), rel=1e-5)

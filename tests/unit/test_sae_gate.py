@@ -21,7 +21,16 @@ def gate(p_BF, settings, core_size, comm=None, token_index_B=None, kernels="comp
     row_N, latent_N = (index.int() for index in torch.ones_like(p_BF).nonzero(as_tuple=True))
     n_exempt = core_size if settings.core_gate == "relu" else 0
     pairs, smallest = select(
-        row_N, latent_N, p_BF.flatten(), rows, n_exempt, settings, OPS[kernels], comm or Alone(), token_index_B, latent_ids_F
+        row_N,
+        latent_N,
+        p_BF.flatten(),
+        rows,
+        n_exempt,
+        settings,
+        OPS[kernels],
+        comm or Alone(),
+        token_index_B,
+        latent_ids_F,
     )
     mask_BF = torch.zeros(p_BF.shape, dtype=torch.bool)
     mask_BF[pairs.row_N.long(), pairs.latent_N.long()] = True
@@ -67,11 +76,17 @@ def cases(draw):
     width = draw(st.integers(2, 7))
     core_size = draw(st.integers(0, width - 1))
     values = st.sampled_from([-1.0, 0.0, 0.5, 0.5, 1.0, 2.0, 3.0])  # many ties, negatives, zeros
-    p_BF = torch.tensor(draw(st.lists(st.lists(values, min_size=width, max_size=width), min_size=tokens, max_size=tokens)))
+    p_BF = torch.tensor(
+        draw(st.lists(st.lists(values, min_size=width, max_size=width), min_size=tokens, max_size=tokens))
+    )
     settings = SAESettings(
-        d=1, width=width, k=draw(st.integers(1, width)), batch=tokens,
-        core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
-    )  # fmt: skip
+        d=1,
+        width=width,
+        k=draw(st.integers(1, width)),
+        batch=tokens,
+        core_gate=draw(st.sampled_from(["batchtopk", "relu"])),
+        core_budget=draw(st.sampled_from(["counted", "exempt"])),
+    )
     order = torch.tensor(draw(st.permutations(range(tokens))))
     owner = torch.tensor(draw(st.lists(st.integers(0, world - 1), min_size=width, max_size=width)))
     ids_of_ranks = [(owner == rank).nonzero().flatten() for rank in range(world)]
@@ -124,10 +139,16 @@ def test_large_random_batch_keeps_the_largest(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kth_largest_over_the_whole_range_of_floats(dtype, kernels):
     info, generator = torch.finfo(dtype), torch.Generator().manual_seed(3)
-    exponents = torch.empty(500, dtype=dtype).uniform_(-140 if dtype == torch.float32 else -1000, 120, generator=generator)
-    value = torch.cat([
-        torch.exp2(exponents), -torch.exp2(exponents), torch.tensor([0.0, info.tiny, info.tiny / 4, info.max, torch.inf, 1.0, 1.0], dtype=dtype)
-    ])  # fmt: skip
+    exponents = torch.empty(500, dtype=dtype).uniform_(
+        -140 if dtype == torch.float32 else -1000, 120, generator=generator
+    )
+    value = torch.cat(
+        [
+            torch.exp2(exponents),
+            -torch.exp2(exponents),
+            torch.tensor([0.0, info.tiny, info.tiny / 4, info.max, torch.inf, 1.0, 1.0], dtype=dtype),
+        ]
+    )
     descending = value.sort(descending=True).values
     for k in (1, 2, 3, 17, 250, int((value > 0).sum())):
         assert kth_largest(value, k, OPS[kernels]) == descending[k - 1].item()

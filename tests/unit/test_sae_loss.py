@@ -27,12 +27,22 @@ def random_case(seed, core_transfer="frozen"):
     d, width, batch = integer(2, 9), integer(6, 30), integer(2, 12)
     core_size = integer(0, width // 2)
     settings = SAESettings(
-        d=d, width=width, k=integer(1, 4), batch=batch,
+        d=d,
+        width=width,
+        k=integer(1, 4),
+        batch=batch,
         prefix_fractions=[(0.1, 0.2), (1 / 3,), (1 / 32, 1 / 4, 1 / 2)][seed % 3],
-        core_gate=["batchtopk", "relu"][seed % 2], core_budget=["counted", "exempt"][seed // 2 % 2],
-        core_transfer=core_transfer, core_decoder_init=["encoder", "random"][seed // 3 % 2], dead_window_tokens=[10**7, 3 * batch][seed // 2 % 2],
-        auxk_k=[None, 1, 50][seed % 3], lr=1e-2, warmup_steps=2, decay_steps=3, total_steps=9,
-    )  # fmt: skip
+        core_gate=["batchtopk", "relu"][seed % 2],
+        core_budget=["counted", "exempt"][seed // 2 % 2],
+        core_transfer=core_transfer,
+        core_decoder_init=["encoder", "random"][seed // 3 % 2],
+        dead_window_tokens=[10**7, 3 * batch][seed // 2 % 2],
+        auxk_k=[None, 1, 50][seed % 3],
+        lr=1e-2,
+        warmup_steps=2,
+        decay_steps=3,
+        total_steps=9,
+    )
     core = torch.randn(core_size, d, dtype=torch.float64, generator=generator)
     sae = MatryoshkaSAE.init(settings, core, seed, torch.float64)
     with torch.no_grad():
@@ -48,10 +58,22 @@ def reference_of(sae, settings):
     parameters = {name: getattr(sae, name).detach().clone() for name in NAMES}
     parameters["W_enc"] = sae.encoder().detach().clone()
     return ReferenceTrainer(
-        parameters, sae.group_ends, sae.core_size, settings.k, settings.lr, settings.core_gate, settings.core_budget,
-        settings.dead_window_tokens, settings.warmup_steps, settings.decay_steps, settings.total_steps,
-        settings.auxk_alpha, settings.aux_latents, settings.clip, settings.core_transfer == "frozen",
-    )  # fmt: skip
+        parameters,
+        sae.group_ends,
+        sae.core_size,
+        settings.k,
+        settings.lr,
+        settings.core_gate,
+        settings.core_budget,
+        settings.dead_window_tokens,
+        settings.warmup_steps,
+        settings.decay_steps,
+        settings.total_steps,
+        settings.auxk_alpha,
+        settings.aux_latents,
+        settings.clip,
+        settings.core_transfer == "frozen",
+    )
 
 
 def gradients_of(sae, flat):
@@ -87,20 +109,30 @@ def test_gradients_are_those_of_autograd(seed, core_transfer, kernels):
 
 @st.composite
 def any_case(draw):
-    """Any shape, group sizes, core, gate, micro-batch, empty rows, none to all of the free latents dead, in float64 or float32."""
+    """Any shape, group sizes, core, gate, micro-batch, empty rows, none to all of the free latents dead, in float64 or
+    float32.
+    """
     d, width, batch = draw(st.integers(1, 40)), draw(st.integers(4, 70)), draw(st.integers(1, 20))
     core_size = draw(st.integers(0, width - 4))
     fractions = draw(st.sampled_from([(0.3,), (0.1, 0.2), (1 / 32, 1 / 16, 1 / 8, 1 / 4), (0.5, 0.4), (0.01, 0.02)]))
     dtype = draw(st.sampled_from([torch.float64, torch.float32]))
     settings = SAESettings(
-        d=d, width=width, k=draw(st.integers(1, min(width, 12))), batch=batch, prefix_fractions=fractions,
-        core_gate=draw(st.sampled_from(["batchtopk", "relu"])), core_budget=draw(st.sampled_from(["counted", "exempt"])),
+        d=d,
+        width=width,
+        k=draw(st.integers(1, min(width, 12))),
+        batch=batch,
+        prefix_fractions=fractions,
+        core_gate=draw(st.sampled_from(["batchtopk", "relu"])),
+        core_budget=draw(st.sampled_from(["counted", "exempt"])),
         core_transfer=draw(st.sampled_from(["frozen", "init"])),
-        core_decoder_init=draw(st.sampled_from(["encoder", "random"])), dead_window_tokens=1000,
-        auxk_k=draw(st.sampled_from([None, 1, 3, 100])), auxk_alpha=draw(st.sampled_from([0.0, 1 / 32, 1.0])),
-        kernels=draw(st.sampled_from(["compiled", "torch"])), screen=draw(st.sampled_from(["bf16", "fp32"])),
+        core_decoder_init=draw(st.sampled_from(["encoder", "random"])),
+        dead_window_tokens=1000,
+        auxk_k=draw(st.sampled_from([None, 1, 3, 100])),
+        auxk_alpha=draw(st.sampled_from([0.0, 1 / 32, 1.0])),
+        kernels=draw(st.sampled_from(["compiled", "torch"])),
+        screen=draw(st.sampled_from(["bf16", "fp32"])),
         micro_batch=draw(st.sampled_from([None, None, 1, 3, 8])),
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     core = torch.randn(core_size, d, dtype=dtype, generator=generator)
     sae = MatryoshkaSAE.init(settings, core, 0, dtype)
@@ -134,9 +166,17 @@ def test_every_gradient_is_that_of_autograd_given_the_same_kept_pairs(case):
     leaves = {name: getattr(sae, name).detach().double().requires_grad_() for name in ("b_enc", "W_dec", "b_dec")}
     leaves["W_enc"] = sae.encoder_rows().double().requires_grad_()
     expected, _, _ = reference_loss(
-        x_BD.double(), leaves["W_enc"], leaves["b_enc"], leaves["W_dec"], leaves["b_dec"], sae.group_ends, mask_BF,
-        outcome.dead_F if settings.auxk_alpha else torch.zeros_like(outcome.dead_F), settings.auxk_alpha, settings.aux_latents,
-    )  # fmt: skip
+        x_BD.double(),
+        leaves["W_enc"],
+        leaves["b_enc"],
+        leaves["W_dec"],
+        leaves["b_dec"],
+        sae.group_ends,
+        mask_BF,
+        outcome.dead_F if settings.auxk_alpha else torch.zeros_like(outcome.dead_F),
+        settings.auxk_alpha,
+        settings.aux_latents,
+    )
     expected.backward()
     tolerance = 1e-10 if x_BD.dtype == torch.float64 else 1e-5
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
@@ -190,7 +230,15 @@ def test_reference_loss_by_hand():
     # One token, two latents of one dimension: prefix 0 rebuilds 1 of 3, prefix 1 rebuilds 3 of 3.
     x = torch.tensor([[3.0]])
     _, loss_rec, _ = reference_loss(
-        x, torch.tensor([[0.0], [0.0]]), torch.tensor([1.0, 2.0]), torch.ones(2, 1), torch.zeros(1),
-        [1, 2], torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool), 0.0, 1,
-    )  # fmt: skip
+        x,
+        torch.tensor([[0.0], [0.0]]),
+        torch.tensor([1.0, 2.0]),
+        torch.ones(2, 1),
+        torch.zeros(1),
+        [1, 2],
+        torch.ones(1, 2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.bool),
+        0.0,
+        1,
+    )
     assert loss_rec == ((3 - 1) ** 2 + 0) / 4

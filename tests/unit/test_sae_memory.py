@@ -14,7 +14,9 @@ from dmsae_ray.sae.trainer import Trainer
 SETTINGS = SAESettings(d=128, width=2048, k=16, batch=1024, kernels="compiled", screen="bf16", dead_window_tokens=10**9)
 CORE = 40
 SCREEN = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-"""Without instructions for it a processor multiplies bf16 in an fp32 copy of its operands and of the product; `auto` takes fp32 there."""
+"""Without instructions for it a processor multiplies bf16 in an fp32 copy of its operands and of the product; `auto`
+takes fp32 there.
+"""
 
 
 def batches(count, settings=SETTINGS):
@@ -71,7 +73,10 @@ def test_what_a_rank_of_several_keeps_is_in_the_footprint(world):
         trainer = Trainer(new_sae(settings), settings, comm)
         trainer.step(batches(1, settings)[0][comm.rank :: world].contiguous())
         lasting = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in lasting_tensors(trainer).items()}
-        return lasting | {"gradient": trainer.loss._gradient.nbytes, "screened product": trainer.loss.screen._product.nbytes}
+        return lasting | {
+            "gradient": trainer.loss._gradient.nbytes,
+            "screened product": trainer.loss.screen._product.nbytes,
+        }
 
     ranks = on_ranks(world, work)
     assert ranks[-1] == {name: expected[name] for name in ranks[-1]}, "the last rank has most"

@@ -97,13 +97,18 @@ def test_file_round_trip(tmp_path, core_size, core_transfer):
 
 
 def test_files_that_are_not_ours_are_refused_by_name(tmp_path):
-    text, foreign, newer = (tmp_path / name for name in ("text.safetensors", "foreign.safetensors", "newer.safetensors"))
+    text, foreign, newer = (
+        tmp_path / name for name in ("text.safetensors", "foreign.safetensors", "newer.safetensors")
+    )
     text.write_text("not a tensor file")
     safetensors.torch.save_file({"W": torch.zeros(1)}, foreign)
     safetensors.torch.save_file({"W": torch.zeros(1)}, newer, {"format": "dmsae_ray.sae", "format_version": "99"})
     for path, reason in (
-        (text, "cannot be read"), (foreign, "not an SAE"), (newer, "format version 99"), (tmp_path / "none", "cannot be read"),
-    ):  # fmt: skip
+        (text, "cannot be read"),
+        (foreign, "not an SAE"),
+        (newer, "format version 99"),
+        (tmp_path / "none", "cannot be read"),
+    ):
         with pytest.raises(ValueError, match=reason) as error:
             MatryoshkaSAE.load(path)
         assert str(path) in str(error.value)

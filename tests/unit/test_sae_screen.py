@@ -1,4 +1,6 @@
-"""Whatever the screen, the gate keeps the pairs that the definition names: values by the sampled product, for all pairs."""
+"""Whatever the screen, the gate keeps the pairs that the definition names: values by the sampled product, for all
+pairs.
+"""
 
 import math
 
@@ -50,7 +52,11 @@ def case(kind, seed, d, width, batch, k, core, core_gate="batchtopk", core_budge
         if kind == "cancelling bias":
             sae.b_enc.copy_(-(x_BD @ W_FD.T).mean(dim=0) - 3)
         elif seed % 2:
-            sae.b_enc.copy_(0.01 * (x_BD @ W_FD.T).nan_to_num(0, 0, 0).abs().mean() * torch.randn(width, generator=generator, dtype=dtype))
+            sae.b_enc.copy_(
+                0.01
+                * (x_BD @ W_FD.T).nan_to_num(0, 0, 0).abs().mean()
+                * torch.randn(width, generator=generator, dtype=dtype)
+            )
     return sae, settings, x_BD
 
 
@@ -76,7 +82,9 @@ def check(sae, settings, x_BD, kernels, mode, guess):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_pairs_are_the_defined_ones(kind, kernels, mode):
     for seed in range(4):
-        sae, settings, x_BD = case(kind, seed, d=70, width=90, batch=24, k=[3, 7, 40, 60][seed], core=[0, 5, 9, 0][seed])
+        sae, settings, x_BD = case(
+            kind, seed, d=70, width=90, batch=24, k=[3, 7, 40, 60][seed], core=[0, 5, 9, 0][seed]
+        )
         check(sae, settings, x_BD, kernels, mode, guess=None)
         check(sae, settings, x_BD, kernels, mode, guess=[0.3, 1.0, 30.0, math.inf][seed])
 
@@ -88,10 +96,17 @@ def test_kept_pairs_are_the_defined_ones_for_any_shape(data):
     width, batch = draw(st.integers(2, 80)), draw(st.integers(1, 20))
     core_gate = draw(st.sampled_from(["batchtopk", "relu"]))
     sae, settings, x_BD = case(
-        draw(st.sampled_from(sorted(KINDS))), draw(st.integers(0, 9)), draw(st.integers(1, 100)), width, batch,
-        draw(st.integers(1, width)), draw(st.integers(0, width - 1)), core_gate, draw(st.sampled_from(["counted", "exempt"])),
+        draw(st.sampled_from(sorted(KINDS))),
+        draw(st.integers(0, 9)),
+        draw(st.integers(1, 100)),
+        width,
+        batch,
+        draw(st.integers(1, width)),
+        draw(st.integers(0, width - 1)),
+        core_gate,
+        draw(st.sampled_from(["counted", "exempt"])),
         draw(st.sampled_from([torch.float32, torch.float64])),
-    )  # fmt: skip
+    )
     guess = draw(st.sampled_from([None, -1.0, 0.0, 0.1, 1.0, 8.0, 1e30]))
     check(sae, settings, x_BD, draw(st.sampled_from(sorted(OPS))), draw(st.sampled_from(["bf16", "fp32"])), guess)
 

@@ -16,9 +16,18 @@ from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Trainer
 
 SETTINGS = SAESettings(
-    d=6, width=24, k=2, batch=16, lr=3e-3, warmup_steps=3, decay_steps=5, total_steps=20, dead_window_tokens=48,
-    threshold_start_step=3, threshold_beta=0.9,
-)  # fmt: skip
+    d=6,
+    width=24,
+    k=2,
+    batch=16,
+    lr=3e-3,
+    warmup_steps=3,
+    decay_steps=5,
+    total_steps=20,
+    dead_window_tokens=48,
+    threshold_start_step=3,
+    threshold_beta=0.9,
+)
 
 INIT = dataclasses.replace(SETTINGS, core_transfer="init")
 
@@ -72,7 +81,9 @@ def test_whole_updates_are_those_of_the_reference(seed, core_transfer):
     assert torch.equal(trainer.silent_F, reference.silent)
     for name in NAMES:
         ours = sae.encoder() if name == "W_enc" else getattr(sae, name)
-        torch.testing.assert_close(ours, reference.parameters[name], rtol=0, atol=1e-9, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours, reference.parameters[name], rtol=0, atol=1e-9, msg=lambda text: f"{name}: {text}"
+        )
 
 
 def test_first_step_only_moves_b_dec_to_the_geometric_median():
@@ -106,9 +117,13 @@ def test_core_encoder_stays_where_it_is_frozen_and_everything_else_moves(setting
     for x_BD in batches(12):
         trainer.step(x_BD)
     after = trainer.sae.state_dict()
-    assert torch.equal(after["W_enc_core"], before["W_enc_core"]) and len(after["W_enc_core"]) == (3 if settings is SETTINGS else 0)
+    assert torch.equal(after["W_enc_core"], before["W_enc_core"]) and len(after["W_enc_core"]) == (
+        3 if settings is SETTINGS else 0
+    )
     stayed_F = (trainer.sae.encoder_rows() == rows_before).all(dim=1)
-    assert stayed_F.nonzero().flatten().tolist() == ([0, 1, 2] if settings is SETTINGS else []), "every other row is trained"
+    assert stayed_F.nonzero().flatten().tolist() == ([0, 1, 2] if settings is SETTINGS else []), (
+        "every other row is trained"
+    )
     for name in NAMES:
         assert not torch.equal(after[name], before[name])
     assert not torch.equal(after["W_dec"][:3], before["W_dec"][:3])
@@ -117,7 +132,9 @@ def test_core_encoder_stays_where_it_is_frozen_and_everything_else_moves(setting
 
 def test_a_core_that_is_trained_starts_as_a_frozen_one_and_is_a_core_all_the_same():
     frozen, trained = new_trainer(), new_trainer(settings=INIT)
-    assert torch.equal(trained.sae.encoder_rows(), frozen.sae.encoder_rows()) and torch.equal(trained.sae.W_dec, frozen.sae.W_dec)
+    assert torch.equal(trained.sae.encoder_rows(), frozen.sae.encoder_rows()) and torch.equal(
+        trained.sae.W_dec, frozen.sae.W_dec
+    )
     assert (trained.sae.core_size, trained.sae.group_ends) == (frozen.sae.core_size, frozen.sae.group_ends)
     assert trained.sae.flat.numel() == frozen.sae.flat.numel() + 3 * 6
     x_BD = batches(1)[0]
@@ -220,7 +237,9 @@ def test_reported_figures_by_their_definitions():
     p_BF = trainer.sae.pre(x_BD)
     mask_BF, _ = reference_mask(p_BF, SETTINGS.k, core_size=3)
     error_BD = trainer.sae.decode(p_BF * mask_BF) - x_BD
-    assert report.fvu == pytest.approx((error_BD.square().sum() / (x_BD - x_BD.mean(dim=0)).square().sum()).item(), rel=1e-5)
+    assert report.fvu == pytest.approx(
+        (error_BD.square().sum() / (x_BD - x_BD.mean(dim=0)).square().sum()).item(), rel=1e-5
+    )
     assert report.l0 == mask_BF.sum() / 16 == 2
     assert (report.core_l0, report.free_l0) == (mask_BF[:, :3].sum() / 16, mask_BF[:, 3:].sum() / 16)
     assert (report.dead_share, report.threshold, report.loss_aux) == (0, 0, 0)

@@ -19,7 +19,12 @@ HERE = Path(__file__).parent
 def run(*command, **environment):
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
-        [sys.executable, *command], cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command],
+        cwd=HERE,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -44,13 +49,22 @@ def test_kernels_compile_for_an_h100_and_a_step_asks_the_device_for_nothing(tmp_
     out = run("triton_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     kernels = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert {entry["kernel"] for entry in kernels} == {
-        "prepare_rows", "gradient_squares", "adam", "sampled", "decode", "weight_gradients", "append", "count_sure", "count_digits",
+        "prepare_rows",
+        "gradient_squares",
+        "adam",
+        "sampled",
+        "decode",
+        "weight_gradients",
+        "append",
+        "count_sure",
+        "count_digits",
         "choose_digit",
-    }  # fmt: skip
+    }
     for entry in kernels:
         assert entry["spilled"] == entry["stack"] == 0, entry
         assert entry["shared"] <= 227 * 1024, entry
         if entry["kernel"] == "append" and "bf16" in entry["types"]:
-            # Two programs on a multiprocessor (64 Ki registers, 227 KiB): one multiplies while the other hands on its pairs.
+            # Two programs on a multiprocessor (64 Ki registers, 227 KiB): one multiplies while the other hands on its
+            # pairs.
             assert entry["registers"] * entry["warps"] * 32 * 2 <= 1 << 16 and entry["shared"] * 2 <= 227 * 1024, entry
             assert entry["tensor_cores"], entry

@@ -46,7 +46,9 @@ def test_the_ends_of_the_range():
 def test_quantiles_against_sorting(q):
     generator = torch.Generator().manual_seed(0)
     latents, drawn = 40, 5000
-    latent = torch.randint(0, latents - 1, (drawn,), generator=generator).square() // latents  # some often, the last never
+    latent = (
+        torch.randint(0, latents - 1, (drawn,), generator=generator).square() // latents
+    )  # some often, the last never
     magnitude = torch.exp(3 * torch.randn(drawn, generator=generator))
     magnitude[::17] = 0
     histogram = Histogram.of(latent, magnitude)
@@ -88,7 +90,9 @@ def test_halves_are_the_shards_of_even_and_odd_number():
     assert halves.jaccard == 1 / 3
     assert halves.spearman == pytest.approx(0.8), "over the four candidates that score: one swap of neighbours"
     assert split_half([even, even, odd, odd], settings).jaccard == 1
-    assert enough([even, odd], ScoreSettings(tau=0.65, until_jaccard=0.33)) and not enough([even, odd], ScoreSettings(tau=0.65, until_jaccard=0.34))
+    assert enough([even, odd], ScoreSettings(tau=0.65, until_jaccard=0.33)) and not enough(
+        [even, odd], ScoreSettings(tau=0.65, until_jaccard=0.34)
+    )
 
 
 def test_what_says_nothing_about_certainty():

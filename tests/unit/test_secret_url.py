@@ -33,9 +33,16 @@ URLS = {
     "name:hunter2@host/x": "name:***@host/x",
 }
 PLAIN = [
-    "embedded", "owner/name:part", "/data/a@b.txt", "~/texts/*.jsonl", "s3://bucket/p@v1/x?region=eu&scheme=http", "http://host:9000/p",
-    "sqlite:////home/a b/x@y/m?o.db", "file:///a@b", "databricks://profile",
-]  # fmt: skip
+    "embedded",
+    "owner/name:part",
+    "/data/a@b.txt",
+    "~/texts/*.jsonl",
+    "s3://bucket/p@v1/x?region=eu&scheme=http",
+    "http://host:9000/p",
+    "sqlite:////home/a b/x@y/m?o.db",
+    "file:///a@b",
+    "databricks://profile",
+]
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -45,7 +52,9 @@ def test_what_may_be_a_secret_is_masked_wherever_a_url_is_printed(url):
     assert yaml.safe_load(yaml.safe_dump({"uri": secret})) == {"uri": shown}
     for same in (pickle.loads(pickle.dumps(secret)), copy.deepcopy(secret), SecretUrl(secret)):
         assert same == secret == url and same.reveal() == url
-    assert "hunter2" not in scrub(f"could not open '{url}': no such host\n{url}") and "no such host" in scrub(f"'{url}': no such host")
+    assert "hunter2" not in scrub(f"could not open '{url}': no such host\n{url}") and "no such host" in scrub(
+        f"'{url}': no such host"
+    )
     assert scrub(shown) == shown
 
 
@@ -67,7 +76,13 @@ def options(url: str) -> list[str]:
 def test_a_configuration_dumps_them_masked_and_hands_them_on_whole(url):
     command = load(SweepCommand, options(url))
     config = pickle.loads(pickle.dumps(Config(**command.sections())))
-    for shown in (repr(config), str(command), config.model_dump_json(), json.dumps(config.section_dict()), yaml.safe_dump(config.section_dict())):
+    for shown in (
+        repr(config),
+        str(command),
+        config.model_dump_json(),
+        json.dumps(config.section_dict()),
+        yaml.safe_dump(config.section_dict()),
+    ):
         assert "hunter2" not in shown and URLS[url] in shown
     assert config.track.uri.reveal() == config.harvest.store.reveal() == config.corpus.parts[0].source.reveal() == url
 
@@ -82,11 +97,14 @@ def test_arms_hand_them_on_whole():
     "main, argv",
     [
         *((sweep.main, ["--corpus.source", url]) for url in URLS if "://" in url),
-        *((main, [field, "postgresql://u:hunter2@h/d?token=hunter2"])
-          for main in (sweep.main, harvest.main, report.main, evaluate.main, ui.main) for field in ("--track", "--track.url", "--train.tokens")),
+        *(
+            (main, [field, "postgresql://u:hunter2@h/d?token=hunter2"])
+            for main in (sweep.main, harvest.main, report.main, evaluate.main, ui.main)
+            for field in ("--track", "--track.url", "--train.tokens")
+        ),
         (sweep.main, ["--corpus.mixture", '[{"source": 3, "url": "https://u:hunter2@h"}]']),
     ],
-)  # fmt: skip
+)
 def test_no_mistake_says_them(main, argv, tmp_path, capfd):
     assert main([*argv, "--output", str(tmp_path / "out")]) == 2
     said = capfd.readouterr()
@@ -112,7 +130,9 @@ def test_what_libraries_print_is_kept_without_them(tmp_path):
         (ray / "link").symlink_to(tmp_path / "elsewhere")
         (tmp_path / "elsewhere").write_text("pa/ssword")
     assert say.path.with_suffix(".all").read_text() == "engine for postgresql://***@h/d\nfor u: ***\n"
-    assert (ray / "events" / "x.log").read_bytes() == b"\xff *** \xff" and (tmp_path / "elsewhere").read_text() == "pa/ssword"
+    assert (ray / "events" / "x.log").read_bytes() == b"\xff *** \xff" and (
+        tmp_path / "elsewhere"
+    ).read_text() == "pa/ssword"
 
 
 def test_an_error_that_nobody_expected_is_printed_without_them(tmp_path):
@@ -122,5 +142,7 @@ def test_an_error_that_nobody_expected_is_printed_without_them(tmp_path):
         "raise RuntimeError('cannot open ' + config.track.uri.reveal()) from KeyError('hunter2')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "RuntimeError: cannot open https://***@h/x" in done.stderr and "line 3" in done.stderr
+    assert (
+        done.returncode == 1 and "RuntimeError: cannot open https://***@h/x" in done.stderr and "line 3" in done.stderr
+    )
     assert "hunter2" not in done.stderr.replace("KeyError('hunter2')", ""), "the source line alone, if at all"

@@ -92,7 +92,8 @@ def test_what_has_no_largest_values():
 
 
 @pytest.mark.parametrize(
-    ("share", "candidates", "count"), [(0.5, 4, 2), (0.5, 5, 3), (0.1, 30, 3), (0.7, 10, 7), (1, 9, 9), (1e-6, 9, 1), (0.3, 1, 1)]
+    ("share", "candidates", "count"),
+    [(0.5, 4, 2), (0.5, 5, 3), (0.1, 30, 3), (0.7, 10, 7), (1, 9, 9), (1e-6, 9, 1), (0.3, 1, 1)],
 )
 def test_fewest_candidates_that_are_a_share_of_all(share, candidates, count):
     assert count_of(share, candidates) == count

@@ -47,7 +47,7 @@ def test_rows_come_back_bit_for_bit(store, rows, dtype):
 def test_every_finite_bit_pattern_comes_back(store):
     for dtype in DTYPES:
         all_N = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(DTYPES[dtype])
-        rows_ND = all_N[torch.isfinite(all_N.float())][: 63_000].reshape(-1, 9)
+        rows_ND = all_N[torch.isfinite(all_N.float())][:63_000].reshape(-1, 9)
         back_ND = read_rows(store, write(store, F, rows_ND, 512), 512, 9, dtype)
         assert torch.equal(bits(back_ND), bits(rows_ND))
 
@@ -59,14 +59,19 @@ def test_offsets_point_at_the_rows(store, rows):
     raw = (store.local / F).read_bytes()
     assert (entry.rows, entry.bytes, len(entry.offsets)) == (rows, len(raw), -(-rows // PER_GROUP))
     for number, (offset, length) in enumerate(zip(entry.offsets, group_bytes(entry, PER_GROUP, 2 * D), strict=True)):
-        assert raw[offset : offset + length] == bits(rows_ND[number * PER_GROUP : (number + 1) * PER_GROUP]).numpy().tobytes()
+        assert (
+            raw[offset : offset + length]
+            == bits(rows_ND[number * PER_GROUP : (number + 1) * PER_GROUP]).numpy().tobytes()
+        )
         assert bytes(read_unit(store, entry.units()[number], length)) == raw[offset : offset + length]
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_shard_says_of_itself_what_its_writer_said(store, rows):
     positions = {"bos": 3, "padding": 9, "outlier": 0, "unused": 4}
-    written = ShardWriter().write(store, F, some_rows(rows), PER_GROUP, {"dataset": "k", "hook": "h", "d": D}, positions)
+    written = ShardWriter().write(
+        store, F, some_rows(rows), PER_GROUP, {"dataset": "k", "hook": "h", "d": D}, positions
+    )
     found, about = inspect_shard(store, F)
     assert found == written and found.positions == positions
     assert {name: about[name] for name in ("dataset", "hook", "d")} == {"dataset": "k", "hook": "h", "d": D}
@@ -123,9 +128,10 @@ def planted(dtype, rows, places):
 
 @settings(deadline=None, max_examples=200)
 @given(
-    st.sampled_from(sorted(DTYPES)), st.integers(1, 12_500),
+    st.sampled_from(sorted(DTYPES)),
+    st.integers(1, 12_500),
     st.lists(st.tuples(st.integers(0, 12_500), st.integers(0, 4), st.sampled_from(["nan", "inf", "-inf"])), max_size=3),
-)  # fmt: skip
+)
 def test_the_first_row_that_is_not_finite_is_that_of_isfinite(dtype, rows, places):
     rows_ND = planted(dtype, rows, places)
     bad = (~torch.isfinite(rows_ND).all(dim=1)).nonzero().flatten().tolist()
@@ -148,7 +154,8 @@ def test_a_view_of_a_block_is_the_block_s_rows():
     assert torch.equal(as_tensor(pa.py_buffer(bits(rows_ND).numpy()), D, "float16"), rows_ND)
 
 
-# -- reading many row groups ---------------------------------------------------------------------------------------------
+# -- reading many row groups
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_block, sizes", [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (9, [7])])
@@ -162,7 +169,8 @@ def test_a_read_task_gives_its_units_in_order_as_blocks_of_the_size_asked_for(st
     assert raw == b"".join((store.local / u.file).read_bytes()[u.offset : u.offset + PER_GROUP * 2 * D] for u in units)
 
 
-# -- damage --------------------------------------------------------------------------------------------------------------
+# -- damage
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_byte_among_the_rows_is_an_error_and_never_a_number(store):
@@ -197,11 +205,19 @@ def foreign(column=COLUMN, width=2 * D, metadata=None):
     return pa.table([pa.array([b"\0" * 2 * D] * 4, type=pa.binary(width))], schema=schema)
 
 
-@pytest.mark.parametrize("table", [
-    foreign(), foreign(metadata={"pandas": "{}"}), foreign(column="text", metadata={META: '{"digests": [], "positions": {}}'}),
-    foreign(metadata={META: "not json"}), foreign(metadata={META: "[]"}), foreign(metadata={META: '{"dataset": "k"}'}),
-    foreign(width=-1, metadata={META: '{"digests": [], "positions": {}}'}),
-], ids=["bare", "other metadata", "other column", "not json", "list", "half", "strings"])  # fmt: skip
+@pytest.mark.parametrize(
+    "table",
+    [
+        foreign(),
+        foreign(metadata={"pandas": "{}"}),
+        foreign(column="text", metadata={META: '{"digests": [], "positions": {}}'}),
+        foreign(metadata={META: "not json"}),
+        foreign(metadata={META: "[]"}),
+        foreign(metadata={META: '{"dataset": "k"}'}),
+        foreign(width=-1, metadata={META: '{"digests": [], "positions": {}}'}),
+    ],
+    ids=["bare", "other metadata", "other column", "not json", "list", "half", "strings"],
+)
 def test_a_parquet_file_of_someone_else_is_no_shard(store, table):
     pq.write_table(table, store.local / F)
     with pytest.raises(ShardError, match=r"s\.parquet: cannot be read as a shard .*--repair"):

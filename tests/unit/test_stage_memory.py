@@ -13,7 +13,14 @@ from dmsae_ray.attribution.gradients import AttributionSettings, attribute
 from dmsae_ray.distill.grid import grid
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import disk_bytes
-from dmsae_ray.driver.stage_memory import ModelShape, attribution, chain_stages, evaluation, features_stage, harvest_stage
+from dmsae_ray.driver.stage_memory import (
+    ModelShape,
+    attribution,
+    chain_stages,
+    evaluation,
+    features_stage,
+    harvest_stage,
+)
 from dmsae_ray.evaluation.measure import Tally, tally_batch
 from dmsae_ray.lm.model import LanguageModel, model_info
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
@@ -86,7 +93,11 @@ def test_harvest_stays_below_its_bound(lm, config, shape, batch):
 @pytest.mark.parametrize("name", ["gemma2_2b_l12_65k", "gemma2_2b_l12_65k_paper_reading"])
 def test_the_gemma_configurations_fit_an_80_gb_gpu(name, tmp_path):
     config = load(SweepCommand, ["--config", str(CONFIGS / f"{name}.yaml"), "--output", str(tmp_path)])
-    stages = [harvest_stage(config, GEMMA), *chain_stages(config, GEMMA, grid(config, "base", "d", "k", None)), features_stage(config, GEMMA)]
+    stages = [
+        harvest_stage(config, GEMMA),
+        *chain_stages(config, GEMMA, grid(config, "base", "d", "k", None)),
+        features_stage(config, GEMMA),
+    ]
     assert config.cluster.lockstep == len(config.sweep.k) == 3, "the three k of a seed read the same batches"
     assert all(stage.bytes < 0.92 * 80e9 for stage in stages), stages
     assert max(stage.bytes for stage in stages) > 20e9, "else the configuration wastes the GPU"
@@ -96,21 +107,32 @@ def test_the_disk_that_the_readme_names_is_what_preflight_asks_for(monkeypatch, 
     """The hub is not asked: names of chains do not matter here."""
     monkeypatch.setattr("dmsae_ray.driver.preflight.planned", lambda config: grid(config, "base", "d", "k", None))
     config = load(SweepCommand, ["--config", str(CONFIGS / "gemma2_2b_l12_65k.yaml"), "--output", str(tmp_path)])
-    assert f"{math.ceil(disk_bytes(config, GEMMA.d) / 1e10) / 100} TB of disk" in (CONFIGS.parent / "README.md").read_text()
+    assert (
+        f"{math.ceil(disk_bytes(config, GEMMA.d) / 1e10) / 100} TB of disk"
+        in (CONFIGS.parent / "README.md").read_text()
+    )
 
 
 def test_the_gemma_configurations_pin_what_the_hub_gives():
     for path in CONFIGS.glob("gemma*.yaml"):
         config = load(SweepCommand, ["--config", str(path)])
         assert all(len(revision or "") == 40 for revision in (config.model.revision, config.corpus.revision)), path
-        assert config.features.tokens >= 4_000_000, "a latent of density 1e-5 is to be seen more often than features.contexts"
+        assert config.features.tokens >= 4_000_000, (
+            "a latent of density 1e-5 is to be seen more often than features.contexts"
+        )
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (["--cluster.gpus_per_worker", "1"], ("training", "evaluation", "attribution: needs up to", "lower attribution.sequences_per_shard (now 32)")),
-        (["--harvest.gpus_per_actor", "0.5"], ("harvest: needs up to", "harvest.gpus_per_actor 0.5 x 0.1 GB", "features.sequences_per_batch (now 32)")),
+        (
+            ["--cluster.gpus_per_worker", "1"],
+            ("training", "evaluation", "attribution: needs up to", "lower attribution.sequences_per_shard (now 32)"),
+        ),
+        (
+            ["--harvest.gpus_per_actor", "0.5"],
+            ("harvest: needs up to", "harvest.gpus_per_actor 0.5 x 0.1 GB", "features.sequences_per_batch (now 32)"),
+        ),
     ],
 )
 def test_a_stage_that_does_not_fit_is_named_before_anything_starts(tmp_path, capsys, fields, words):

@@ -1,4 +1,6 @@
-"""Where files lie: whole or not at all, and said in words when it cannot be. Local folders; a server's refusals without a server."""
+"""Where files lie: whole or not at all, and said in words when it cannot be. Local folders; a server's refusals without
+a server.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_what_is_written_is_read(store):
     store.write("x/b.bin", memoryview(b"b"))
     store.write("x/y/c.bin", b"")
     assert store.read("x/a.bin") == CONTENT and store.size("x/a.bin") == len(CONTENT) and store.size("x/y/c.bin") == 0
-    assert store.sizes("x") == {"x/a.bin": len(CONTENT), "x/b.bin": 1} and store.size("x") is None, "a folder is no file"
+    assert store.sizes("x") == {"x/a.bin": len(CONTENT), "x/b.bin": 1} and store.size("x") is None, (
+        "a folder is no file"
+    )
     store.write("x/a.bin", b"new")
     assert store.read("x/a.bin") == b"new"
     store.delete("x/a.bin")
@@ -70,10 +74,19 @@ def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "a").read_bytes() == b"1" and Store(str(tmp_path / "here")).url == store.url
 
 
-@pytest.mark.parametrize("offset, length, expected", [
-    (0, 10, CONTENT[:10]), (5000, 300, CONTENT[5000:5300]), (4096, 4096, CONTENT[4096:8192]), (4095, 2, CONTENT[4095:4097]),
-    (len(CONTENT) - 3, 100, CONTENT[-3:]), (len(CONTENT), 5, b""), (len(CONTENT) + 10_000, 5, b""), (7, 0, b""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "offset, length, expected",
+    [
+        (0, 10, CONTENT[:10]),
+        (5000, 300, CONTENT[5000:5300]),
+        (4096, 4096, CONTENT[4096:8192]),
+        (4095, 2, CONTENT[4095:4097]),
+        (len(CONTENT) - 3, 100, CONTENT[-3:]),
+        (len(CONTENT), 5, b""),
+        (len(CONTENT) + 10_000, 5, b""),
+        (7, 0, b""),
+    ],
+)
 def test_a_range_holds_what_the_file_has_of_it(store, offset, length, expected):
     """To its last byte: beyond the end of a map lies a signal that kills the process."""
     store.write("a", CONTENT)
@@ -95,7 +108,8 @@ def test_a_missing_file_is_missing_and_named(store):
             act()
 
 
-# -- whole or not at all -------------------------------------------------------------------------------------------------
+# -- whole or not at all
+# -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -140,7 +154,11 @@ def test_a_full_disk_is_said_to_be_full(tmp_path):
         store.write("a", b"a" * 1000)
         with pytest.raises(StoreError) as error:
             store.write("x/b", b"b" * (2 << 20))
-        for words in ("small/x/b: No space left on device", "--harvest.store a larger disk", "what is finished is kept"):
+        for words in (
+            "small/x/b: No space left on device",
+            "--harvest.store a larger disk",
+            "what is finished is kept",
+        ):
             assert words in str(error.value)
         assert files_below(store.local) == ["a"]
         store.write("x/b", b"b" * 1000)  # the half that was written holds no room
@@ -152,7 +170,9 @@ def test_a_folder_that_refuses_is_named(tmp_path):
         store.write("a", b"1")
         subprocess.run(["mount", "-o", "remount,ro", str(store.local)], check=True)
         for name, act in (("x/a", lambda: store.write("x/a", b"1")), ("a", lambda: store.delete("a"))):
-            with pytest.raises(StoreError, match=rf"sealed/{name}: Read-only file system; check the path and its permissions"):
+            with pytest.raises(
+                StoreError, match=rf"sealed/{name}: Read-only file system; check the path and its permissions"
+            ):
                 act()
         assert store.read("a") == b"1"
 
@@ -163,7 +183,8 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
         Store(tmp_path / "file").write("x/a", b"1")
 
 
-# -- servers -------------------------------------------------------------------------------------------------------------
+# -- servers
+# -------------------------------------------------------------------------------------------------------------
 
 SECRET = "s3://bucket/some/where?endpoint_override=http://127.0.0.1:9&region=hunter2"
 
@@ -175,10 +196,15 @@ def test_the_options_of_a_url_travel_and_are_never_shown():
         assert child.url.reveal() == SECRET.replace("/where?", "/where/x?")
 
 
-@pytest.mark.parametrize("url", [
-    "s3://name:hunter2@bucket/p?region=us-east-1", "nope://bucket/p?password=hunter2", "s3://bucket/p?bogus=hunter2",
-    "nope://name:hunter2@bucket/p",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://name:hunter2@bucket/p?region=us-east-1",
+        "nope://bucket/p?password=hunter2",
+        "s3://bucket/p?bogus=hunter2",
+        "nope://name:hunter2@bucket/p",
+    ],
+)
 def test_no_secret_of_a_url_reaches_a_message(url):
     try:
         store = Store(url)

@@ -26,7 +26,9 @@ def tokenizer():
     return load_tokenizer("tiny")
 
 
-def packed(documents: list[list[int]], packing: str, context: int = T, bos: int = BOS, pad: int = PAD) -> TokenSequences:
+def packed(
+    documents: list[list[int]], packing: str, context: int = T, bos: int = BOS, pad: int = PAD
+) -> TokenSequences:
     packer = PACKINGS[packing](context, bos, pad)
     made = [packer.add(np.array(ids, dtype=np.int32)) for ids in documents] + [packer.rest()]
     return TokenSequences(*(np.concatenate([getattr(m, name) for m in made]) for name in ("ids", "lengths", "rows")))
@@ -35,10 +37,13 @@ def packed(documents: list[list[int]], packing: str, context: int = T, bos: int 
 def some_sequences(n=7):
     rng = np.random.default_rng(0)
     lengths = rng.integers(17, T + 1, n).astype(np.int32)
-    return TokenSequences(rng.integers(3, 99, (n, T)).astype(np.int32), lengths, lengths - rng.integers(1, 4, n).astype(np.int32))
+    return TokenSequences(
+        rng.integers(3, 99, (n, T)).astype(np.int32), lengths, lengths - rng.integers(1, 4, n).astype(np.int32)
+    )
 
 
-# -- packing -------------------------------------------------------------------------------------------------------------
+# -- packing
+# -------------------------------------------------------------------------------------------------------------
 
 
 def plain_separate(documents, context):
@@ -100,9 +105,13 @@ def test_separate_sequences_start_with_bos_and_give_back_the_documents(tokenizer
     encoded = list(encode(documents, tokenizer))
     assert [e.text for e in encoded] == [d.text for d in documents]
     sequences = packed([e.ids for e in encoded], "separate", T, tokenizer.bos_token_id, pad_id_of(tokenizer))
-    assert (sequences.ids[:, 0] == tokenizer.bos_token_id).all() and (sequences.ids[:, 1:] != tokenizer.bos_token_id).all()
+    assert (sequences.ids[:, 0] == tokenizer.bos_token_id).all() and (
+        sequences.ids[:, 1:] != tokenizer.bos_token_id
+    ).all()
     padding = np.arange(T)[None] >= sequences.lengths[:, None]
-    assert (sequences.ids[padding] == pad_id_of(tokenizer)).all() and (sequences.ids[~padding] != pad_id_of(tokenizer)).all()
+    assert (sequences.ids[padding] == pad_id_of(tokenizer)).all() and (
+        sequences.ids[~padding] != pad_id_of(tokenizer)
+    ).all()
     # Going through the documents in order uses up the sequences in order: none holds tokens of two documents.
     row = 0
     for document in documents:
@@ -122,7 +131,8 @@ def test_a_special_token_in_a_text_is_text(tokenizer):
     assert len(encoded.ids) > 60 and (encoded.ids > 2).all()
 
 
-# -- the file ------------------------------------------------------------------------------------------------------------
+# -- the file
+# ------------------------------------------------------------------------------------------------------------
 
 
 def same(a: TokenSequences, b: TokenSequences) -> bool:
@@ -175,7 +185,9 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such file of token sequences"):
         TokenSequences.load(path)
     some_sequences().save(path, {"format_version": "1"})
-    with pytest.raises(ValueError, match=r"train\.safetensors: token sequences of format 1, this version reads 2; delete it"):
+    with pytest.raises(
+        ValueError, match=r"train\.safetensors: token sequences of format 1, this version reads 2; delete it"
+    ):
         TokenSequences.load(path)
     some_sequences().save(path)
     whole = path.read_bytes()
@@ -185,18 +197,24 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
             TokenSequences.load(path)
 
 
-# -- parts of it ---------------------------------------------------------------------------------------------------------
+# -- parts of it
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_take_first_tokens_and_batches():
     sequences = some_sequences(7)
     order = np.array([3, 1, 5])
-    assert (sequences.take(order).ids == sequences.ids[order]).all() and (sequences.take(order).rows == sequences.rows[order]).all()
+    assert (sequences.take(order).ids == sequences.ids[order]).all() and (
+        sequences.take(order).rows == sequences.rows[order]
+    ).all()
     assert sequences.tokens == sum(sequences.rows.tolist()) < int((sequences.lengths - 1).sum())
     two = int(sequences.rows[:2].sum())
     assert len(sequences.first_tokens(two)) == 2 and len(sequences.first_tokens(two + 1)) == 3
     assert len(sequences.first_tokens(10**9)) == 7 and len(sequences.first_tokens(1)) == 1
     batches = list(sequences.batches(3))
-    assert all(ids.shape == (3, T) and lengths.shape == (3,) and ids.dtype == lengths.dtype == torch.int64 for ids, lengths in batches)
+    assert all(
+        ids.shape == (3, T) and lengths.shape == (3,) and ids.dtype == lengths.dtype == torch.int64
+        for ids, lengths in batches
+    )
     assert batches[-1][1].tolist() == [int(sequences.lengths[-1]), 1, 1]  # filled with rows that count nothing
     assert torch.cat([lengths for _, lengths in batches])[:7].tolist() == sequences.lengths.tolist()

@@ -1,4 +1,6 @@
-"""MLflow shows what lies on disk, once, whatever happened to earlier drivers. A real sqlite store, shared by the module."""
+"""MLflow shows what lies on disk, once, whatever happened to earlier drivers. A real sqlite store, shared by the
+module.
+"""
 
 import json
 import logging
@@ -30,15 +32,25 @@ from dmsae_ray.show.mlflow.tracker import MlflowTracker
 
 CYCLES, STEPS = 2, 40
 CONFIG = {
-    "name": "test", "sweep": {"seeds": [0, 1], "k": [16], "cycles": CYCLES}, "attribution": {"tau": 0.9},
+    "name": "test",
+    "sweep": {"seeds": [0, 1], "k": [16], "cycles": CYCLES},
+    "attribution": {"tau": 0.9},
     "sae": {"width": 2048, "note": "x" * 2000},
-}  # fmt: skip
+}
 
 
 def write_chain(folder, key, seed):
     folder.mkdir(parents=True)
     fields = {"seed": seed, "data_seed": seed, "k": 16, "sae": {"width": 2048}}
-    chain = {"format_version": RECORD_VERSION, "key": key, "seed": seed, "data_seed": seed, "k": 16, "label": f"seed{seed}-k16", "fields": fields}
+    chain = {
+        "format_version": RECORD_VERSION,
+        "key": key,
+        "seed": seed,
+        "data_seed": seed,
+        "k": 16,
+        "label": f"seed{seed}-k16",
+        "fields": fields,
+    }
     (folder / "chain.json").write_text(json.dumps(chain))
     return folder
 
@@ -49,7 +61,15 @@ def write_curve(folder, cycle, first, last, torn=False):
     path.mkdir(exist_ok=True)
     with open(path / "curve.jsonl", "a") as file:
         for step in range(first, last + 1, 10):
-            row = {"step": step, "tokens": step * 1024, "lr": 3e-4, "loss": 1 / (1 + step), "fvu": 0.2, "l0": 16.0, "threshold": None}
+            row = {
+                "step": step,
+                "tokens": step * 1024,
+                "lr": 3e-4,
+                "loss": 1 / (1 + step),
+                "fvu": 0.2,
+                "l0": 16.0,
+                "threshold": None,
+            }
             file.write(json.dumps(row) + "\n")
         if torn:
             file.write('{"step": 9')
@@ -61,18 +81,48 @@ def write_cycle(folder, cycle, core_in, core_out, curve=True):
         write_curve(folder, cycle, 0, STEPS)
     scores_P = np.random.default_rng(cycle).exponential(size=700)
     ids_P = np.arange(700)
-    save_file({"ids": ids_P, "scores": scores_P, "curve": np.cumsum(np.sort(scores_P)[::-1]) / scores_P.sum()}, path / "scores.safetensors")
+    save_file(
+        {"ids": ids_P, "scores": scores_P, "curve": np.cumsum(np.sort(scores_P)[::-1]) / scores_P.sum()},
+        path / "scores.safetensors",
+    )
     save_file({"W_enc": np.zeros((core_out, 4), dtype=np.float32)}, path / "core.safetensors")
     record = {
-        "format_version": RECORD_VERSION, "chain": "c", "cycle": cycle, "generation": 1, "seed": 0, "k": 16, "core_in": core_in, "core_out": core_out,
-        "kept": core_in, "entered": core_out - core_in, "left": 0, "jaccard": None if cycle == 0 else core_in / core_out,
-        "tokens": 40960, "steps": STEPS, "rows_dropped": 0, "theta": 0.5, "l0": 16.1, "core_l0": 8.0, "free_l0": 8.1, "fvu": 0.16,
-        "loss_clean": 3.1, "loss_spliced": 3.4, "loss_zero": 8.3, "loss_mean": 7.0, "loss_recovered_zero": 0.94,
-        "loss_recovered_mean": 0.92, "dead_share": 0.02, "core_share": 0.9, "coverage": 0.91, "origins": {"0": core_out},
-        "seconds": {"train": 20.0, "attribute": 5.0, "evaluate": 5.0, "total": 30.0}, "tokens_per_s": 12000.0,
-        "data": {"rows": 40960, "ray_tasks": 4}, "attribution": {"tokens": 1000, "shards": 3, "workers": 1, "resent": 0},
+        "format_version": RECORD_VERSION,
+        "chain": "c",
+        "cycle": cycle,
+        "generation": 1,
+        "seed": 0,
+        "k": 16,
+        "core_in": core_in,
+        "core_out": core_out,
+        "kept": core_in,
+        "entered": core_out - core_in,
+        "left": 0,
+        "jaccard": None if cycle == 0 else core_in / core_out,
+        "tokens": 40960,
+        "steps": STEPS,
+        "rows_dropped": 0,
+        "theta": 0.5,
+        "l0": 16.1,
+        "core_l0": 8.0,
+        "free_l0": 8.1,
+        "fvu": 0.16,
+        "loss_clean": 3.1,
+        "loss_spliced": 3.4,
+        "loss_zero": 8.3,
+        "loss_mean": 7.0,
+        "loss_recovered_zero": 0.94,
+        "loss_recovered_mean": 0.92,
+        "dead_share": 0.02,
+        "core_share": 0.9,
+        "coverage": 0.91,
+        "origins": {"0": core_out},
+        "seconds": {"train": 20.0, "attribute": 5.0, "evaluate": 5.0, "total": 30.0},
+        "tokens_per_s": 12000.0,
+        "data": {"rows": 40960, "ray_tasks": 4},
+        "attribution": {"tokens": 1000, "shards": 3, "workers": 1, "resent": 0},
         "finished_at": 1_790_000_000.0 + 60 * cycle,
-    }  # fmt: skip
+    }
     (path / "record.json").write_text(json.dumps(record))
 
 
@@ -83,17 +133,40 @@ def finish(folder, start=0):
 
 
 def pair(a, b, value=0.8):
-    null = {"available": True, "reason": None, "mean": 0.2, "p99": 0.3, "overlap_mean": 0.0, "overlap_p99": 0.0, "mmcs_mean": 0.2,
-            "draws": 200, "size": [81, 81], "density_gap": None}  # fmt: skip
+    null = {
+        "available": True,
+        "reason": None,
+        "mean": 0.2,
+        "p99": 0.3,
+        "overlap_mean": 0.0,
+        "overlap_p99": 0.0,
+        "mmcs_mean": 0.2,
+        "draws": 200,
+        "size": [81, 81],
+        "density_gap": None,
+    }
     gone = null | {"available": False, "reason": "densities differ", "p99": None, "density_gap": 3.1}
-    return {"a": a, "b": b, "size_a": 81, "size_b": 80, "differs": "seed", "overlap": 0.7, "shared": 56, "pw_mcc": value,
-            "mmcs_ab": 0.8, "mmcs_ba": 0.79, "pw_mcc_dictionary": 0.4,
-            "nulls": {"covariance": null, "matched_density": gone, "cycle0": null | {"p99": 0.6}}}  # fmt: skip
+    return {
+        "a": a,
+        "b": b,
+        "size_a": 81,
+        "size_b": 80,
+        "differs": "seed",
+        "overlap": 0.7,
+        "shared": 56,
+        "pw_mcc": value,
+        "mmcs_ab": 0.8,
+        "mmcs_ba": 0.79,
+        "pw_mcc_dictionary": 0.4,
+        "nulls": {"covariance": null, "matched_density": gone, "cycle0": null | {"p99": 0.6}},
+    }
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """An output folder with a sqlite store that does not wait for the disk: 800 commits of 8 ms each are most of these tests' time."""
+    """An output folder with a sqlite store that does not wait for the disk: 800 commits of 8 ms each are most of these
+    tests' time.
+    """
 
     def hurry(connection, _):
         if isinstance(connection, sqlite3.Connection):
@@ -109,14 +182,26 @@ def sweep(output, request):
     """(tracker maker, folders of two chains) of a sweep of this test's own."""
     key = request.node.name
     chains = [
-        TrackedChain(f"{key}-{seed}", f"seed{seed}-k16", output / "chains" / f"{key}-{seed}", seed, 16, CYCLES, "base", "distill", CONFIG)
+        TrackedChain(
+            f"{key}-{seed}",
+            f"seed{seed}-k16",
+            output / "chains" / f"{key}-{seed}",
+            seed,
+            16,
+            CYCLES,
+            "base",
+            "distill",
+            CONFIG,
+        )
         for seed in (0, 1)
     ]
     for chain in chains:
         write_chain(chain.folder, chain.key, chain.seed)
 
     def make(sweep_key=key, only=(0, 1)):
-        return MlflowTracker(None, output, "experiment", sweep_key, f"sweep {sweep_key}", CONFIG, [chains[i] for i in only])
+        return MlflowTracker(
+            None, output, "experiment", sweep_key, f"sweep {sweep_key}", CONFIG, [chains[i] for i in only]
+        )
 
     return make, [chain.folder for chain in chains]
 
@@ -137,7 +222,10 @@ def steps_of(tracker, run, metric):
 def rows_in(output):
     """Rows of every table a sync writes to."""
     with sqlite3.connect(output / "mlflow.db") as database:
-        return [database.execute(f"select count(*) from {table}").fetchone()[0] for table in ("runs", "metrics", "params", "tags")]
+        return [
+            database.execute(f"select count(*) from {table}").fetchone()[0]
+            for table in ("runs", "metrics", "params", "tags")
+        ]
 
 
 def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
@@ -148,13 +236,23 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert tracker.sync()
     runs = runs_of(tracker, key)
     top, chain = runs["sweep", ""], runs["chain", "-0"]
-    assert set(runs) == {("sweep", ""), ("chain", "-0"), ("chain", "-1"), *(("cycle", f"-0/{n}") for n in range(2)), ("cycle", "-1/0")}
+    assert set(runs) == {
+        ("sweep", ""),
+        ("chain", "-0"),
+        ("chain", "-1"),
+        *(("cycle", f"-0/{n}") for n in range(2)),
+        ("cycle", "-1/0"),
+    }
     assert chain.data.tags["mlflow.parentRunId"] == top.info.run_id
     cycle = runs["cycle", "-0/1"]
     assert cycle.data.tags["mlflow.parentRunId"] == chain.info.run_id
     assert {name: cycle.data.tags[name] for name in ("seed", "k", "cycle", "chain", "stage")} == {
-        "seed": "0", "k": "16", "cycle": "1", "chain": "seed0-k16", "stage": "distill",
-    }  # fmt: skip
+        "seed": "0",
+        "k": "16",
+        "cycle": "1",
+        "chain": "seed0-k16",
+        "stage": "distill",
+    }
     assert top.data.params["sae.width"] == "2048" and len(top.data.params["sae.note"]) == PARAM_LENGTH
     assert chain.data.params["chain.data_seed"] == "0"
     assert steps_of(tracker, cycle, "train/loss") == [0, 10, 20, 30, 40]
@@ -165,7 +263,11 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert len(ranks) <= 200 and 70 in ranks and ranks[0] == 1 and ranks[-1] == 700
     assert cycle.data.metrics["attribution/coverage"] == pytest.approx(1.0)
     client = tracker._store.client
-    assert {entry.path for entry in client.list_artifacts(cycle.info.run_id)} == {"core.safetensors", "scores.safetensors", "record.json"}
+    assert {entry.path for entry in client.list_artifacts(cycle.info.run_id)} == {
+        "core.safetensors",
+        "scores.safetensors",
+        "record.json",
+    }
     assert [entry.path for entry in client.list_artifacts(chain.info.run_id)] == ["coverage.png"]
     assert (cycle.info.status, chain.info.status) == ("FINISHED", "FINISHED")
     assert cycle.info.end_time - cycle.info.start_time == 30_000
@@ -234,13 +336,20 @@ def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
 def fail(folder, reason, cycle=None, step=None):
     """failed.json as chains write it."""
     (folder / "generation").write_text("1")
-    write_failure(SimpleNamespace(folder=ChainFolder(folder), lease=Lease(folder / "generation", 1)), "error", reason, cycle, step)
+    write_failure(
+        SimpleNamespace(folder=ChainFolder(folder), lease=Lease(folder / "generation", 1)), "error", reason, cycle, step
+    )
 
 
-@pytest.mark.parametrize("reason, cycle, step, text", [
-    ("lost", None, None, "lost"), ("lost", 1, None, "cycle 1: lost"), ("lost", 1, 3, "cycle 1, step 3: lost"),
-    ("cycle 1, step 3: diverged", 1, 3, "cycle 1, step 3: diverged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reason, cycle, step, text",
+    [
+        ("lost", None, None, "lost"),
+        ("lost", 1, None, "cycle 1: lost"),
+        ("lost", 1, 3, "cycle 1, step 3: lost"),
+        ("cycle 1, step 3: diverged", 1, 3, "cycle 1, step 3: diverged"),
+    ],
+)
 def test_a_failure_says_where_as_far_as_that_is_known(tmp_path, reason, cycle, step, text):
     fail(tmp_path, reason, cycle, step)
     assert failure_text(ChainFolder(tmp_path).failure()) == text
@@ -270,7 +379,12 @@ def test_failed_chain_says_why_until_it_is_mended(sweep, request):
 def test_results_can_be_downloaded_and_are_replaced(sweep, output, request, tmp_path):
     key, (make, folders) = request.node.name, sweep
     finish(folders[0])
-    comparison = {"format_version": 1, "chains": ["seed0-k16"], "failed": [{"label": "seed1-k16", "reason": "x"}], "pairs": []}
+    comparison = {
+        "format_version": 1,
+        "chains": ["seed0-k16"],
+        "failed": [{"label": "seed1-k16", "reason": "x"}],
+        "pairs": [],
+    }
     tracker = make()
     table = {"pairs": pair_columns([]), "chains": chain_columns([])}
     assert tracker.log_results(comparison, table, {})
@@ -280,7 +394,11 @@ def test_results_can_be_downloaded_and_are_replaced(sweep, output, request, tmp_
     report.write_text("report")
     comparison = {"format_version": 1, "chains": names, "failed": [], "pairs": [pair(*names)]}
     rows = [chain_row(label, folder, CYCLES) for label, folder in zip(names, folders, strict=True)]
-    results = comparison, {"pairs": pair_columns(comparison["pairs"]), "chains": chain_columns(rows)}, {"consistency.base~relu.arm.pw_mcc": 0.25}
+    results = (
+        comparison,
+        {"pairs": pair_columns(comparison["pairs"]), "chains": chain_columns(rows)},
+        {"consistency.base~relu.arm.pw_mcc": 0.25},
+    )
     assert tracker.log_results(*results, [report])
     run = runs_of(tracker, key)["sweep", ""]
     got = lambda name: open(tracker._store.client.download_artifacts(run.info.run_id, name, str(tmp_path)), "rb").read()  # noqa: E731
@@ -292,7 +410,10 @@ def test_results_can_be_downloaded_and_are_replaced(sweep, output, request, tmp_
     assert got("consistency.png").startswith(b"\x89PNG") and got("core_sizes.png").startswith(b"\x89PNG")
     assert got("report.txt") == b"report" and run.data.metrics["results/consistency.base vs relu.arm.pw_mcc"] == 0.25
     assert run.data.metrics["compare/pw_mcc_min"] == 0.8 and run.data.metrics["compare/share_above_covariance"] == 1.0
-    assert run.data.metrics["compare/matched_density_available"] == 0 and "compare/share_above_matched_density" not in run.data.metrics
+    assert (
+        run.data.metrics["compare/matched_density_available"] == 0
+        and "compare/share_above_matched_density" not in run.data.metrics
+    )
     assert "tables/pairs.json" in run.data.tags["mlflow.loggedArtifacts"]
     before = rows_in(output)
     assert tracker.log_results(*results, [report])
@@ -328,7 +449,9 @@ def test_long_curves_go_in_several_batches(output):
     store = RunStore(None, output, "experiment")
     store.load()
     run_id = store.open("long", "sweep", "long", "long", {}, None)
-    points = [Point("m", 1.0 if step else float("nan"), step, 1_790_000_000_000) for step in range(METRICS_PER_BATCH + 2)]
+    points = [
+        Point("m", 1.0 if step else float("nan"), step, 1_790_000_000_000) for step in range(METRICS_PER_BATCH + 2)
+    ]
     store.append(run_id, points)
     store.append(run_id, points)
     again = RunStore(None, output, "experiment")
@@ -338,17 +461,32 @@ def test_long_curves_go_in_several_batches(output):
     assert steps == [*range(1, METRICS_PER_BATCH + 2), 5000]
 
 
-@pytest.mark.parametrize("uri, words", [
-    ("http://name:hunter2@127.0.0.1:1", ["http://***@127.0.0.1:1: the MLflow store cannot be used", "Start the server"]),
-    ("http://127.0.0.1:1/?token=hunter2", ["?token=***: the MLflow store cannot be used"]),
-    ("http://127.0.0.1:hunter2@/x", ["the MLflow store cannot be used"]),
-    ("postgresql://name:hunter2@127.0.0.1:1/db", ["postgresql://***@127.0.0.1:1/db: the MLflow store cannot be used"]),
-    ("postgresql://name:hunter2@127.0.0.1:port/db", ["the MLflow store cannot be used"]),
-    ("mssql+nothing://name:hunter2@127.0.0.1/db", ["the MLflow store cannot be used"]),
-    ("mysql://name:hunter2@127.0.0.1/db", ["the MLflow store cannot be used", "driver that is not installed: install the package that has MySQLdb"]),
-    ("nothing://name:hunter2@there", ["the MLflow store cannot be used"]),
-    ("sqlite:////proc/none/mlflow.db", ["sqlite:////proc/none/mlflow.db: the MLflow store cannot be used", "leave track.uri empty"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "uri, words",
+    [
+        (
+            "http://name:hunter2@127.0.0.1:1",
+            ["http://***@127.0.0.1:1: the MLflow store cannot be used", "Start the server"],
+        ),
+        ("http://127.0.0.1:1/?token=hunter2", ["?token=***: the MLflow store cannot be used"]),
+        ("http://127.0.0.1:hunter2@/x", ["the MLflow store cannot be used"]),
+        (
+            "postgresql://name:hunter2@127.0.0.1:1/db",
+            ["postgresql://***@127.0.0.1:1/db: the MLflow store cannot be used"],
+        ),
+        ("postgresql://name:hunter2@127.0.0.1:port/db", ["the MLflow store cannot be used"]),
+        ("mssql+nothing://name:hunter2@127.0.0.1/db", ["the MLflow store cannot be used"]),
+        (
+            "mysql://name:hunter2@127.0.0.1/db",
+            ["the MLflow store cannot be used", "driver that is not installed: install the package that has MySQLdb"],
+        ),
+        ("nothing://name:hunter2@there", ["the MLflow store cannot be used"]),
+        (
+            "sqlite:////proc/none/mlflow.db",
+            ["sqlite:////proc/none/mlflow.db: the MLflow store cannot be used", "leave track.uri empty"],
+        ),
+    ],
+)
 def test_unusable_store_is_named_before_any_work(tmp_path, monkeypatch, capfd, uri, words):
     """Through the front door: before the corpus is read, and without a word of the password."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -366,7 +504,9 @@ def test_unusable_store_is_named_before_any_work(tmp_path, monkeypatch, capfd, u
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_a_missing_driver_of_postgres_is_an_extra(tmp_path, monkeypatch, driver):
     monkeypatch.setitem(sys.modules, driver, None)  # as if it were not installed
-    with pytest.raises(TrackingError, match=rf'{driver}.* needs a driver that is not installed: pip install "dmsae_ray\[postgres\]"'):
+    with pytest.raises(
+        TrackingError, match=rf'{driver}.* needs a driver that is not installed: pip install "dmsae_ray\[postgres\]"'
+    ):
         RunStore(f"postgresql+{driver}://u:p@127.0.0.1:1/db", tmp_path, "experiment")
 
 
@@ -401,7 +541,10 @@ def test_a_folder_s_name_is_no_part_of_a_url(tmp_path, name):
     assert sorted(path.name for path in output.iterdir()) == ["mlartifacts", "mlflow.db", "mlflow_home"]
     again = RunStore(None, output, "experiment")
     again.load()
-    assert again.known("s", "sweep", "s") == run and (output / "mlartifacts" / run / "artifacts" / "f.txt").read_text() == "here"
+    assert (
+        again.known("s", "sweep", "s") == run
+        and (output / "mlartifacts" / run / "artifacts" / "f.txt").read_text() == "here"
+    )
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:///{}/own.db"])

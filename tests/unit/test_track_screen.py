@@ -15,9 +15,19 @@ from dmsae_ray.show.terminal import tables
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration, format_status
 
 ROW = columns.ChainRow(
-    label="seed0-k16", sizes=(49, 70, 81, 83), origins=({0: 49}, {0: 49, 1: 21}, {0: 49, 1: 21, 2: 11}, {0: 49, 1: 21, 2: 8, 3: 5}),
-    jaccard=(0.7, 0.83, 0.9), l0=16.1, core_l0=10.4, fvu=0.16, loss_recovered=0.944, loss_recovered_mean=0.905, dead=0.012, tokens_per_s=12345.0, status="done",
-)  # fmt: skip
+    label="seed0-k16",
+    sizes=(49, 70, 81, 83),
+    origins=({0: 49}, {0: 49, 1: 21}, {0: 49, 1: 21, 2: 11}, {0: 49, 1: 21, 2: 8, 3: 5}),
+    jaccard=(0.7, 0.83, 0.9),
+    l0=16.1,
+    core_l0=10.4,
+    fvu=0.16,
+    loss_recovered=0.944,
+    loss_recovered_mean=0.905,
+    dead=0.012,
+    tokens_per_s=12345.0,
+    status="done",
+)
 EMPTY = columns.ChainRow("seed1-k32", (), (), (), None, None, None, None, None, None, None, "not started")
 
 
@@ -25,8 +35,19 @@ def pair(a="seed0-k16", b="seed1-k16", **changes):
     null = {"available": True, "reason": None, "p99": 0.31, "density_gap": None}
     gone = null | {"available": False, "p99": None, "density_gap": 3.14}
     nulls = {"covariance": null, "matched_density": gone, "cycle0": null | {"p99": 0.55}}
-    values = {"size_a": 83, "size_b": 84, "differs": "seed", "overlap": 0.61, "shared": 51, "pw_mcc": 0.77, "mmcs_ab": 0.81,
-              "mmcs_ba": 0.81, "activation": 0.66, "pw_mcc_dictionary": 0.44, "nulls": nulls}  # fmt: skip
+    values = {
+        "size_a": 83,
+        "size_b": 84,
+        "differs": "seed",
+        "overlap": 0.61,
+        "shared": 51,
+        "pw_mcc": 0.77,
+        "mmcs_ab": 0.81,
+        "mmcs_ba": 0.81,
+        "activation": 0.66,
+        "pw_mcc_dictionary": 0.44,
+        "nulls": nulls,
+    }
     return {"a": a, "b": b} | values | changes
 
 
@@ -36,17 +57,36 @@ def comparison(chains, pairs, failed=()):
 
 
 def test_tables_fit_and_say_what_is_missing():
-    bare = pair("seed10-k128", "seed11-k128", differs="both", size_a=1083, size_b=1084, pw_mcc=None, nulls={}, mmcs_ab=None)
+    bare = pair(
+        "seed10-k128", "seed11-k128", differs="both", size_a=1083, size_b=1084, pw_mcc=None, nulls={}, mmcs_ab=None
+    )
     pairs = [pair(), bare]
     found = comparison(["seed0-k16", "seed1-k16", "seed10-k128"], pairs, failed=["seed1-k32"])
     text = tables.plain_text(tables.report([ROW, EMPTY], found))
     lines = text.splitlines()
     assert max(map(len, lines)) <= tables.WIDTH
     chain = next(line for line in lines if line.startswith("seed0-k16"))
-    assert chain.split() == ["seed0-k16", "49>70>81>83", "0.83>0.90", "16.1", "10.4", "0.160", "0.944/0.905", "0.012", "12.3k", "done"]
+    assert chain.split() == [
+        "seed0-k16",
+        "49>70>81>83",
+        "0.83>0.90",
+        "16.1",
+        "10.4",
+        "0.160",
+        "0.944/0.905",
+        "0.012",
+        "12.3k",
+        "done",
+    ]
     first = next(line for line in lines if line.startswith("seed0-k16 ") and "83/84" in line)
     second = next(line for line in lines if line.startswith("seed10-k128 "))
-    assert first.split("  ")[0] == "seed0-k16" and "n/a (x3.1)" in first and "0.77" in first and "0.81" in first and "0.66" in first
+    assert (
+        first.split("  ")[0] == "seed0-k16"
+        and "n/a (x3.1)" in first
+        and "0.77" in first
+        and "0.81" in first
+        and "0.66" in first
+    )
     assert "0.81" not in second and second.count("n/a") >= 5 and "1083/1084" in second
     assert "Compared: 3 of 4 chains; failed:" in text and "seed1-k32: loss is nan" in text
 
@@ -54,9 +94,16 @@ def test_tables_fit_and_say_what_is_missing():
 def test_both_ablations_and_both_sets_of_rows_are_shown(tmp_path):
     """Zero ablation alone flatters; so does FVU over the rows that were meant alone."""
     last = {
-        "core_out": 3, "origins": {"0": 3}, "jaccard": None, "fvu": 0.21, "fvu_all_rows": 0.64, "rows_left_out": 17, "loss_recovered_zero": 0.94,
-        "loss_recovered_mean": 0.90, "format_version": RECORD_VERSION,
-    }  # fmt: skip
+        "core_out": 3,
+        "origins": {"0": 3},
+        "jaccard": None,
+        "fvu": 0.21,
+        "fvu_all_rows": 0.64,
+        "rows_left_out": 17,
+        "loss_recovered_zero": 0.94,
+        "loss_recovered_mean": 0.90,
+        "format_version": RECORD_VERSION,
+    }
     (tmp_path / "cycle_00").mkdir()
     (tmp_path / "cycle_00" / "record.json").write_text(json.dumps(last))
     row = columns.chain_row("seed0-k16", tmp_path, 1)
@@ -81,8 +128,13 @@ def test_single_chain_is_not_available_rather_than_perfect():
     text = tables.plain_text(tables.report([ROW], found))
     assert "not available" in text and "1.00" not in text.split("Pairs")[1]
     assert columns.summary(found) == {
-        "chains": 1, "failed": 0, "pairs": 0, "covariance_available": 0, "matched_density_available": 0, "cycle0_available": 0,
-    }  # fmt: skip
+        "chains": 1,
+        "failed": 0,
+        "pairs": 0,
+        "covariance_available": 0,
+        "matched_density_available": 0,
+        "cycle0_available": 0,
+    }
 
 
 def test_markup_in_a_reason_is_printed_as_it_is():
@@ -107,7 +159,13 @@ def test_chain_row_reads_the_folder(tmp_path):
     assert columns.chain_row("x", tmp_path / "missing", 2) == replace(EMPTY, label="x")
     for cycle in range(2):
         (tmp_path / f"cycle_{cycle:02d}").mkdir()
-        record = {"format_version": RECORD_VERSION, "cycle": cycle, "core_out": 5 + cycle, "origins": {"0": 5}, "l0": 16.0}
+        record = {
+            "format_version": RECORD_VERSION,
+            "cycle": cycle,
+            "core_out": 5 + cycle,
+            "origins": {"0": 5},
+            "l0": 16.0,
+        }
         record["jaccard"] = 0.8 if cycle else None
         (tmp_path / f"cycle_{cycle:02d}" / "record.json").write_text(json.dumps(record))
     row = columns.chain_row("x", tmp_path, 4)
@@ -133,7 +191,9 @@ def test_figures_draw_for_any_number_of_chains(n, tmp_path):
 
 def test_a_matrix_of_one_arm():
     labels = ["seed0-k16", "seed1-k16", "seed0-k16-random"]
-    found = comparison(labels, [pair(), pair(b="seed0-k16-random", pw_mcc=0.1)]) | {"arms": dict(zip(labels, ("base", "base", "random")))}
+    found = comparison(labels, [pair(), pair(b="seed0-k16-random", pw_mcc=0.1)]) | {
+        "arms": dict(zip(labels, ("base", "base", "random")))
+    }
     assert figures.matrices(found, "base")[:2] == (labels[:2], [[None, 0.77], [0.77, None]])
     assert figures.matrices(found)[1][0] == [None, 0.77, 0.1] and figures.matrices(found, "random")[1] == [[None]]
 
@@ -153,10 +213,28 @@ def test_coverage_curves_draw(tmp_path):
 
 def test_format_status():
     line = format_status(
-        {"label": "seed0-k16", "cycle": 1, "cycles": 4, "phase": "train", "step": 120, "steps": 320, "tokens_per_s": 12345.0,
-         "fraction": 0.345, "eta_s": 130.0, "message": None}
-    )  # fmt: skip
-    for part in ("seed0-k16 ", " cycle 1/3 ", " train ", " [#####-----------]  34% ", " step 120/320 ", " 12.3k tokens/s ", " ETA 2m10s"):
+        {
+            "label": "seed0-k16",
+            "cycle": 1,
+            "cycles": 4,
+            "phase": "train",
+            "step": 120,
+            "steps": 320,
+            "tokens_per_s": 12345.0,
+            "fraction": 0.345,
+            "eta_s": 130.0,
+            "message": None,
+        }
+    )
+    for part in (
+        "seed0-k16 ",
+        " cycle 1/3 ",
+        " train ",
+        " [#####-----------]  34% ",
+        " step 120/320 ",
+        " 12.3k tokens/s ",
+        " ETA 2m10s",
+    ):
         assert part in line
     assert "ETA" not in format_status({"label": "a", "phase": "failed", "message": "loss is nan\nmore", "eta_s": 3.0})
     assert format_status({"label": "a"}).split() == ["a", "queued"]
@@ -192,7 +270,14 @@ class Stages:
 def test_plain_lines_only_on_change_and_the_last_state():
     board, stream = ProgressBoard(["seed0-k16", "seed1-k16"], cycles=2), io.StringIO()
     stages = Stages(
-        board, [{"phase": "train", "step": 1}, {"step": 2}, {"step": 3}, {"phase": "attribute"}, {"cycle": 1, "phase": "train", "step": 0}]
+        board,
+        [
+            {"phase": "train", "step": 1},
+            {"step": 2},
+            {"step": 3},
+            {"phase": "attribute"},
+            {"cycle": 1, "phase": "train", "step": 0},
+        ],
     )
     with LiveLines(stages, stream=stream, interval_s=0.005):
         assert stages.seen.wait(300)
@@ -208,7 +293,9 @@ def test_plain_lines_only_on_change_and_the_last_state():
 def test_a_phase_tells_its_rate_as_soon_as_it_is_known():
     board, stream = ProgressBoard(["seed0-k16"], cycles=1), io.StringIO()
     phases = [
-        {"phase": phase, "tokens_per_s": rate, "eta_s": 7} for phase in ("evaluate", "attribute") for rate in (None, 4321.0, 4400.0)
+        {"phase": phase, "tokens_per_s": rate, "eta_s": 7}
+        for phase in ("evaluate", "attribute")
+        for rate in (None, 4321.0, 4400.0)
     ]
     stages = Stages(board, phases)
     with LiveLines(stages, stream=stream, interval_s=0.005):

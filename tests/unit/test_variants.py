@@ -31,13 +31,18 @@ def plan_of(dataset, *argv, fractions="0.25,0.25"):
 def batches_of(plan, dataset, cycle=1):
     """The cycle's global batches, by the plan's order, read without Ray."""
     order, scale = plan.order(dataset, cycle), dataset.manifest.scale
-    units = [(number, first) for number, entry in enumerate(dataset.manifest.shards) for first in range(0, entry.rows, order.unit_rows)]
+    units = [
+        (number, first)
+        for number, entry in enumerate(dataset.manifest.shards)
+        for first in range(0, entry.rows, order.unit_rows)
+    ]
     shards = [read_rows(dataset.store, entry, order.unit_rows, D, "float16") for entry in dataset.manifest.shards]
     assert len(units) == order.n_units == len(plan.units(dataset))
     for step in range(plan.steps):
         round_, row = order.position(step)
         rows = [
-            shards[units[unit][0]][units[unit][1] + order.rows(round_, unit)[row : row + order.lane_rows]] for unit in order.units(round_)
+            shards[units[unit][0]][units[unit][1] + order.rows(round_, unit)[row : row + order.lane_rows]]
+            for unit in order.units(round_)
         ]
         yield torch.cat(rows).float() / scale
 
@@ -59,7 +64,13 @@ def trained(plan, dataset):
 
 def core_pairs(sae, dataset) -> float:
     """Active core latents per calibration row, by the inference rule."""
-    return (sae.encode(dataset.calibration_rows().float() / dataset.manifest.scale)[:, : sae.core_size] > 0).double().sum(dim=1).mean().item()
+    return (
+        (sae.encode(dataset.calibration_rows().float() / dataset.manifest.scale)[:, : sae.core_size] > 0)
+        .double()
+        .sum(dim=1)
+        .mean()
+        .item()
+    )
 
 
 def test_the_gate_exempts_the_core_and_the_budget_says_whether_that_counts(dataset):
@@ -69,7 +80,9 @@ def test_the_gate_exempts_the_core_and_the_budget_says_whether_that_counts(datas
     )
     assert competing[1].l0 == counted[1].l0 == 4, "the core is part of the budget"
     assert exempt[1].free_l0 == 4 and exempt[1].core_l0 > 0, "the core comes on top"
-    assert counted[1].core_l0 > competing[1].core_l0 and core_pairs(counted[0], dataset) > core_pairs(competing[0], dataset)
+    assert counted[1].core_l0 > competing[1].core_l0 and core_pairs(counted[0], dataset) > core_pairs(
+        competing[0], dataset
+    )
     assert counted[1].free_l0 < exempt[1].free_l0
     assert [sae.core_gate for sae, _ in (competing, counted, exempt)] == ["batchtopk", "relu", "relu"]
 
@@ -87,7 +100,9 @@ def test_the_core_s_decoder_rows_start_where_they_are_told_to(dataset):
     encoder, random = start(plan_of(dataset)), start(plan_of(dataset, "--sae.core_decoder_init", "random"))
     torch.testing.assert_close(encoder.W_dec[:3], torch.nn.functional.normalize(CORE_CD, dim=1))
     assert (torch.nn.functional.cosine_similarity(random.W_dec[:3], CORE_CD).abs() < 0.99).all()
-    assert torch.equal(random.W_dec[3:], encoder.W_dec[3:]) and torch.equal(random.encoder_rows(), encoder.encoder_rows())
+    assert torch.equal(random.W_dec[3:], encoder.W_dec[3:]) and torch.equal(
+        random.encoder_rows(), encoder.encoder_rows()
+    )
 
 
 def test_tau_decides_how_much_the_core_must_carry(dataset):
@@ -122,7 +137,9 @@ def test_initialisation_and_order_of_data_can_be_held_apart(dataset, data_seed):
     free = plan_of(dataset, *own)
     assert torch.equal(start(free).W_dec, start(three).W_dec) and free.key != three.key
     assert not same_batches(free, three, dataset), "the same initialisation on other batches"
-    assert free.order(dataset, 0) == dataclasses.replace(three.order(dataset, 0), data_seed=3), "by default the order is the seed's own"
+    assert free.order(dataset, 0) == dataclasses.replace(three.order(dataset, 0), data_seed=3), (
+        "by default the order is the seed's own"
+    )
 
 
 def same_batches(a, b, dataset) -> bool:

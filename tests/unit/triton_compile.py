@@ -1,7 +1,7 @@
 """Every launch of a training step, compiled for an H100 without one: run by test_sae_triton.py in a process of its own.
 
-The step runs on the meta device, whose tensors have shapes and no content. So whatever asks the device for a number fails here:
-the step does without.
+The step runs on the meta device, whose tensors have shapes and no content. So whatever asks the device for a number
+fails here: the step does without.
 """
 
 from __future__ import annotations
@@ -40,12 +40,18 @@ class Compiler:
         assert all(isinstance(n, int) for n in grid)
         options["enable_fp_fusion"] = True
         fn_options = {name: options[name] for name in options if name not in kernel.arg_names}
-        values = dict(zip(kernel.arg_names, arguments, strict=False)) | {n: v for n, v in options.items() if n in kernel.arg_names}
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | {
+            n: v for n, v in options.items() if n in kernel.arg_names
+        }
         assert list(values) == kernel.arg_names, kernel.__name__
         signature, constants, attributes = {}, {}, {}
         for index, param in enumerate(kernel.params):
             value = values[param.name]
-            kind, key = ("constexpr", value) if param.is_constexpr else native_specialize_impl(type(self.backend), value, False, True, True)
+            kind, key = (
+                ("constexpr", value)
+                if param.is_constexpr
+                else native_specialize_impl(type(self.backend), value, False, True, True)
+            )
             signature[param.name] = kind
             if kind == "constexpr":
                 constants[index,] = value
@@ -56,7 +62,9 @@ class Compiler:
             return
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=fn_options)
+            compiled = triton.compile(
+                ASTSource(kernel, signature, constants, attributes), target=TARGET, options=fn_options
+            )
         text = log.getvalue()
         self.seen[name] = {
             "kernel": kernel.__name__,
@@ -80,10 +88,14 @@ def step(d, width, batch, k, core, **fields):
     assert trainer.loss.ops.name == "triton"
     x_BD, order_B = torch.empty(batch, d, device="meta"), torch.arange(batch, device="meta")
     with torch.device("meta"):
-        carried = steps_on_device.Carried(torch.zeros_like(trainer.silent_F), torch.ones(RECENT), torch.ones(()).double(), torch.tensor(True))
+        carried = steps_on_device.Carried(
+            torch.zeros_like(trainer.silent_F), torch.ones(RECENT), torch.ones(()).double(), torch.tensor(True)
+        )
     for number in range(2):
         outcome, numbers, carried = steps_on_device.launch_step(trainer, x_BD, order_B, carried, number, 128)
-    assert numbers.device.type == "meta" and len(outcome.latent_N) == k * batch + (core * batch if settings.core_gate == "relu" else 0)
+    assert numbers.device.type == "meta" and len(outcome.latent_N) == k * batch + (
+        core * batch if settings.core_gate == "relu" else 0
+    )
 
 
 def micro_batches(d, width):
@@ -94,7 +106,9 @@ def micro_batches(d, width):
         pairs = Pairs(torch.empty(9, dtype=torch.int64), row_N, row_N, torch.empty(9))
         ends = [width // 16, width // 8, width // 4, width // 2, width]
         ops = cuda_ops.TritonPairs()
-        ops.weight_gradients(S_BGD, x_BD, pairs, pairs.value_N, start_F1, row_N, ends, 0, 1.0, W_FD, b_F, W_FD, add=True)
+        ops.weight_gradients(
+            S_BGD, x_BD, pairs, pairs.value_N, start_F1, row_N, ends, 0, 1.0, W_FD, b_F, W_FD, add=True
+        )
 
 
 def main():

@@ -41,7 +41,9 @@ ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)
 
 
 class Interpreted(cuda_ops.TritonPairs):
-    """The interpreter multiplies bf16 numbers as if their bits were integers, so it is given them widened: the same products."""
+    """The interpreter multiplies bf16 numbers as if their bits were integers, so it is given them widened: the same
+    products.
+    """
 
     def append(self, left_BD, right_FD, *arguments):
         return super().append(left_BD.float(), right_FD.float(), *arguments)
@@ -71,12 +73,16 @@ def close(found, expected, tolerance=2e-5):
 
 @st.composite
 def kept_pairs(draw):
-    """A small SAE's weights, a batch and kept pairs: rows without any, rows and latents with very many, any groups, a frozen core."""
+    """A small SAE's weights, a batch and kept pairs: rows without any, rows and latents with very many, any groups, a
+    frozen core.
+    """
     rows, d = draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 32, 45]))
     width = draw(st.sampled_from([4, 13, 50]))
     ends = sorted(draw(st.lists(st.integers(1, width), max_size=4))) + [width]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    share_B1 = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.02, 0.3, 1.0]), min_size=rows, max_size=rows)))[:, None]
+    share_B1 = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.02, 0.3, 1.0]), min_size=rows, max_size=rows)))[
+        :, None
+    ]
     mask_BF = torch.rand(rows, width, generator=generator) < share_B1
     mask_BF[:, 0] |= draw(st.booleans())
     row_N, latent_N = (index.int().to(DEVICE) for index in mask_BF.nonzero(as_tuple=True))
@@ -93,11 +99,18 @@ def check_sparse(case, padded, add):
     x_BD, b_D, W_FD, b_F, pairs, ends, n_frozen, normal = case
     ops, (width, d), n = new_ops(), W_FD.shape, len(pairs.row_N)
     centred_BD, _ = PLAIN.centre(x_BD, b_D, False)
-    close(ops.values(centred_BD, W_FD, b_F, pairs.row_N, pairs.latent_N), PLAIN.values(centred_BD, W_FD, b_F, pairs.row_N, pairs.latent_N))
+    close(
+        ops.values(centred_BD, W_FD, b_F, pairs.row_N, pairs.latent_N),
+        PLAIN.values(centred_BD, W_FD, b_F, pairs.row_N, pairs.latent_N),
+    )
 
     ours = pairs
     if padded:
-        ends_of = (pairs.row_N.new_full((5,), len(x_BD)), pairs.latent_N.new_full((5,), width), pairs.value_N.new_zeros(5))
+        ends_of = (
+            pairs.row_N.new_full((5,), len(x_BD)),
+            pairs.latent_N.new_full((5,), width),
+            pairs.value_N.new_zeros(5),
+        )
         ours = Pairs(pairs.start_B1, *(torch.cat([part, end]) for part, end in zip(pairs[1:], ends_of, strict=True)))
     S_BGD, expected_S = (normal(len(x_BD), len(ends), d) for _ in range(2))
     gradient_N, loss_B = ops.decode(x_BD, b_D, W_FD, ours, ends, S_BGD)
@@ -110,12 +123,16 @@ def check_sparse(case, padded, add):
     found, expected, again = ([tensor.clone() for tensor in before] for _ in range(3))
     for which, kept, given_N, into in ((ops, ours, gradient_N, found), (PLAIN, pairs, expected_N, expected)):
         start_F1, order_N = which.by_latent(kept.latent_N, width)
-        which.weight_gradients(expected_S, centred_BD, kept, given_N, start_F1, order_N, ends, n_frozen, 0.37, *into, add=add)
+        which.weight_gradients(
+            expected_S, centred_BD, kept, given_N, start_F1, order_N, ends, n_frozen, 0.37, *into, add=add
+        )
     for ours_, theirs in zip(found, expected, strict=True):
         close(ours_, theirs)
     if DEVICE == "cuda":  # the interpreter has no other order than one
         start_F1, order_N = ops.by_latent(ours.latent_N, width)
-        ops.weight_gradients(expected_S, centred_BD, ours, gradient_N, start_F1, order_N, ends, n_frozen, 0.37, *again, add=add)
+        ops.weight_gradients(
+            expected_S, centred_BD, ours, gradient_N, start_F1, order_N, ends, n_frozen, 0.37, *again, add=add
+        )
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits every time"
 
 
@@ -129,16 +146,24 @@ def test_values_decode_and_gradients(examples):
 def test_a_row_and_a_latent_with_hundreds_of_pairs_and_one_group(shapes):
     generator = torch.Generator().manual_seed(0)
     for rows, width in shapes:
-        x_BD, W_FD = torch.randn(rows, 20, generator=generator).to(DEVICE), torch.randn(width, 20, generator=generator).to(DEVICE)
+        x_BD, W_FD = (
+            torch.randn(rows, 20, generator=generator).to(DEVICE),
+            torch.randn(width, 20, generator=generator).to(DEVICE),
+        )
         b_D = torch.zeros(20, device=DEVICE)
         row_N, latent_N = (index.int() for index in torch.ones(rows, width, device=DEVICE).nonzero(as_tuple=True))
         start_B1 = torch.arange(rows + 1, device=DEVICE) * width
         pairs = Pairs(start_B1, row_N, latent_N, torch.rand(rows * width, generator=generator).to(DEVICE))
         results = []
         for ops in (new_ops(), PLAIN):
-            S_BGD, gradients = x_BD.new_empty(rows, 1, 20), [torch.empty_like(W_FD), W_FD.new_empty(width), torch.empty_like(W_FD)]
+            S_BGD, gradients = (
+                x_BD.new_empty(rows, 1, 20),
+                [torch.empty_like(W_FD), W_FD.new_empty(width), torch.empty_like(W_FD)],
+            )
             gradient_N, loss_B = ops.decode(x_BD, b_D, W_FD, pairs, [width], S_BGD)
-            ops.weight_gradients(S_BGD, x_BD, pairs, gradient_N, *ops.by_latent(latent_N, width), [width], 0, 1.0, *gradients)
+            ops.weight_gradients(
+                S_BGD, x_BD, pairs, gradient_N, *ops.by_latent(latent_N, width), [width], 0, 1.0, *gradients
+            )
             results.append([S_BGD, gradient_N, loss_B, *gradients])
         for ours, theirs in zip(*results, strict=True):
             close(ours, theirs)
@@ -163,7 +188,9 @@ def test_rows_are_rounded_and_centred(shape):
                 assert torch.equal(ours.low_ND.isnan(), theirs.low_ND.isnan())
                 assert torch.equal(ours.low_ND.nan_to_num(), theirs.low_ND.nan_to_num())
             for name in ("norm_N", "error_N"):
-                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=0, equal_nan=True)
+                torch.testing.assert_close(
+                    getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=0, equal_nan=True
+                )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (6, 45), (4, 64)])
@@ -191,13 +218,17 @@ def test_the_update_in_one_pass(shape, unit):
     torch.testing.assert_close(copies[0].error_N, fresh.error_N)
 
     ops.adam(*states[2], parallel_N, math.nan, ADAM, unit, copies[2], torch.tensor(0, dtype=torch.int32, device=DEVICE))
-    assert all(torch.equal(a, b) for a, b in zip(states[2], (W, gradient, mean, square), strict=True)), "nothing where `go` is 0"
+    assert all(torch.equal(a, b) for a, b in zip(states[2], (W, gradient, mean, square), strict=True)), (
+        "nothing where `go` is 0"
+    )
     assert torch.equal(copies[2].norm_N, PLAIN.round(W, False).norm_N)
 
 
 def test_a_vector_is_updated_in_full():
     for length in (1, cuda_ops.FLAT, 2 * cuda_ops.FLAT + 77):
-        states = [[torch.linspace(-1, 1, length + 1, device=DEVICE)[:length] * n for n in (1, 2, 3, 4)] for _ in range(2)]
+        states = [
+            [torch.linspace(-1, 1, length + 1, device=DEVICE)[:length] * n for n in (1, 2, 3, 4)] for _ in range(2)
+        ]
         for ops, state in zip((new_ops(), PLAIN), states, strict=True):
             state[3].abs_()
             ops.adam(*state, None, 0.5, ADAM, False, None)
@@ -209,7 +240,9 @@ def test_digits_and_the_kth_largest_over_the_whole_range_of_floats():
     ops, generator = new_ops(), torch.Generator().manual_seed(3)
     size = torch.exp2(torch.empty(700).uniform_(-140, 120, generator=generator))
     info = torch.finfo(torch.float32)
-    value_N = torch.cat([size, -size, torch.tensor([0.0, info.tiny, info.tiny / 4, info.max, math.inf, math.nan, 1.0, 1.0])]).to(DEVICE)
+    value_N = torch.cat(
+        [size, -size, torch.tensor([0.0, info.tiny, info.tiny / 4, info.max, math.inf, math.nan, 1.0, 1.0])]
+    ).to(DEVICE)
     for shift, prefix in ((22, 0), (11, 254), (0, 130048)):
         assert torch.equal(ops.count_digits(value_N, shift, prefix), PLAIN.count_digits(value_N, shift, prefix))
     descending = value_N[value_N > 0].sort(descending=True).values
@@ -243,7 +276,10 @@ def test_the_screen_appends_what_scan_finds_sorted(n_exempt):
     assert first[1] == len(expected.row_N) > 50 and (first[0].row_N < 37).all()
     off = torch.tensor(0, dtype=torch.int32, device=DEVICE)
     same = ops.append(rows.low_ND, latents.low_ND, b_F, latents, margin, cut, n_exempt, 50, off, first)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip((*first[0], first[1]), (*same[0], same[1]), strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip((*first[0], first[1]), (*same[0], same[1]), strict=True)
+    )
 
 
 def test_a_level_is_reached_by_so_many_and_less_than_an_eighth_below_the_highest():
@@ -266,7 +302,9 @@ def on_device(monkeypatch):
     monkeypatch.setitem(test_sae_screen.OPS, "triton", new_ops())
     if DEVICE == "cuda":
         real = test_sae_screen.case
-        monkeypatch.setattr(test_sae_screen, "case", lambda *a, **k: (lambda sae, s, x: (sae.cuda(), s, x.cuda()))(*real(*a, **k)))
+        monkeypatch.setattr(
+            test_sae_screen, "case", lambda *a, **k: (lambda sae, s, x: (sae.cuda(), s, x.cuda()))(*real(*a, **k))
+        )
     return test_sae_screen.OPS["triton"]
 
 
@@ -276,9 +314,10 @@ def on_device(monkeypatch):
     [
         # Every kind each time, with one of the two; with the other one only in `make test-all`.
         pytest.param(kind, gate_of_core, marks=[pytest.mark.slow] if (place + (gate_of_core == "relu")) % 2 else [])
-        for place, kind in enumerate(test_sae_screen.KINDS) for gate_of_core in ("batchtopk", "relu")
+        for place, kind in enumerate(test_sae_screen.KINDS)
+        for gate_of_core in ("batchtopk", "relu")
     ],
-)  # fmt: skip
+)
 def test_kept_pairs_are_the_defined_ones(kind, gate_of_core, on_device):
     relu = gate_of_core == "relu"
     seed = 3 if relu else list(test_sae_screen.KINDS).index(kind) % 3
@@ -294,7 +333,9 @@ def test_a_good_guess_needs_one_scan_and_bad_ones_a_second(on_device):
     with torch.no_grad():
         sae.W_enc.div_(sae.W_enc.norm(dim=1, keepdim=True))
     first, p_BF = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", None)
-    assert first.retries == 1 and first.candidates < 2.5 * 3 * 24 and 0.9 * first.smallest < first.bound <= first.smallest
+    assert (
+        first.retries == 1 and first.candidates < 2.5 * 3 * 24 and 0.9 * first.smallest < first.bound <= first.smallest
+    )
     good, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 0.97 * first.bound)
     assert good.retries == 0 and good.bound == first.bound
     low, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 1e-6)
@@ -305,7 +346,9 @@ def test_a_good_guess_needs_one_scan_and_bad_ones_a_second(on_device):
 
 def test_too_few_places_are_seen_and_more_are_made(on_device, monkeypatch):
     monkeypatch.setattr(gate_on_device, "PLACES", 1)
-    sae, settings, x_BD = test_sae_screen.case("gaussian", 0, d=70, width=70, batch=20, k=40, core=0)  # fewer positive pairs than k * B
+    sae, settings, x_BD = test_sae_screen.case(
+        "gaussian", 0, d=70, width=70, batch=20, k=40, core=0
+    )  # fewer positive pairs than k * B
     screen, b_D = Screen(sae, on_device, "bf16"), sae.b_dec.detach()
     centred_BD, rows = on_device.centre(x_BD, b_D, True)
     kept = gate(centred_BD, rows, screen, settings, guess=x_BD.new_tensor(5.0))
@@ -391,7 +434,9 @@ EACH_TIME = ("core exempt", "budget exempt, many dead", "micro-batches")
 """Cases of the short form; the interpreter is slow, so the others are only in `make test-all`."""
 
 
-@pytest.mark.parametrize("case", [case if case in EACH_TIME else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [case if case in EACH_TIME else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_training_is_that_of_plain_torch(case, in_training):
     settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", clip=0.3)
     settings = dataclasses.replace(settings, **CASES[case])
@@ -410,7 +455,9 @@ def test_training_is_that_of_plain_torch(case, in_training):
     assert torch.equal(found["silent"], expected["silent"]) and found["adam"]["steps"] == 4
     assert found["threshold_sum"] == pytest.approx(expected["threshold_sum"], rel=1e-4)
     for name, tensor in expected["sae"].items():
-        torch.testing.assert_close(found["sae"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found["sae"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.slow
@@ -484,7 +531,9 @@ def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
 def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
     monkeypatch.setitem(cuda_ops.TILE, torch.float32, {"ROWS": 256, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 2})
     monkeypatch.setattr(cuda_ops, "SPARSE", 128)
-    settings = dataclasses.replace(test_sae_memory.SETTINGS, d=64, width=256, k=4, batch=128, screen="fp32")  # bf16 would be widened here
+    settings = dataclasses.replace(
+        test_sae_memory.SETTINGS, d=64, width=256, k=4, batch=128, screen="fp32"
+    )  # bf16 would be widened here
     sae, x = test_sae_memory.new_sae(settings), test_sae_memory.batches(2, settings).unbind()
     made = []
 
@@ -508,7 +557,9 @@ def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_tr
             trainer.sae.b_enc[20:] = -5.0  # dead after two steps
     launched = []
     launch = steps_on_device.launch_step
-    monkeypatch.setattr(steps_on_device, "launch_step", lambda *arguments: launched.append(arguments[4]) or launch(*arguments))
+    monkeypatch.setattr(
+        steps_on_device, "launch_step", lambda *arguments: launched.append(arguments[4]) or launch(*arguments)
+    )
     for step, x_BD in enumerate(test_sae_step.batches(3)):
         monkeypatch.setattr(gate_on_device, "PLACES", 4)
         roomy.step(x_BD)

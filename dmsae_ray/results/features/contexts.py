@@ -1,7 +1,7 @@
 """Where latents fire: for each the sequences in which it is strongest, and some in which it is weaker.
 
-A sequence counts once, by the strongest of its rows. Maxima alone mislead: a latent that is clean at the top is often something
-else further down, so some contexts come from lower quantiles of the sequences' peaks.
+A sequence counts once, by the strongest of its rows. Maxima alone mislead: a latent that is clean at the top is often
+something else further down, so some contexts come from lower quantiles of the sequences' peaks.
 Letters: N sequences of a batch, T context, D model dimension, L latents (of all chains), K contexts that are kept.
 """
 
@@ -17,7 +17,9 @@ from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.results.features.latents import Latents
 
 SAMPLE = 64
-"""Sequences drawn for each latent, which the weaker contexts are chosen from: a quantile among them is right to 0.06 (standard error)."""
+"""Sequences drawn for each latent, which the weaker contexts are chosen from: a quantile among them is right to 0.06
+(standard error).
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Peak:
 
 @dataclass
 class _Ranked:
-    """The first K sequences of each latent by falling rank, and the peaks in them. Equal ranks: the earlier sequence first."""
+    """The first K sequences of each latent by falling rank, and the peaks in them. Equal ranks: the earlier sequence
+    first.
+    """
 
     rank_LK: torch.Tensor
     """fp64; 0: no sequence"""
@@ -68,21 +72,30 @@ class _Ranked:
 
 @torch.no_grad()
 def find_peaks(
-    pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, contexts: int, spread: int, sequences_per_batch: int,
+    pieces: Sequence[Latents],
+    lm,
+    sequences: TokenSequences,
+    scale: float,
+    contexts: int,
+    spread: int,
+    sequences_per_batch: int,
     max_norm: float | None = None,
-) -> list[list[Peak]]:  # fmt: skip
+) -> list[list[Peak]]:
     """For each latent of all pieces, in their order, at most `contexts` peaks, at most one in a sequence.
 
-    First come the contexts - spread largest, falling; then `spread` weaker ones, falling, at evenly spaced quantiles of the peaks in
-    a sample of the other sequences in which the latent fires (the sample is drawn with a fixed seed). One pass over the sequences
-    serves all chains, and memory does not grow with the tokens. max_norm: the dataset's bound; positions beyond it have no activation.
+    First come the contexts - spread largest, falling; then `spread` weaker ones, falling, at evenly spaced quantiles of
+    the peaks in a sample of the other sequences in which the latent fires (the sample is drawn with a fixed seed). One
+    pass over the sequences serves all chains, and memory does not grow with the tokens. max_norm: the dataset's bound;
+    positions beyond it have no activation.
     """
     assert 0 <= spread < contexts, (spread, contexts)
     device = pieces[0].b_enc_L.device
     latents, most_drawn = sum(map(len, pieces)), max(SAMPLE, 2 * contexts)
     strongest, drawn = _Ranked.none(latents, device), _Ranked.none(latents, device)
     draw_S = (torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)) + 1).to(device, torch.float64)
-    for sequence_N, value_LN, position_LN in _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device, max_norm):
+    for sequence_N, value_LN, position_LN in _sequence_peaks(
+        pieces, lm, sequences, scale, sequences_per_batch, device, max_norm
+    ):
         sequence_LN = sequence_N.expand(latents, -1)
         strongest.add(contexts - spread, value_LN.double(), value_LN, sequence_LN, position_LN)
         if spread:
@@ -91,8 +104,12 @@ def find_peaks(
     return [top + _weaker(top, sample, spread) for top, sample in zip(strongest.peaks(), drawn.peaks(), strict=True)]
 
 
-def _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device, max_norm) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Of each batch: its sequences [N], and each latent's largest activation there [L, N] (0: silent) and its position [L, N]."""
+def _sequence_peaks(
+    pieces, lm, sequences, scale, sequences_per_batch, device, max_norm
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Of each batch: its sequences [N], and each latent's largest activation there [L, N] (0: silent) and its position
+    [L, N].
+    """
     for first, (ids_NT, lengths_N) in enumerate(sequences.batches(sequences_per_batch)):
         ids_NT, lengths_N = ids_NT.to(device), lengths_N.to(device)
         value_NTD = lm.cut(ids_NT).value_BTD
@@ -111,7 +128,9 @@ def _sequence_peaks(pieces, lm, sequences, scale, sequences_per_batch, device, m
 def _weaker(top: list[Peak], sample: list[Peak], spread: int) -> list[Peak]:
     """At most `spread` peaks of the sample at evenly spaced quantiles, falling, from sequences that are not in `top`."""
     taken = {peak.sequence for peak in top}
-    rest = sorted((peak for peak in sample if peak.sequence not in taken), key=lambda peak: (-peak.activation, peak.sequence))
+    rest = sorted(
+        (peak for peak in sample if peak.sequence not in taken), key=lambda peak: (-peak.activation, peak.sequence)
+    )
     if len(rest) <= spread:
         chosen = rest
     else:

@@ -1,9 +1,11 @@
-"""What a latent does to the loss: its part is taken out of what stands at the hook, and every later token is predicted anew.
+"""What a latent does to the loss: its part is taken out of what stands at the hook, and every later token is predicted
+anew.
 
-For latent j in one sequence, at every row n on which it is active, x(n) - z_j(n) * s * d_j takes the place of x(n), with d_j its
-decoder row and s the dataset's scale. The change of a token's cross-entropy is that without the latent minus that with it, in
-nats: positive where the latent helped. The rest of the stream, the SAE's error included, stays.
-A model in bfloat16 rounds the two runs apart: the tiny model's changes, 0.3 nats (root mean square), are then off by 0.03.
+For latent j in one sequence, at every row n on which it is active, x(n) - z_j(n) * s * d_j takes the place of x(n),
+with d_j its decoder row and s the dataset's scale. The change of a token's cross-entropy is that without the latent
+minus that with it, in
+nats: positive where the latent helped. The rest of the stream, the SAE's error included, stays. A model in bfloat16
+rounds the two runs apart: the tiny model's changes, 0.3 nats (root mean square), are then off by 0.03.
 Letters: P pairs of a latent and a sequence, U different sequences among them, T context, D model dimension.
 """
 
@@ -36,17 +38,28 @@ class Removals:
 
 @torch.no_grad()
 def remove_latents(
-    pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, pairs: Sequence[tuple[int, int]], sequences_per_batch: int,
-    remove: bool = True, max_norm: float | None = None,
-) -> Removals:  # fmt: skip
+    pieces: Sequence[Latents],
+    lm,
+    sequences: TokenSequences,
+    scale: float,
+    pairs: Sequence[tuple[int, int]],
+    sequences_per_batch: int,
+    remove: bool = True,
+    max_norm: float | None = None,
+) -> Removals:
     """pairs: (latent, counted through all pieces; sequence). The result is in their order.
 
-    remove: without it activations alone are read, no upper block runs and every delta is 0. max_norm: the dataset's bound; at positions
-    beyond it no latent is active, and nothing is removed.
-    Pairs of one sequence are neighbours in a batch: it passes the lower blocks, and the upper ones as it is, once.
+    remove: without it activations alone are read, no upper block runs and every delta is 0. max_norm: the dataset's
+    bound; at positions beyond it no latent is active, and nothing is removed. Pairs of one sequence are neighbours in a
+    batch: it passes the lower blocks, and the upper ones as it is, once.
     """
     shape = (len(pairs), sequences.ids.shape[1])
-    read = Removals(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool))
+    read = Removals(
+        torch.zeros(shape),
+        torch.zeros(shape),
+        torch.zeros(shape, dtype=torch.bool),
+        torch.zeros(shape, dtype=torch.bool),
+    )
     order = sorted(range(len(pairs)), key=lambda pair: pairs[pair][::-1])
     for first in range(0, len(order), sequences_per_batch):
         chosen = order[first : first + sequences_per_batch]
@@ -57,9 +70,14 @@ def remove_latents(
 
 
 def _remove(
-    pieces: Sequence[Latents], lm, sequences: TokenSequences, scale: float, pairs: list[tuple[int, int]], remove: bool,
+    pieces: Sequence[Latents],
+    lm,
+    sequences: TokenSequences,
+    scale: float,
+    pairs: list[tuple[int, int]],
+    remove: bool,
     max_norm: float | None,
-) -> Removals:  # fmt: skip
+) -> Removals:
     device = pieces[0].b_enc_L.device
     latent_P, sequence_P = torch.tensor(pairs, device=device).T
     sequence_U, place_P = sequence_P.unique(return_inverse=True)

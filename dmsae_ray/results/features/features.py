@@ -37,31 +37,48 @@ class ChainCore:
     core: Core
     """the last one"""
     sae: Path
-    """file of the SAE in which that core was selected; read when its turn comes, since those of all chains may not fit in memory"""
+    """file of the SAE in which that core was selected; read when its turn comes, since those of all chains may not fit
+    in memory
+    """
 
 
 def features_key(settings: FeaturesConfig, dataset: str, cores: Mapping[str, str], consensus: str | None) -> str:
-    """What decides a features.json: settings, the dataset's key, and sha256 of each chain's last core and of consensus.json.
+    """What decides a features.json: settings, the dataset's key, and sha256 of each chain's last core and of
+    consensus.json.
 
     A core's file decides its latents: it holds all that they are computed from, but the gate, which is the chain's.
     """
     return fields_key(
         {
-            "format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "dataset": dataset, "cores": dict(cores),
-            "order": list(cores), "consensus": consensus,
+            "format": FORMAT_VERSION,
+            "settings": settings.model_dump(mode="json"),
+            "dataset": dataset,
+            "cores": dict(cores),
+            "order": list(cores),
+            "consensus": consensus,
         }
-    )  # fmt: skip
+    )
 
 
 def write_features(
-    path: Path, lm, sequences: TokenSequences, scale: float, tokenizer, chains: Sequence[ChainCore], consensus: dict | None,
-    settings: FeaturesConfig, key: str, device: str | torch.device = "cpu", max_norm: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    path: Path,
+    lm,
+    sequences: TokenSequences,
+    scale: float,
+    tokenizer,
+    chains: Sequence[ChainCore],
+    consensus: dict | None,
+    settings: FeaturesConfig,
+    key: str,
+    device: str | torch.device = "cpu",
+    max_norm: float | None = None,
+) -> dict[str, Any]:
     """Describe the features of these chains' cores, write features.json and return what stands in it.
 
-    sequences: the evaluation split; scale, max_norm: the dataset's. consensus: what consensus.json holds; None where chains were not compared,
-    then every core latent is a feature of its own. key: stored, for whoever asks whether the file still holds (`features_key`).
-    Raises ValueError if there is no chain, or consensus and cores do not belong together.
+    sequences: the evaluation split; scale, max_norm: the dataset's. consensus: what consensus.json holds; None where
+    chains were not compared, then every core latent is a feature of its own. key: stored, for whoever asks whether the
+    file still holds (`features_key`). Raises ValueError if there is no chain, or consensus and cores do not belong
+    together.
     """
     if not chains:
         raise ValueError("features.json: no finished chain has a core to describe")
@@ -82,9 +99,16 @@ def write_features(
 
 
 def _describe(
-    features: list[Feature], chains: Sequence[ChainCore], lm, sequences: TokenSequences, scale: float, tokenizer, settings: FeaturesConfig,
-    device: str | torch.device, max_norm: float | None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    features: list[Feature],
+    chains: Sequence[ChainCore],
+    lm,
+    sequences: TokenSequences,
+    scale: float,
+    tokenizer,
+    settings: FeaturesConfig,
+    device: str | torch.device,
+    max_norm: float | None,
+) -> list[dict[str, Any]]:
     """max_activation, mean_loss_change, contexts and effects of each feature's representative."""
     places, pieces = [], []
     for chain in chains:
@@ -95,9 +119,20 @@ def _describe(
             pieces.append(Latents.of(sae, [features[place].representative.latent for place in mine], device))
     if not pieces:
         return []
-    peaks_L = find_peaks(pieces, lm, sequences, scale, settings.contexts, settings.spread, settings.sequences_per_batch, max_norm)
+    peaks_L = find_peaks(
+        pieces, lm, sequences, scale, settings.contexts, settings.spread, settings.sequences_per_batch, max_norm
+    )
     pairs = [(latent, peak.sequence) for latent, peaks in enumerate(peaks_L) for peak in peaks]
-    read = remove_latents(pieces, lm, sequences, scale, pairs, settings.sequences_per_batch, remove=settings.effects > 0, max_norm=max_norm)
+    read = remove_latents(
+        pieces,
+        lm,
+        sequences,
+        scale,
+        pairs,
+        settings.sequences_per_batch,
+        remove=settings.effects > 0,
+        max_norm=max_norm,
+    )
     text, described, first = TokenText(tokenizer), {}, 0
     for place, peaks in zip(places, peaks_L, strict=True):
         mine = slice(first, first + len(peaks))
@@ -119,12 +154,23 @@ def _about(feature: Feature, cores: Mapping[str, Core]) -> dict[str, Any]:
     cosines = cosines_to_representative(feature, cores)
     chains = list(dict.fromkeys(member.chain for member in feature.members))
     return {
-        "id": feature.id, "kind": feature.kind, "chains": chains, "in_chains": len(chains), "in_seeds": feature.in_seeds,
-        "n_chains": feature.n_chains, "n_seeds": feature.n_seeds, "reproducibility": feature.reproducibility,
-        "interval": None if feature.interval is None else list(feature.interval), "score": feature.score, "density": feature.density,
-        "cosine": feature.cosine, "representative": asdict(feature.representative),
-        "partners": [asdict(member) | {"cosine": cosine} for member, cosine in zip(feature.members[1:], cosines, strict=True)],
-    }  # fmt: skip
+        "id": feature.id,
+        "kind": feature.kind,
+        "chains": chains,
+        "in_chains": len(chains),
+        "in_seeds": feature.in_seeds,
+        "n_chains": feature.n_chains,
+        "n_seeds": feature.n_seeds,
+        "reproducibility": feature.reproducibility,
+        "interval": None if feature.interval is None else list(feature.interval),
+        "score": feature.score,
+        "density": feature.density,
+        "cosine": feature.cosine,
+        "representative": asdict(feature.representative),
+        "partners": [
+            asdict(member) | {"cosine": cosine} for member, cosine in zip(feature.members[1:], cosines, strict=True)
+        ],
+    }
 
 
 def _context(
@@ -154,12 +200,14 @@ def _effects(
         sequence = peaks[context].sequence
         start, end = _document(sequences, sequence, position, bos_id)
         ids_T = sequences.ids[sequence]
-        effects.append({
-            "before": text.join(ids_T[max(start, position - NEAR) : position].tolist()),
-            "token": text.token(int(ids_T[position])),
-            "after": text.join(ids_T[position + 1 : min(end, position + 1 + NEAR)].tolist()),
-            "delta": _short(float(read.delta_PT[mine][context, position])),
-        })  # fmt: skip
+        effects.append(
+            {
+                "before": text.join(ids_T[max(start, position - NEAR) : position].tolist()),
+                "token": text.token(int(ids_T[position])),
+                "after": text.join(ids_T[position + 1 : min(end, position + 1 + NEAR)].tolist()),
+                "delta": _short(float(read.delta_PT[mine][context, position])),
+            }
+        )
     return effects
 
 

@@ -15,7 +15,9 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Copies of what `MatryoshkaSAE` computes these latents from; of a wide SAE, which may then go, they are a small part."""
+    """Copies of what `MatryoshkaSAE` computes these latents from; of a wide SAE, which may then go, they are a small
+    part.
+    """
 
     W_enc_LD: torch.Tensor
     b_enc_L: torch.Tensor
@@ -39,6 +41,8 @@ class Latents:
         return len(self.b_enc_L)
 
     def encode(self, x_D: torch.Tensor) -> torch.Tensor:
-        """Activations [..., L] by the inference rule of `MatryoshkaSAE.encode`; x is scaled and may have any leading dimensions."""
+        """Activations [..., L] by the inference rule of `MatryoshkaSAE.encode`; x is scaled and may have any leading
+        dimensions.
+        """
         p_L = torch.nn.functional.linear(x_D - self.b_dec_D, self.W_enc_LD, self.b_enc_L)
         return torch.where(p_L > self.theta_L, p_L, 0)

@@ -58,9 +58,9 @@ class Feature:
 def roster_of(cores: Mapping[str, Core], consensus: dict | None) -> list[Feature]:
     """Every feature of these chains' cores once, in the order of importance.
 
-    First the consensus groups with two or more members, as consensus.json lists them; then all other core latents by falling share
-    of their chain's total score (equal ones: in the order of chains and latents).
-    Raises ValueError if consensus.json names chains or latents that these cores do not have.
+    First the consensus groups with two or more members, as consensus.json lists them; then all other core latents by
+    falling share of their chain's total score (equal ones: in the order of chains and latents). Raises ValueError if
+    consensus.json names chains or latents that these cores do not have.
     """
     shared, alone, seen = [], [], set()
     for group in consensus["groups"] if consensus else []:
@@ -74,9 +74,18 @@ def roster_of(cores: Mapping[str, Core], consensus: dict | None) -> list[Feature
                 member = _member(label, core, index)
                 alone.append(
                     Feature(
-                        f"{label}.{member.latent}", "core", (member,), _share(member, core), member.density, None,
-                        n_chains=len(cores), n_seeds=len(seeds), in_seeds=1, reproducibility=None, interval=None,
-                    )  # fmt: skip
+                        f"{label}.{member.latent}",
+                        "core",
+                        (member,),
+                        _share(member, core),
+                        member.density,
+                        None,
+                        n_chains=len(cores),
+                        n_seeds=len(seeds),
+                        in_seeds=1,
+                        reproducibility=None,
+                        interval=None,
+                    )
                 )
     place = {label: i for i, label in enumerate(cores)}
     alone.sort(key=lambda feature: (-feature.score, place[feature.representative.chain], feature.representative.latent))
@@ -95,21 +104,31 @@ def _group(group: dict, consensus: dict, cores: Mapping[str, Core]) -> Feature:
         core = cores.get(entry["chain"])
         if core is None or entry["index"] >= core.size or int(core.latent_ids_C[entry["index"]]) != entry["latent"]:
             raise ValueError(
-                f"consensus.json: {group['id']} has latent {entry['latent']} of {entry['chain']} as row {entry['index']} of its core, "
-                "which it is not: delete consensus.json to have it computed again"
+                f"consensus.json: {group['id']} has latent {entry['latent']} of {entry['chain']} as row "
+                f"{entry['index']} of its core, which it is not: delete consensus.json to have it computed again"
             )
         members.append(_member(entry["chain"], core, entry["index"]))
     members.sort(key=lambda member: -member.score)  # stable: of equal ones the first listed
     interval = group["interval"]
     return Feature(
-        group["id"], "consensus" if len(members) > 1 else "core", tuple(members), group["score"], group["density"], group["cosine"],
-        n_chains=len(consensus["chains"]), n_seeds=len(consensus["seeds"]), in_seeds=group["in_seeds"],
-        reproducibility=group["reproducibility"], interval=None if interval is None else tuple(interval),
-    )  # fmt: skip
+        group["id"],
+        "consensus" if len(members) > 1 else "core",
+        tuple(members),
+        group["score"],
+        group["density"],
+        group["cosine"],
+        n_chains=len(consensus["chains"]),
+        n_seeds=len(consensus["seeds"]),
+        in_seeds=group["in_seeds"],
+        reproducibility=group["reproducibility"],
+        interval=None if interval is None else tuple(interval),
+    )
 
 
 def _member(label: str, core: Core, index: int) -> Member:
-    return Member(label, index, int(core.latent_ids_C[index]), float(core.scores_C[index]), float(core.density_C[index]))
+    return Member(
+        label, index, int(core.latent_ids_C[index]), float(core.scores_C[index]), float(core.density_C[index])
+    )
 
 
 def _share(member: Member, core: Core) -> float:

@@ -1,4 +1,6 @@
-"""The features of a sweep's cores, described by a Ray task: where the language model's GPU is, not where the driver runs."""
+"""The features of a sweep's cores, described by a Ray task: where the language model's GPU is, not where the driver
+runs.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,15 @@ TRIES = 3
 
 
 def describe(
-    config: Config, dataset: ActivationDataset, plans: Sequence[ChainPlan], consensus: dict | None, path: Path,
-    connect: Callable[[], object], say: Callable[[str], None], fresh: bool = False,
-) -> dict | None:  # fmt: skip
+    config: Config,
+    dataset: ActivationDataset,
+    plans: Sequence[ChainPlan],
+    consensus: dict | None,
+    path: Path,
+    connect: Callable[[], object],
+    say: Callable[[str], None],
+    fresh: bool = False,
+) -> dict | None:
     """features.json of these finished chains; None, and no file, if there are none.
 
     connect: joins or starts Ray, called only if there is something to do. fresh: do it though the file holds already.
@@ -33,7 +41,9 @@ def describe(
         return None
     cores = {plan.label: plan.folder.cycle(plan.cycles - 1).core for plan in plans}
     stamp = None if consensus is None else fields_key(consensus)
-    key = features_key(config.features, dataset.manifest.key, {label: file_sha256(core) for label, core in cores.items()}, stamp)
+    key = features_key(
+        config.features, dataset.manifest.key, {label: file_sha256(core) for label, core in cores.items()}, stamp
+    )
     for there in () if fresh else (path, earlier(path)):
         if (known := known_from(there, say)) is not None and known.get("key") == key:
             there.replace(path)
@@ -41,15 +51,23 @@ def describe(
     connect()
     import ray
 
-    say(f"features: reading {config.features.tokens:,} held-out tokens for where they fire and what they do to the loss")
-    chains = [ChainCore(plan.label, Core.load(cores[plan.label]), plan.folder.cycle(plan.cycles - 1).sae) for plan in plans]
+    say(
+        f"features: reading {config.features.tokens:,} held-out tokens for where they fire and what they do to the loss"
+    )
+    chains = [
+        ChainCore(plan.label, Core.load(cores[plan.label]), plan.folder.cycle(plan.cycles - 1).sae) for plan in plans
+    ]
     # No retries by Ray, whose retries for want of memory never end.
     task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=0)(_describe)
     for left in reversed(range(TRIES)):
         try:
             ray.get(task.remote(config, dataset.store.url, chains, consensus, path, key))
             break
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.ObjectLostError,
+        ) as error:
             if not left:
                 raise
             say(f"features: their worker was lost ({reason_of(error)}); trying again")
@@ -57,9 +75,9 @@ def describe(
             if not out_of_memory(error):
                 raise
             raise ValueError(
-                f"out of memory ({reason_of(error)}): lower features.sequences_per_batch (now {config.features.sequences_per_batch}) or "
-                f"features.most (now {config.features.most}), or leave more of the machine's memory free; the same command makes only "
-                "the features again"
+                f"out of memory ({reason_of(error)}): lower features.sequences_per_batch (now "
+                f"{config.features.sequences_per_batch}) or features.most (now {config.features.most}), or leave more "
+                "of the machine's memory free; the same command makes only the features again"
             ) from error
     return json.loads(path.read_text())
 
@@ -73,7 +91,9 @@ def out_of_memory(error: BaseException) -> bool:
     return any(isinstance(link, kinds) for link in causes(error, contexts=True))
 
 
-def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], consensus: dict | None, path: Path, key: str) -> None:
+def _describe(
+    config: Config, dataset: SecretUrl, chains: list[ChainCore], consensus: dict | None, path: Path, key: str
+) -> None:
     import torch
 
     from dmsae_ray.lm.model import LanguageModel
@@ -83,6 +103,15 @@ def _describe(config: Config, dataset: SecretUrl, chains: list[ChainCore], conse
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
     opened = ActivationDataset(dataset)
     write_features(
-        path, LanguageModel.of(config.model, device), opened.held_out("evaluation"), opened.manifest.scale,
-        tokenizer_of(config.model), chains, consensus, config.features, key, device, opened.manifest.max_norm,
-    )  # fmt: skip
+        path,
+        LanguageModel.of(config.model, device),
+        opened.held_out("evaluation"),
+        opened.manifest.scale,
+        tokenizer_of(config.model),
+        chains,
+        consensus,
+        config.features,
+        key,
+        device,
+        opened.manifest.max_norm,
+    )

@@ -1,8 +1,8 @@
 """What a rank holds in training, in bytes, before anything of that size is made.
 
-What lasts is taken from a trainer made of tensors without memory (PyTorch's meta device), so it is what the code allocates. What a
-step needs beside it is written down here, for kernels that have no intermediates of their own (the compiled ones, C and Triton; plain
-torch makes copies as large as a gradient).
+What lasts is taken from a trainer made of tensors without memory (PyTorch's meta device), so it is what the code
+allocates. What a step needs beside it is written down here, for kernels that have no intermediates of their own (the
+compiled ones, C and Triton; plain torch makes copies as large as a gradient).
 
 Shapes: B tokens of this rank, T of the global batch, D = d, F latents of this rank, G groups.
 """
@@ -30,17 +30,23 @@ CANDIDATE = 2 * 5 * 4
 """Bytes of a candidate: row, latent, approximation, margin, value; twice, where they are put together."""
 
 PLACE = 3 * 4 * 4 + 40
-"""Bytes of a place for a candidate on a CUDA device: row, latent, approximation, margin of both scans and of the one chosen; and where
-kept pairs move to, and how they are sorted, in 64-bit integers."""
+"""Bytes of a place for a candidate on a CUDA device: row, latent, approximation, margin of both scans and of the one
+chosen; and where kept pairs move to, and how they are sorted, in 64-bit integers."""
 
 
 def footprint(
-    settings: SAESettings, core_size: int, world: int, low_screen: bool = True, candidates: float = 1.6, dead: int = 0,
+    settings: SAESettings,
+    core_size: int,
+    world: int,
+    low_screen: bool = True,
+    candidates: float = 1.6,
+    dead: int = 0,
     fused: bool = False,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Bytes of fp32 training on the rank that holds most, by what they are for. Their sum bounds the peak.
 
-    low_screen: the screen is bf16. candidates: per kept pair; 1.1 to 1.6 in practice (StepReport.candidates says). dead: dead
+    low_screen: the screen is bf16. candidates: per kept pair; 1.1 to 1.6 in practice (StepReport.candidates says).
+    dead: dead
     latents of this rank. fused: Triton kernels, whose screen writes no product.
     """
     trainer = _without_memory(settings, core_size, world, low_screen)
@@ -65,12 +71,17 @@ def footprint(
         "gradient": copies * trained,
         "screened product": product,
         "prefix errors": piece * n_groups * row,
-        "rows": late + own * row + screened * (row + settings.d * 2 * low_screen) + (0 if parallel == "ddp" else settings.batch * row)
-                + (settings.batch * row if parallel == "gather" else 0) + (computed * row if piece < computed else 0),
+        "rows": late
+        + own * row
+        + screened * (row + settings.d * 2 * low_screen)
+        + (0 if parallel == "ddp" else settings.batch * row)
+        + (settings.batch * row if parallel == "gather" else 0)
+        + (computed * row if piece < computed else 0),
         "pairs": PAIR * pairs + found,
-        # Rows of both matrices and of their gradients; pre-activations and their gradient; residuals less their mean, and rebuilt.
+        # Rows of both matrices and of their gradients; pre-activations and their gradient; residuals less their mean,
+        # and rebuilt.
         "AuxK": (4 * dead * row + 2 * chunk * dead * size + computed * row + chunk * row) * (dead > 0),
-    }  # fmt: skip
+    }
 
 
 def lasting_tensors(trainer: Trainer) -> dict[str, list[Tensor]]:

@@ -67,12 +67,12 @@ class StepFacts:
 
 def bytes_per_step(
     settings: SAESettings, world: int, trained: int, n_groups: int, facts: StepFacts, dtype: torch.dtype = torch.float32
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Bytes one rank sends in a step, by what they are for: all but the logged figures, and the first step's start.
 
-    trained: trained numbers of the whole SAE. For a step as almost all are: the gate has a guess, there are more than k pairs per
-    token to choose from, and no tie is cut. The gate sends digit counts, whatever the batch; with T tokens of d numbers of s bytes,
-    W ranks, G groups, P trained numbers and N pairs on the rank that has most, the rest is about
+    trained: trained numbers of the whole SAE. For a step as almost all are: the gate has a guess, there are more than k
+    pairs per token to choose from, and no tie is cut. The gate sends digit counts, whatever the batch; with T tokens of
+    d numbers of s bytes, W ranks, G groups, P trained numbers and N pairs on the rank that has most, the rest is about
 
         ddp      2 P s (W - 1) / W
         gather   T d s (W - 1) / W  +  N (4 + s) (W - 1)

@@ -12,15 +12,20 @@ from dmsae_ray.sae.ops.torch_ops import TorchPairs
 
 
 def pairs_on(device: torch.device | str, kernels: str = "auto", dtype: torch.dtype = torch.float32) -> TorchPairs:
-    """The operations for tensors on this device: C kernels on CPUs, Triton's on CUDA devices (float32 only), else plain torch.
+    """The operations for tensors on this device: C kernels on CPUs, Triton's on CUDA devices (float32 only), else plain
+    torch.
 
-    kernels: `auto` (a warning says so where plain torch has to do), `compiled` (raises native.NotBuilt where impossible), `torch`.
-    Raises ValueError for a CUDA device that is not the current one, where kernels would be started.
+    kernels: `auto` (a warning says so where plain torch has to do), `compiled` (raises native.NotBuilt where
+    impossible), `torch`. Raises ValueError for a CUDA device that is not the current one, where kernels would be
+    started.
     """
     device = torch.device(device)
     kind = device.type
     if kind == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        raise ValueError(f"the SAE is on {device}, the current device is cuda:{torch.cuda.current_device()}: call torch.cuda.set_device first")
+        raise ValueError(
+            f"the SAE is on {device}, the current device is cuda:{torch.cuda.current_device()}: call "
+            "torch.cuda.set_device first"
+        )
     if kernels == "torch" or (kernels == "auto" and kind not in ("cpu", "cuda")):
         return TorchPairs()
     try:

@@ -35,9 +35,17 @@ class NativePairs(TorchPairs):
     @staticmethod
     def _prepare(x_ND, b_dec_D, centred_ND, rounded: Rounded) -> None:
         native.call(
-            "prepare_rows", x_ND.dtype, x_ND, b_dec_D, centred_ND, rounded.low_ND, rounded.norm_N, rounded.error_N, *x_ND.shape,
+            "prepare_rows",
+            x_ND.dtype,
+            x_ND,
+            b_dec_D,
+            centred_ND,
+            rounded.low_ND,
+            rounded.norm_N,
+            rounded.error_N,
+            *x_ND.shape,
             native.threads(),
-        )  # fmt: skip
+        )
 
     def scan(self, screen_BF, first_row, b_enc_F, latents, margin, cut, n_exempt) -> Candidates:
         low = native.Int(screen_BF.dtype == torch.bfloat16)
@@ -48,30 +56,81 @@ class NativePairs(TorchPairs):
             approx, margins = (torch.empty(workers, capacity, dtype=dtype) for _ in range(2))
             counts = torch.empty(workers, dtype=torch.int64)
             native.call(
-                "scan", dtype, screen_BF, low, rows, first_row, width, n_exempt, b_enc_F, margin.row_a_B[first_row:], margin.row_c_B[first_row:],
-                latents.norm_N, latents.error_N, margin.relative, margin.rounding, margin.absolute, cut, row, latent, approx, margins, capacity,
-                counts, workers,
-            )  # fmt: skip
+                "scan",
+                dtype,
+                screen_BF,
+                low,
+                rows,
+                first_row,
+                width,
+                n_exempt,
+                b_enc_F,
+                margin.row_a_B[first_row:],
+                margin.row_c_B[first_row:],
+                latents.norm_N,
+                latents.error_N,
+                margin.relative,
+                margin.rounding,
+                margin.absolute,
+                cut,
+                row,
+                latent,
+                approx,
+                margins,
+                capacity,
+                counts,
+                workers,
+            )
             found = counts.tolist()
             if max(found) <= capacity:
                 break
             self._capacity = max(found) * 5 // 4
-        return Candidates(*(torch.cat([part[:n] for part, n in zip(parts, found, strict=True)]) for parts in (row, latent, approx, margins)))
+        return Candidates(
+            *(
+                torch.cat([part[:n] for part, n in zip(parts, found, strict=True)])
+                for parts in (row, latent, approx, margins)
+            )
+        )
 
     def refine(self, centred_BD, W_enc_FD, b_enc_F, candidates: Candidates, cut, n_exempt) -> tuple[Tensor, int]:
         value_N = torch.empty_like(candidates.approx_N)
         wrong = native.call(
-            "refine", b_enc_F.dtype, centred_BD, W_enc_FD, b_enc_F, *candidates, cut, n_exempt, value_N, len(value_N),
-            centred_BD.shape[1], native.threads(), returns=ctypes.c_int64,
-        )  # fmt: skip
+            "refine",
+            b_enc_F.dtype,
+            centred_BD,
+            W_enc_FD,
+            b_enc_F,
+            *candidates,
+            cut,
+            n_exempt,
+            value_N,
+            len(value_N),
+            centred_BD.shape[1],
+            native.threads(),
+            returns=ctypes.c_int64,
+        )
         return value_N, wrong
 
     def values(self, centred_BD, W_enc_FD, b_enc_F, row_N, latent_N) -> Tensor:
         value_N = torch.empty(len(row_N), dtype=b_enc_F.dtype)
         native.call(
-            "refine", b_enc_F.dtype, centred_BD, W_enc_FD, b_enc_F, row_N, latent_N, None, None, 0.0, 0, value_N, len(value_N),
-            centred_BD.shape[1], native.threads(), returns=ctypes.c_int64,
-        )  # fmt: skip
+            "refine",
+            b_enc_F.dtype,
+            centred_BD,
+            W_enc_FD,
+            b_enc_F,
+            row_N,
+            latent_N,
+            None,
+            None,
+            0.0,
+            0,
+            value_N,
+            len(value_N),
+            centred_BD.shape[1],
+            native.threads(),
+            returns=ctypes.c_int64,
+        )
         return value_N
 
     def count_digits(self, value_N, shift, prefix) -> Tensor:
@@ -80,11 +139,23 @@ class NativePairs(TorchPairs):
         return counts
 
     def keep(self, row_N, latent_N, value_N, threshold, n_exempt, rows, dropped_N) -> Pairs:
-        kept = Pairs(torch.empty(rows + 1, dtype=torch.int64), *(torch.empty_like(t) for t in (row_N, latent_N, value_N)))
+        kept = Pairs(
+            torch.empty(rows + 1, dtype=torch.int64), *(torch.empty_like(t) for t in (row_N, latent_N, value_N))
+        )
         count = native.call(
-            "keep", value_N.dtype, row_N, latent_N, value_N, dropped_N, len(row_N), threshold, n_exempt, rows, *kept,
+            "keep",
+            value_N.dtype,
+            row_N,
+            latent_N,
+            value_N,
+            dropped_N,
+            len(row_N),
+            threshold,
+            n_exempt,
+            rows,
+            *kept,
             returns=ctypes.c_int64,
-        )  # fmt: skip
+        )
         return Pairs(kept.start_B1, kept.row_N[:count], kept.latent_N[:count], kept.value_N[:count])
 
     def by_latent(self, latent_N, width) -> tuple[Tensor, Tensor]:
@@ -95,20 +166,64 @@ class NativePairs(TorchPairs):
     def decode(self, x_BD, b_dec_D, W_dec_FD, pairs: Pairs, group_ends, S_BGD) -> tuple[Tensor, Tensor]:
         gradient_N, loss_B = torch.empty_like(pairs.value_N), torch.empty(len(x_BD), dtype=torch.float64)
         native.call(
-            "decode", x_BD.dtype, x_BD.contiguous(), b_dec_D, W_dec_FD, pairs.start_B1, pairs.latent_N, pairs.value_N,
-            torch.tensor(group_ends), *x_BD.shape, len(group_ends), S_BGD, gradient_N, loss_B, native.threads(),
-        )  # fmt: skip
+            "decode",
+            x_BD.dtype,
+            x_BD.contiguous(),
+            b_dec_D,
+            W_dec_FD,
+            pairs.start_B1,
+            pairs.latent_N,
+            pairs.value_N,
+            torch.tensor(group_ends),
+            *x_BD.shape,
+            len(group_ends),
+            S_BGD,
+            gradient_N,
+            loss_B,
+            native.threads(),
+        )
         return gradient_N, loss_B
 
     def weight_gradients(
-        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec, add=False
+        self,
+        S_BGD,
+        centred_BD,
+        pairs: Pairs,
+        gradient_N,
+        start_F1,
+        order_N,
+        group_ends,
+        n_frozen,
+        scale,
+        W_enc,
+        b_enc,
+        W_dec,
+        add=False,
     ) -> None:
         workers = native.threads()
         native.call(
-            "weight_gradients", S_BGD.dtype, S_BGD, centred_BD, start_F1, order_N, pairs.row_N, pairs.value_N, gradient_N,
-            torch.tensor(group_ends), len(b_enc), n_frozen, centred_BD.shape[1], len(group_ends), scale, W_enc, b_enc, W_dec,
-            W_dec.new_empty(workers, 2, W_dec.shape[1]), add, workers,
-        )  # fmt: skip
+            "weight_gradients",
+            S_BGD.dtype,
+            S_BGD,
+            centred_BD,
+            start_F1,
+            order_N,
+            pairs.row_N,
+            pairs.value_N,
+            gradient_N,
+            torch.tensor(group_ends),
+            len(b_enc),
+            n_frozen,
+            centred_BD.shape[1],
+            len(group_ends),
+            scale,
+            W_enc,
+            b_enc,
+            W_dec,
+            W_dec.new_empty(workers, 2, W_dec.shape[1]),
+            add,
+            workers,
+        )
 
     def weighted_rows(self, factor_N, rows_ND) -> Tensor:
         rows, d = rows_ND.shape
@@ -123,13 +238,32 @@ class NativePairs(TorchPairs):
         rows, d = gradient_ND.shape
         sums = torch.empty(-(-rows // native.ROWS), dtype=torch.float64)
         parallel_N = None if W_ND is None else gradient_ND.new_empty(rows)
-        native.call("gradient_squares", gradient_ND.dtype, gradient_ND, W_ND, parallel_N, sums, rows, d, native.threads())
+        native.call(
+            "gradient_squares", gradient_ND.dtype, gradient_ND, W_ND, parallel_N, sums, rows, d, native.threads()
+        )
         return sums.sum(), parallel_N
 
     def adam(self, W, gradient, mean, square, parallel_N, clip, adam: AdamStep, unit, rounded: Rounded | None) -> None:
         rows, d = W.shape if W.ndim == 2 else (1, len(W))
         low, norm, error = (None, None, None) if rounded is None else (rounded.low_ND, rounded.norm_N, rounded.error_N)
         native.call(
-            "adam", W.dtype, W, gradient, mean, square, parallel_N, rows, d, clip, *adam[:3], adam.step_size, adam.correction, unit,
-            torch.finfo(W.dtype).eps, low, norm, error, native.threads(),
-        )  # fmt: skip
+            "adam",
+            W.dtype,
+            W,
+            gradient,
+            mean,
+            square,
+            parallel_N,
+            rows,
+            d,
+            clip,
+            *adam[:3],
+            adam.step_size,
+            adam.correction,
+            unit,
+            torch.finfo(W.dtype).eps,
+            low,
+            norm,
+            error,
+            native.threads(),
+        )

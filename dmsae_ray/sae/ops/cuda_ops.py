@@ -2,9 +2,9 @@
 
 Shapes: as in `pairs.py`; C places for candidates, of which the first ones are taken. Weights and batches are float32.
 
-Nothing here waits for the device, but for the methods that return Python numbers (`refine`; `screened` of a gate over several
-ranks). Lists whose length only the device knows are as long as they can get and end in padding: row B, latent F, value 0 or less.
-AuxK's selection (`keep_top`) and the sorting are torch's.
+Nothing here waits for the device, but for the methods that return Python numbers (`refine`; `screened` of a gate over
+several ranks). Lists whose length only the device knows are as long as they can get and end in padding: row B, latent
+F, value 0 or less. AuxK's selection (`keep_top`) and the sorting are torch's.
 """
 
 from __future__ import annotations
@@ -85,9 +85,17 @@ class TritonPairs(TorchPairs):
         return rounded
 
     def screened(
-        self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, cut: float, n_exempt: int
+        self,
+        left_BD: Tensor,
+        right_FD: Tensor,
+        b_enc_F: Tensor,
+        latents: Rounded,
+        margin: Margin,
+        cut: float,
+        n_exempt: int,
     ) -> Candidates:
-        """Pairs whose value can reach `cut`, as `scan` finds them in the product left_BD @ right_FD.T, without writing that.
+        """Pairs whose value can reach `cut`, as `scan` finds them in the product left_BD @ right_FD.T, without writing
+        that.
 
         Waits for the device: the list is as long as what was found.
         """
@@ -101,12 +109,22 @@ class TritonPairs(TorchPairs):
             self.make_room(n)
 
     def append(
-        self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, cut: Tensor, n_exempt: int,
-        capacity: int, go: Tensor | None = None, before: tuple[Candidates, Tensor] | None = None,
-    ) -> tuple[Candidates, Tensor]:  # fmt: skip
+        self,
+        left_BD: Tensor,
+        right_FD: Tensor,
+        b_enc_F: Tensor,
+        latents: Rounded,
+        margin: Margin,
+        cut: Tensor,
+        n_exempt: int,
+        capacity: int,
+        go: Tensor | None = None,
+        before: tuple[Candidates, Tensor] | None = None,
+    ) -> tuple[Candidates, Tensor]:
         """Pairs that can reach the number in `cut`, sorted by row, then latent, and how many there are (int32, 0-dim).
 
-        More than `capacity` are counted, not stored. go: where it holds a 0, the result is `before`, whose capacity was the same.
+        More than `capacity` are counted, not stored. go: where it holds a 0, the result is `before`, whose capacity was
+        the same.
         """
         n_rows, width = len(left_BD), len(right_FD)
         kind = torch.int32 if (n_rows + 1) * width < 1 << 31 else torch.int64
@@ -114,15 +132,35 @@ class TritonPairs(TorchPairs):
         approx_C = b_enc_F.new_zeros(capacity)
         count = torch.zeros((), dtype=torch.int32, device=left_BD.device)
         launch(
-            triton_screen.append, self._tiles(left_BD, right_FD), left_BD, right_FD, b_enc_F, margin.row_a_B, margin.row_c_B,
-            latents.norm_N, latents.error_N, cut, _always(count) if go is None else go, key_C, approx_C, count, n_rows, width,
-            left_BD.shape[1], n_exempt, capacity, margin.rounding, margin.absolute, **TILE[left_BD.dtype],
-        )  # fmt: skip
+            triton_screen.append,
+            self._tiles(left_BD, right_FD),
+            left_BD,
+            right_FD,
+            b_enc_F,
+            margin.row_a_B,
+            margin.row_c_B,
+            latents.norm_N,
+            latents.error_N,
+            cut,
+            _always(count) if go is None else go,
+            key_C,
+            approx_C,
+            count,
+            n_rows,
+            width,
+            left_BD.shape[1],
+            n_exempt,
+            capacity,
+            margin.rounding,
+            margin.absolute,
+            **TILE[left_BD.dtype],
+        )
         key_C, order_C = key_C.sort()
         row_C = torch.div(key_C, width, rounding_mode="floor").int()
         latent_C = torch.where(row_C < n_rows, key_C - row_C.to(kind) * width, width).int()
         at_C = approx_C[order_C]
-        # Not stored by the kernel, whose registers are dear. Margins are so much wider than need be that roundings do not matter.
+        # Not stored by the kernel, whose registers are dear. Margins are so much wider than need be that roundings do
+        # not matter.
         r, j = row_C.clamp(max=n_rows - 1), latent_C.clamp(max=width - 1)
         margin_C = margin.row_a_B[r] * latents.norm_N[j] + margin.row_c_B[r] * latents.error_N[j]
         margin_C += margin.rounding * at_C.abs() + margin.absolute
@@ -133,21 +171,46 @@ class TritonPairs(TorchPairs):
         return found, count
 
     def sure_level(
-        self, left_BD: Tensor, right_FD: Tensor, b_enc_F: Tensor, latents: Rounded, margin: Margin, n_exempt: int, wanted: Tensor,
+        self,
+        left_BD: Tensor,
+        right_FD: Tensor,
+        b_enc_F: Tensor,
+        latents: Rounded,
+        margin: Margin,
+        n_exempt: int,
+        wanted: Tensor,
         go: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The largest number of few bits that at least `wanted` values are sure to reach (0: not so many are surely positive), 0-dim.
+    ) -> Tensor:
+        """The largest number of few bits that at least `wanted` values are sure to reach (0: not so many are surely
+        positive), 0-dim.
 
-        The product is made anew, and all pairs counted: for batches that the guess did not fit. go: where it holds a 0, nothing
-        is done, and the number is 0.
+        The product is made anew, and all pairs counted: for batches that the guess did not fit. go: where it holds a 0,
+        nothing is done, and the number is 0.
         """
         shift = 31 - DIGIT_BITS  # the exponent, and three bits more: levels are at most an eighth apart
         counts = _counts(left_BD)
         launch(
-            triton_screen.count_sure, self._tiles(left_BD, right_FD), left_BD, right_FD, b_enc_F, margin.row_a_B, margin.row_c_B,
-            latents.norm_N, latents.error_N, go, counts, len(left_BD), len(right_FD), left_BD.shape[1], n_exempt, margin.rounding,
-            margin.absolute, SHIFT=shift, DIGITS=1 << DIGIT_BITS, **TILE[left_BD.dtype],
-        )  # fmt: skip
+            triton_screen.count_sure,
+            self._tiles(left_BD, right_FD),
+            left_BD,
+            right_FD,
+            b_enc_F,
+            margin.row_a_B,
+            margin.row_c_B,
+            latents.norm_N,
+            latents.error_N,
+            go,
+            counts,
+            len(left_BD),
+            len(right_FD),
+            left_BD.shape[1],
+            n_exempt,
+            margin.rounding,
+            margin.absolute,
+            SHIFT=shift,
+            DIGITS=1 << DIGIT_BITS,
+            **TILE[left_BD.dtype],
+        )
         state = _state(wanted)
         launch(triton_select.choose_digit, (1,), counts, state, BITS=DIGIT_BITS)
         return _found(state, shift)
@@ -172,12 +235,29 @@ class TritonPairs(TorchPairs):
         return self._sampled(centred_BD, W_enc_FD, b_enc_F, row_N, latent_N)
 
     @staticmethod
-    def _sampled(a_ND, W_FD, bias_F, row_N, latent_N, approx_N=None, margin_N=None, cut=None, wrong=None, n_exempt=0) -> Tensor:
+    def _sampled(
+        a_ND, W_FD, bias_F, row_N, latent_N, approx_N=None, margin_N=None, cut=None, wrong=None, n_exempt=0
+    ) -> Tensor:
         n, value_N = len(row_N), W_FD.new_empty(len(row_N))
         launch(
-            triton_sparse.sampled, (triton.cdiv(n, SAMPLED["PAIRS"]),), a_ND, W_FD, bias_F, row_N, latent_N, approx_N, margin_N, cut,
-            value_N, wrong, n, len(a_ND), n_exempt, W_FD.shape[1], **SAMPLED,
-        )  # fmt: skip
+            triton_sparse.sampled,
+            (triton.cdiv(n, SAMPLED["PAIRS"]),),
+            a_ND,
+            W_FD,
+            bias_F,
+            row_N,
+            latent_N,
+            approx_N,
+            margin_N,
+            cut,
+            value_N,
+            wrong,
+            n,
+            len(a_ND),
+            n_exempt,
+            W_FD.shape[1],
+            **SAMPLED,
+        )
         return value_N
 
     def count_digits(self, value_N, shift, prefix) -> Tensor:
@@ -188,9 +268,17 @@ class TritonPairs(TorchPairs):
     @staticmethod
     def _count(value_N: Tensor, counts: Tensor, state: Tensor, shift: int, first: bool) -> None:
         launch(
-            triton_select.count_digits, (triton.cdiv(len(value_N), COUNTED),), value_N, counts, state, len(value_N), SHIFT=shift,
-            BITS=DIGIT_BITS, FIRST=first, BLOCK=COUNTED,
-        )  # fmt: skip
+            triton_select.count_digits,
+            (triton.cdiv(len(value_N), COUNTED),),
+            value_N,
+            counts,
+            state,
+            len(value_N),
+            SHIFT=shift,
+            BITS=DIGIT_BITS,
+            FIRST=first,
+            BLOCK=COUNTED,
+        )
 
     def kth_largest(self, value_N: Tensor, k: Tensor) -> Tensor:
         """The k-th largest value (k: int64, 0-dim, at least 1), 0-dim; 0 if there are fewer than k positive ones."""
@@ -216,21 +304,67 @@ class TritonPairs(TorchPairs):
         block = min(triton.next_power_of_2(d), SPARSE)
         squares = torch.empty(n_rows, triton.cdiv(d, block), dtype=torch.float64, device=x_BD.device)
         launch(
-            triton_sparse.decode, squares.shape, x_BD.contiguous(), b_dec_D, W_dec_FD, bag_start, pairs.latent_N, pairs.value_N, S_BGD,
-            squares, d, G=n_groups, BLOCK=block, LONG=LONG, SHORT=SHORT, num_warps=_sparse_warps(block),
-        )  # fmt: skip
+            triton_sparse.decode,
+            squares.shape,
+            x_BD.contiguous(),
+            b_dec_D,
+            W_dec_FD,
+            bag_start,
+            pairs.latent_N,
+            pairs.value_N,
+            S_BGD,
+            squares,
+            d,
+            G=n_groups,
+            BLOCK=block,
+            LONG=LONG,
+            SHORT=SHORT,
+            num_warps=_sparse_warps(block),
+        )
         return self._sampled(S_BGD.view(-1, d), W_dec_FD, None, bag_N, pairs.latent_N), squares.sum(dim=1)
 
     def weight_gradients(
-        self, S_BGD, centred_BD, pairs: Pairs, gradient_N, start_F1, order_N, group_ends, n_frozen, scale, W_enc, b_enc, W_dec, add=False
+        self,
+        S_BGD,
+        centred_BD,
+        pairs: Pairs,
+        gradient_N,
+        start_F1,
+        order_N,
+        group_ends,
+        n_frozen,
+        scale,
+        W_enc,
+        b_enc,
+        W_dec,
+        add=False,
     ) -> None:
         width, d = W_dec.shape
         block = min(triton.next_power_of_2(d), SPARSE)
         launch(
-            triton_sparse.weight_gradients, (width, triton.cdiv(d, block)), S_BGD, centred_BD, start_F1, order_N, pairs.row_N,
-            pairs.value_N, gradient_N, self._group_ends(group_ends, S_BGD.device), W_enc, b_enc, W_dec, scale, n_frozen, d,
-            G=S_BGD.shape[1], ADD=add, BLOCK=block, LONG=LONG, SHORT=SHORT, num_warps=_sparse_warps(block),
-        )  # fmt: skip
+            triton_sparse.weight_gradients,
+            (width, triton.cdiv(d, block)),
+            S_BGD,
+            centred_BD,
+            start_F1,
+            order_N,
+            pairs.row_N,
+            pairs.value_N,
+            gradient_N,
+            self._group_ends(group_ends, S_BGD.device),
+            W_enc,
+            b_enc,
+            W_dec,
+            scale,
+            n_frozen,
+            d,
+            G=S_BGD.shape[1],
+            ADD=add,
+            BLOCK=block,
+            LONG=LONG,
+            SHORT=SHORT,
+            num_warps=_sparse_warps(block),
+        )
 
     def gradient_squares(self, gradient_ND, W_ND) -> tuple[Tensor, Tensor | None]:
         rows, d = gradient_ND.shape
@@ -240,18 +374,43 @@ class TritonPairs(TorchPairs):
         return squares.sum(), parallel_N
 
     def adam(
-        self, W, gradient, mean, square, parallel_N, clip: float | Tensor, adam: AdamStep, unit, rounded: Rounded | None,
+        self,
+        W,
+        gradient,
+        mean,
+        square,
+        parallel_N,
+        clip: float | Tensor,
+        adam: AdamStep,
+        unit,
+        rounded: Rounded | None,
         go: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """As `TorchPairs.adam`. clip may be on the device. go: where it holds a 0, nothing is changed."""
         rows, d = W.shape if W.ndim == 2 else (triton.cdiv(len(W), FLAT), FLAT)
         clip = clip.to(W.dtype) if isinstance(clip, Tensor) else W.new_full((), clip)
         copy = (None, None, None) if rounded is None else _bits_of(rounded)
         launch(
-            triton_rows.adam, (rows,), W, gradient, mean, square, parallel_N, clip, _always(clip) if go is None else go, *copy,
-            adam.step_size, adam.correction, W.numel(), d, BETA1=adam.beta1, BETA2=adam.beta2, EPS=adam.eps,
-            UNIT_EPS=torch.finfo(W.dtype).eps if unit else None, **_row_block(d),
-        )  # fmt: skip
+            triton_rows.adam,
+            (rows,),
+            W,
+            gradient,
+            mean,
+            square,
+            parallel_N,
+            clip,
+            _always(clip) if go is None else go,
+            *copy,
+            adam.step_size,
+            adam.correction,
+            W.numel(),
+            d,
+            BETA1=adam.beta1,
+            BETA2=adam.beta2,
+            EPS=adam.eps,
+            UNIT_EPS=torch.finfo(W.dtype).eps if unit else None,
+            **_row_block(d),
+        )
 
 
 def _bits_of(rounded: Rounded) -> tuple[Tensor | None, Tensor, Tensor]:

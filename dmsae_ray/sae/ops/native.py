@@ -1,7 +1,7 @@
 """The compiled kernels of `kernels.c`: built once per machine with the system's C compiler, called through ctypes.
 
-Nothing but a C compiler with OpenMP is needed; without one, `pairs.py` does the same in plain torch. The library lies in a
-cache folder under a name made of source, compiler and processor, so a shared home folder serves unlike machines.
+Nothing but a C compiler with OpenMP is needed; without one, `pairs.py` does the same in plain torch. The library lies
+in a cache folder under a name made of source, compiler and processor, so a shared home folder serves unlike machines.
 """
 
 from __future__ import annotations
@@ -67,15 +67,21 @@ def _processor() -> str:
 def _build(compiler: str, path: Path) -> None:
     """Compile to a temporary name and rename: several processes may do this at once."""
     with replacing(path) as temporary:
-        done = subprocess.run([compiler, *FLAGS, "-o", str(temporary), str(SOURCE), "-lm"], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, *FLAGS, "-o", str(temporary), str(SOURCE), "-lm"], capture_output=True, text=True
+        )
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [f"exit {done.returncode}"]
+            errors = (
+                [line for line in done.stderr.splitlines() if "error" in line]
+                or done.stderr.splitlines()
+                or [f"exit {done.returncode}"]
+            )
             raise NotBuilt(f"{compiler} failed: {errors[0]}")
 
 
 def call(name: str, dtype: torch.dtype | None, *arguments, returns=None):
-    """Call a kernel, by its name and the precision it is for. Tensors go as pointers (None: a null pointer), ints as int64,
-    floats as double, bools and `Int` as int.
+    """Call a kernel, by its name and the precision it is for. Tensors go as pointers (None: a null pointer), ints as
+    int64, floats as double, bools and `Int` as int.
     """
     function = _function(name + (SUFFIX[dtype] if dtype is not None else ""), returns)
     return function(*(_argument(argument) for argument in arguments))

@@ -1,11 +1,11 @@
-"""Kept (row, latent) pairs and what else the operations on them take and give: `torch_ops`, `cpu_ops` and `cuda_ops` compute the same,
-up to the order of sums; `choose` says which of them serves a device.
+"""Kept (row, latent) pairs and what else the operations on them take and give: `torch_ops`, `cpu_ops` and `cuda_ops`
+compute the same, up to the order of sums; `choose` says which of them serves a device.
 
-Shapes: B rows of this rank's batch, F latents, D = d, G prefix groups, N pairs (sorted by row, then latent), K dead latents.
-Rows and latents of pairs are int32.
+Shapes: B rows of this rank's batch, F latents, D = d, G prefix groups, N pairs (sorted by row, then latent), K dead
+latents. Rows and latents of pairs are int32.
 
-A pair's value is `<x - b_dec, encoder row> + b_enc` as `refine` computes it, in the order of sums that `refine` has: by that
-number, and no other, pairs are kept or not.
+A pair's value is `<x - b_dec, encoder row> + b_enc` as `refine` computes it, in the order of sums that `refine` has: by
+that number, and no other, pairs are kept or not.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Pairs(NamedTuple):
 
 
 class Margin(NamedTuple):
-    """margin = row_a * norm + row_c * error + relative * |product| + rounding * |approx| + absolute, for a row and a latent's
-    norm and error."""
+    """margin = row_a * norm + row_c * error + relative * |product| + rounding * |approx| + absolute, for a row and a
+    latent's norm and error."""
 
     row_a_B: Tensor
     row_c_B: Tensor
@@ -81,5 +81,3 @@ def new_rounded(rows_ND: Tensor, low: bool) -> Rounded:
     n = len(rows_ND)
     low_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16, device=rows_ND.device) if low else None
     return Rounded(low_ND, rows_ND.new_empty(n), rows_ND.new_empty(n))
-
-

@@ -24,10 +24,12 @@ class TorchPairs:
         if not low:
             return Rounded(None, norm_N, torch.zeros_like(norm_N))
         low_ND = rows_ND.bfloat16()
-        error_N = torch.cat([
-            torch.linalg.vector_norm(part_ND - part_low_ND.to(part_ND.dtype), dim=1, dtype=torch.float64)
-            for part_ND, part_low_ND in zip(rows_ND.split(chunk), low_ND.split(chunk), strict=True)
-        ])  # fmt: skip
+        error_N = torch.cat(
+            [
+                torch.linalg.vector_norm(part_ND - part_low_ND.to(part_ND.dtype), dim=1, dtype=torch.float64)
+                for part_ND, part_low_ND in zip(rows_ND.split(chunk), low_ND.split(chunk), strict=True)
+            ]
+        )
         return Rounded(low_ND, norm_N, error_N.to(rows_ND.dtype))
 
     def centre(self, x_BD: Tensor, b_dec_D: Tensor, low: bool) -> tuple[Tensor, Rounded]:
@@ -36,7 +38,14 @@ class TorchPairs:
         return centred_BD, self.round(centred_BD, low)
 
     def scan(
-        self, screen_BF: Tensor, first_row: int, b_enc_F: Tensor, latents: Rounded, margin: Margin, cut: float, n_exempt: int
+        self,
+        screen_BF: Tensor,
+        first_row: int,
+        b_enc_F: Tensor,
+        latents: Rounded,
+        margin: Margin,
+        cut: float,
+        n_exempt: int,
     ) -> Candidates:
         """Pairs whose value can reach `cut` (for the first n_exempt latents: 0), as far as their margins tell.
 
@@ -54,9 +63,14 @@ class TorchPairs:
             reach_BF += torch.outer(margin.row_c_B[here], latents.error_N)
             reach_BF += margin.relative * screen_RF.abs() + margin.rounding * at_BF.abs() + margin.absolute
             row_N, latent_N = (~(at_BF + reach_BF < cut_F)).nonzero(as_tuple=True)
-            found.append((
-                (row_N + here.start).int(), latent_N.int(), at_BF[row_N, latent_N], reach_BF[row_N, latent_N],
-            ))  # fmt: skip
+            found.append(
+                (
+                    (row_N + here.start).int(),
+                    latent_N.int(),
+                    at_BF[row_N, latent_N],
+                    reach_BF[row_N, latent_N],
+                )
+            )
         return Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def refine(
@@ -75,14 +89,23 @@ class TorchPairs:
         return _sampled(centred_BD, W_enc_FD, row_N, latent_N) + b_enc_F[latent_N]
 
     def count_digits(self, value_N: Tensor, shift: int, prefix: int) -> Tensor:
-        """One pass of a radix select: how many positive values whose bits above the digit equal `prefix` have which digit."""
+        """One pass of a radix select: how many positive values whose bits above the digit equal `prefix` have which
+        digit.
+        """
         bits_N = value_N[value_N > 0].view(torch.int32 if value_N.dtype == torch.float32 else torch.int64).long()
         if shift + DIGIT_BITS < 8 * value_N.element_size():
             bits_N = bits_N[bits_N >> (shift + DIGIT_BITS) == prefix]
         return torch.bincount((bits_N >> shift) & ((1 << DIGIT_BITS) - 1), minlength=1 << DIGIT_BITS)
 
     def keep(
-        self, row_N: Tensor, latent_N: Tensor, value_N: Tensor, threshold: float, n_exempt: int, rows: int, dropped_N: Tensor | None
+        self,
+        row_N: Tensor,
+        latent_N: Tensor,
+        value_N: Tensor,
+        threshold: float,
+        n_exempt: int,
+        rows: int,
+        dropped_N: Tensor | None,
     ) -> Pairs:
         """Positive pairs at or above the threshold (the first n_exempt latents: all positive ones), but for dropped_N."""
         kept_N = (value_N > 0) & ((value_N >= threshold) | (latent_N < n_exempt))
@@ -101,7 +124,8 @@ class TorchPairs:
     def decode(
         self, x_BD: Tensor, b_dec_D: Tensor, W_dec_FD: Tensor, pairs: Pairs, group_ends: list[int], S_BGD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients <S[row, group], decoder row> of the pairs' activations [N], and each row's squared error over all prefixes [B].
+        """Gradients <S[row, group], decoder row> of the pairs' activations [N], and each row's squared error over all
+        prefixes [B].
 
         S_BGD is filled: S[b, g] = sum over h >= g of x_hat_h - x, so S[:, -1] is the residual of the whole SAE.
         """
@@ -110,7 +134,9 @@ class TorchPairs:
         return self.along_errors(S_BGD, W_dec_FD, pairs, group_ends), loss_B
 
     def group_sums(self, W_dec_FD: Tensor, pairs: Pairs, group_ends: list[int]) -> Tensor:
-        """What the pairs of every row and group add up to, [B, G, D]: the first step of `decode`, where latents are spread over ranks."""
+        """What the pairs of every row and group add up to, [B, G, D]: the first step of `decode`, where latents are
+        spread over ranks.
+        """
         n_rows, n_groups = len(pairs.start_B1) - 1, len(group_ends)
         bag_N = pairs.row_N.long() * n_groups + self._group(pairs.latent_N, group_ends)
         first = torch.searchsorted(bag_N, torch.arange(n_rows * n_groups, device=bag_N.device))
@@ -118,7 +144,9 @@ class TorchPairs:
         return sums.view(n_rows, n_groups, -1)
 
     def errors(self, x_BD: Tensor, b_dec_D: Tensor, sums_BGD: Tensor) -> Tensor:
-        """The second step: turns, in place, running sums over groups into S; returns each row's squared error over all prefixes [B]."""
+        """The second step: turns, in place, running sums over groups into S; returns each row's squared error over all
+        prefixes [B].
+        """
         sums_BGD += (b_dec_D - x_BD)[:, None]
         n_groups = sums_BGD.shape[1]
         loss_B = torch.stack([sums_BGD[:, g].double().square().sum(dim=1) for g in range(n_groups)]).sum(dim=0)
@@ -129,13 +157,28 @@ class TorchPairs:
     def along_errors(self, S_BGD: Tensor, W_dec_FD: Tensor, pairs: Pairs, group_ends: list[int]) -> Tensor:
         """The third step: gradients <S[row, group], decoder row> of the pairs' activations [N]."""
         bag_N = pairs.row_N * S_BGD.shape[1] + self._group(pairs.latent_N, group_ends).int()
-        return self.values(S_BGD.view(-1, S_BGD.shape[2]), W_dec_FD, W_dec_FD.new_zeros(len(W_dec_FD)), bag_N, pairs.latent_N)
+        return self.values(
+            S_BGD.view(-1, S_BGD.shape[2]), W_dec_FD, W_dec_FD.new_zeros(len(W_dec_FD)), bag_N, pairs.latent_N
+        )
 
     def weight_gradients(
-        self, S_BGD: Tensor, centred_BD: Tensor, pairs: Pairs, gradient_N: Tensor, start_F1: Tensor, order_N: Tensor,
-        group_ends: list[int], n_frozen: int, scale: float, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, add: bool = False,
-    ) -> None:  # fmt: skip
-        """Fill the gradients of all encoder rows after the frozen ones, all biases and all decoder rows with scale * sums over the pairs.
+        self,
+        S_BGD: Tensor,
+        centred_BD: Tensor,
+        pairs: Pairs,
+        gradient_N: Tensor,
+        start_F1: Tensor,
+        order_N: Tensor,
+        group_ends: list[int],
+        n_frozen: int,
+        scale: float,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        add: bool = False,
+    ) -> None:
+        """Fill the gradients of all encoder rows after the frozen ones, all biases and all decoder rows with scale *
+        sums over the pairs.
 
         add: these sums are added to what is there.
         """
@@ -145,7 +188,9 @@ class TorchPairs:
         value_N, by_gradient_N = pairs.value_N[order_N] * scale, gradient_N[order_N] * scale
         first_F = start_F1[:-1]
         first = int(start_F1[n_frozen])
-        W_dec_FD = F.embedding_bag(bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N)
+        W_dec_FD = F.embedding_bag(
+            bag_N, S_BGD.view(-1, S_BGD.shape[2]), first_F, mode="sum", per_sample_weights=value_N
+        )
         W_enc_FD = F.embedding_bag(
             row_N[first:], centred_BD, first_F[n_frozen:] - first, mode="sum", per_sample_weights=by_gradient_N[first:]
         )
@@ -159,7 +204,9 @@ class TorchPairs:
 
     @staticmethod
     def _group(latent_N: Tensor, group_ends: list[int]) -> Tensor:
-        return torch.bucketize(latent_N, torch.tensor(group_ends, device=latent_N.device, dtype=latent_N.dtype), right=True)
+        return torch.bucketize(
+            latent_N, torch.tensor(group_ends, device=latent_N.device, dtype=latent_N.dtype), right=True
+        )
 
     def keep_top(self, z_BK: Tensor, most: int) -> None:
         """In place: the largest `most` positive values of every row stay, ties by place; all others become 0."""
@@ -171,8 +218,12 @@ class TorchPairs:
         left_B1 = most - (z_BK > least_B1).sum(dim=1, keepdim=True)
         z_BK.masked_fill_((z_BK < least_B1) | (tied_BK & (tied_BK.cumsum(dim=1) > left_B1)), 0)
 
-    def gradient_squares(self, gradient_ND: Tensor, W_ND: Tensor | None, chunk: int = 4096) -> tuple[Tensor, Tensor | None]:
-        """Sum of squares (float64) of the gradient without its component along each row of W, and that component as a factor of W."""
+    def gradient_squares(
+        self, gradient_ND: Tensor, W_ND: Tensor | None, chunk: int = 4096
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of squares (float64) of the gradient without its component along each row of W, and that component as a
+        factor of W.
+        """
         if W_ND is None:
             return gradient_ND.double().square().sum(), None
         factors, total = [], torch.zeros((), dtype=torch.float64, device=W_ND.device)
@@ -182,10 +233,23 @@ class TorchPairs:
             total += torch.addcmul(part_ND, factors[-1][:, None], part_W_ND, value=-1).double().square().sum()
         return total, torch.cat(factors)
 
-    def adam(self, W, gradient, mean, square, parallel_N, clip, adam: AdamStep, unit: bool, rounded: Rounded | None, chunk: int = 4096) -> None:
+    def adam(
+        self,
+        W,
+        gradient,
+        mean,
+        square,
+        parallel_N,
+        clip,
+        adam: AdamStep,
+        unit: bool,
+        rounded: Rounded | None,
+        chunk: int = 4096,
+    ) -> None:
         """One Adam update of the rows of a matrix (or of a vector), in place.
 
-        parallel_N * W is taken out of the gradient first; unit: rows are then divided by their norm plus the dtype's epsilon;
+        parallel_N * W is taken out of the gradient first; unit: rows are then divided by their norm plus the dtype's
+        epsilon;
         rounded: brought up to date with the new rows.
         """
         for start in range(0, len(W), chunk):
@@ -196,12 +260,18 @@ class TorchPairs:
             now = now * clip
             mean[here].mul_(adam.beta1).add_(now, alpha=1 - adam.beta1)
             square[here].mul_(adam.beta2).addcmul_(now, now, value=1 - adam.beta2)
-            W[here].addcdiv_(mean[here], square[here].sqrt().mul_(adam.correction).add_(adam.eps), value=-adam.step_size)
+            W[here].addcdiv_(
+                mean[here], square[here].sqrt().mul_(adam.correction).add_(adam.eps), value=-adam.step_size
+            )
             if unit:
                 W[here] /= torch.linalg.vector_norm(W[here], dim=1, keepdim=True) + torch.finfo(W.dtype).eps
         if rounded is not None:
             fresh = self.round(W, rounded.low_ND is not None)
-            for old, new in zip((rounded.low_ND, rounded.norm_N, rounded.error_N), (fresh.low_ND, fresh.norm_N, fresh.error_N), strict=True):
+            for old, new in zip(
+                (rounded.low_ND, rounded.norm_N, rounded.error_N),
+                (fresh.low_ND, fresh.norm_N, fresh.error_N),
+                strict=True,
+            ):
                 if old is not None:
                     old.copy_(new)
 
@@ -210,7 +280,9 @@ def _sampled(a_BD: Tensor, b_FD: Tensor, row_N: Tensor, latent_N: Tensor) -> Ten
     """<a[row], b[latent]> for pairs sorted by row."""
     start_B1 = torch.searchsorted(row_N, torch.arange(len(a_BD) + 1, device=row_N.device, dtype=row_N.dtype))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # torch says so once per process
+        warnings.filterwarnings(
+            "ignore", message="Sparse CSR tensor support is in beta"
+        )  # torch says so once per process
         pattern = torch.sparse_csr_tensor(
             start_B1, latent_N.long(), a_BD.new_zeros(len(latent_N)), (len(a_BD), len(b_FD)), check_invariants=False
         )

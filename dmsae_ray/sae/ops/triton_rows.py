@@ -1,7 +1,7 @@
 """Triton kernels over the rows of a matrix: one program holds one row, and every sum within it has a fixed order.
 
-All matrices are contiguous, float32; d is a row's length, BLOCK the next power of two. Sums of squares are taken in float64, so
-that none overflows or is lost. `torch_ops.TorchPairs` says what each kernel computes.
+All matrices are contiguous, float32; d is a row's length, BLOCK the next power of two. Sums of squares are taken in
+float64, so that none overflows or is lost. `torch_ops.TorchPairs` says what each kernel computes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def prepare_rows(x, b_dec, centred, low, norm, error, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def gradient_squares(gradient, W, parallel, squares, d, BLOCK: tl.constexpr):
-    """The gradient's component along each row of W, as a factor of W, and the sum of squares of the rest (W None: of all)."""
+    """The gradient's component along each row of W, as a factor of W, and the sum of squares of the rest (W None: of
+    all).
+    """
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < d
     g = tl.load(gradient + row * d + at, mask=inside, other=0.0)
@@ -59,13 +61,32 @@ def gradient_squares(gradient, W, parallel, squares, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def adam(
-    W, gradient, mean, square, parallel, clip, go, low, norm, error, step_size, correction, total, d,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, UNIT_EPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    W,
+    gradient,
+    mean,
+    square,
+    parallel,
+    clip,
+    go,
+    low,
+    norm,
+    error,
+    step_size,
+    correction,
+    total,
+    d,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    UNIT_EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The whole update of a row in one pass over weights, gradient and state.
 
-    parallel * W is taken out of the gradient (None: nothing), then it is multiplied by the number at `clip`. go: where there is
-    a 0, nothing is changed. UNIT_EPS: the new row is divided by its norm plus this (None: it is not). norm None: no rounding.
+    parallel * W is taken out of the gradient (None: nothing), then it is multiplied by the number at `clip`. go: where
+    there is
+    a 0, nothing is changed. UNIT_EPS: the new row is divided by its norm plus this (None: it is not). norm None: no
+    rounding.
     total: numbers in all rows, which a vector cut into rows of BLOCK does not fill.
     """
     if tl.load(go) != 0:

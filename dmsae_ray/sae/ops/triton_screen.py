@@ -1,7 +1,8 @@
-"""The fused screen: a product whose epilogue hands on the few pairs that may be kept, so that batch x width is never written.
+"""The fused screen: a product whose epilogue hands on the few pairs that may be kept, so that batch x width is never
+written.
 
-x [B, D] and W [F, D] are contiguous, both bf16 or both float32; sums are float32. See `screen.py` for margins, `gate_on_device.py`
-for how the kernels are used.
+x [B, D] and W [F, D] are contiguous, both bf16 or both float32; sums are float32. See `screen.py` for margins,
+`gate_on_device.py` for how the kernels are used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 @triton.jit
 def _product(
     x, W, n_rows, width, d, ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr
-):  # fmt: skip
+):
     """First row, first latent and the product of one tile.
 
     Tiles are dealt so that TOGETHER blocks of rows read the same latents while those are in the cache.
@@ -66,11 +67,31 @@ def _parts(product, ROWS: tl.constexpr, LATENTS: tl.constexpr):
 
 @triton.jit
 def _append_part(
-    product, row, first_latent, b_enc, row_a, row_c, norm, error, cut, key, approx, count, n_rows, width, n_exempt, capacity, rounding,
-    absolute, ROWS: tl.constexpr, LATENTS: tl.constexpr,
-):  # fmt: skip
+    product,
+    row,
+    first_latent,
+    b_enc,
+    row_a,
+    row_c,
+    norm,
+    error,
+    cut,
+    key,
+    approx,
+    count,
+    n_rows,
+    width,
+    n_exempt,
+    capacity,
+    rounding,
+    absolute,
+    ROWS: tl.constexpr,
+    LATENTS: tl.constexpr,
+):
     latent = first_latent + tl.arange(0, LATENTS)
-    at, reach, exists = _approximate(product, row, latent, b_enc, row_a, row_c, norm, error, n_rows, width, rounding, absolute)
+    at, reach, exists = _approximate(
+        product, row, latent, b_enc, row_a, row_c, norm, error, n_rows, width, rounding, absolute
+    )
     found = exists & ~(at + reach < tl.where(latent < n_exempt, 0.0, tl.load(cut))[None, :])
     # One pair in a thousand is found: single increments cost less than sums over the tile.
     place = tl.atomic_add(count + tl.zeros([ROWS, LATENTS], tl.int32), 1, mask=found, sem="relaxed")
@@ -82,11 +103,33 @@ def _append_part(
 
 @triton.jit
 def append(
-    x, W, b_enc, row_a, row_c, norm, error, cut, go, key, approx, count, n_rows, width, d, n_exempt, capacity, rounding, absolute,
-    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Append (row * width + latent, approximation) of every pair that can reach the number at `cut` (latents below n_exempt: 0);
-    NaN is one of them. `count` goes on counting beyond the capacity, but nothing is stored there. The order is any.
+    x,
+    W,
+    b_enc,
+    row_a,
+    row_c,
+    norm,
+    error,
+    cut,
+    go,
+    key,
+    approx,
+    count,
+    n_rows,
+    width,
+    d,
+    n_exempt,
+    capacity,
+    rounding,
+    absolute,
+    ROWS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Append (row * width + latent, approximation) of every pair that can reach the number at `cut` (latents below
+    n_exempt: 0); NaN is one of them. `count` goes on counting beyond the capacity, but nothing is stored there. The
+    order is any.
 
     go: where there is a 0, nothing is done.
     """
@@ -96,27 +139,69 @@ def append(
         parts = _parts(product, ROWS, LATENTS)
         for n in tl.static_range(8):
             _append_part(
-                parts[n], row, first_latent + n * (LATENTS // 8), b_enc, row_a, row_c, norm, error, cut, key, approx, count, n_rows, width,
-                n_exempt, capacity, rounding, absolute, ROWS, LATENTS // 8,
-            )  # fmt: skip
+                parts[n],
+                row,
+                first_latent + n * (LATENTS // 8),
+                b_enc,
+                row_a,
+                row_c,
+                norm,
+                error,
+                cut,
+                key,
+                approx,
+                count,
+                n_rows,
+                width,
+                n_exempt,
+                capacity,
+                rounding,
+                absolute,
+                ROWS,
+                LATENTS // 8,
+            )
 
 
 @triton.jit
 def count_sure(
-    x, W, b_enc, row_a, row_c, norm, error, go, counts, n_rows, width, d, n_exempt, rounding, absolute,
-    SHIFT: tl.constexpr, DIGITS: tl.constexpr,
-    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """counts[digit] of all pairs' approximation - margin, where positive: the bits from SHIFT on. Latents below n_exempt do not count."""
+    x,
+    W,
+    b_enc,
+    row_a,
+    row_c,
+    norm,
+    error,
+    go,
+    counts,
+    n_rows,
+    width,
+    d,
+    n_exempt,
+    rounding,
+    absolute,
+    SHIFT: tl.constexpr,
+    DIGITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """counts[digit] of all pairs' approximation - margin, where positive: the bits from SHIFT on. Latents below
+    n_exempt do not count.
+    """
     if tl.load(go) != 0:
         first_row, first_latent, product = _product(x, W, n_rows, width, d, ROWS, LATENTS, DEPTH, TOGETHER)
         row = first_row + tl.arange(0, ROWS)
         parts = _parts(product, ROWS, LATENTS)
         for n in tl.static_range(8):
             latent = first_latent + n * (LATENTS // 8) + tl.arange(0, LATENTS // 8)
-            at, reach, exists = _approximate(parts[n], row, latent, b_enc, row_a, row_c, norm, error, n_rows, width, rounding, absolute)
+            at, reach, exists = _approximate(
+                parts[n], row, latent, b_enc, row_a, row_c, norm, error, n_rows, width, rounding, absolute
+            )
             sure = at - reach
             counted = exists & (sure > 0) & (latent >= n_exempt)[None, :]
             digit = tl.where(counted, sure.to(tl.int32, bitcast=True) >> SHIFT, 0)
-            found = tl.histogram(tl.reshape(digit, [ROWS * (LATENTS // 8)]), DIGITS, mask=tl.reshape(counted, [ROWS * (LATENTS // 8)]))
+            found = tl.histogram(
+                tl.reshape(digit, [ROWS * (LATENTS // 8)]), DIGITS, mask=tl.reshape(counted, [ROWS * (LATENTS // 8)])
+            )
             tl.atomic_add(counts + tl.arange(0, DIGITS), found, mask=found > 0, sem="relaxed")

@@ -1,6 +1,7 @@
 """Triton kernels of a radix select whose state stays on the device: no pass waits for the host.
 
-Positive floats are ordered like their bits read as integers. state: int64 [leading bits found, rank wanted among those that
+Positive floats are ordered like their bits read as integers. state: int64 [leading bits found, rank wanted among those
+that
 share them (1: largest), 1 if there are so many positive values].
 """
 
@@ -12,9 +13,18 @@ import triton.language as tl
 
 @triton.jit
 def count_digits(
-    value, counts, state, n, SHIFT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Add to counts how many positive values whose bits above the digit are those in `state` (FIRST: all) have which digit."""
+    value,
+    counts,
+    state,
+    n,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add to counts how many positive values whose bits above the digit are those in `state` (FIRST: all) have which
+    digit.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     number = tl.load(value + at, mask=at < n, other=0.0)
     bits = number.to(tl.int32, bitcast=True)

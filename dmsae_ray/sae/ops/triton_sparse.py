@@ -1,10 +1,11 @@
 """Triton kernels over kept (row, latent) pairs. No atomics but for a count: every sum has a fixed order.
 
-Pairs are sorted by row, then latent; a list may end in padding, whose row is the number of rows. All matrices are contiguous,
-float32; d is a row's length. `torch_ops.TorchPairs` says what each kernel computes.
+Pairs are sorted by row, then latent; a list may end in padding, whose row is the number of rows. All matrices are
+contiguous, float32; d is a row's length. `torch_ops.TorchPairs` says what each kernel computes.
 
-One program adds up all rows of a bag, however many: a row of large norm has thousands of pairs, a latent that is always on has a pair
-with every row. So it asks memory for LONG rows at a time while there are so many, then for SHORT ones; the order of sums is the same.
+One program adds up all rows of a bag, however many: a row of large norm has thousands of pairs, a latent that is always
+on has a pair with every row. So it asks memory for LONG rows at a time while there are so many, then for SHORT ones;
+the order of sums is the same.
 """
 
 from __future__ import annotations
@@ -15,13 +16,28 @@ import triton.language as tl
 
 @triton.jit
 def sampled(
-    a, W, bias, row, latent, approx, margin, bound, value, wrong, n, n_rows, n_exempt, d,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    a,
+    W,
+    bias,
+    row,
+    latent,
+    approx,
+    margin,
+    bound,
+    value,
+    wrong,
+    n,
+    n_rows,
+    n_exempt,
+    d,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """value = <a[row], W[latent]> + bias[latent]; BLOCK sums run side by side and are added at the end.
 
-    This order of sums is what defines a pair's value on this device. With `approx` (None: all pairs are wanted) pairs that cannot
-    reach the number at `bound` (latents below n_exempt: 0) get -1, as padding does, and `wrong` counts values beyond their margin.
+    This order of sums is what defines a pair's value on this device. With `approx` (None: all pairs are wanted) pairs
+    that cannot reach the number at `bound` (latents below n_exempt: 0) get -1, as padding does, and `wrong` counts
+    values beyond their margin.
     """
     at = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     r = tl.load(row + at, mask=at < n, other=n_rows)
@@ -61,10 +77,22 @@ def _add_rows(total, W_dec, latent, value, i, last, d, at, N: tl.constexpr):
 
 @triton.jit
 def decode(
-    x, b_dec, W_dec, bag_start, latent, value, S, squares, d, G: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
+    x,
+    b_dec,
+    W_dec,
+    bag_start,
+    latent,
+    value,
+    S,
+    squares,
+    d,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LONG: tl.constexpr,
     SHORT: tl.constexpr,
-):  # fmt: skip
-    """S[row, g] = sum over h >= g of row's error with prefix h, and `squares` of the errors by row and block of columns.
+):
+    """S[row, g] = sum over h >= g of row's error with prefix h, and `squares` of the errors by row and block of
+    columns.
 
     A program has one row and BLOCK columns. bag_start[row * G + g] is the first pair of that row and group.
     """
@@ -94,9 +122,25 @@ def decode(
 
 @triton.jit
 def _add_pairs(
-    decoder, encoder, bias, S, centred, order, row, value, gradient, scale, group, i, last, d, columns, at, G: tl.constexpr,
+    decoder,
+    encoder,
+    bias,
+    S,
+    centred,
+    order,
+    row,
+    value,
+    gradient,
+    scale,
+    group,
+    i,
+    last,
+    d,
+    columns,
+    at,
+    G: tl.constexpr,
     N: tl.constexpr,
-):  # fmt: skip
+):
     """The three sums of one latent's gradients with its pairs i, i + 1, ..., N of them, before `last`."""
     for n in tl.static_range(N):
         there = i + n < last
@@ -112,10 +156,28 @@ def _add_pairs(
 
 @triton.jit
 def weight_gradients(
-    S, centred, start, order, row, value, gradient, group_end, W_enc, b_enc, W_dec, scale, n_frozen, d,
-    G: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
-):  # fmt: skip
-    """All gradients of one latent, BLOCK columns of them: scale * sums over its pairs, which are order[start[latent]], ...
+    S,
+    centred,
+    start,
+    order,
+    row,
+    value,
+    gradient,
+    group_end,
+    W_enc,
+    b_enc,
+    W_dec,
+    scale,
+    n_frozen,
+    d,
+    G: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LONG: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """All gradients of one latent, BLOCK columns of them: scale * sums over its pairs, which are order[start[latent]],
+    ...
 
     ADD: they are added to what is there.
     """
@@ -131,12 +193,46 @@ def weight_gradients(
     whole = first + (last - first) // LONG * LONG
     for i in range(first, whole, LONG):
         decoder, encoder, bias = _add_pairs(
-            decoder, encoder, bias, S, centred, order, row, value, gradient, scale, group, i, whole, d, columns, at, G, LONG
-        )  # fmt: skip
+            decoder,
+            encoder,
+            bias,
+            S,
+            centred,
+            order,
+            row,
+            value,
+            gradient,
+            scale,
+            group,
+            i,
+            whole,
+            d,
+            columns,
+            at,
+            G,
+            LONG,
+        )
     for i in range(whole, last, SHORT):
         decoder, encoder, bias = _add_pairs(
-            decoder, encoder, bias, S, centred, order, row, value, gradient, scale, group, i, last, d, columns, at, G, SHORT
-        )  # fmt: skip
+            decoder,
+            encoder,
+            bias,
+            S,
+            centred,
+            order,
+            row,
+            value,
+            gradient,
+            scale,
+            group,
+            i,
+            last,
+            d,
+            columns,
+            at,
+            G,
+            SHORT,
+        )
     if ADD:
         decoder += tl.load(W_dec + j * d + at, mask=inside, other=0.0)
         encoder += tl.load(W_enc + (j - n_frozen) * d + at, mask=at < columns, other=0.0)

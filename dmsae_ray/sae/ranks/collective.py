@@ -19,8 +19,8 @@ MEET_S = 0.02
 
 
 class Collective(Protocol):
-    """Every rank must make the same calls in the same order, with tensors of the same shape, on any device: results are where the
-    argument was."""
+    """Every rank must make the same calls in the same order, with tensors of the same shape, on any device: results are
+    where the argument was."""
 
     world: int
     rank: int
@@ -35,8 +35,8 @@ class Collective(Protocol):
         """Every rank's tensor, in rank order."""
 
     def wait_for_all(self) -> None:
-        """Return when every rank has called it. Unlike a collective it knows no limit of time: one rank may have written to a slow disk for
-        an hour meanwhile. (Of a rank that died Ray Train learns, and ends the others.)"""
+        """Return when every rank has called it. Unlike a collective it knows no limit of time: one rank may have
+        written to a slow disk for an hour meanwhile. (Of a rank that died Ray Train learns, and ends the others.)"""
 
 
 class Alone:
@@ -61,7 +61,8 @@ class Alone:
 class TorchCollective:
     """The default process group of torch.distributed, which must be initialised.
 
-    device: the one that the group's backend works on, which for NCCL is the worker's GPU; tensors from elsewhere go there and come back.
+    device: the one that the group's backend works on, which for NCCL is the worker's GPU; tensors from elsewhere go
+    there and come back.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -102,7 +103,9 @@ class TorchCollective:
 
 
 def meet(store: dist.Store, name: str, world: int) -> None:
-    """Return when so many have come to this name, however long that takes. The store is one that a process group met by."""
+    """Return when so many have come to this name, however long that takes. The store is one that a process group met
+    by.
+    """
     if store.add(name, 1) == world:
         store.set(f"{name}/all", b"here")
     while not store.check([f"{name}/all"]):

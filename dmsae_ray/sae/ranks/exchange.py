@@ -1,4 +1,5 @@
-"""What ranks that hold different rows of a batch give each other: rows, and kept pairs. Every rank then has the batch's own order.
+"""What ranks that hold different rows of a batch give each other: rows, and kept pairs. Every rank then has the batch's
+own order.
 
 Shapes: B tokens of this rank, T = B * ranks tokens of the global batch, D = d, N pairs.
 """
@@ -13,7 +14,9 @@ from dmsae_ray.sae.ranks.collective import Collective
 
 
 def order_of(comm: Collective, token_index_B: Tensor | None, device: torch.device) -> Tensor | None:
-    """Where, among all ranks' rows one after the other, the batch's first, second, ... token is [T]; None: they are in order."""
+    """Where, among all ranks' rows one after the other, the batch's first, second, ... token is [T]; None: they are in
+    order.
+    """
     if token_index_B is None:
         return None
     return torch.cat(comm.all_gather(token_index_B.to(device))).argsort()
@@ -26,7 +29,8 @@ def all_rows(comm: Collective, x_BD: Tensor, order_T: Tensor | None) -> Tensor:
 
 
 def all_pairs(comm: Collective, pairs: Pairs, candidates: int, order_T: Tensor | None) -> tuple[Pairs, int]:
-    """The kept pairs of the global batch, sorted by token, then latent, and the sum of the ranks' numbers of candidates.
+    """The kept pairs of the global batch, sorted by token, then latent, and the sum of the ranks' numbers of
+    candidates.
 
     Sends latents and values, padded to the most pairs of a rank, and the number of pairs of every row.
     """

@@ -1,10 +1,10 @@
 """Latents dealt to ranks: of the core and of every prefix group each rank has an equal, contiguous part.
 
-So every rank holds a small Matryoshka SAE with a core of its own, and all that is done to an SAE (screen, pairs, gradients,
-Adam) is done to that one. Dealing groups and not one long range of latents keeps the work even: latents of the first groups,
-and of the core, are active far more often. The core is dealt as well: what a rank needs of the others' latents, the core's
-included, are their sums over kept pairs, so a copy of the core on every rank would save no exchange and would have to be
-kept alike.
+So every rank holds a small Matryoshka SAE with a core of its own, and all that is done to an SAE (screen, pairs,
+gradients, Adam) is done to that one. Dealing groups and not one long range of latents keeps the work even: latents of
+the first groups, and of the core, are active far more often. The core is dealt as well: what a rank needs of the
+others' latents, the core's included, are their sums over kept pairs, so a copy of the core on every rank would save no
+exchange and would have to be kept alike.
 
 Shapes: F latents of the whole SAE, N of one rank, D = d.
 """
@@ -28,13 +28,14 @@ class Shard:
         blocks = list(zip([0, sae.core_size, *sae.group_ends[:-1]], [sae.core_size, *sae.group_ends], strict=True))
         if blocks[-1][1] - blocks[-1][0] < world:
             raise ValueError(
-                f"sae.width {sae.width}: its last prefix group has {blocks[-1][1] - blocks[-1][0]} latents, too few for "
-                f"{world} workers to share with train.parallel latent: use fewer workers, or gather or ddp"
+                f"sae.width {sae.width}: its last prefix group has {blocks[-1][1] - blocks[-1][0]} latents, too few "
+                f"for {world} workers to share with train.parallel latent: use fewer workers, or gather or ddp"
             )
         parts = [_part(start, stop, world, rank) for start, stop in blocks]
         self.rank = rank
         self.ids_of_ranks = [
-            torch.cat([torch.arange(*_part(*block, world, other), device="cpu") for block in blocks]) for other in range(world)
+            torch.cat([torch.arange(*_part(*block, world, other), device="cpu") for block in blocks])
+            for other in range(world)
         ]
         """latents of every rank, ascending"""
         ends = list(accumulate(stop - start for start, stop in parts))
@@ -49,7 +50,9 @@ class Shard:
         return self.ids_of_ranks[self.rank]
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's rows of a tensor of the whole SAE: a parameter or buffer by its name, or `silent`, one number per latent."""
+        """This rank's rows of a tensor of the whole SAE: a parameter or buffer by its name, or `silent`, one number per
+        latent.
+        """
         rows = self._rows(name, self.rank)
         return whole if rows is None else whole[rows.to(whole.device)]
 
@@ -72,14 +75,19 @@ class Shard:
 
     def whole_flat(self, comm: Collective, sae: MatryoshkaSAE, flat: Tensor) -> Tensor:
         """The same for a vector laid out like `sae.flat` of this rank's SAE."""
-        return torch.cat([self.whole(comm, name, view).flatten() for name, view in zip(TRAINED, sae.views(flat), strict=True)])
+        return torch.cat(
+            [self.whole(comm, name, view).flatten() for name, view in zip(TRAINED, sae.views(flat), strict=True)]
+        )
 
     def part_of_flat(self, flat: Tensor) -> Tensor:
         """This rank's part of a vector laid out like `flat` of the whole SAE."""
         pieces = flat.split([self.shapes[name].numel() for name in TRAINED])
-        return torch.cat([
-            self.part(name, piece.view(self.shapes[name])).flatten() for name, piece in zip(TRAINED, pieces, strict=True)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                self.part(name, piece.view(self.shapes[name])).flatten()
+                for name, piece in zip(TRAINED, pieces, strict=True)
+            ]
+        )
 
     def _rows(self, name: str, rank: int) -> Tensor | None:
         """Which rows of the whole tensor are a rank's; None: every rank holds all of it."""

@@ -83,7 +83,9 @@ class ChainRuns:
             self._settled = True
         else:
             failed_here = failure is not None and failure.get("cycle") == len(records)
-            self._open_cycle(run_id, len(records), "FAILED" if failed_here else unfinished, reason if failed_here else None)
+            self._open_cycle(
+                run_id, len(records), "FAILED" if failed_here else unfinished, reason if failed_here else None
+            )
 
     def _description(self) -> dict[str, Any] | None:
         path = self._folder.path / "chain.json"
@@ -92,25 +94,49 @@ class ChainRuns:
         try:
             return json.loads(path.read_text())
         except ValueError as error:
-            raise TrackingError(f"{path}: damaged ({error}); delete it, the next start of the sweep writes it again") from error
+            raise TrackingError(
+                f"{path}: damaged ({error}); delete it, the next start of the sweep writes it again"
+            ) from error
 
     def _tags(self) -> dict[str, str]:
         chain = self._chain
         return {
-            "stage": chain.stage, "arm": chain.arm, "sweep": self._sweep.label, "chain": chain.label, "seed": str(chain.seed), "k": str(chain.k),
-        }  # fmt: skip
+            "stage": chain.stage,
+            "arm": chain.arm,
+            "sweep": self._sweep.label,
+            "chain": chain.label,
+            "seed": str(chain.seed),
+            "k": str(chain.k),
+        }
 
     def _open_chain(self, start_ms: int | None) -> str:
         chain = self._chain
-        return self._store.open(self._sweep.key, "chain", chain.key, chain.label, self._tags(), self._sweep.run_id, start_ms)
+        return self._store.open(
+            self._sweep.key, "chain", chain.key, chain.label, self._tags(), self._sweep.run_id, start_ms
+        )
 
     def _cycle_run(self, chain_run: str, number: int, start_ms: int | None) -> str:
         chain = self._chain
         run_id = self._store.open(
-            self._sweep.key, "cycle", f"{chain.key}/{number}", f"{chain.label} cycle {number}",
-            self._tags() | {"cycle": str(number)}, chain_run, start_ms,
-        )  # fmt: skip
-        self._store.params(run_id, {"chain": chain.label, "arm": chain.arm, "stage": chain.stage, "seed": chain.seed, "k": chain.k, "cycle": number})
+            self._sweep.key,
+            "cycle",
+            f"{chain.key}/{number}",
+            f"{chain.label} cycle {number}",
+            self._tags() | {"cycle": str(number)},
+            chain_run,
+            start_ms,
+        )
+        self._store.params(
+            run_id,
+            {
+                "chain": chain.label,
+                "arm": chain.arm,
+                "stage": chain.stage,
+                "seed": chain.seed,
+                "k": chain.k,
+                "cycle": number,
+            },
+        )
         return run_id
 
     def _new_curve(self, number: int, ms: int) -> list[Point]:
@@ -153,10 +179,14 @@ class ChainRuns:
     def _log_coverage(self, run_id: str, records: Sequence[dict[str, Any]]) -> None:
         paths = [self._folder.cycle(number).scores for number in range(len(records))]
         curves = [
-            (n, coverage(path), records[n]["core_out"], records[n]["coverage"]) for n, path in enumerate(paths) if path.exists()
+            (n, coverage(path), records[n]["core_out"], records[n]["coverage"])
+            for n, path in enumerate(paths)
+            if path.exists()
         ]
         if curves:
             config = self._chain.config
             tau = config.get("attribution", {}).get("tau") if config.get("selection", {}).get("size") == "tau" else None
-            figure = figures.coverage_curves(f"{self._chain.label}: attribution carried by the best candidates", curves, tau)
+            figure = figures.coverage_curves(
+                f"{self._chain.label}: attribution carried by the best candidates", curves, tau
+            )
             self._store.client.log_figure(run_id, figure, "coverage.png")

@@ -40,8 +40,8 @@ def ended_ms(record: dict[str, Any]) -> int:
 
 
 def cycle_points(record: dict[str, Any]) -> Iterator[Point]:
-    """Every number of a completion record as `cycle/<name>`, with step = cycle; a prefix's as `cycle/prefix.<name>.<number>`. Other lists
-    count by their length."""
+    """Every number of a completion record as `cycle/<name>`, with step = cycle; a prefix's as
+    `cycle/prefix.<name>.<number>`. Other lists count by their length."""
     measured = {key: value for key, value in record.items() if key not in (*NOT_MEASURED, "prefixes")}
     prefixes = {prefix["name"]: prefix for prefix in record.get("prefixes") or ()}
     for name, value in flatten(measured | {"prefix": prefixes}):
@@ -55,8 +55,8 @@ def cycle_points(record: dict[str, Any]) -> Iterator[Point]:
 def curve_points(path: Path, after: int, ms: int) -> Iterator[Point]:
     """Points of curve.jsonl beyond step `after`, as `train/<name>`.
 
-    A line that does not parse was cut by a crash, or is being written: the training that owns the file logs its step again.
-    Steps that were trained twice after a crash count once, the first time.
+    A line that does not parse was cut by a crash, or is being written: the training that owns the file logs its step
+    again. Steps that were trained twice after a crash count once, the first time.
     """
     if not path.exists():
         return

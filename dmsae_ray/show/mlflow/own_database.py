@@ -23,7 +23,9 @@ def artifacts_of(output: Path) -> str:
 
 
 def default_uri(output: Path) -> str:
-    """The store used when the configuration names none. SQLAlchemy unquotes a database's path and cuts it at a question mark."""
+    """The store used when the configuration names none. SQLAlchemy unquotes a database's path and cuts it at a question
+    mark.
+    """
     return "sqlite:///" + str(database_of(output)).replace("%", "%25").replace("?", "%3F")
 
 
@@ -38,7 +40,9 @@ def own_database(uri: str, output: Path) -> Path | None:
 
 @contextlib.contextmanager
 def no_stray_folder(uri: str) -> Iterator[None]:
-    """MLflow makes the folder that a sqlite URL names as it stands, quoting included (`a%2520b` beside `a%20b`): it goes again, if empty."""
+    """MLflow makes the folder that a sqlite URL names as it stands, quoting included (`a%2520b` beside `a%20b`): it
+    goes again, if empty.
+    """
     folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") and "%" in uri else None
     new = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -50,10 +54,12 @@ def no_stray_folder(uri: str) -> Iterator[None]:
 
 
 def follow_move(database: Path, output: Path) -> str | None:
-    """Put the present place of the artifacts where the database names another: MLflow stores it whole with every experiment and run, and
-    would bring the old folder back. Returns that other place, None if nothing was to be done. Raises OSError if it cannot be written.
+    """Put the present place of the artifacts where the database names another: MLflow stores it whole with every
+    experiment and run, and would bring the old folder back. Returns that other place, None if nothing was to be done.
+    Raises OSError if it cannot be written.
 
-    database: one that lies in the output folder, and so is its own: all that lies in a folder called `mlartifacts` is meant.
+    database: one that lies in the output folder, and so is its own: all that lies in a folder called `mlartifacts` is
+    meant.
     """
     here = artifacts_of(output)
     if not database.exists():
@@ -67,7 +73,8 @@ def follow_move(database: Path, output: Path) -> str | None:
             for root in old:
                 for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
                     connection.execute(
-                        f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or substr({column}, 1, ?) = ?",
+                        f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or "
+                        f"substr({column}, 1, ?) = ?",
                         (here, len(root) + 1, root, len(root) + 1, f"{root}/"),
                     )
             return old[0] if old else None
@@ -77,6 +84,8 @@ def follow_move(database: Path, output: Path) -> str | None:
 
 def experiment_id(output: Path, name: str) -> str | None:
     """Id of an experiment in this output folder's database; None if it has none of this name."""
-    with contextlib.closing(sqlite3.connect(f"{database_of(output).as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(f"{database_of(output).as_uri()}?mode=ro", uri=True, timeout=60)
+    ) as connection:
         found = connection.execute("select experiment_id from experiments where name = ?", (name,)).fetchone()
     return None if found is None else str(found[0])

@@ -1,7 +1,7 @@
 """Runs in an MLflow store: found by tag before they are made, appended to without repeating a step.
 
-Knows MLflow and nothing of chains. Only explicit run ids are used, never MLflow's "active run", so that the caller may be any
-thread. There is one writer, the sweep driver; the output folder's lock sees to that.
+Knows MLflow and nothing of chains. Only explicit run ids are used, never MLflow's "active run", so that the caller may
+be any thread. There is one writer, the sweep driver; the output folder's lock sees to that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-# MLflow reads these when it is imported. Nobody is told that a sweep runs; and a server that does not answer must not hold a
-# sync up for MLflow's own eight attempts of two minutes each, since the next sync tries again anyway.
+# MLflow reads these when it is imported. Nobody is told that a sweep runs; and a server that does not answer must not
+# hold a sync up for MLflow's own eight attempts of two minutes each, since the next sync tries again anyway.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -86,7 +86,9 @@ def remedy(error: BaseException) -> str:
 
 
 def reach(uri: str) -> None:
-    """Connect to a database's server once. Raises as SQLAlchemy and the driver do; without it MLflow would try for minutes."""
+    """Connect to a database's server once. Raises as SQLAlchemy and the driver do; without it MLflow would try for
+    minutes.
+    """
     engine = sqlalchemy.create_engine(uri)
     try:
         engine.connect().close()
@@ -110,9 +112,9 @@ def home_id(output: Path) -> str:
 class RunStore:
     """The runs of one output folder in one experiment.
 
-    uri: MLflow tracking URI; None: `default_uri(output)`. Artifacts lie in `<output>/mlartifacts`, unless a server decides.
-    Creates the database and the experiment, and writes to it, so that what cannot be used is known now. Raises TrackingError if the
-    store cannot be used, or a server has not answered within OPEN_S.
+    uri: MLflow tracking URI; None: `default_uri(output)`. Artifacts lie in `<output>/mlartifacts`, unless a server
+    decides. Creates the database and the experiment, and writes to it, so that what cannot be used is known now. Raises
+    TrackingError if the store cannot be used, or a server has not answered within OPEN_S.
     """
 
     def __init__(self, uri: SecretUrl | str | None, output: Path, experiment: str):
@@ -141,7 +143,9 @@ class RunStore:
         except TrackingError:
             raise
         except OPEN_ERRORS as error:
-            raise TrackingError(f"track.uri {self.uri}: the MLflow store cannot be used ({one_line(error)}). {remedy(error)}") from error
+            raise TrackingError(
+                f"track.uri {self.uri}: the MLflow store cannot be used ({one_line(error)}). {remedy(error)}"
+            ) from error
 
     @property
     def _local(self) -> bool:
@@ -149,7 +153,9 @@ class RunStore:
         return self.uri.reveal().startswith(("sqlite:", "file:")) or not self.uri.is_url
 
     def _within(self, seconds: float, act: Callable[[], T]) -> T:
-        """What `act` returns or raises; TrackingError if that takes longer: a server that swallows packets is asked again and again."""
+        """What `act` returns or raises; TrackingError if that takes longer: a server that swallows packets is asked
+        again and again.
+        """
         ended: list[tuple[T | None, BaseException | None]] = []
 
         def run() -> None:
@@ -184,7 +190,8 @@ class RunStore:
             return client.create_experiment(self._experiment, artifact_location=root)
         if found.lifecycle_stage != "active":
             raise TrackingError(
-                f"track.experiment {self._experiment!r} is in the trash of {self.uri}: restore it there, or choose another name"
+                f"track.experiment {self._experiment!r} is in the trash of {self.uri}: restore it there, or choose "
+                "another name"
             )
         return found.experiment_id
 
@@ -195,9 +202,12 @@ class RunStore:
         token = None
         while True:
             page = self.client.search_runs(
-                [self.experiment_id], f"tags.`dmsae.home` = '{self.home}'", max_results=RUNS_PER_PAGE,
-                order_by=["attributes.start_time ASC"], page_token=token,
-            )  # fmt: skip
+                [self.experiment_id],
+                f"tags.`dmsae.home` = '{self.home}'",
+                max_results=RUNS_PER_PAGE,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
             for run in page:
                 self._remember(run)
             token = page.token
@@ -211,9 +221,18 @@ class RunStore:
         self._params[run_id], self._metrics[run_id] = set(run.data.params), set(run.data.metrics)
 
     def open(
-        self, sweep: str, kind: str, key: str, name: str, tags: dict[str, str], parent: str | None, start_ms: int | None = None
+        self,
+        sweep: str,
+        kind: str,
+        key: str,
+        name: str,
+        tags: dict[str, str],
+        parent: str | None,
+        start_ms: int | None = None,
     ) -> str:
-        """Id of the run with these first three tags; it is made, RUNNING, if there is none. start_ms: unix time, None: now."""
+        """Id of the run with these first three tags; it is made, RUNNING, if there is none. start_ms: unix time, None:
+        now.
+        """
         if (sweep, kind, key) not in self._runs:
             tags = {"dmsae.home": self.home, "dmsae.sweep": sweep, "dmsae.kind": kind, "dmsae.key": key} | tags
             if parent is not None:
@@ -270,8 +289,8 @@ class RunStore:
         return self._tags[run_id].get(key)
 
     def append(self, run_id: str, points: Iterable[Point]) -> None:
-        """Log points beyond each metric's last step. Steps of a metric must come in rising order; non-finite values, which SQL
-        stores refuse, are left out."""
+        """Log points beyond each metric's last step. Steps of a metric must come in rising order; non-finite values,
+        which SQL stores refuse, are left out."""
         batch: list[Metric] = []
         ahead = {}
         for key, value, step, ms in points:

@@ -1,17 +1,18 @@
 """MLflow as a projection of the folders on disk.
 
-The sweep driver is the only writer: it reads what the chains left (chain.json, curve.jsonl, record.json, failed.json, cores and
-scores) and logs what the store does not hold yet. Workers never touch MLflow, so a crash loses nothing, a later sync catches up, and
-deleting the store only means that it is filled again.
+The sweep driver is the only writer: it reads what the chains left (chain.json, curve.jsonl, record.json, failed.json,
+cores and scores) and logs what the store does not hold yet. Workers never touch MLflow, so a crash loses nothing, a
+later sync catches up, and deleting the store only means that it is filled again.
 
     experiment
       sweep run            parameters, comparison: tables, matrix, summary numbers
         chain run          parameters, each cycle's measurements with step = cycle, coverage of the attribution as a figure
           cycle run        training curves (step = optimiser step), measurements, coverage (step = rank), core, scores and record
 
-A run is found by its tags `dmsae.home` (output folder), `dmsae.sweep` (sweep key), `dmsae.kind` and `dmsae.key` (sweep key | chain key |
-chain key/cycle). A chain that a second sweep reuses gets runs of its own there, since an MLflow run has one parent; the folder stays
-the only truth. A run becomes FINISHED last, so FINISHED means that all of it is logged.
+A run is found by its tags `dmsae.home` (output folder), `dmsae.sweep` (sweep key), `dmsae.kind` and `dmsae.key` (sweep
+key | chain key | chain key/cycle). A chain that a second sweep reuses gets runs of its own there, since an MLflow run
+has one parent; the folder stays the only truth. A run becomes FINISHED last, so FINISHED means that all of it is
+logged.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ Columns = dict[str, list[Any]]
 class MlflowTracker:
     """The runs of one sweep.
 
-    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain types; store: where
-    it was opened already.
-    Creates the database and the experiment; raises TrackingError if the store cannot be used. Its methods may be called from any thread.
+    uri: MLflow tracking URI, None for a sqlite database in `output`; config_dict: the resolved configuration as plain
+    types; store: where it was opened already. Creates the database and the experiment; raises TrackingError if the
+    store cannot be used. Its methods may be called from any thread.
     """
 
     def __init__(
@@ -71,13 +72,18 @@ class MlflowTracker:
         self._chains = list(chains)
         self._lock = threading.Lock()
         self._sweep: SweepRun | None = None
-        """None until the store was read, and again after a sync that was cut short: what was under way may or may not have arrived"""
+        """None until the store was read, and again after a sync that was cut short: what was under way may or may not
+        have arrived
+        """
         self._chain_runs: list[ChainRuns] = []
-        self._results: tuple[dict[str, Any] | None, dict[str, Columns], dict[str, float], tuple[Path, ...]] | None = None
+        self._results: tuple[dict[str, Any] | None, dict[str, Columns], dict[str, float], tuple[Path, ...]] | None = (
+            None
+        )
         self._warned = self._closed = False
 
     def sync(self) -> bool:
-        """Log what is new on disk; True if the store holds it all now. Cheap if nothing changed. Never raises on account of the store or of
+        """Log what is new on disk; True if the store holds it all now. Cheap if nothing changed. Never raises on
+        account of the store or of
         a damaged file: it says so in one line and tries again next time. Does nothing once the tracker is closed."""
         with self._lock:
             if self._closed:
@@ -86,41 +92,53 @@ class MlflowTracker:
                 self._project("RUNNING")
             except (ValueError, *STORE_ERRORS) as error:
                 if not self._warned:
-                    logger.warning("MLflow at %s: not logged (%s); the work goes on, the next sync tries again", self.uri, one_line(error))
+                    logger.warning(
+                        "MLflow at %s: not logged (%s); the work goes on, the next sync tries again",
+                        self.uri,
+                        one_line(error),
+                    )
                 self._warned = True
                 return False
             self._warned = False
             return True
 
     def log_results(
-        self, comparison: dict[str, Any] | None, tables: dict[str, Columns], numbers: dict[str, float], files: Iterable[Path] = ()
+        self,
+        comparison: dict[str, Any] | None,
+        tables: dict[str, Columns],
+        numbers: dict[str, float],
+        files: Iterable[Path] = (),
     ) -> bool:
-        """Log the sweep's results on its run, now or with a later sync: comparison.json as a dict (None: it could not be made), tables by
-        name, named numbers, files."""
+        """Log the sweep's results on its run, now or with a later sync: comparison.json as a dict (None: it could not
+        be made), tables by name, named numbers, files."""
         with self._lock:
             self._results = (comparison, tables, numbers, tuple(Path(file) for file in files))
         return self.sync()
 
     def close(self, status: str = "FINISHED") -> None:
-        """Last sync; no run of this output folder is left RUNNING. status: of the sweep run, FINISHED, FAILED or KILLED. Chains and
-        cycles that are neither done nor failed become KILLED; a later tracker of the same sweep makes them RUNNING again.
+        """Last sync; no run of this output folder is left RUNNING. status: of the sweep run, FINISHED, FAILED or
+        KILLED. Chains and cycles that are neither done nor failed become KILLED; a later tracker of the same sweep
+        makes them RUNNING again.
 
         Raises TrackingError if the store cannot be reached.
         """
         with self._lock:
             # A store that is away for a moment is tried again; after an interruption somebody waits.
-            for wait in (CLOSE_WAITS if status != "KILLED" else ()):
+            for wait in CLOSE_WAITS if status != "KILLED" else ():
                 try:
                     return self._close(status)
                 except (ValueError, *STORE_ERRORS) as error:
-                    logger.warning("MLflow at %s: not closed (%s); trying again in %d s", self.uri, one_line(error), wait)
+                    logger.warning(
+                        "MLflow at %s: not closed (%s); trying again in %d s", self.uri, one_line(error), wait
+                    )
                 time.sleep(wait)
             try:
                 self._close(status)
             except (ValueError, *STORE_ERRORS) as error:
                 raise TrackingError(
-                    f"track.uri {self.uri}: the results could not be logged ({one_line(error)}). They are safe on disk: put the "
-                    "cause right and start the same command again; what is missing is logged then, and nothing is computed twice"
+                    f"track.uri {self.uri}: the results could not be logged ({one_line(error)}). They are safe on "
+                    "disk: put the cause right and start the same command again; what is missing is logged then, and "
+                    "nothing is computed twice"
                 ) from error
 
     def _close(self, status: str) -> None:
@@ -164,11 +182,18 @@ class MlflowTracker:
         return sweep
 
     def _log_results(
-        self, run_id: str, comparison: dict[str, Any] | None, tables: dict[str, Columns], numbers: dict[str, float], files: tuple[Path, ...]
+        self,
+        run_id: str,
+        comparison: dict[str, Any] | None,
+        tables: dict[str, Columns],
+        numbers: dict[str, float],
+        files: tuple[Path, ...],
     ) -> None:
         """Everything once for each results that differ from the last."""
         rows = [chain_row(chain.label, chain.folder, chain.cycles) for chain in self._chains]
-        stamp = hashlib.sha256(json.dumps([comparison, tables, numbers], sort_keys=True, default=str).encode()).hexdigest()[:16]
+        stamp = hashlib.sha256(
+            json.dumps([comparison, tables, numbers], sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
         client = self._store.client
         if self._store.get_tag(run_id, "results") == stamp:
             return
@@ -185,7 +210,10 @@ class MlflowTracker:
         client.log_figure(run_id, figures.core_sizes(rows), "core_sizes.png")
         # The step counts results: a sweep whose failed chain was mended is compared again.
         step, now = int(self._store.get_tag(run_id, "times") or 0), now_ms()
-        points = [Point(f"compare/{name}", value, step, now) for name, value in (summary(comparison) if comparison else {}).items()]
+        points = [
+            Point(f"compare/{name}", value, step, now)
+            for name, value in (summary(comparison) if comparison else {}).items()
+        ]
         # MLflow takes no ~ in a metric's name, and groups charts by what stands before a slash.
         points += [Point(f"results/{name.replace('~', ' vs ')}", value, step, now) for name, value in numbers.items()]
         self._store.append(run_id, points)
@@ -193,8 +221,8 @@ class MlflowTracker:
         self._store.tag(run_id, "results", stamp)
 
     def _log_table(self, run_id: str, columns: dict[str, list[Any]], file: str) -> None:
-        """Log a table for MLflow's table view. log_table adds rows to a table that is there, so one that is there is overwritten in the
-        same format instead."""
+        """Log a table for MLflow's table view. log_table adds rows to a table that is there, so one that is there is
+        overwritten in the same format instead."""
         folder = str(Path(file).parent)
         if any(entry.path == file for entry in self._store.client.list_artifacts(run_id, folder)):
             self._store.client.log_text(run_id, pandas.DataFrame(columns).to_json(orient="split", index=False), file)

@@ -23,7 +23,9 @@ WORDS = {
 """Fields of an arm in plain words; all others are named as they are."""
 
 COLOURS = ("#2f78b7", "#c2620a", "#14805a", "#b0529a", "#d0452f", "#7a65d0", "#857612", "#74797f", "#1f8a99", "#a0663f")
-"""On white and on the dark page alike these reach a contrast of 3:1, so that a chart need not be drawn in other colours."""
+"""On white and on the dark page alike these reach a contrast of 3:1, so that a chart need not be drawn in other
+colours.
+"""
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "triangle-down", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """Ten colours, seven symbols, six dashes: where one comes again, the others do not."""

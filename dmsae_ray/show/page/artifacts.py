@@ -75,7 +75,9 @@ def read(folder: Path) -> Artifacts:
     for number, row in enumerate(rows):
         missing = sorted({"chain", "arm", "stage", "seed", "k", "cycle", "last"} - row.keys())
         if missing:
-            raise ValueError(f"{folder / 'evaluation.json'}: row {number} lacks {', '.join(missing)}; write the file again")
+            raise ValueError(
+                f"{folder / 'evaluation.json'}: row {number} lacks {', '.join(missing)}; write the file again"
+            )
     order = {arm: place for place, arm in enumerate(unique([BASE, *(row["arm"] for row in rows)]))}
     rows = sorted(rows, key=lambda row: (order[row["arm"]], row["k"], row["seed"], row["chain"], row["cycle"]))
     config = _config(folder / "config.yaml", reasons)
@@ -135,7 +137,9 @@ def _json(path: Path) -> Any:
 
 def _failed_parts(path: Path) -> list[dict[str, str]]:
     parts = _json(path) if path.is_file() else []
-    if not isinstance(parts, list) or not all(isinstance(part, dict) and {"part", "reason"} <= part.keys() for part in parts):
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and {"part", "reason"} <= part.keys() for part in parts
+    ):
         raise ValueError(f"{path} is not a list of parts and reasons; delete it and run the sweep again")
     return parts
 

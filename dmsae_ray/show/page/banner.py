@@ -1,4 +1,6 @@
-"""What a reader of the summary must see first: parts of the results that could not be made, and rows that decide too much."""
+"""What a reader of the summary must see first: parts of the results that could not be made, and rows that decide too
+much.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,13 @@ def banners(artifacts: Artifacts) -> list[Raw]:
     """From failed_parts.json and from the warning of data.json; none when all is well."""
     found = []
     if artifacts.failed_parts:
-        items = "".join(f"<li><b>{escape(str(part['part']))}</b>: {escape(str(part['reason']))}</li>" for part in artifacts.failed_parts)
-        words = "Not every part of the results could be made whole; the same command, given again, makes what is missing:"
+        items = "".join(
+            f"<li><b>{escape(str(part['part']))}</b>: {escape(str(part['reason']))}</li>"
+            for part in artifacts.failed_parts
+        )
+        words = (
+            "Not every part of the results could be made whole; the same command, given again, makes what is missing:"
+        )
         found.append(_banner("failed-parts", f"<p>{words}</p><ul>{items}</ul>"))
     if artifacts.data.get("warning"):
         found.append(_banner("data-warning", f"<p>{escape(str(artifacts.data['warning']))}</p>"))

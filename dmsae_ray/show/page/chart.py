@@ -41,21 +41,28 @@ class Chart:
 
     def __post_init__(self) -> None:
         options = set(product(*(choice.options for choice in self.choices)))
-        assert self.figures.keys() == options, f"{self.id} can be asked for {options - self.figures.keys()}, has {list(self.figures)}"
+        assert self.figures.keys() == options, (
+            f"{self.id} can be asked for {options - self.figures.keys()}, has {list(self.figures)}"
+        )
 
     def html(self) -> str:
         """Heading, fields and the empty element that plotly fills."""
         fields = "".join(_field(self.id, choice) for choice in self.choices)
         controls = f'<div class="choices">{fields}</div>' if fields else ""
         return (
-            f'<figure class="chart"><button type="button" class="save" data-save="{self.id}" title="Save this chart as an image">PNG</button>'
+            f'<figure class="chart"><button type="button" class="save" data-save="{self.id}" title="Save this chart '
+            'as an image">PNG</button>'
             f"<figcaption><h3>{escape(self.title)}</h3><p>{escape(self.read)}</p></figcaption>{controls}"
-            f'<div class="plot" id="{self.id}" role="img" aria-label="{escape(self.title)}. {escape(self.read)}"></div></figure>'
+            f'<div class="plot" id="{self.id}" role="img" aria-label="{escape(self.title)}. '
+            f'{escape(self.read)}"></div></figure>'
         )
 
     def data(self) -> dict[str, Any]:
         """What the browser draws: figures by the options that can be chosen, joined by line breaks."""
-        return {self._asked(key): made if isinstance(made, str) else json.loads(made.to_json()) for key, made in self.figures.items()}
+        return {
+            self._asked(key): made if isinstance(made, str) else json.loads(made.to_json())
+            for key, made in self.figures.items()
+        }
 
     def _asked(self, key: tuple[str, ...]) -> str:
         return "\n".join(option for option, choice in zip(key, self.choices, strict=True) if len(choice.options) > 1)
@@ -66,7 +73,10 @@ def _field(chart: str, choice: Choice) -> str:
         return f'<span class="label">{escape(choice.name)} <b>{escape(choice.options[0])}</b></span>'
     # The value is written out: a browser reads an option's text with its runs of spaces made one.
     options = "".join(f'<option value="{escape(option)}">{escape(option)}</option>' for option in choice.options)
-    return f'<label>{escape(choice.name)} <select data-chart="{chart}" data-choice="{escape(choice.name)}">{options}</select></label>'
+    return (
+        f'<label>{escape(choice.name)} <select data-chart="{chart}" '
+        f'data-choice="{escape(choice.name)}">{options}</select></label>'
+    )
 
 
 def figure(traces: Sequence[Any], height: int = 380, **layout: Any) -> go.Figure:
@@ -78,7 +88,8 @@ def figure(traces: Sequence[Any], height: int = 380, **layout: Any) -> go.Figure
 
 
 def span(values: Iterable[float], least: float, most: float | None = None) -> list[float]:
-    """What an axis shows: all values with a margin, and never less than `least`, lest noise around one point fill the chart.
+    """What an axis shows: all values with a margin, and never less than `least`, lest noise around one point fill the
+    chart.
 
     It does not go below 0 where no value does (but by the size of a mark), nor beyond `most` where no value is.
     """
@@ -101,7 +112,14 @@ def above_bars(heights: Iterable[float]) -> list[float]:
 def totals(x: Sequence[str], y: Sequence[float], words: Sequence[str]) -> go.Scatter:
     """The heights of stacked bars, written above them."""
     return go.Scatter(
-        x=list(x), y=list(y), mode="text", text=list(words), textposition="top center", showlegend=False, hoverinfo="skip", cliponaxis=False
+        x=list(x),
+        y=list(y),
+        mode="text",
+        text=list(words),
+        textposition="top center",
+        showlegend=False,
+        hoverinfo="skip",
+        cliponaxis=False,
     )
 
 
@@ -120,9 +138,17 @@ def templates() -> dict[str, Any]:
 
 def _template(ink: str, soft: str, line: str, paper: str) -> dict[str, Any]:
     axis = {
-        "gridcolor": line, "linecolor": line, "zerolinecolor": line, "tickcolor": "rgba(0,0,0,0)", "zeroline": False,
-        "ticks": "outside", "ticklen": 6, "automargin": True, "title": {"font": {"color": soft, "size": 13}, "standoff": 10}, "tickfont": {"color": soft},
-    }  # fmt: skip
+        "gridcolor": line,
+        "linecolor": line,
+        "zerolinecolor": line,
+        "tickcolor": "rgba(0,0,0,0)",
+        "zeroline": False,
+        "ticks": "outside",
+        "ticklen": 6,
+        "automargin": True,
+        "title": {"font": {"color": soft, "size": 13}, "standoff": 10},
+        "tickfont": {"color": soft},
+    }
     template = go.layout.Template(
         layout={
             "font": {"family": FONT, "size": 13, "color": ink},
@@ -132,12 +158,19 @@ def _template(ink: str, soft: str, line: str, paper: str) -> dict[str, Any]:
             "xaxis": axis,
             "yaxis": axis,
             "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "font": {"color": soft}},
-            "hoverlabel": {"bgcolor": paper, "bordercolor": soft, "font": {"color": ink, "family": FONT}, "align": "left"},
+            "hoverlabel": {
+                "bgcolor": paper,
+                "bordercolor": soft,
+                "font": {"color": ink, "family": FONT},
+                "align": "left",
+            },
             "colorway": [],
         },
         data={
             "bar": [go.Bar(marker={"line": {"color": paper, "width": 1}})],
-            "heatmap": [go.Heatmap(colorbar={"outlinewidth": 0, "thickness": 12, "tickfont": {"color": soft, "size": 11}})],
+            "heatmap": [
+                go.Heatmap(colorbar={"outlinewidth": 0, "thickness": 12, "tickfont": {"color": soft, "size": 11}})
+            ],
         },
     )
     return template.to_plotly_json()

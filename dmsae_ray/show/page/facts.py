@@ -25,7 +25,8 @@ class Fact:
 def facts(id: str, heading: str, found: Sequence[Fact]) -> Raw:
     """A heading and the facts below it."""
     items = "".join(
-        f'<div><dt>{escape(fact.name)}</dt><dd data-value="{escape(whole(fact.value))}" title="{escape(whole(fact.value))}">'
+        f'<div><dt>{escape(fact.name)}</dt><dd data-value="{escape(whole(fact.value))}" '
+        f'title="{escape(whole(fact.value))}">'
         f"{escape(fact.seen)}</dd></div>"
         for fact in found
     )

@@ -59,15 +59,24 @@ def yes_no(value: bool) -> str:
 
 
 FORMATS = {
-    "share": share, "signed": signed, "count": count, "tenths": tenths, "percent": percent, "nats": nats, "text": text, "prose": text,
+    "share": share,
+    "signed": signed,
+    "count": count,
+    "tenths": tenths,
+    "percent": percent,
+    "nats": nats,
+    "text": text,
+    "prose": text,
     "yes_no": yes_no,
-}  # fmt: skip
+}
 WRITTEN = ("text", "prose")
 """Formats of words: short ones, which do not wrap, and sentences."""
 
 
 def shown(value: Any, kind: str) -> str:
-    """The value as a reader sees it; `n/a` for a number that is None or not finite, a dash for a text that is not there."""
+    """The value as a reader sees it; `n/a` for a number that is None or not finite, a dash for a text that is not
+    there.
+    """
     if value is None and kind in WRITTEN:
         return NOTHING
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

@@ -23,7 +23,11 @@ def rows_facts(artifacts: Artifacts) -> Raw | Note:
             _fact(f"Norm, {_quantile(name)}", value, lambda norm: digits(norm, 3))
             for name, value in sorted(quantiles.items(), key=lambda one: float(one[0]))
         ),
-        _fact("Rows count as outliers from", outliers.get("multiple"), lambda multiple: f"{multiple:g} times the median norm"),
+        _fact(
+            "Rows count as outliers from",
+            outliers.get("multiple"),
+            lambda multiple: f"{multiple:g} times the median norm",
+        ),
         _fact("Outliers", outliers.get("rows"), lambda rows: f"{rows:,}{_of(outliers.get('of_rows'))}"),
         _fact("Their share of the variance", outliers.get("share_of_variance"), percent),
         _fact("Largest norm", outliers.get("largest"), lambda norm: digits(norm, 3)),

@@ -51,7 +51,8 @@ class Table:
         head = "".join(_heading(column) for column in self.columns)
         body = "\n".join(self._row(row) for row in self.rows)
         field = (
-            f'<label class="rows-filter">Show rows with <input type="search" data-filter-rows="{self.id}" autocomplete="off"> '
+            f'<label class="rows-filter">Show rows with <input type="search" data-filter-rows="{self.id}" '
+            'autocomplete="off"> '
             f'<output aria-live="polite">{len(self.rows)} rows</output></label>'
             if len(self.rows) > ROWS_FOR_FILTER
             else ""

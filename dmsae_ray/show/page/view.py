@@ -39,7 +39,10 @@ class Grid:
     """side by side at most"""
 
     def html(self) -> str:
-        return f'<div class="grid" style="--columns: {self.columns}">{"".join(chart.html() for chart in self.charts)}</div>'
+        return (
+            '<div class="grid" style="--columns: '
+            f'{self.columns}">{"".join(chart.html() for chart in self.charts)}</div>'
+        )
 
 
 Part = Chart | Table | Note | Raw | Grid
@@ -62,7 +65,8 @@ class View:
         parts = "\n".join(part.html() for part in self.parts)
         return (
             f'<section class="view" id="view-{self.id}" aria-labelledby="title-{self.id}">'
-            f'<h2 id="title-{self.id}" tabindex="-1">{escape(self.title)}</h2><p class="lead">{escape(self.lead)}</p>\n{parts}</section>'
+            f'<h2 id="title-{self.id}" tabindex="-1">{escape(self.title)}</h2><p '
+            f'class="lead">{escape(self.lead)}</p>\n{parts}</section>'
         )
 
     def charts(self) -> list[Chart]:

@@ -52,7 +52,9 @@ def duration(seconds: float) -> str:
 
 
 def format_status(status: Status) -> str:
-    """One line: chain, cycle of last cycle, phase, share of the whole chain, tokens/s, time left. Missing fields are left out."""
+    """One line: chain, cycle of last cycle, phase, share of the whole chain, tokens/s, time left. Missing fields are
+    left out.
+    """
     phase, cycles = status.get("phase", "queued"), status.get("cycles")
     parts = [f"{status.get('label', '?'):<12}"]
     if cycles and phase not in ("queued", "done"):
@@ -92,7 +94,8 @@ class LiveLines:
     """Context manager that shows what `statuses()` returns until it is left; the last state stays on screen.
 
     statuses: called from a thread of its own, returns status dicts by label; it must not raise.
-    stream: where plain lines go (default: standard output). console: for tests; a terminal gets redrawn lines, all else plain ones.
+    stream: where plain lines go (default: standard output). console: for tests; a terminal gets redrawn lines, all else
+    plain ones.
     interval_s: between looks; quiet_s: in plain mode a long phase says something at least so often.
     """
 

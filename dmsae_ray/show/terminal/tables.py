@@ -42,7 +42,13 @@ def rate(tokens_per_s: float | None) -> str:
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """left, right: column names by alignment. Chains' labels are never broken; other columns give way first."""
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     for name in left:
         table.add_column(name, overflow="fold", no_wrap=name in ("chain", "a", "b"))
     for name in right:
@@ -53,23 +59,32 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 def chains_table(rows: Sequence[ChainRow]) -> Table:
     """One line per chain."""
     table = _table(
-        "Chains", ["chain", "core sizes"], ["jaccard", "L0", "core L0", "FVU", "loss rec.", "dead", "tokens/s", "status"]
+        "Chains",
+        ["chain", "core sizes"],
+        ["jaccard", "L0", "core L0", "FVU", "loss rec.", "dead", "tokens/s", "status"],
     )
     for row in rows:
         cells = [
-            row.label, ">".join(map(str, row.sizes)) or "-", ">".join(number(value) for value in row.jaccard[-2:]) or "n/a",
-            number(row.l0, 1), number(row.core_l0, 1), fvus(row.fvu, row.fvu_all_rows),
-            recovered(row.loss_recovered, row.loss_recovered_mean), number(row.dead, 3),
-            rate(row.tokens_per_s), row.status,
-        ]  # fmt: skip
+            row.label,
+            ">".join(map(str, row.sizes)) or "-",
+            ">".join(number(value) for value in row.jaccard[-2:]) or "n/a",
+            number(row.l0, 1),
+            number(row.core_l0, 1),
+            fvus(row.fvu, row.fvu_all_rows),
+            recovered(row.loss_recovered, row.loss_recovered_mean),
+            number(row.dead, 3),
+            rate(row.tokens_per_s),
+            row.status,
+        ]
         table.add_row(*map(Text, cells), style="red" if row.status == "failed" else None)
     return table
 
 
 CHAINS_NOTE = (
-    "Core sizes: latents in the core after cycle 0, 1, ...; jaccard: the last two cycles' cores, each against the one before; "
-    "the rest is the last finished cycle on held-out text (loss recovered, twice: 1 is the model's own loss; 0 its loss with the "
-    "stream set to zero and, after the stroke, to its mean row; FVU after a stroke: with the rows that harvest.outlier_norm leaves out)."
+    "Core sizes: latents in the core after cycle 0, 1, ...; jaccard: the last two cycles' cores, each against the one "
+    "before; the rest is the last finished cycle on held-out text (loss recovered, twice: 1 is the model's own loss; 0 "
+    "its loss with the stream set to zero and, after the stroke, to its mean row; FVU after a stroke: with the rows "
+    "that harvest.outlier_norm leaves out)."
 )
 
 
@@ -88,11 +103,22 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
         value = pair.get("pw_mcc")
         stands_out = value is not None and all(null is not None and value > null for null in above)
         cells = [
-            pair["a"], pair["b"], pair.get("differs") or "-", sizes, number(pair.get("overlap")), number(value),
-            number(above[0]), _density(pair), number(null_value(pair, "cycle0")),
-            number(pair.get("activation")), number(_mmcs(pair)), number(pair.get("pw_mcc_dictionary")),
-        ]  # fmt: skip
-        table.add_row(*(Text(cell, style="bold" if stands_out and position == 5 else "") for position, cell in enumerate(cells)))
+            pair["a"],
+            pair["b"],
+            pair.get("differs") or "-",
+            sizes,
+            number(pair.get("overlap")),
+            number(value),
+            number(above[0]),
+            _density(pair),
+            number(null_value(pair, "cycle0")),
+            number(pair.get("activation")),
+            number(_mmcs(pair)),
+            number(pair.get("pw_mcc_dictionary")),
+        ]
+        table.add_row(
+            *(Text(cell, style="bold" if stands_out and position == 5 else "") for position, cell in enumerate(cells))
+        )
     return table
 
 
@@ -117,9 +143,10 @@ def pairs_note(comparison: dict[str, Any]) -> Text:
     lines = []
     if comparison["pairs"]:
         lines.append(
-            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, and distillation "
-            "adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, since the free latents nearest "
-            "in density differ by a factor of G. Activ.: mean correlation of matched latents' activations on held-out rows."
+            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, "
+            "and distillation adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, "
+            "since the free latents nearest in density differ by a factor of G. Activ.: mean correlation of matched "
+            "latents' activations on held-out rows."
         )
     lines.append(f"Compared: {compared} of {compared + len(failed)} chains" + ("." if not failed else "; failed:"))
     lines += [f"  {entry['label']}: {entry['reason']}" for entry in failed]
@@ -128,21 +155,33 @@ def pairs_note(comparison: dict[str, Any]) -> Text:
 
 def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
     """One line per group of pairs: means over its pairs, with the interval over seeds where there is one."""
-    table = _table("Agreement by what differs", ["group"], ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."])
+    table = _table(
+        "Agreement by what differs",
+        ["group"],
+        ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."],
+    )
     for name, group in groups.items():
-        nulls = [(group["nulls"][null].get("p99") or {}).get("mean") for null in ("covariance", "matched_density", "cycle0")]
+        nulls = [
+            (group["nulls"][null].get("p99") or {}).get("mean") for null in ("covariance", "matched_density", "cycle0")
+        ]
         interval = (group.get("pw_mcc") or {}).get("interval")
         cells = [
-            name, str(group["pairs"]), number(_mean(group, "pw_mcc")), "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
-            *map(number, nulls), number(_mean(group, "overlap")), number(_mean(group, "activation")),
-        ]  # fmt: skip
+            name,
+            str(group["pairs"]),
+            number(_mean(group, "pw_mcc")),
+            "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+            *map(number, nulls),
+            number(_mean(group, "overlap")),
+            number(_mean(group, "activation")),
+        ]
         table.add_row(*map(Text, cells))
     return table
 
 
 GROUPS_NOTE = (
-    "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed and k. Nulls are means over "
-    "the pairs that have them. The interval resamples seeds; below four seeds there is none."
+    "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed "
+    "and k. Nulls are means over the pairs that have them. The interval resamples seeds; below four seeds there is "
+    "none."
 )
 
 
@@ -155,20 +194,25 @@ def consensus_text(consensus: dict[str, Any]) -> Text:
     groups, seeds = consensus["groups"], len(consensus["seeds"])
     repeated, everywhere = sum(g["in_seeds"] >= 2 for g in groups), sum(g["in_seeds"] == seeds for g in groups)
     lines = [
-        f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in two seeds or more, "
-        f"{everywhere} in all; consensus core of {consensus['core_size']}."
+        f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in "
+        f"two seeds or more, {everywhere} in all; consensus core of {consensus['core_size']}."
     ]
     for arm, found in (consensus.get("rediscovery_summary") or {}).items():
         shares = [
             f"{found[whose]['found']['mean']:.0%} of {what}"
             for whose, what in (
-                ("consensus", "the consensus core"), ("matched_consensus", "free latents as dense as its members"), ("cores", "all cores' latents"),
+                ("consensus", "the consensus core"),
+                ("matched_consensus", "free latents as dense as its members"),
+                ("cores", "all cores' latents"),
                 ("matched", "free latents as dense as these"),
             )
             if found[whose]["found"] is not None
-        ]  # fmt: skip
+        ]
         if shares and "/" not in arm:
-            lines.append(f"Found again in {found['saes']} SAEs of arm {arm}, of other seeds and without a core: {', '.join(shares)}.")
+            lines.append(
+                f"Found again in {found['saes']} SAEs of arm {arm}, of other seeds and without a core: "
+                f"{', '.join(shares)}."
+            )
     return Text("\n".join(lines))
 
 
@@ -178,7 +222,12 @@ def expectations_table(entries: Sequence[dict[str, Any]]) -> Table:
     for entry in entries:
         bound = "" if entry["bound"] is None else f"{entry['relation']} {entry['bound']:.3g}"
         style = {"hit": "green", "miss": "red"}.get(entry["outcome"])
-        cells = [entry["outcome"], entry["claim"], "n/a" if entry["value"] is None else f"{entry['value']:.3g}", bound or entry["why"]]
+        cells = [
+            entry["outcome"],
+            entry["claim"],
+            "n/a" if entry["value"] is None else f"{entry['value']:.3g}",
+            bound or entry["why"],
+        ]
         table.add_row(*map(Text, cells), style=style)
     return table
 
@@ -188,24 +237,34 @@ MANY_PAIRS = 20
 
 
 def report(
-    rows: Sequence[ChainRow], comparison: dict[str, Any] | None, consensus: dict[str, Any] | None = None,
-    expectations: Sequence[dict[str, Any]] = (), failed: Mapping[str, str] = MappingProxyType({}),
-) -> Group:  # fmt: skip
-    """All tables with their notes. comparison, consensus: what their files hold; None: not made. failed: parts that could not be made, or
-    not all of them, and why."""
+    rows: Sequence[ChainRow],
+    comparison: dict[str, Any] | None,
+    consensus: dict[str, Any] | None = None,
+    expectations: Sequence[dict[str, Any]] = (),
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> Group:
+    """All tables with their notes. comparison, consensus: what their files hold; None: not made. failed: parts that
+    could not be made, or not all of them, and why."""
     parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
     if comparison is not None:
         if len(comparison["pairs"]) <= MANY_PAIRS:
             parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
         else:
-            parts += [groups_table(comparison["summary"]["groups"]), Text(GROUPS_NOTE, style="dim"), pairs_note(comparison)]
+            parts += [
+                groups_table(comparison["summary"]["groups"]),
+                Text(GROUPS_NOTE, style="dim"),
+                pairs_note(comparison),
+            ]
     if consensus is not None and consensus["groups"]:
         parts += [Text(""), consensus_text(consensus)]
     if expectations:
         parts += [Text(""), expectations_table(expectations)]
     if failed:
         lines = [f"  {name}: {reason}" for name, reason in failed.items()]
-        words = ["Of these results some could not be made, or not all of it; the same command makes only that again:", *lines]
+        words = [
+            "Of these results some could not be made, or not all of it; the same command makes only that again:",
+            *lines,
+        ]
         parts += [Text(""), Text("\n".join(words), style="red")]
     return Group(*parts)
 
@@ -214,7 +273,9 @@ SIDE_BY_SIDE = ("evaluation.", "consensus.", "chains.")
 """Numbers of two sweeps that are shown beside each other; those of agreement are compared as cores."""
 
 
-def across_tables(names: tuple[str, str], comparison: dict[str, Any], ours: dict[str, float], theirs: dict[str, float]) -> Group:
+def across_tables(
+    names: tuple[str, str], comparison: dict[str, Any], ours: dict[str, float], theirs: dict[str, float]
+) -> Group:
     """Two sweeps: how far their cores agree, and the numbers that both have."""
     table = _table("Numbers of both sweeps", ["number"], [*names, "difference"])
     for name in (name for name in ours if name in theirs and name.startswith(SIDE_BY_SIDE)):
@@ -227,33 +288,46 @@ def across_tables(names: tuple[str, str], comparison: dict[str, Any], ours: dict
 
 
 def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
-    """What `python -m dmsae_ray.evaluate` measured, a line per SAE: the whole one, then its prefixes. rows: evaluation-<tokens>.json."""
+    """What `python -m dmsae_ray.evaluate` measured, a line per SAE: the whole one, then its prefixes. rows:
+    evaluation-<tokens>.json.
+    """
     whole = _table(
         "SAEs on held-out text",
         ["chain", "cycle"],
         ["tokens", "core size", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"],
     )
-    prefixes = _table("Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec. (mean)", "KL"])
+    prefixes = _table(
+        "Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec. (mean)", "KL"]
+    )
     for row in rows:
         core_size = next((entry["latents"] for entry in row["prefixes"] if entry["name"] == "core"), 0)
         whole.add_row(
-            row["label"], str(row["cycle"]), f"{row['evaluation_tokens']:,}", str(core_size),
-            number(row["l0"], 1), number(row["core_l0"], 1),
-            fvus(row["fvu"], row["fvu_all_rows"] if row.get("rows_left_out") else None), recovered(row["loss_recovered_zero"], row["loss_recovered_mean"]), number(row["kl"], 3),
-            number(row["core_explained"]), number(row["dead_share"], 3),
-        )  # fmt: skip
+            row["label"],
+            str(row["cycle"]),
+            f"{row['evaluation_tokens']:,}",
+            str(core_size),
+            number(row["l0"], 1),
+            number(row["core_l0"], 1),
+            fvus(row["fvu"], row["fvu_all_rows"] if row.get("rows_left_out") else None),
+            recovered(row["loss_recovered_zero"], row["loss_recovered_mean"]),
+            number(row["kl"], 3),
+            number(row["core_explained"]),
+            number(row["dead_share"], 3),
+        )
         # Without the zero before the point six prefixes of three measures fit on a line.
         cells = (
-            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"]) for name in ("fvu", "loss_recovered_mean", "kl")
+            ">".join(number(entry[name]).removeprefix("0") for entry in row["prefixes"])
+            for name in ("fvu", "loss_recovered_mean", "kl")
         )
         prefixes.add_row(row["label"], str(row["cycle"]), *cells)
     return Group(whole, Text(EVALUATION_NOTE, style="dim"), Text(""), prefixes)
 
 
 EVALUATION_NOTE = (
-    "Loss rec.: 1 is the model's own loss, 0 its loss with zeros at the hook and, after the stroke (of prefixes alone), with the mean row "
-    "there; KL: nats a token by which its predictions move; core expl.: explained variance of the core alone as a share of the whole SAE's. "
-    "FVU: of the rows within the data's bound on norms and, after the stroke, of all rows, where some are beyond it."
+    "Loss rec.: 1 is the model's own loss, 0 its loss with zeros at the hook and, after the stroke (of prefixes "
+    "alone), with the mean row there; KL: nats a token by which its predictions move; core expl.: explained variance "
+    "of the core alone as a share of the whole SAE's. FVU: of the rows within the data's bound on norms and, after the "
+    "stroke, of all rows, where some are beyond it."
 )
 
 

@@ -15,8 +15,8 @@ from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
-    "Which features do independent chains find again? Latents of different chains that name each other as best match, by encoder and by "
-    "decoder, form one feature. Its reproducibility is the share of seeds that have it in their core."
+    "Which features do independent chains find again? Latents of different chains that name each other as best match, "
+    "by encoder and by decoder, form one feature. Its reproducibility is the share of seeds that have it in their core."
 )
 
 
@@ -42,11 +42,13 @@ def _by_seeds(consensus: dict[str, Any]) -> Chart:
         numbers = [counts.get(number, 0) for number in seeds]
         traces.append(
             go.Bar(
-                x=[str(number) for number in seeds], y=numbers, name=name,
+                x=[str(number) for number in seeds],
+                y=numbers,
+                name=name,
                 marker={"color": Style.number(0 if inside else 7).colour, "pattern": {"shape": pattern, "size": 5}},
                 hovertemplate="%{y} features in %{x} of " + str(len(seeds)) + " seeds<extra>" + name + "</extra>",
             )
-        )  # fmt: skip
+        )
     of_all = Counter(group["in_seeds"] for group in consensus["groups"])
     heights = [of_all.get(number, 0) for number in seeds]
     traces.append(totals([str(number) for number in seeds], heights, [f"{height:,}" for height in heights]))
@@ -56,7 +58,8 @@ def _by_seeds(consensus: dict[str, Any]) -> Chart:
     return Chart(
         "chart-consensus",
         "How many seeds have a feature",
-        f"Right is reproducible, left is found by one seed only. The consensus core holds {consensus['core_size']} features.",
+        f"Right is reproducible, left is found by one seed only. The consensus core holds {consensus['core_size']} "
+        "features.",
         {(): made},
     )
 
@@ -69,25 +72,36 @@ def _groups(consensus: dict[str, Any], described: set[str]) -> Table | Note:
     columns = [
         Column("Feature", lambda group: group["id"]),
         Column("Seeds", lambda group: group["in_seeds"], "count", f"of {len(consensus['seeds'])}"),
-        Column("Reproducibility", lambda group: group["reproducibility"], "share", help="share of seeds whose core has it"),
+        Column(
+            "Reproducibility", lambda group: group["reproducibility"], "share", help="share of seeds whose core has it"
+        ),
         Column("Low", lambda group: group["interval"][0], "share", help="lower end of the 95 % interval"),
         Column("High", lambda group: group["interval"][1], "share", help="upper end of the 95 % interval"),
         Column("Chains", lambda group: group["in_chains"], "count", f"of {len(consensus['chains'])}"),
         Column("Cosine", lambda group: group["cosine"], "share", help="mean decoder cosine of its members"),
-        Column("Attribution share", lambda group: group["score"], "share", help="mean share of its chain's core attribution"),
+        Column(
+            "Attribution share",
+            lambda group: group["score"],
+            "share",
+            help="mean share of its chain's core attribution",
+        ),
         Column("Density", lambda group: group["density"], "percent", "of tokens"),
         Column("In consensus core", lambda group: group["in_core"], "yes_no"),
     ]
-    caption = "Features found by more than one chain." + (f" {alone} latents found by one chain alone are left out here." if alone else "")
+    caption = "Features found by more than one chain." + (
+        f" {alone} latents found by one chain alone are left out here." if alone else ""
+    )
     if described:
         caption += " Their contexts stand in the feature browser."
     return Table("table-consensus", caption, columns, rows)
 
 
 SETS = {
-    "consensus": "consensus core", "matched_consensus": "free latents, as frequent as its members", "cores": "single chains' cores",
+    "consensus": "consensus core",
+    "matched_consensus": "free latents, as frequent as its members",
+    "cores": "single chains' cores",
     "matched": "free latents, as frequent as those",
-}  # fmt: skip
+}
 
 
 def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:
@@ -98,21 +112,38 @@ def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:
         if row.get(name)
     ]
     if not found:
-        return [Note("Re-discovery was not measured: there are no SAEs without a core in this sweep, or no consensus core.")]
+        return [
+            Note("Re-discovery was not measured: there are no SAEs without a core in this sweep, or no consensus core.")
+        ]
     columns = [
         Column("Chain", lambda row: row["chain"]),
         Column("Arm", lambda row: row["arm"]),
         Column("k", lambda row: row["k"], "count", "latents per token"),
         Column("Looked for", lambda row: row["set"]),
-        Column("Found", lambda row: row["found"], "share", help="share with a latent at encoder and decoder cosine 0.7 or more"),
+        Column(
+            "Found",
+            lambda row: row["found"],
+            "share",
+            help="share with a latent at encoder and decoder cosine 0.7 or more",
+        ),
         Column("MMCS", lambda row: row["mmcs"], "share", help="mean of the best decoder cosine"),
         Column("Latents looked for", lambda row: row.get("size"), "count"),
-        Column("Density gap", lambda row: row.get("density_gap"), "share", "factor", help="how far the matched latents' densities are off"),
+        Column(
+            "Density gap",
+            lambda row: row.get("density_gap"),
+            "share",
+            "factor",
+            help="how far the matched latents' densities are off",
+        ),
     ]
-    caption = "Are the features there in SAEs that never had a core? Read the consensus core against free latents that fire as often."
+    caption = (
+        "Are the features there in SAEs that never had a core? Read the consensus core against free latents that "
+        "fire as often."
+    )
     notes = [
-        Note(f"Not searched: {row['chain']}, which {row['reason']}.") for row in consensus.get("rediscovery_left_out") or []
-    ]  # fmt: skip
+        Note(f"Not searched: {row['chain']}, which {row['reason']}.")
+        for row in consensus.get("rediscovery_left_out") or []
+    ]
     return [_rediscovery_summary(found), Table("table-rediscovery", caption, columns, found), *notes]
 
 
@@ -133,4 +164,9 @@ def _rediscovery_summary(found: list[dict[str, Any]]) -> Table:
         Column("High", lambda row: row["spread"].ends[1], "share", why=lambda row: ONE_SEED),
         Column("Low and high are", lambda row: row["spread"].words()),
     ]
-    return Table("table-rediscovery-summary", "Re-discovery by arm, over the seeds of the SAEs that were searched.", columns, rows)
+    return Table(
+        "table-rediscovery-summary",
+        "Re-discovery by arm, over the seeds of the SAEs that were searched.",
+        columns,
+        rows,
+    )

@@ -15,8 +15,9 @@ from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
-    "How far do the cores of two chains agree, beside what chance would give? A number alone says nothing here: directions with the "
-    "activations' covariance, and latents that merely fire as often, agree a little too. Each pair therefore stands beside its nulls."
+    "How far do the cores of two chains agree, beside what chance would give? A number alone says nothing here: "
+    "directions with the activations' covariance, and latents that merely fire as often, agree a little too. Each pair "
+    "therefore stands beside its nulls."
 )
 CELLS_WITH_TEXT = 14
 """Up to so many chains the cells of the matrix state their value."""
@@ -41,13 +42,36 @@ class Score:
 
 SCORES = (
     Score("PW-MCC", "pw_mcc", "pw_mcc", "p99", "mean", "mean decoder cosine of matched latents"),
-    Score("overlap", "overlap", "overlap", "overlap_p99", "overlap_mean", "share of latents that both matchings pair at cosine 0.7"),
-    Score("activation", "activation", "activation", "activation_p99", "activation_mean", "correlation of matched latents' activations"),
-    Score("MMCS", "mmcs_ab", "mmcs_ba", "mmcs_p99", "mmcs_mean", "row: mean over this core of the best cosine in the column's whole SAE"),
+    Score(
+        "overlap",
+        "overlap",
+        "overlap",
+        "overlap_p99",
+        "overlap_mean",
+        "share of latents that both matchings pair at cosine 0.7",
+    ),
+    Score(
+        "activation",
+        "activation",
+        "activation",
+        "activation_p99",
+        "activation_mean",
+        "correlation of matched latents' activations",
+    ),
+    Score(
+        "MMCS",
+        "mmcs_ab",
+        "mmcs_ba",
+        "mmcs_p99",
+        "mmcs_mean",
+        "row: mean over this core of the best cosine in the column's whole SAE",
+    ),
 )
 NULLS = {"covariance": "covariance null", "matched_density": "matched-density null", "cycle0": "cycle-0 sets"}
 ALL = "all arms"
-READ = "“Minus a null” shows what is left above chance: blue above the null, red below. Point at a cell for all its nulls."
+READ = (
+    "“Minus a null” shows what is left above chance: blue above the null, red below. Point at a cell for all its nulls."
+)
 
 
 def view(artifacts: Artifacts) -> View:
@@ -61,14 +85,21 @@ def view(artifacts: Artifacts) -> View:
         if artifacts.comparison.get("sample"):
             of = sum(group.get("of") or group["pairs"] for group in artifacts.comparison["summary"]["groups"].values())
             most = artifacts.comparison["sample"]
-            parts.append(Note(f"{len(pairs):,} of {of:,} pairs were compared: of each group at most {most}, drawn by a fixed seed."))
+            parts.append(
+                Note(
+                    f"{len(pairs):,} of {of:,} pairs were compared: of each group at most {most}, drawn by a fixed "
+                    "seed."
+                )
+            )
         parts.append(_groups(artifacts.comparison) or Note("No group of pairs has a score."))
         parts.append(_pairs(pairs))
     return View("consistency", "Consistency", LEAD, parts)
 
 
 def null_field(pairs: Sequence[dict[str, Any]], score: Score, null: str) -> str | None:
-    """What a null of this score is judged by: its 99th percentile if any pair has one, else its mean; None without either."""
+    """What a null of this score is judged by: its 99th percentile if any pair has one, else its mean; None without
+    either.
+    """
     for field in (score.p99, score.mean):
         if any(null_value(pair, null, field) is not None for pair in pairs):
             return field
@@ -109,23 +140,38 @@ def _matrix(comparison: dict[str, Any], ordered: Sequence[str]) -> Chart:
 
 
 def _no_null(pairs: Sequence[dict[str, Any]], score: Score, null: str) -> str:
-    reasons = unique(pair["nulls"][null]["reason"] for pair in pairs if pair["nulls"].get(null) and pair["nulls"][null].get("reason"))
+    reasons = unique(
+        pair["nulls"][null]["reason"] for pair in pairs if pair["nulls"].get(null) and pair["nulls"][null].get("reason")
+    )
     return f"No pair has the {NULLS[null]} of {score.name}" + (f": {reasons[0]}." if reasons else ".")
 
 
-def _heat(members: Sequence[str], pairs: Sequence[dict[str, Any]], score: Score, null: str | None, field: str | None) -> go.Figure | str:
+def _heat(
+    members: Sequence[str], pairs: Sequence[dict[str, Any]], score: Score, null: str | None, field: str | None
+) -> go.Figure | str:
     """One matrix: a score, or what is left of it above `field` of a null."""
     place = {label: number for number, label in enumerate(members)}
     z: list[list[float | None]] = [[None] * len(members) for _ in members]
-    hover = [["a chain with itself" if i == j else "no such pair compared" for j in range(len(members))] for i in range(len(members))]
+    hover = [
+        ["a chain with itself" if i == j else "no such pair compared" for j in range(len(members))]
+        for i in range(len(members))
+    ]
     for pair in pairs:
         for a, b, name in ((pair["a"], pair["b"], score.ab), (pair["b"], pair["a"], score.ba)):
             value, chance = pair.get(name), null_value(pair, null, field) if null and field else 0.0
             z[place[a]][place[b]] = None if value is None or chance is None else value - chance
             hover[place[a]][place[b]] = _hover(pair, a, b, score, value)
     if all(value is None for row in z for value in row):
-        return f"No pair of these chains has {score.name}" + (": " + pairs[0]["reason"] if pairs and pairs[0]["reason"] else "") + "."
-    colours: dict[str, Any] = {"colorscale": "Cividis", "zmin": min(0.0, *(v for row in z for v in row if v is not None)), "zmax": 1.0}
+        return (
+            f"No pair of these chains has {score.name}"
+            + (": " + pairs[0]["reason"] if pairs and pairs[0]["reason"] else "")
+            + "."
+        )
+    colours: dict[str, Any] = {
+        "colorscale": "Cividis",
+        "zmin": min(0.0, *(v for row in z for v in row if v is not None)),
+        "zmax": 1.0,
+    }
     title = score.name
     # Short: the words along a colour bar have no more room than the cells are high.
     if null:
@@ -134,11 +180,18 @@ def _heat(members: Sequence[str], pairs: Sequence[dict[str, Any]], score: Score,
         title = f"{score.name} − {'p99' if field == score.p99 else 'mean'}"
     small = len(members) > CELLS_WITH_TEXT
     heat = go.Heatmap(
-        x=[plain(label) for label in members], y=[plain(label) for label in members], z=z, text=hover,
+        x=[plain(label) for label in members],
+        y=[plain(label) for label in members],
+        z=z,
+        text=hover,
         hovertemplate="%{text}<extra></extra>",
-        hoverongaps=False, xgap=1, ygap=1, texttemplate="" if small else "%{z:+.2f}" if null else "%{z:.2f}",
-        colorbar={"title": {"text": title, "side": "right"}}, **colours,
-    )  # fmt: skip
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+        texttemplate="" if small else "%{z:+.2f}" if null else "%{z:.2f}",
+        colorbar={"title": {"text": title, "side": "right"}},
+        **colours,
+    )
     side = min(900, 190 + len(members) * (18 if small else 42))
     made = figure([heat], height=side, meta={"read": f"Each cell is a pair of chains: {score.read}. {READ}"})
     made.update_yaxes(autorange="reversed", showgrid=False, type="category")
@@ -165,7 +218,12 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
     names = {"pw_mcc": "PW-MCC", "overlap": "overlap", "activation": "activation", "mmcs": "MMCS"}
     names["pw_mcc_dictionary"] = "PW-MCC, whole SAEs"
     rows = [
-        {"group": key, "score": words, **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")}, **_ends(group[name], group["scored"])}
+        {
+            "group": key,
+            "score": words,
+            **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")},
+            **_ends(group[name], group["scored"]),
+        }
         for key, group in comparison.get("summary", {}).get("groups", {}).items()
         for name, words in names.items()
         if group.get(name)
@@ -182,7 +240,10 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
         Column("Scored", lambda row: row["scored"], "count", help="pairs whose cores could be compared"),
         Column("Seeds", lambda row: row["seeds"], "count"),
     ]
-    caption = "Agreement by group. Intervals resample seeds, not pairs; below four seeds smallest and largest pair stand in their place."
+    caption = (
+        "Agreement by group. Intervals resample seeds, not pairs; below four seeds smallest and largest pair stand "
+        "in their place."
+    )
     return Table("table-groups", caption, columns, rows) if rows else None
 
 
@@ -190,7 +251,12 @@ def _ends(spread: dict[str, Any], scored: int) -> dict[str, Any]:
     if scored == 1:
         return {"mean": spread["mean"], "low": None, "high": None, "what": "one pair"}
     low, high = spread["interval"] or (spread["min"], spread["max"])
-    return {"mean": spread["mean"], "low": low, "high": high, "what": "95 % interval" if spread["interval"] else "range of pairs"}
+    return {
+        "mean": spread["mean"],
+        "low": low,
+        "high": high,
+        "what": "95 % interval" if spread["interval"] else "range of pairs",
+    }
 
 
 def _beats(pair: dict[str, Any], nulls: Sequence[str]) -> bool | None:
@@ -227,17 +293,31 @@ def _pairs(pairs: Sequence[dict[str, Any]]) -> Table:
         Column("Size a", lambda pair: pair["size_a"], "count", "latents"),
         Column("Size b", lambda pair: pair["size_b"], "count", "latents"),
         Column("PW-MCC", lambda pair: pair["pw_mcc"], "share", why=unscored, help=SCORES[0].read),
-        Column("Covariance p99", kind="share", **null("covariance"), help="random directions with the activations' covariance"),
+        Column(
+            "Covariance p99",
+            kind="share",
+            **null("covariance"),
+            help="random directions with the activations' covariance",
+        ),
         Column("Density p99", kind="share", **null("matched_density"), help="free latents that fire about as often"),
-        Column("Cycle-0 sets", kind="share", **null("cycle0", "mean"), help="top latents of the undistilled SAEs, as many"),
-        Column("Beyond chance", beyond_chance, "yes_no", help="PW-MCC above the p99 of each of the two nulls that is available"),
+        Column(
+            "Cycle-0 sets", kind="share", **null("cycle0", "mean"), help="top latents of the undistilled SAEs, as many"
+        ),
+        Column(
+            "Beyond chance",
+            beyond_chance,
+            "yes_no",
+            help="PW-MCC above the p99 of each of the two nulls that is available",
+        ),
         Column("Above cycle 0", lambda pair: _beats(pair, ["cycle0"]), "yes_no", help="distillation adds agreement"),
         Column("Overlap", lambda pair: pair["overlap"], "share", why=unscored, help=SCORES[1].read),
         Column("Activation", lambda pair: pair.get("activation"), "share", why=unscored, help=SCORES[2].read),
         Column("MMCS a to b", lambda pair: pair["mmcs_ab"], "share", why=unscored, help="core a in the whole SAE of b"),
         Column("MMCS b to a", lambda pair: pair["mmcs_ba"], "share", why=unscored, help="core b in the whole SAE of a"),
         Column("PW-MCC, whole SAEs", lambda pair: pair["pw_mcc_dictionary"], "share"),
-        Column("Its covariance null", lambda pair: _dictionary(pair, "covariance"), "share", help="mean of draws as large"),
+        Column(
+            "Its covariance null", lambda pair: _dictionary(pair, "covariance"), "share", help="mean of draws as large"
+        ),
         Column("Whole SAEs of cycle 0", lambda pair: _dictionary(pair, "cycle0"), "share"),
     ]
     caption = "Every pair with its nulls. A core agrees beyond chance where PW-MCC exceeds the p99 columns."

@@ -16,8 +16,8 @@ from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Grid, Note, Part, View
 
 LEAD = (
-    "Does the core settle? After every cycle each member has to earn its place again. A core that has settled keeps its size, its members "
-    "(Jaccard near 1) and, although decoders are learned afresh, its directions (drift near 1)."
+    "Does the core settle? After every cycle each member has to earn its place again. A core that has settled keeps "
+    "its size, its members (Jaccard near 1) and, although decoders are learned afresh, its directions (drift near 1)."
 )
 
 
@@ -68,16 +68,26 @@ def _bars(rows: Sequence[dict[str, Any]]) -> go.Figure:
     x = [str(cycle) for cycle in cycles]
     traces: list[Any] = []
     for origin in range(cycles[-1] + 1):
-        means = [float(np.mean([row["origins"].get(str(origin), 0) for row in rows if row["cycle"] == cycle])) for cycle in cycles]
+        means = [
+            float(np.mean([row["origins"].get(str(origin), 0) for row in rows if row["cycle"] == cycle]))
+            for cycle in cycles
+        ]
         if any(means):
             traces.append(
                 go.Bar(
-                    x=x, y=means, name=f"entered in cycle {origin}",
-                    marker={"color": Style.number(origin).colour, "pattern": {"shape": PATTERNS[origin % len(PATTERNS)], "size": 6}},
+                    x=x,
+                    y=means,
+                    name=f"entered in cycle {origin}",
+                    marker={
+                        "color": Style.number(origin).colour,
+                        "pattern": {"shape": PATTERNS[origin % len(PATTERNS)], "size": 6},
+                    },
                     hovertemplate="cycle %{x}: %{y:.4g} members entered in cycle " + str(origin) + "<extra></extra>",
                 )
-            )  # fmt: skip
-    heights = [float(np.mean([sum(row["origins"].values()) for row in rows if row["cycle"] == cycle])) for cycle in cycles]
+            )
+    heights = [
+        float(np.mean([sum(row["origins"].values()) for row in rows if row["cycle"] == cycle])) for cycle in cycles
+    ]
     traces.append(totals(x, heights, [shown(height, "tenths").removesuffix(".0") for height in heights]))
     made = figure(traces, barmode="stack", bargap=0.3, legend={"traceorder": "normal"})
     made.update_xaxes(title_text="cycle", type="category", showgrid=False)
@@ -86,9 +96,13 @@ def _bars(rows: Sequence[dict[str, Any]]) -> go.Figure:
 
 
 def lines(
-    rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], title: str, kind: str, least: float,
+    rows: Sequence[dict[str, Any]],
+    value: Callable[[dict[str, Any]], float | None],
+    title: str,
+    kind: str,
+    least: float,
     most: float | None = None,
-) -> go.Figure | None:  # fmt: skip
+) -> go.Figure | None:
     """A line per chain over cycles, colour, dash and symbol by k; None if no row has a value.
 
     `least` and `most`: what the vertical axis shows at least, and what it does not go beyond (see `span`).
@@ -105,16 +119,30 @@ def lines(
         numbers = [value(row) for row in members]
         traces.append(
             go.Scatter(
-                x=[row["cycle"] for row in members], y=numbers, mode="lines+markers", name=f"k = {k}", legendgroup=str(k),
-                showlegend=k not in named, line=style.line(1.5), marker=style.marker(7), meta=chain,
-                text=[f"{plain(chain)}, cycle {row['cycle']}: {shown(number, kind)}" for row, number in zip(members, numbers, strict=True)],
+                x=[row["cycle"] for row in members],
+                y=numbers,
+                mode="lines+markers",
+                name=f"k = {k}",
+                legendgroup=str(k),
+                showlegend=k not in named,
+                line=style.line(1.5),
+                marker=style.marker(7),
+                meta=chain,
+                text=[
+                    f"{plain(chain)}, cycle {row['cycle']}: {shown(number, kind)}"
+                    for row, number in zip(members, numbers, strict=True)
+                ],
                 hovertemplate="%{text}<extra></extra>",
             )
-        )  # fmt: skip
+        )
         named.add(k)
     made = figure(traces, height=320)
     cycles = [row["cycle"] for row in rows]
-    made.update_xaxes(title_text="cycle", dtick=max(1, (max(cycles) - min(cycles)) // 8), range=[min(cycles) - 0.25, max(cycles) + 0.25])
+    made.update_xaxes(
+        title_text="cycle",
+        dtick=max(1, (max(cycles) - min(cycles)) // 8),
+        range=[min(cycles) - 0.25, max(cycles) + 0.25],
+    )
     made.update_yaxes(title_text=title, range=span([value(row) for row in rows], least, most))
     return made
 
@@ -132,16 +160,31 @@ def _by_arm(id: str, title: str, read: str, absent: str, rows: Sequence[dict[str
 
 def _sizes(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     return _by_arm(
-        "chart-sizes", "Core size", "Flat lines have settled. One line per chain.", "No row has a core size.",
-        rows, lambda row: row["core_out"], "latents", "count", 8,
-    )  # fmt: skip
+        "chart-sizes",
+        "Core size",
+        "Flat lines have settled. One line per chain.",
+        "No row has a core size.",
+        rows,
+        lambda row: row["core_out"],
+        "latents",
+        "count",
+        8,
+    )
 
 
 def _jaccard(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     return _by_arm(
-        "chart-jaccard", "Jaccard with the core before", "1: the same members; 0: none kept. One line per chain.",
-        "No chain has a second core to compare with its first.", rows, lambda row: row.get("jaccard"), "Jaccard", "share", 0.1, 1.0,
-    )  # fmt: skip
+        "chart-jaccard",
+        "Jaccard with the core before",
+        "1: the same members; 0: none kept. One line per chain.",
+        "No chain has a second core to compare with its first.",
+        rows,
+        lambda row: row.get("jaccard"),
+        "Jaccard",
+        "share",
+        0.1,
+        1.0,
+    )
 
 
 def drift(row: dict[str, Any], name: str = "mean") -> float | None:
@@ -151,9 +194,17 @@ def drift(row: dict[str, Any], name: str = "mean") -> float | None:
 
 def _drift(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     return _by_arm(
-        "chart-drift", "Decoder drift", "Mean cosine of members' decoder rows, before and after learning them afresh. One line per chain.",
-        "Decoder drift was not measured, or no chain has a second cycle.", rows, drift, "mean cosine", "share", 0.1, 1.0,
-    )  # fmt: skip
+        "chart-drift",
+        "Decoder drift",
+        "Mean cosine of members' decoder rows, before and after learning them afresh. One line per chain.",
+        "Decoder drift was not measured, or no chain has a second cycle.",
+        rows,
+        drift,
+        "mean cosine",
+        "share",
+        0.1,
+        1.0,
+    )
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -167,8 +218,15 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         Column("Entered", lambda row: row.get("entered"), "count", "latents"),
         Column("Left", lambda row: row.get("left"), "count", "latents"),
         Column("Jaccard", lambda row: row.get("jaccard"), "share", why=lambda row: "no core before the first cycle"),
-        Column("Drift, mean", drift, "share", "cosine", why=lambda row: "no core before the first cycle, or not measured"),
+        Column(
+            "Drift, mean", drift, "share", "cosine", why=lambda row: "no core before the first cycle, or not measured"
+        ),
         Column("Drift, smallest", lambda row: drift(row, "min"), "share", "cosine"),
-        Column("Coverage", lambda row: row.get("coverage"), "share", help="share of the attribution that the selected core carries"),
+        Column(
+            "Coverage",
+            lambda row: row.get("coverage"),
+            "share",
+            help="share of the attribution that the selected core carries",
+        ),
     ]
     return Table("table-cores", "Every finished cycle of every chain.", columns, rows)

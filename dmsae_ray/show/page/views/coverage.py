@@ -14,8 +14,8 @@ from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
-    "How few latents carry the effect on the loss? Candidates stand by falling attribution; the curve adds up their shares. The ring "
-    "is the core that was chosen: on the curve if it was chosen by attribution, below it otherwise."
+    "How few latents carry the effect on the loss? Candidates stand by falling attribution; the curve adds up their "
+    "shares. The ring is the core that was chosen: on the curve if it was chosen by attribution, below it otherwise."
 )
 SHARES = (0.5, 0.8, 0.9)
 """For these shares the table says how many latents it takes."""
@@ -26,7 +26,12 @@ def view(artifacts: Artifacts) -> View:
     rows = [row for row in artifacts.last if row.get("coverage_curve")]
     parts: list[Part] = []
     if not rows:
-        parts.append(Note(f"There is no curve to show: {artifacts.reasons.get('evaluation.json') or 'evaluation.json holds none'}."))
+        parts.append(
+            Note(
+                "There is no curve to show: "
+                f"{artifacts.reasons.get('evaluation.json') or 'evaluation.json holds none'}."
+            )
+        )
     else:
         parts += [_chart(rows), _table(rows)]
     return View("coverage", "Coverage", LEAD, parts)
@@ -37,7 +42,8 @@ def _chart(rows: Sequence[dict[str, Any]]) -> Chart:
     return Chart(
         "chart-coverage",
         "Share of the attribution carried by the top latents, last cycle",
-        "Steep and early: few latents matter. One line per chain, its colour and dash by k; ranks on a logarithmic axis.",
+        "Steep and early: few latents matter. One line per chain, its colour and dash by k; ranks on a logarithmic "
+        "axis.",
         {(arm,): _curves([row for row in rows if row["arm"] == arm]) for arm in arms},
         [Choice("Arm", arms)],
     )
@@ -51,22 +57,31 @@ def _curves(rows: Sequence[dict[str, Any]]) -> go.Figure:
         name = plain(row["chain"])
         traces.append(
             go.Scatter(
-                x=[rank for rank, _ in row["coverage_curve"]], y=[share for _, share in row["coverage_curve"]], mode="lines",
-                name=f"k = {row['k']}", legendgroup=str(row["k"]), showlegend=row["k"] not in named, line=style.line(1.8),
+                x=[rank for rank, _ in row["coverage_curve"]],
+                y=[share for _, share in row["coverage_curve"]],
+                mode="lines",
+                name=f"k = {row['k']}",
+                legendgroup=str(row["k"]),
+                showlegend=row["k"] not in named,
+                line=style.line(1.8),
                 meta=row["chain"],
                 hovertemplate=f"{name}: the first %{{x}} latents carry %{{y:.3f}}<extra></extra>",
             )
-        )  # fmt: skip
+        )
         named.add(row["k"])
         if row.get("core_out") and row.get("coverage") is not None:
             traces.append(
                 go.Scatter(
-                    x=[row["core_out"]], y=[row["coverage"]], mode="markers", legendgroup=str(row["k"]), showlegend=False,
+                    x=[row["core_out"]],
+                    y=[row["coverage"]],
+                    mode="markers",
+                    legendgroup=str(row["k"]),
+                    showlegend=False,
                     meta=row["chain"],
                     marker={"color": style.colour, "symbol": "circle-open", "size": 11, "line": {"width": 2}},
                     hovertemplate=f"{name}: core of %{{x}} latents carries %{{y:.3f}}<extra></extra>",
                 )
-            )  # fmt: skip
+            )
     made = figure(traces, height=440)
     made.update_xaxes(title_text="latents, by falling attribution", type="log", dtick="D2", tickformat=",d")
     made.update_yaxes(title_text="cumulative share of the attribution", range=[0, 1.03])
@@ -83,7 +98,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         def value(row: dict[str, Any]) -> int | None:
             return rank_at(row["coverage_curve"], share)
 
-        return Column(f"For {share:.0%}".replace("%", " %"), value, "count", "latents", why=lambda row: "the curve ends below this share")
+        return Column(
+            f"For {share:.0%}".replace("%", " %"),
+            value,
+            "count",
+            "latents",
+            why=lambda row: "the curve ends below this share",
+        )
 
     columns = [
         Column("Chain", lambda row: row["chain"]),

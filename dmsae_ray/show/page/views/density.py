@@ -16,8 +16,8 @@ from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
-    "How often do latents fire? Density is the share of held-out tokens on which a latent is active. Core latents usually fire more often "
-    "than free ones; an exempt core can become dense, which is why density is always shown."
+    "How often do latents fire? Density is the share of held-out tokens on which a latent is active. Core latents "
+    "usually fire more often than free ones; an exempt core can become dense, which is why density is always shown."
 )
 
 
@@ -26,7 +26,12 @@ def view(artifacts: Artifacts) -> View:
     rows = [row for row in artifacts.last if row.get("density_histogram")]
     parts: list[Part] = []
     if not rows:
-        parts.append(Note(f"There is no histogram to show: {artifacts.reasons.get('evaluation.json') or 'evaluation.json holds none'}."))
+        parts.append(
+            Note(
+                "There is no histogram to show: "
+                f"{artifacts.reasons.get('evaluation.json') or 'evaluation.json holds none'}."
+            )
+        )
     else:
         for row in rows:
             _check(row)
@@ -39,11 +44,13 @@ def _check(row: dict[str, Any]) -> None:
     edges = histogram["edges"]
     if len(edges) - 1 != len(histogram["core"]) or len(edges) - 1 != len(histogram["free"]):
         raise ValueError(
-            f"evaluation.json: density_histogram of {row['chain']} has {len(edges)} edges for {len(histogram['core'])} and "
-            f"{len(histogram['free'])} counts; it needs one edge more than counts"
+            f"evaluation.json: density_histogram of {row['chain']} has {len(edges)} edges for {len(histogram['core'])} "
+            f"and {len(histogram['free'])} counts; it needs one edge more than counts"
         )
     if any(b <= a for a, b in zip(edges, edges[1:], strict=False)) or edges[-1] > 0:
-        raise ValueError(f"evaluation.json: density_histogram of {row['chain']}: edges are log10 of shares, rising, at most 0")
+        raise ValueError(
+            f"evaluation.json: density_histogram of {row['chain']}: edges are log10 of shares, rising, at most 0"
+        )
 
 
 def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -52,8 +59,12 @@ def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     edges = first["density_histogram"]["edges"]
     for row in rows:
         if row["density_histogram"]["edges"] != edges:
-            raise ValueError(f"evaluation.json: density_histogram of {row['chain']} has other edges than {first['chain']}")
-    sums = {part: np.sum([row["density_histogram"][part] for row in rows], axis=0).tolist() for part in ("core", "free")}
+            raise ValueError(
+                f"evaluation.json: density_histogram of {row['chain']} has other edges than {first['chain']}"
+            )
+    sums = {
+        part: np.sum([row["density_histogram"][part] for row in rows], axis=0).tolist() for part in ("core", "free")
+    }
     return {"edges": edges, **sums}
 
 
@@ -62,7 +73,8 @@ def _chart(rows: Sequence[dict[str, Any]]) -> Chart:
     return Chart(
         "chart-density",
         "Density of core and free latents, last cycle",
-        "Bars are shares of the core's and of the free latents, so that the few and the many can be compared; point at one for its count.",
+        "Bars are shares of the core's and of the free latents, so that the few and the many can be compared; point "
+        "at one for its count.",
         {(arm,): _bars(pooled([row for row in rows if row["arm"] == arm])) for arm in arms},
         [Choice("Arm", arms)],
     )
@@ -78,12 +90,20 @@ def _bars(histogram: dict[str, list[float]]) -> go.Figure:
         ranges = [f"{percent(10**low)} to {percent(10**high)}" for low, high in zip(edges, edges[1:], strict=False)]
         traces.append(
             go.Bar(
-                x=((edges[:-1] + edges[1:]) / 2).tolist(), width=np.diff(edges).tolist(), y=(counts / counts.sum()).tolist(), name=part,
-                marker={"color": Style.number(place).colour, "pattern": {"shape": pattern, "size": 5}}, opacity=0.72,
-                customdata=counts.tolist(), text=[f"density {words}" for words in ranges], textposition="none",
-                hovertemplate=f"%{{customdata:,d}} {part} latents, %{{text}}<br>%{{y:.3f}} of the {part} latents<extra></extra>",
+                x=((edges[:-1] + edges[1:]) / 2).tolist(),
+                width=np.diff(edges).tolist(),
+                y=(counts / counts.sum()).tolist(),
+                name=part,
+                marker={"color": Style.number(place).colour, "pattern": {"shape": pattern, "size": 5}},
+                opacity=0.72,
+                customdata=counts.tolist(),
+                text=[f"density {words}" for words in ranges],
+                textposition="none",
+                hovertemplate=(
+                    f"%{{customdata:,d}} {part} latents, %{{text}}<br>%{{y:.3f}} of the {part} latents<extra></extra>"
+                ),
             )
-        )  # fmt: skip
+        )
     made = figure(traces, height=420, barmode="overlay")
     ticks = list(range(int(np.floor(edges[0])), 1))
     words = [f"{100 * 10.0**tick:g} %" for tick in ticks]

@@ -8,12 +8,17 @@ from dmsae_ray.show.page.artifacts import Artifacts, unique
 from dmsae_ray.show.page.view import Note, Part, Raw, View
 
 LEAD = (
-    "What do the features mean? Each stands with the held-out texts in which it is most active (the stronger its shade, the more active "
-    "a token; the strongest is underlined), and with the tokens that the model predicts worse, or better, once the feature is removed."
+    "What do the features mean? Each stands with the held-out texts in which it is most active (the stronger its "
+    "shade, the more active a token; the strongest is underlined), and with the tokens that the model predicts worse, "
+    "or better, once the feature is removed."
 )
 SORTS = {
-    "reproducibility": "Reproducibility", "score": "Attribution share", "density": "Density", "cosine": "Cosine", "id": "Id",
-}  # fmt: skip
+    "reproducibility": "Reproducibility",
+    "score": "Attribution share",
+    "density": "Density",
+    "cosine": "Cosine",
+    "id": "Id",
+}
 KINDS = {"": "all", "consensus": "consensus", "core": "single core"}
 
 
@@ -25,7 +30,12 @@ def view(artifacts: Artifacts) -> View:
         parts.append(Note(f"There are no features to look at: {artifacts.reasons['features.json']}."))
     else:
         if artifacts.features.get("left_out"):
-            parts.append(Note(f"{artifacts.features['left_out']:,} latents of the smallest attribution are left out (features.most)."))
+            parts.append(
+                Note(
+                    f"{artifacts.features['left_out']:,} latents of the smallest attribution are left out "
+                    "(features.most)."
+                )
+            )
         parts.append(Raw(_browser(unique(chain for feature in features for chain in feature["chains"]))))
     return View("features", "Features", LEAD, parts)
 

@@ -17,13 +17,16 @@ from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Grid, Note, Part, View
 
 LEAD = (
-    "What does distillation cost, and what does it give? All SAEs are evaluated on the same held-out tokens, each at the last cycle of its "
-    "chain. Points are means over seeds; bars are 95 % intervals from four seeds on, below that the range of the seeds."
+    "What does distillation cost, and what does it give? All SAEs are evaluated on the same held-out tokens, each at "
+    "the last cycle of its chain. Points are means over seeds; bars are 95 % intervals from four seeds on, below that "
+    "the range of the seeds."
 )
 
 
 ARMS_AGAINST_K = 6
-"""With more arms, those that have a single k are left to the chart of arms side by side: their points would hide the lines."""
+"""With more arms, those that have a single k are left to the chart of arms side by side: their points would hide the
+lines.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,30 +46,66 @@ MAIN = (
     Measure("l0", "L0", "tenths", "latents per token", "Mean number of active latents, core included: it should be k."),
     Measure("fvu", "FVU", "share", "share of variance", "Share of the variance not explained. Lower is better."),
     Measure(
-        "loss_recovered_mean", "Loss recovered, mean ablation", "share", "share",
+        "loss_recovered_mean",
+        "Loss recovered, mean ablation",
+        "share",
+        "share",
         "1: the model's own loss; 0: its loss with the stream set to its mean.",
     ),
     Measure(
-        "loss_recovered_zero", "Loss recovered, zero ablation", "share", "share",
+        "loss_recovered_zero",
+        "Loss recovered, zero ablation",
+        "share",
+        "share",
         "1: the model's own loss; 0: its loss with the stream set to zero.",
     ),
-    Measure("kl", "KL", "nats", "nats per token", "From the model's own predictions to the spliced ones. Lower is better."),
-    Measure("dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens. Lower is better."),
-)  # fmt: skip
+    Measure(
+        "kl", "KL", "nats", "nats per token", "From the model's own predictions to the spliced ones. Lower is better."
+    ),
+    Measure(
+        "dead_share", "Dead", "share", "share of latents", "Latents silent on all evaluation tokens. Lower is better."
+    ),
+)
 FURTHER = (
     Measure(
-        "fvu_all_rows", "FVU, all rows", "share", "share of variance", "FVU with the rows beyond harvest.outlier_norm, which training left out."
+        "fvu_all_rows",
+        "FVU, all rows",
+        "share",
+        "share of variance",
+        "FVU with the rows beyond harvest.outlier_norm, which training left out.",
     ),
     Measure("core_l0", "Core L0", "tenths", "latents per token", "Active latents of the core."),
     Measure("free_l0", "Free L0", "tenths", "latents per token", "Active latents outside the core."),
-    Measure("core_density", "Density of the core", "share", "share of tokens", "On how many tokens a latent of the core is active."),
-    Measure("core_explained", "Explained by the core", "share", "share", "Share of the explained variance carried by the core alone."),
-    Measure("core_share", "Attribution of the core", "share", "share", "Share of the attribution carried by the incoming core."),
+    Measure(
+        "core_density",
+        "Density of the core",
+        "share",
+        "share of tokens",
+        "On how many tokens a latent of the core is active.",
+    ),
+    Measure(
+        "core_explained",
+        "Explained by the core",
+        "share",
+        "share",
+        "Share of the explained variance carried by the core alone.",
+    ),
+    Measure(
+        "core_share",
+        "Attribution of the core",
+        "share",
+        "share",
+        "Share of the attribution carried by the incoming core.",
+    ),
     Measure("loss_spliced", "Loss, spliced", "nats", "nats per token", "The model's loss on the reconstruction."),
 )
 L0, *OTHERS = MAIN
 ARMS = (*OTHERS, L0, *FURTHER)
-PREFIX = tuple(measure for measure in ARMS if measure.field in ("fvu", "fvu_all_rows", "loss_recovered_mean", "loss_recovered_zero", "kl", "l0"))
+PREFIX = tuple(
+    measure
+    for measure in ARMS
+    if measure.field in ("fvu", "fvu_all_rows", "loss_recovered_mean", "loss_recovered_zero", "kl", "l0")
+)
 
 
 def view(artifacts: Artifacts) -> View:
@@ -74,14 +113,20 @@ def view(artifacts: Artifacts) -> View:
     rows = artifacts.last
     parts: list[Part] = []
     if not rows:
-        parts.append(Note(f"There is nothing to evaluate: {artifacts.reasons.get('evaluation.json') or 'no chain has finished'}."))
+        parts.append(
+            Note(
+                f"There is nothing to evaluate: {artifacts.reasons.get('evaluation.json') or 'no chain has finished'}."
+            )
+        )
     else:
         parts += [Grid([_against_k(rows, measure) for measure in MAIN]), _arms(rows), _further(rows), _prefixes(rows)]
         parts += [_spreads(rows), _chains(rows)]
     return View("quality", "Quality", LEAD, parts)
 
 
-def spreads(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> dict[tuple[str, int], Spread]:
+def spreads(
+    rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]
+) -> dict[tuple[str, int], Spread]:
     """By arm and k: a value over seeds."""
     made = {}
     for arm, k in unique((row["arm"], row["k"]) for row in rows):
@@ -92,31 +137,50 @@ def spreads(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], fl
 
 
 def _place(rows: Sequence[dict[str, Any]], arm: str) -> int:
-    """An arm's place among all, by which it looks the same in every chart; those with a line over k come first, and differ most."""
-    several = {name for name in unique(row["arm"] for row in rows) if len({row["k"] for row in rows if row["arm"] == name}) > 1}
+    """An arm's place among all, by which it looks the same in every chart; those with a line over k come first, and
+    differ most.
+    """
+    several = {
+        name for name in unique(row["arm"] for row in rows) if len({row["k"] for row in rows if row["arm"] == name}) > 1
+    }
     return sorted(unique(row["arm"] for row in rows), key=lambda name: name not in several).index(arm)
 
 
 def _error_bars(spreads: Sequence[Spread]) -> dict[str, Any]:
     return {
-        "symmetric": False, "array": [spread.high - spread.mean for spread in spreads],
-        "arrayminus": [spread.mean - spread.low for spread in spreads], "thickness": 1.5, "width": 4,
-    }  # fmt: skip
+        "symmetric": False,
+        "array": [spread.high - spread.mean for spread in spreads],
+        "arrayminus": [spread.mean - spread.low for spread in spreads],
+        "thickness": 1.5,
+        "width": 4,
+    }
 
 
 def _said(arm: str, where: str, spread: Spread, measure: Measure) -> str:
     low, high = shown(spread.low, measure.kind), shown(spread.high, measure.kind)
     ends = "" if spread.seeds == 1 else f" [{low}, {high}], {spread.words()}"
-    return f"<b>{plain(arm)}</b>, {where}<br>{measure.name} {shown(spread.mean, measure.kind)}{ends}<br>{spread.chains} chains"
+    return (
+        f"<b>{plain(arm)}</b>, {where}<br>{measure.name} {shown(spread.mean, measure.kind)}{ends}<br>{spread.chains} "
+        "chains"
+    )
 
 
-def _trace(arm: str, place: int, x: Sequence[str], points: Sequence[Spread], where: Sequence[str], measure: Measure) -> go.Scatter:
+def _trace(
+    arm: str, place: int, x: Sequence[str], points: Sequence[Spread], where: Sequence[str], measure: Measure
+) -> go.Scatter:
     style = Style.number(place)
     return go.Scatter(
-        x=list(x), y=[point.mean for point in points], error_y=_error_bars(points), name=plain(arm), meta=arm, mode="lines+markers",
-        line=style.line(), marker=style.marker(), hovertemplate="%{text}<extra></extra>",
+        x=list(x),
+        y=[point.mean for point in points],
+        error_y=_error_bars(points),
+        name=plain(arm),
+        meta=arm,
+        mode="lines+markers",
+        line=style.line(),
+        marker=style.marker(),
+        hovertemplate="%{text}<extra></extra>",
         text=[_said(arm, at, point, measure) for at, point in zip(where, points, strict=True)],
-    )  # fmt: skip
+    )
 
 
 def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> go.Figure | None:
@@ -131,10 +195,17 @@ def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> 
         at = sorted(k for name, k in found if name == arm)
         if at:
             points = [found[arm, k] for k in at]
-            traces.append(_trace(arm, _place(rows, arm), [str(k) for k in at], points, [f"k = {k}" for k in at], measure))
+            traces.append(
+                _trace(arm, _place(rows, arm), [str(k) for k in at], points, [f"k = {k}" for k in at], measure)
+            )
     made = figure(traces, height=height, scattermode="group", scattergap=0.75, meta={"read": measure.read})
     made.update_yaxes(range=_range(found.values(), measure))
-    made.update_xaxes(title_text="k, latents per token", type="category", categoryorder="array", categoryarray=[str(k) for k in _ks(rows)])
+    made.update_xaxes(
+        title_text="k, latents per token",
+        type="category",
+        categoryorder="array",
+        categoryarray=[str(k) for k in _ks(rows)],
+    )
     made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
     return made
 
@@ -191,17 +262,31 @@ def _arms_figure(rows: Sequence[dict[str, Any]], k: int, measure: Measure) -> go
         style, y = Style.number(_place(rows, arm)), plain(arm)
         traces.append(
             go.Scatter(
-                x=[row[measure.field] for row in members], y=[y] * len(members), mode="markers", meta={"arm": arm, "of": "chains"},
-                marker={"color": style.colour, "symbol": "line-ns-open", "size": 13}, opacity=0.6, hovertemplate="%{text}<extra></extra>",
-                text=[f"{plain(row['chain'])}<br>{measure.name} {shown(row[measure.field], measure.kind)}" for row in members],
+                x=[row[measure.field] for row in members],
+                y=[y] * len(members),
+                mode="markers",
+                meta={"arm": arm, "of": "chains"},
+                marker={"color": style.colour, "symbol": "line-ns-open", "size": 13},
+                opacity=0.6,
+                hovertemplate="%{text}<extra></extra>",
+                text=[
+                    f"{plain(row['chain'])}<br>{measure.name} {shown(row[measure.field], measure.kind)}"
+                    for row in members
+                ],
             )
-        )  # fmt: skip
+        )
         traces.append(
             go.Scatter(
-                x=[spread.mean], y=[y], error_x=_error_bars([spread]), mode="markers", marker=style.marker(10),
-                meta={"arm": arm, "of": "mean"}, text=[_said(arm, f"k = {k}", spread, measure)], hovertemplate="%{text}<extra></extra>",
+                x=[spread.mean],
+                y=[y],
+                error_x=_error_bars([spread]),
+                mode="markers",
+                marker=style.marker(10),
+                meta={"arm": arm, "of": "mean"},
+                text=[_said(arm, f"k = {k}", spread, measure)],
+                hovertemplate="%{text}<extra></extra>",
             )
-        )  # fmt: skip
+        )
     if not traces:
         return f"No arm has {measure.name} at k = {k}."
     read = f"{measure.read} Symbols are means with their bars, strokes are single chains."
@@ -213,7 +298,8 @@ def _arms_figure(rows: Sequence[dict[str, Any]], k: int, measure: Measure) -> go
 
 def _further(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     figures: dict[tuple[str, ...], go.Figure | str] = {
-        (measure.name,): _k_figure(rows, measure, 380) or f"{measure.name} was not measured in this sweep." for measure in FURTHER
+        (measure.name,): _k_figure(rows, measure, 380) or f"{measure.name} was not measured in this sweep."
+        for measure in FURTHER
     }
     if not any(isinstance(made, go.Figure) for made in figures.values()):
         return Note("No further measure was made.")
@@ -254,7 +340,10 @@ def _prefix_figure(
     points: list[Spread] = []
     for arm in unique(row["arm"] for row in rows):
         members = [row for row in at_k if row["arm"] == arm]
-        found = {name: over_seeds((row["seed"], prefix_of(row, name).get(measure.field)) for row in members) for name in names}
+        found = {
+            name: over_seeds((row["seed"], prefix_of(row, name).get(measure.field)) for row in members)
+            for name in names
+        }
         at = [name for name in names if found[name]]
         if at:
             words, spreads_at = [_prefix_name(name) for name in at], [found[name] for name in at]
@@ -304,7 +393,9 @@ def _chains(rows: Sequence[dict[str, Any]]) -> Table:
         Column("k", lambda row: row["k"], "count", "latents per token"),
         Column("Cycle", lambda row: row["cycle"], "count"),
         *(
-            Column(measure.name, lambda row, field=measure.field: row.get(field), measure.kind, measure.unit, measure.read)
+            Column(
+                measure.name, lambda row, field=measure.field: row.get(field), measure.kind, measure.unit, measure.read
+            )
             for measure in (*MAIN, *FURTHER)
         ),
     ]

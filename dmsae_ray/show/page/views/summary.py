@@ -20,8 +20,8 @@ from dmsae_ray.show.page.view import Note, Part, Raw, View
 from dmsae_ray.show.page.views.consistency import beyond_chance, null_value
 
 LEAD = (
-    "Which features of the model are really there, and which are an accident of one training run? Chains distil Matryoshka SAEs into a "
-    "core of latents; cores that independent chains agree on, beyond chance, are evidence."
+    "Which features of the model are really there, and which are an accident of one training run? Chains distil "
+    "Matryoshka SAEs into a core of latents; cores that independent chains agree on, beyond chance, are evidence."
 )
 
 
@@ -38,7 +38,8 @@ class Headline:
     def html(self) -> str:
         return (
             f'<li class="card" id="card-{self.id}"><span class="label">{escape(self.label)}</span>'
-            f'<strong data-value="{escape(whole(self.value))}" title="{escape(whole(self.value))}">{escape(shown(self.value, self.kind))}'
+            f'<strong data-value="{escape(whole(self.value))}" '
+            f'title="{escape(whole(self.value))}">{escape(shown(self.value, self.kind))}'
             f"</strong><span>{escape(self.sentence)}</span></li>"
         )
 
@@ -88,7 +89,13 @@ def _core_headline(artifacts: Artifacts) -> Headline | None:
     spread = over_seeds((row["seed"], row.get("core_out")) for row in artifacts.last if row["arm"] == BASE)
     if spread is None:
         return None
-    return Headline("core", "Latents in a core", spread.mean, "tenths", f"Mean over base chains, last cycle; {_ends(spread, 'tenths')}.")
+    return Headline(
+        "core",
+        "Latents in a core",
+        spread.mean,
+        "tenths",
+        f"Mean over base chains, last cycle; {_ends(spread, 'tenths')}.",
+    )
 
 
 def _agreement_headline(artifacts: Artifacts) -> Headline | None:
@@ -104,7 +111,11 @@ def _agreement_headline(artifacts: Artifacts) -> Headline | None:
     else:
         ends = f"{'95 % interval' if found['interval'] else 'range of pairs'}: {low} to {high}"
     sentence = f"PW-MCC of cores that differ in their seed; {ends}."
-    bars = [bar for bar in (null_value(pair, "covariance", "p99") for pair in artifacts.comparison["pairs"]) if bar is not None]
+    bars = [
+        bar
+        for bar in (null_value(pair, "covariance", "p99") for pair in artifacts.comparison["pairs"])
+        if bar is not None
+    ]
     if bars:
         sentence += f" Chance alone reaches at most {shown(max(bars), 'share')}."
     return Headline("agreement", "Agreement across seeds", found["mean"], "share", sentence)
@@ -116,7 +127,10 @@ def _chance_headline(artifacts: Artifacts) -> Headline | None:
     judged = [verdict for verdict in map(beyond_chance, pairs) if verdict is not None]
     if not judged:
         return None
-    sentence = f"{sum(judged)} of {_plural(len(judged), 'pair')} of base cores exceed the p99 of every null of chance they have."
+    sentence = (
+        f"{sum(judged)} of {_plural(len(judged), 'pair')} of base cores exceed the p99 of every null of chance they "
+        "have."
+    )
     return Headline("chance", "Pairs beyond chance", sum(judged) / len(judged), "percent", sentence)
 
 
@@ -126,7 +140,10 @@ def _consensus_headline(artifacts: Artifacts) -> Headline | None:
         return None
     everywhere = sum(group["in_seeds"] == len(consensus["seeds"]) for group in consensus["groups"])
     seeds = _plural(len(consensus["seeds"]), "seed")
-    sentence = f"Features in the consensus core of {_plural(len(consensus['chains']), 'chain')}; {everywhere} stand in all {seeds}."
+    sentence = (
+        f"Features in the consensus core of {_plural(len(consensus['chains']), 'chain')}; {everywhere} stand in all "
+        f"{seeds}."
+    )
     return Headline("consensus", "Consensus features", consensus["core_size"], "count", sentence)
 
 
@@ -141,15 +158,23 @@ def _loss_headline(artifacts: Artifacts) -> Headline | None:
         return None
     mean, way, spread = known[0]
     against = {"mean": "setting the stream to its mean", "zero": "setting the stream to zero"}
-    sentence = f"With the stream replaced by the SAE (1: all of the model's loss), measured against {against[way]}; {_ends(spread, 'share')}."
+    sentence = (
+        f"With the stream replaced by the SAE (1: all of the model's loss), measured against {against[way]}; "
+        f"{_ends(spread, 'share')}."
+    )
     if len(known) > 1:
         sentence += f" Against {against[known[1][1]]}: {shown(known[1][0], 'share')}."
     return Headline("loss", "Loss recovered", mean, "share", sentence)
 
 
 HEADLINES: Sequence[Callable[[Artifacts], Headline | None]] = (
-    _chains_headline, _core_headline, _agreement_headline, _chance_headline, _consensus_headline, _loss_headline,
-)  # fmt: skip
+    _chains_headline,
+    _core_headline,
+    _agreement_headline,
+    _chance_headline,
+    _consensus_headline,
+    _loss_headline,
+)
 
 SIGNS = {"hit": "✓ hit", "miss": "✗ miss", "not available": "– not available"}
 
@@ -168,11 +193,17 @@ def _expectations(artifacts: Artifacts) -> Table | Note:
     ]
     if any(row.get("why") for row in artifacts.expectations):
         columns.append(Column("Remark", lambda row: row.get("why"), "prose"))
-    counts = ", ".join(f"{sum(row['outcome'] == outcome for row in artifacts.expectations)} {outcome}" for outcome in SIGNS)
+    counts = ", ".join(
+        f"{sum(row['outcome'] == outcome for row in artifacts.expectations)} {outcome}" for outcome in SIGNS
+    )
     caption = f"What was expected, stated before the run, and what came out: {counts}."
     return Table(
-        "table-expectations", caption, columns, artifacts.expectations, lambda row: f"outcome-{row['outcome'].replace(' ', '-')}"
-    )  # fmt: skip
+        "table-expectations",
+        caption,
+        columns,
+        artifacts.expectations,
+        lambda row: f"outcome-{row['outcome'].replace(' ', '-')}",
+    )
 
 
 def _arms(artifacts: Artifacts) -> Table | Note:
@@ -203,9 +234,18 @@ def _arms(artifacts: Artifacts) -> Table | Note:
 
 def _failed(artifacts: Artifacts) -> Table | Note:
     if not artifacts.failed:
-        return Note("No chain failed." if artifacts.comparison else f"Failures are not known: {artifacts.reasons['comparison.json']}.")
+        return Note(
+            "No chain failed."
+            if artifacts.comparison
+            else f"Failures are not known: {artifacts.reasons['comparison.json']}."
+        )
     columns = [Column("Chain", lambda row: row["label"]), Column("Why it failed", lambda row: row["reason"], "prose")]
-    return Table("table-failed", "Chains that did not finish; no number on this page holds anything of them.", columns, artifacts.failed)
+    return Table(
+        "table-failed",
+        "Chains that did not finish; no number on this page holds anything of them.",
+        columns,
+        artifacts.failed,
+    )
 
 
 FACTS = (
@@ -242,7 +282,9 @@ def _run(artifacts: Artifacts) -> Raw | Note:
     entries = []
     for name, (section, field), unit in FACTS:
         value = (artifacts.config.get(section) or {}).get(field)
-        value = masked(value) if isinstance(value, str) else value  # config.yaml of an earlier version may hold a secret
+        value = (
+            masked(value) if isinstance(value, str) else value
+        )  # config.yaml of an earlier version may hold a secret
         if value is not None:
             seen = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value, "text")
             entries.append(Fact(name, value, f"{seen} {unit}".strip()))
