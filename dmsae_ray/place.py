@@ -2,8 +2,8 @@
 after.
 
 A configuration travels to processes that run elsewhere, under another home. What it names there must be what it names
-here, so nothing
-below is asked again: a path is absolute, and whatever is still relative is no path but the id of something on the hub.
+here, so nothing below is asked again: a path is absolute, and whatever is still relative is no path but the id of
+something on the hub.
 """
 
 from __future__ import annotations

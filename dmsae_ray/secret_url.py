@@ -139,7 +139,9 @@ def masked(text: str) -> str:
 
 
 def scrub(text: str) -> str:
-    """A text of others without the secrets of the URLs in it, and without those of any URL that this process has seen."""
+    """A text of others without the secrets of the URLs in it, and without those of any URL that this process has
+    seen.
+    """
     text = _IN_TEXT.sub(lambda found: masked(found[0]), text)
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, MASK)
@@ -184,7 +186,9 @@ def _option(found: re.Match) -> str:
     mark, name, equals, value = found.groups()
     if not equals:
         return found[0] if not name or name in SHOWN or mark == "?" else f"{mark}{MASK}"
-    return f"{mark}{name}={masked(unquote(value)) if name in SHOWN and '@' in unquote(value) else value if name in SHOWN else MASK}"
+    if name in SHOWN:
+        return f"{mark}{name}={masked(unquote(value)) if '@' in unquote(value) else value}"
+    return f"{mark}{name}={MASK}"
 
 
 def _secrets(url: str) -> set[str]:

@@ -8,8 +8,7 @@ The bound is 1.3: attribution needs the lower blocks once and the upper ones for
 the upper blocks' second forward and 0.3 more. Repetitions take turns in one process and medians are shown, so that the
 ratio holds where a shared machine's speed drifts. Two models: the small one that is shipped, as the quickstart uses it,
 and a random one of Gemma-2's architecture at GPT-2's size, with an SAE of width 16 384. SAEs are untrained, with the
-threshold at which k latents per token
-are active: what is timed depends on their number, not on what they mean.
+threshold at which k latents per token are active: what is timed depends on their number, not on what they mean.
 """
 
 from __future__ import annotations

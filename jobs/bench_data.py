@@ -4,7 +4,7 @@
     python jobs/bench_data.py --parts stream --gigabytes 8
 
 harvest   shards against the bare forward pass of the same model to the same block, over the same sequences
-stream    rows through Ray Data against a raw pyarrow read of the same row groups, in the same order, repetitions taking turns
+stream    rows through Ray Data against a raw pyarrow read of the same row groups in the same order, taking turns
 chain     one chain of the quickstart: share of training spent waiting for data, time to the first batch of each cycle
 
 The stream is measured twice: as blocks handed over (what a raw read gives, though every byte of ours is hashed), and as
@@ -190,9 +190,11 @@ def bench_stream(arguments: argparse.Namespace) -> str:
         return statistics.median(entry[place] for entry in found[name])
 
     raw = median("raw", 0)
-    ratios = {name: statistics.median(e[0] / r[0] for e, r in zip(found[name], found["raw"])) for name in found}
+    ratios = {
+        name: statistics.median(e[0] / r[0] for e, r in zip(found[name], found["raw"], strict=True)) for name in found
+    }
     steady = {
-        name: statistics.median(e[1] / r[0] for e, r in zip(found[name], found["raw"]))
+        name: statistics.median(e[1] / r[0] for e, r in zip(found[name], found["raw"], strict=True))
         for name in ("blocks", "batches")
     }
     rows = [["raw pyarrow read, one thread", f"{raw / 1e9:.2f}", "1.00", "", ""]]
@@ -341,7 +343,7 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
         entry = target.finished(plans[0])
         per_row = entry.bytes / entry.rows
     ratio = statistics.median(made / bare for bare, made in found)
-    alone, with_shards = (statistics.median(rates) for rates in zip(*found))
+    alone, with_shards = (statistics.median(rates) for rates in zip(*found, strict=True))
     return [name, f"{alone:,.0f}", f"{with_shards:,.0f}", f"{ratio:.2f}", f"{per_row:.1f}"]
 
 

@@ -37,11 +37,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense_step import DenseTrainer  # noqa: E402
+from dense_step import DenseTrainer
 
-from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
-from dmsae_ray.sae.settings import SAESettings, group_sizes  # noqa: E402
-from dmsae_ray.sae.trainer import Trainer  # noqa: E402
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings, group_sizes
+from dmsae_ray.sae.trainer import Trainer
 
 SHAPES = ("256/4096/1024/32", "768/16384/2048/40", "2304/16384/1024/80")
 TINY_LR = 1e-9
@@ -293,7 +293,9 @@ def peak_memory(shape: Shape, name: str, threads: int) -> float:
 
 
 def high_water() -> float:
-    """Largest resident memory of this process so far, in MiB (Linux: of this program, not of the one that started it)."""
+    """Largest resident memory of this process so far, in MiB (Linux: of this program, not of the one that started
+    it).
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024

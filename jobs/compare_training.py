@@ -20,11 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer  # noqa: E402
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 
-from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE  # noqa: E402
-from dmsae_ray.sae.settings import SAESettings, group_sizes  # noqa: E402
-from dmsae_ray.sae.trainer import Trainer  # noqa: E402
+from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
+from dmsae_ray.sae.settings import SAESettings, group_sizes
+from dmsae_ray.sae.trainer import Trainer
 
 D, WIDTH, K, BATCH, LR = 64, 1024, 4, 256, 3e-3
 

@@ -2,8 +2,7 @@
 with.
 
 The same mathematics as `dmsae_ray.sae` for one process and an empty or batchtopk core, gradients written by hand,
-torch's
-fused Adam: what one would write without the sparse operations.
+torch's fused Adam: what one would write without the sparse operations.
 """
 
 from __future__ import annotations

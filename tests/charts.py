@@ -19,7 +19,9 @@ LOOK = """async () => {
     return pixel >= -1 && pixel <= axis._length + 1;
   };
   const every = (fields) => fields.reduce(
-    (found, field) => found.flatMap((one) => [...field.options].map((option) => [...one, [field, option.value]])), [[]]);
+    (found, field) => found.flatMap((one) => [...field.options].map((option) => [...one, [field, option.value]])),
+    [[]],
+  );
   // All combinations where they are few, else every option beside the first ones of the other fields.
   const combinations = (fields) => {
     const all = every(fields);
@@ -41,27 +43,32 @@ LOOK = """async () => {
       for (const [place, value] of trace.y.entries()) {
         if (value == null || trace.x[place] == null) continue;
         if (trace.mode !== "text") marks += 1;
-        if (!inside(x, trace.x[place]) || !inside(y, value)) found.push(`(${trace.x[place]}, ${value}) lies beyond the axes`);
+        const point = `(${trace.x[place]}, ${value})`;
+        if (!inside(x, trace.x[place]) || !inside(y, value)) found.push(`${point} lies beyond the axes`);
         for (const [axis, error, middle] of [[y, trace.error_y, value], [x, trace.error_x, trace.x[place]]]) {
           if (!error?.visible) continue;
           const ends = [middle + error.array[place], middle - (error.arrayminus ?? error.array)[place]];
-          if (!ends.every((end) => inside(axis, end))) found.push(`the bar of (${trace.x[place]}, ${value}) reaches beyond the axes`);
+          if (!ends.every((end) => inside(axis, end))) found.push(`the bar of ${point} reaches beyond the axes`);
         }
       }
     }
     if (!marks) found.push("no mark");
     const area = plot.querySelector(".nsewdrag").getBoundingClientRect();
-    if (area.height < 60 || area.width < 100) found.push(`the axes are crushed to ${Math.round(area.width)} by ${Math.round(area.height)} pixels`);
-    const drawn = [...plot.querySelectorAll(".scatterlayer .point, .scatterlayer .js-line, .barlayer .point path, .hm image")];
+    const size = `${Math.round(area.width)} by ${Math.round(area.height)} pixels`;
+    if (area.height < 60 || area.width < 100) found.push(`the axes are crushed to ${size}`);
+    const kinds = ".scatterlayer .point, .scatterlayer .js-line, .barlayer .point path, .hm image";
+    const drawn = [...plot.querySelectorAll(kinds)];
     const seen = drawn.filter((mark) => {
       const box = mark.getBoundingClientRect();
-      return (box.width || box.height) && box.left < area.right + 1 && box.right > area.left - 1 && box.top < area.bottom + 1 && box.bottom > area.top - 1;
+      const across = box.left < area.right + 1 && box.right > area.left - 1;
+      return (box.width || box.height) && across && box.top < area.bottom + 1 && box.bottom > area.top - 1;
     });
     if (!seen.length) found.push("nothing is drawn");
     const whole = plot.getBoundingClientRect();
     for (const text of plot.querySelectorAll(".main-svg text")) {
       const box = text.getBoundingClientRect();
-      const cut = box.left < whole.left - 2 || box.right > whole.right + 2 || box.top < whole.top - 2 || box.bottom > whole.bottom + 2;
+      const across = box.left < whole.left - 2 || box.right > whole.right + 2;
+      const cut = across || box.top < whole.top - 2 || box.bottom > whole.bottom + 2;
       if (box.width && cut) found.push(`“${text.textContent}” is cut off`);
     }
     const box = plot.querySelector(".legend")?.getBoundingClientRect();

@@ -9,12 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from conftest import environment, free_port
-
 
 SLOW = "timed out during startup"
 """Ray gives its own processes 30 s to start, whatever else keeps the machine busy: then it is started once more."""
@@ -31,8 +30,7 @@ def ray_head(
     environment.
 
     It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is
-    ended by
-    process id: `ray stop` ends every Ray process of the machine.
+    ended by process id: `ray stop` ends every Ray process of the machine.
     """
     folder, port = tempfile.mkdtemp(prefix="ray-"), free_port()  # short: sockets in it have names of at most 107 bytes
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -66,9 +64,7 @@ def ray_head(
     finally:
         processes = [*head.children(recursive=True), head]
         for process in processes:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         psutil.wait_procs(processes, timeout=120)
         shutil.rmtree(folder, ignore_errors=True)

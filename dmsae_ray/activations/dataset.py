@@ -187,7 +187,8 @@ class ActivationDataset:
                     f"{name}: the dataset has {have!r}, the configuration asks for {want!r}"
                     for name, have, want in differ
                 )
-                + "\nSet these fields as the dataset has them, give harvest.dataset another folder, or leave it empty to harvest anew"
+                + "\nSet these fields as the dataset has them, give harvest.dataset another folder, or leave it empty "
+                "to harvest anew"
             )
 
     def check_shard(self, entry: ShardEntry, read: bool) -> None:
@@ -206,7 +207,7 @@ class ActivationDataset:
             raise damaged(where, "its footer and the manifest disagree about its rows or their checksums")
         if read:
             for unit, length in zip(
-                entry.units(), group_bytes(entry, self.manifest.rows_per_group, self.manifest.row_bytes)
+                entry.units(), group_bytes(entry, self.manifest.rows_per_group, self.manifest.row_bytes), strict=True
             ):
                 read_unit(self.store, unit, length)
 

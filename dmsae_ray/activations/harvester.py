@@ -35,7 +35,9 @@ PLANS_PER_TASK = 8
 
 
 class Harvest:
-    """Making what is missing of the datasets. Planning needs no Ray and raises ValueError if the corpus cannot give it."""
+    """Making what is missing of the datasets. Planning needs no Ray and raises ValueError if the corpus cannot give
+    it.
+    """
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self.config, self.say, self.identity = config, say, Identity(config)
@@ -68,7 +70,7 @@ class Harvest:
         there = target.store.sizes("shards")
         plans = [plan for plan in self.plans if plan.file in there]
         with ThreadPoolExecutor(16) as pool:  # a remote store answers many at once
-            found = zip(plans, pool.map(target.finished, plans))
+            found = zip(plans, pool.map(target.finished, plans), strict=True)
             return {plan.name: entry for plan, entry in found if entry is not None}
 
     def _about(self, hook: str) -> dict:

@@ -83,7 +83,9 @@ def outliers_of(parts: Iterable[torch.Tensor], median: float) -> Outliers:
 
 
 def dataset_outliers(dataset: ActivationDataset) -> Outliers:
-    """Those of a finished dataset, as its manifest has them; of an older one, whose manifest has not, looked for now."""
+    """Those of a finished dataset, as its manifest has them; of an older one, whose manifest has not, looked
+    for now.
+    """
     known = dataset.manifest.outliers
     return Outliers(**known) if known else outliers_of(dataset.some_rows(), dataset.manifest.norm_quantiles["0.5"])
 

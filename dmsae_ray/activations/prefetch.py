@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -38,10 +39,8 @@ class Ahead(Generic[T]):
         """Let go of everything made ahead, and of the source."""
         self._stop.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
-            except queue.Empty:
-                pass
         while not self._queue.empty():
             self._queue.get()
         self._queue.put(END)

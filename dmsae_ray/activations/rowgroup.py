@@ -2,9 +2,8 @@
 pay seconds for it.
 
 A row group of a shard is one Parquet page of plain values, so its rows stand in the file as they stand in memory. The
-manifest says
-where, and which checksum they have: reading is one range of one file, without parsing, and nothing is trusted that was
-not hashed. (xxh3 reads 15 GB/s here, Parquet's own page checksums 1.7.)
+manifest says where, and which checksum they have: reading is one range of one file, without parsing, and nothing is
+trusted that was not hashed. (xxh3 reads 15 GB/s here, Parquet's own page checksums 1.7.)
 """
 
 from __future__ import annotations

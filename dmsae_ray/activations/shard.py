@@ -45,14 +45,16 @@ class ShardEntry:
     """
 
     def units(self) -> list[Unit]:
-        return [Unit(self.file, offset, digest) for offset, digest in zip(self.offsets, self.digests)]
+        return [Unit(self.file, offset, digest) for offset, digest in zip(self.offsets, self.digests, strict=True)]
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
 class ShardWriter:
-    """Encodes shards into memory that it keeps: growing a buffer of half a gigabyte anew takes longer than filling it."""
+    """Encodes shards into memory that it keeps: growing a buffer of half a gigabyte anew takes longer than filling
+    it.
+    """
 
     def __init__(self) -> None:
         self._memory = pa.allocate_buffer(0, resizable=True)
@@ -80,7 +82,7 @@ class ShardWriter:
         content = self._encode(raw, rows_per_group, about | {"digests": digests, "positions": positions})
         entry = _entry(pq.read_metadata(pa.BufferReader(content)), name, len(content))
         # What will stand on disk is checked before it gets its name: offsets and checksums belong together.
-        for unit, length in zip(entry.units(), group_bytes(entry, rows_per_group, raw.shape[1] * 2)):
+        for unit, length in zip(entry.units(), group_bytes(entry, rows_per_group, raw.shape[1] * 2), strict=True):
             assert digest_of(content[unit.offset : unit.offset + length]) == unit.digest, (
                 f"{name}: encoded otherwise than expected"
             )
@@ -193,7 +195,10 @@ def read_rows(store: Store, entry: ShardEntry, rows_per_group: int, d: int, dtyp
     """All rows of a shard, [N, D], in the stored precision. Raises ShardError if a checksum fails."""
     lengths = group_bytes(entry, rows_per_group, 2 * d)
     return torch.cat(
-        [as_tensor(read_unit(store, unit, length), d, dtype) for unit, length in zip(entry.units(), lengths)]
+        [
+            as_tensor(read_unit(store, unit, length), d, dtype)
+            for unit, length in zip(entry.units(), lengths, strict=True)
+        ]
     )
 
 

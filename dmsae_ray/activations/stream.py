@@ -130,7 +130,7 @@ class Batches:
         for round_, units in self._plan:
             lanes = [
                 (lane, unit, next(views), torch.from_numpy(order.rows(round_, unit)))
-                for lane, unit in zip(self._lanes, units)
+                for lane, unit in zip(self._lanes, units, strict=True)
             ]
             for row in range(first_row, order.unit_rows, order.lane_rows):
                 if step == self.stop:
@@ -158,7 +158,8 @@ class Batches:
         for picks in self._picks():
             for first in range(0, len(picks), at_once):
                 some = picks[first : first + at_once]
-                digest = sum(pick.gather(out_ND) for pick, out_ND in zip(some, stored_ND.split(n)))
+                # The last picks may be fewer than there are places.
+                digest = sum(pick.gather(out_ND) for pick, out_ND in zip(some, stored_ND.split(n), strict=False))
                 self.digest = (self.digest + digest) & MASK
                 batch_BD[first * n : (first + len(some)) * n].copy_(as_float_ND[: len(some) * n]).div_(manifest.scale)
             self._files.append([pick.file for pick in picks])
@@ -202,7 +203,7 @@ class Batches:
         ]
         for (buffer_BD, copied), picks in zip(itertools.cycle(ring), self._picks()):
             copied.synchronize()
-            digest = sum(pick.gather(part_ND) for pick, part_ND in zip(picks, buffer_BD.split(n)))
+            digest = sum(pick.gather(part_ND) for pick, part_ND in zip(picks, buffer_BD.split(n), strict=True))
             yield buffer_BD, copied, digest, [pick.file for pick in picks]
 
 

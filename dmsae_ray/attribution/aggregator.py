@@ -18,7 +18,9 @@ from dmsae_ray.core.select import select
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Aggregator:
-    """Every call names the folder, shard count and stamp of its ledger: a restarted actor needs no memory of its own."""
+    """Every call names the folder, shard count and stamp of its ledger: a restarted actor needs no memory of
+    its own.
+    """
 
     def __init__(self, settings: ScoreSettings, patience_s: float = 60.0):
         self.settings, self.patience_s = settings, patience_s

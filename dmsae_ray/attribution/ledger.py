@@ -2,8 +2,7 @@
 
 Shards are dealt to whoever asks; a partial sum is kept per shard, on disk, so that a shard sent twice counts once, a
 lost worker's shards are dealt again, and a ledger that died goes on from its folder. Where fewer shards may do, they
-are dealt in
-stages of 2, 4, 8, ...: how many count is decided by what is in them, never by who was fast.
+are dealt in stages of 2, 4, 8, ...: how many count is decided by what is in them, never by who was fast.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ class SplitHalf:
 
 
 def scores(partials: Sequence[Partial], settings: ScoreSettings) -> torch.Tensor:
-    """Scores [P], fp64, per token. partials: in shard order, in which they are added: the same bits whoever made them."""
+    """Scores [P], fp64, per token. partials: in shard order, in which they are added: the same bits whoever made
+    them.
+    """
     tokens = max(sum(partial.tokens for partial in partials), 1)  # none, where all positions were outliers
     candidates = partials[0].signed_P.shape[0]
     if settings.aggregator == "quantile":

@@ -1,4 +1,6 @@
-"""Which Ray cluster a command joins, and whether it answers: Ray itself would try for a quarter of an hour, in silence."""
+"""Which Ray cluster a command joins, and whether it answers: Ray itself would try for a quarter of an hour, in
+silence.
+"""
 
 from __future__ import annotations
 

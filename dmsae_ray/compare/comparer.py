@@ -62,7 +62,9 @@ class Side:
 
 
 class Comparer:
-    """Compares pairs of chains. rows_RD: held-out activations, raw units, of which at most `activation.ROWS` are used."""
+    """Compares pairs of chains. rows_RD: held-out activations, raw units, of which at most `activation.ROWS` are
+    used.
+    """
 
     def __init__(self, rows_RD: torch.Tensor, settings: CompareSettings, gaussian: Gaussian | None = None):
         """gaussian: directions of the rows' covariance; None: taken from these rows."""

@@ -35,9 +35,8 @@ def cycle0_null(
     """start_a, start_b: cycle 0's candidates, core_a, core_b: the cores' members.
 
     Where cycle 0 has fewer candidates than the core has members, all of them are used, and the cores cut to those sizes
-    stand beside
-    them. mmcs_mean: mean largest cosine of these sets to the other run's whole cycle-0 SAE; reason: why the pair may
-    not be read against this null, if so.
+    stand beside them. mmcs_mean: mean largest cosine of these sets to the other run's whole cycle-0 SAE; reason: why
+    the pair may not be read against this null, if so.
     """
     size = (min(start_a.latents.size, core_a.latents.size), min(start_b.latents.size, core_b.latents.size))
     if min(size) == 0:

@@ -58,8 +58,7 @@ def removal_cost(sae: MatryoshkaSAE, x_RD: torch.Tensor, z_RF: torch.Tensor) -> 
         sum over rows of  ||e + z_j d_j||^2 - ||e||^2  =  sum over rows of  2 z_j <e, d_j> + z_j^2 ||d_j||^2
 
     with e = x - x_hat_0 the residual of core + group 0 and d_j the decoder row. Negative for a latent that does harm, 0
-    for a
-    silent one. Each is removed alone: two latents that stand in for each other both cost little.
+    for a silent one. Each is removed alone: two latents that stand in for each other both cost little.
     """
     W_dec_PD = sae.W_dec[: sae.group_ends[0]]
     z_RP = z_RF[:, : len(W_dec_PD)]

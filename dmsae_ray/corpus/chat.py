@@ -29,7 +29,9 @@ def plain(messages: list[dict[str, str]]) -> str:
 
 
 def rendered(where: str, messages: list[dict[str, str]], tokenizer) -> str:
-    """The text that the model was trained to read for them, special tokens by name. Raises ValueError naming the place."""
+    """The text that the model was trained to read for them, special tokens by name. Raises ValueError naming the
+    place.
+    """
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

@@ -110,7 +110,7 @@ def document_of(name: str, value: Any, text_field: str) -> Document | None:
     if value is None or not value.strip():
         return None
     text = value if _is_text(value) else _clean(value)
-    replaced = 0 if text is value else sum(a != b for a, b in zip(value, text))
+    replaced = 0 if text is value else sum(a != b for a, b in zip(value, text, strict=True))
     if replaced and messages:
         messages = [{key: _clean(part) for key, part in message.items()} for message in messages]
     return Document(name, text, messages, replaced=replaced)
@@ -133,7 +133,9 @@ def check_source(source: str, text_field: str, revision: str | None = None) -> b
 
 @lru_cache(maxsize=64)
 def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, int, int], ...]) -> bool:
-    """Whether the first document that a first row holds is chat messages; looked at once while the files stay the same."""
+    """Whether the first document that a first row holds is chat messages; looked at once while the files stay the
+    same.
+    """
     path = Path(source)
     starts = (
         [saved_rows(path, text_field)]
@@ -165,7 +167,9 @@ def corpus_fingerprint(source: str, text_field: str = "text", revision: str | No
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source names a hub data set: it has the form of one. The configuration has made what is local absolute."""
+    """Whether a source names a hub data set: it has the form of one. The configuration has made what is local
+    absolute.
+    """
     return has_form_of_hub_id(source) and not source.lower().endswith((*SUFFIXES, *PACKED))
 
 

@@ -43,6 +43,6 @@ def encode(documents: Iterable[Document], tokenizer) -> Iterator[EncodedDocument
         encoded = tokenizer(
             texts, add_special_tokens=False, split_special_tokens=not chat, return_attention_mask=False, verbose=False
         )
-        for document, ids in zip(some, encoded["input_ids"]):
+        for document, ids in zip(some, encoded["input_ids"], strict=True):
             start = 1 if chat and ids[:1] == [tokenizer.bos_token_id] else 0
             yield EncodedDocument(document, np.array(ids[start:], dtype=np.int32))

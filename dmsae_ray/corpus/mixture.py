@@ -82,7 +82,7 @@ def mixture_fingerprint(corpus: CorpusConfig) -> str:
     if not corpus.mixture:
         return parts[0]
     weights = whole_weights([part.weight for part in corpus.parts])
-    lines = [f"{weight} {part}\n" for weight, part in zip(weights, parts)]
+    lines = [f"{weight} {part}\n" for weight, part in zip(weights, parts, strict=True)]
     return hashlib.sha256(("mixture\n" + "".join(lines)).encode()).hexdigest()
 
 
@@ -116,12 +116,11 @@ def interleave(
 
     Part i lags by share_i * (all tokens so far) - (its tokens so far); the first listed wins a tie. A part is only
     taken while it does not lead, so none is ever ahead of its share by more than one of its own documents. It ends
-    where the part
-    that is next has no document left: going on without it would break the shares.
+    where the part that is next has no document left: going on without it would break the shares.
     """
     tokens, whole = [0] * len(parts), sum(weights)
     while True:
-        lags = [weight * sum(tokens) - whole * have for weight, have in zip(weights, tokens)]
+        lags = [weight * sum(tokens) - whole * have for weight, have in zip(weights, tokens, strict=True)]
         part = lags.index(max(lags))
         document = next(parts[part], None)
         if document is None:

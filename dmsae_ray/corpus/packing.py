@@ -47,8 +47,7 @@ class Concatenate:
     """Documents are joined, a BOS before each, and cut at the context: no padding, except in the very last sequence.
 
     A document that goes on in the next sequence has a BOS there too. A BOS inside a sequence therefore marks the start
-    of a
-    document, and is no row: nothing predicts it and its residual stream says nothing about text.
+    of a document, and is no row: nothing predicts it and its residual stream says nothing about text.
     """
 
     def __init__(self, context: int, bos: int, pad: int):

@@ -32,9 +32,6 @@ def pieces_of(text: str, characters: int) -> Iterator[str]:
 def _end(text: str, start: int, limit: int) -> int:
     half = start + (limit - start) // 2
     for pattern in ENDS:
-        last = None
-        for last in pattern.finditer(text, half, limit):
-            pass
-        if last is not None:
-            return last.end()
+        if found := list(pattern.finditer(text, half, limit)):
+            return found[-1].end()
     return limit

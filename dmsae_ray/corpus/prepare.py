@@ -180,8 +180,8 @@ def _write(
                         if here
                         else f"none of {tally.documents:,} documents fell to it"
                     )
-                    + ", so there is no sequence; give more or longer documents, cut long ones by corpus.piece_characters, or set other "
-                    "corpus.attribution_share and corpus.evaluation_share"
+                    + ", so there is no sequence; give more or longer documents, cut long ones by "
+                    "corpus.piece_characters, or set other corpus.attribution_share and corpus.evaluation_share"
                 )
         for split, file in files.items():
             file.finish(_metadata(corpus, split, tally.given[split], ends=split in tally.lacking))
@@ -206,6 +206,6 @@ def _metadata(corpus: CorpusConfig, split: str, given: np.ndarray, ends: bool) -
     """
     parts = [
         {"source": str(part.source), "weight": part.weight, "documents": documents, "tokens": tokens}
-        for part, (documents, tokens) in zip(corpus.parts, given.tolist())
+        for part, (documents, tokens) in zip(corpus.parts, given.tolist(), strict=True)
     ]
     return {"split": split, "packing": corpus.packing, "ends": str(ends).lower(), "parts": json.dumps(parts)}

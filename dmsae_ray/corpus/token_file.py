@@ -68,7 +68,7 @@ class TokenFileWriter:
         self._temporary.unlink(missing_ok=True)  # gone already if finished
 
     def _header(self, count: int, metadata: Mapping[str, str]) -> bytes:
-        shapes = dict(zip(NAMES, ([count, self.context], [count], [count])))
+        shapes = dict(zip(NAMES, ([count, self.context], [count], [count]), strict=True))
         # Sorted, since safetensors gives metadata back in no fixed order: the same sequences are the same bytes.
         header: dict = {"__metadata__": dict(sorted({"format_version": FORMAT_VERSION, **metadata}.items()))}
         end = 0

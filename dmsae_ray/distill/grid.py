@@ -86,5 +86,7 @@ def check_start(path: Path, manifest: Manifest) -> None:
 
 
 def planned(config: Config) -> list[ChainPlan]:
-    """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is missed."""
+    """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is
+    missed.
+    """
     return plan_all(config, "", Identity(config).key(config.model.hook), None)

@@ -60,7 +60,9 @@ def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) ->
 
 
 def settle(plans: list[ChainPlan], error: BaseException | None, board) -> None:
-    """After their trial: no chain is left that is neither finished nor marked failed. error: what the trial ended with."""
+    """After their trial: no chain is left that is neither finished nor marked failed. error: what the trial ended
+    with.
+    """
     for plan in plans:
         if plan.finished() or plan.folder.failure() is not None:
             continue
@@ -118,7 +120,9 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
 
 
 def torch_config(gpus_per_worker: float) -> ray.train.torch.TorchConfig:
-    """Workers' process group. Ray would give GPU workers NCCL alone, which cannot add up what lies in a CPU's memory."""
+    """Workers' process group. Ray would give GPU workers NCCL alone, which cannot add up what lies in a CPU's
+    memory.
+    """
     backend = "cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"
     return ray.train.torch.TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
 

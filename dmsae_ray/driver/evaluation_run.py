@@ -1,8 +1,7 @@
 """One run of the evaluation: saved SAEs measured on held-out text, in this process.
 
 A sweep measures every cycle once, on evaluate.tokens. This measures the same on other lengths of the same text, and
-keeps it
-beside each SAE: what is there is not measured again."""
+keeps it beside each SAE: what is there is not measured again."""
 
 from __future__ import annotations
 

@@ -61,12 +61,13 @@ def check_urls(config: Config) -> None:
     """No URL is one whose secret was masked, as a results folder's config.yaml has it. Raises ValueError naming the
     field.
     """
-    urls = {
-        "harvest.store": config.harvest.store,
-        "harvest.dataset": config.harvest.dataset,
-        "track.uri": config.track.uri,
-    }
-    for field, url in (urls | {"corpus.source": part.source for part in config.corpus.parts}).items():
+    urls = [
+        ("harvest.store", config.harvest.store),
+        ("harvest.dataset", config.harvest.dataset),
+        ("track.uri", config.track.uri),
+        *(("corpus.source", part.source) for part in config.corpus.parts),
+    ]
+    for field, url in urls:
         try:
             if url is not None:
                 url.reveal()

@@ -36,7 +36,9 @@ def run(command: ReportCommand) -> int:
 
 
 def across(finished: Finished, other: OtherSweep, say: Screen) -> None:
-    """Cores of this sweep and the other one, pair by pair, and their numbers side by side; kept in this sweep's folder."""
+    """Cores of this sweep and the other one, pair by pair, and their numbers side by side; kept in this sweep's
+    folder.
+    """
     if finished.folder.resolve() == other.folder.resolve():
         raise ValueError(f"--against {other.folder}: is this sweep itself")
     names = finished.folder.name, other.folder.name

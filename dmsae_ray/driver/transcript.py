@@ -18,7 +18,9 @@ from dmsae_ray.secret_url import scrub_files
 
 
 def show_anything() -> None:
-    """Standard output that cannot show a letter shows its number instead, and does not end the command with an error."""
+    """Standard output that cannot show a letter shows its number instead, and does not end the command with
+    an error.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -60,7 +62,7 @@ class Screen:
         if self._saved is not None:
             sys.stdout.flush()
             sys.stderr.flush()
-            for target, saved in zip((1, 2), self._saved):
+            for target, saved in zip((1, 2), self._saved, strict=True):
                 os.dup2(saved, target)
                 os.close(saved)
             with contextlib.suppress(OSError):

@@ -1,4 +1,6 @@
-"""Where a language model comes from: the tiny model, a local folder or the hub, and what is known before it is loaded."""
+"""Where a language model comes from: the tiny model, a local folder or the hub, and what is known before it is
+loaded.
+"""
 
 from __future__ import annotations
 

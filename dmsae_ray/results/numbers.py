@@ -1,12 +1,16 @@
-"""The results of a sweep as named numbers: what an expectation refers to, and what two sweeps are compared by.
+"""The results of a sweep as named numbers: what an expectation refers to, and what two sweeps are compared by. Names:
 
-chains.<arm>                                        finished chains
-evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
-evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
-consistency.<arm>.<differs>.<metric>                mean over pairs; `.low`, `.high`: its interval over seeds, where there is one
-consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
-consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like, where an arm has one k only
-consensus.<name>, rediscovery.<arm>.<whose>.<metric>  features found in several chains, and in SAEs that never had a core
+    chains.<arm>                                        finished chains
+    evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
+    evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
+    consistency.<arm>.<differs>.<metric>                mean over pairs
+    consistency.<arm>.<differs>.<metric>.low, .high     its interval over seeds, where there is one
+    consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
+    consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like
+    consensus.<name>                                    features found in several chains
+    rediscovery.<arm>.<whose>.<metric>                  features found in SAEs that never had a core
+
+Arms of one k are compared with the grid by the numbers of that k.
 """
 
 from __future__ import annotations

@@ -82,8 +82,7 @@ def add_aux(
     latents.
 
     residual_BD: x_hat - x with all latents of all ranks. n_frozen: latents before the first row of grad_W_enc. most:
-    dead
-    latents used per token. rows: the ranks that hold the other rows.
+    dead latents used per token. rows: the ranks that hold the other rows.
     """
     n_rows, latents, dead_K = len(residual_BD), dead.ranks, dead.latent_K
     n_global = n_rows * rows.world

@@ -166,7 +166,9 @@ class MatryoshkaSAE(nn.Module):
         return torch.cat([self.W_enc_core, trained]) if self.n_frozen else trained
 
     def pre(self, x_BD: Tensor, upto: int | None = None) -> Tensor:
-        """Pre-activations p [..., P] of the first `upto` latents (all by default); x may have any leading dimensions."""
+        """Pre-activations p [..., P] of the first `upto` latents (all by default); x may have any leading
+        dimensions.
+        """
         return torch.nn.functional.linear(x_BD - self.b_dec, self.encoder(upto), self.b_enc[:upto])
 
     def encode(self, x_BD: Tensor, upto: int | None = None) -> Tensor:
@@ -208,7 +210,9 @@ class MatryoshkaSAE(nn.Module):
 
     @staticmethod
     def load(path: str | os.PathLike) -> tuple[MatryoshkaSAE, dict[str, Any]]:
-        """The SAE in a file written by `save`, and its metadata. Raises ValueError, naming the file, if it is not one."""
+        """The SAE in a file written by `save`, and its metadata. Raises ValueError, naming the file, if it is not
+        one.
+        """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

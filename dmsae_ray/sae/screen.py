@@ -2,16 +2,15 @@
 
 A screen approximates all pre-activations of a batch, in bf16 or in the weights' own precision, and hands on the few
 pairs that may be kept. `gate` recomputes those by the sampled dot product that defines a pair's value, so a screen
-decides time and
-never the result: whatever it hands on, the pairs that matter are among them, because every approximation comes with a
-margin that its error cannot exceed.
+decides time and never the result: whatever it hands on, the pairs that matter are among them, because every
+approximation comes with a margin that its error cannot exceed.
 
 The margin of pair (i, j). Let x be the centred row, w the encoder row, x', w' what the product is made of, u the unit
 roundoff of the weights' precision. Then
 
     |<x, w> - <x', w'>|  <=  ||x - x'|| ||w||  +  ||x'|| ||w - w'||                  (0 for a product in full precision)
-    accumulation, here and in the sampled product:  2 (d + 8) u each, times ||x|| ||w||   (any order of sums, also truncating)
-    storing the product in bf16:                    2^-8 |product|                    (0 in full precision, or if it is not stored)
+    accumulation, here and in the sampled product:  2 (d + 8) u each, times ||x|| ||w||   (in any order of sums)
+    storing the product in bf16:                    2^-8 |product|                    (0 in full precision)
     adding the bias, here and there:                a few u |product + bias|
     flushing of numbers below the smallest normal:  a few d times that number
 
@@ -136,7 +135,9 @@ class Screen:
 
 @cache
 def faster_screen(device: str, threads: int, d: int) -> str:
-    """`bf16` or `fp32`, whichever product this machine does faster. Timed once per process; it cannot change a result."""
+    """`bf16` or `fp32`, whichever product this machine does faster. Timed once per process; it cannot change a
+    result.
+    """
     x, W = torch.randn(256, d, device=device), torch.randn(2048, d, device=device)
     low_x, low_W = x.bfloat16(), W.bfloat16()
 

@@ -4,8 +4,8 @@ From the batch to the new weights nothing waits for the device: lists are as lon
 `find_dead`), what one step hands to the next stays on the device (`Carried`), and the update's kernels read there
 whether they may change anything. A step that must not count (the loss or the gradient is not finite, the loss exploded,
 a margin was wrong, candidates or dead latents had too few places) so leaves weights and Adam's state as they were, as
-do those launched after it. The host learns of it one step later,
-while the device is at work on the next: it then raises, or launches again what had too few places.
+do those launched after it. The host learns of it one step later, while the device is at work on the next: it then
+raises, or launches again what had too few places.
 """
 
 from __future__ import annotations

@@ -104,9 +104,8 @@ class Trainer:
 
         token_index_B: place of each row in the global batch (int64; by default ranks follow one another); with it the
         result does not depend on which rank holds which row. On a CUDA device neither may be overwritten before the
-        next call has
-        returned. log: return the step's figures (on all ranks alike, since they are summed over ranks); this changes no
-        state. Raises `Diverged`, or ValueError if the batch does not fit the settings.
+        next call has returned. log: return the step's figures (on all ranks alike, since they are summed over ranks);
+        this changes no state. Raises `Diverged`, or ValueError if the batch does not fit the settings.
         """
         settings, sae = self.settings, self.sae
         expected = (settings.batch // self.comm.world, settings.d)

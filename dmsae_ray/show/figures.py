@@ -1,4 +1,7 @@
-"""Figures of a sweep, drawn with matplotlib's Agg. Colours are readable without red-green vision (cividis, Okabe-Ito)."""
+"""Figures of a sweep, drawn with matplotlib's Agg.
+
+Colours are readable without red-green vision (cividis, Okabe-Ito).
+"""
 
 from __future__ import annotations
 

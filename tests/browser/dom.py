@@ -14,7 +14,8 @@ def table(page: Page, id: str) -> list[dict[str, str]]:
         """(table) => {
           const names = [...table.tHead.rows[0].cells].map((cell) => cell.querySelector("button").textContent);
           const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
-          return rows.map((row) => Object.fromEntries([...row.cells].map((cell, place) => [names[place], cell.dataset.value])));
+          const entry = (cell, place) => [names[place], cell.dataset.value];
+          return rows.map((row) => Object.fromEntries([...row.cells].map(entry)));
         }""",
     )
 

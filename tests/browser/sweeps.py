@@ -220,7 +220,7 @@ def pair(rng: np.random.Generator, a: dict[str, Any], b: dict[str, Any]) -> dict
         "seed_b": b["seed"],
         "k_a": a["k"],
         "k_b": b["k"],
-        **({name: None for name in scores} if small else scores),
+        **(dict.fromkeys(scores) if small else scores),
         "pw_mcc_dictionary": 0.35,
         "dictionary_size": 2048,
         "reason": reason,

@@ -28,7 +28,7 @@ def test_long_tables_can_be_filtered(sweep):
     page = sweep.go("consistency")
     field = page.locator('[data-filter-rows="table-pairs"]')
     field.fill("random k16")
-    expected = [row for row in table(page, "table-pairs")]
+    expected = list(table(page, "table-pairs"))
     assert expected and all("random" in " ".join(row.values()) and "k16" in " ".join(row.values()) for row in expected)
     expect(page.locator("label", has=field).locator("output")).to_have_text(f"{len(expected)} of 52 rows")
     field.fill("")
@@ -66,7 +66,7 @@ def test_narrow_screens_do_not_scroll_sideways(open_page, width):
         page = watched.go(view)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
         link = page.locator("nav a[aria-current]").bounding_box()
-        assert -1 <= link["x"] and link["x"] + link["width"] <= width + 1, (
+        assert link["x"] >= -1 and link["x"] + link["width"] <= width + 1, (
             f"the navigation does not show where one is: {view}"
         )
         for caption in page.locator(".view.current caption span").all():

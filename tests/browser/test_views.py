@@ -145,7 +145,7 @@ def test_consensus(sweep, artifact):
 
 def test_cores(sweep, artifact):
     page = sweep.go("cores")
-    rows = [row for row in artifact("evaluation")["rows"]]
+    rows = list(artifact("evaluation")["rows"])
     assert len(table(page, "table-cores")) == len(rows)
     chain = [row for row in rows if row["chain"] == "seed1-k32"]
     jaccard = next(trace for trace in traces(page, "chart-jaccard") if trace["meta"] == "seed1-k32")

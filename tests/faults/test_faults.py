@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import HANGS, command, core_bytes, data_digests, run_command, start, wait_for
+from conftest import command, core_bytes, data_digests, run_command, start, wait_for
 
 
 def share_data(source, output):
@@ -119,8 +119,8 @@ def test_a_chain_that_diverges_is_marked_with_its_reason(small_sweep, tmp_path):
 
 
 def test_a_diverged_chain_is_not_run_again_and_the_comparison_says_over_how_many(small_sweep, tmp_path):
-    from dmsae_ray.driver.options import SweepCommand, load
     from dmsae_ray.distill.grid import planned
+    from dmsae_ray.driver.options import SweepCommand, load
 
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output, output)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray_head import ray_head
 from conftest import HANGS
+from ray_head import ray_head
 from victims import LOCAL, Victim, copy_parts, frozen, none_left_running, temporaries  # noqa: F401 (a fixture is used by its name)
 
 SHARDS = ("--harvest.tokens", "131072", "--harvest.rows_per_shard", "2048")

@@ -101,7 +101,9 @@ def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small
 
 @pytest.mark.slow
 def test_a_superseded_driver_and_its_worker_write_nothing_more(small_sweep, tmp_path):
-    """A driver that was cut off while another took the folder over: here the generation alone is raised while it works."""
+    """A driver that was cut off while another took the folder over: here the generation alone is raised while it
+    works.
+    """
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
     victim, taken_over = (
@@ -260,7 +262,9 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
 
 
 def test_a_killed_driver_of_a_chain_is_replaced_and_the_chain_goes_on(small_sweep, tmp_path):
-    """Not the command: the trial that drives one chain's workers. They end with it, and begin again with its successor."""
+    """Not the command: the trial that drives one chain's workers. They end with it, and begin again with its
+    successor.
+    """
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
     victim = Victim(output, *SEED0, "--sweep.cycles", "1", "--train.checkpoint_steps", "1")

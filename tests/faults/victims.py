@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -97,10 +97,8 @@ class Victim:
         victims = list(self._known.values())
         os.kill(self.process.pid, signal.SIGKILL)
         for victim in victims if everything else ():
-            try:
+            with suppress(psutil.NoSuchProcess):
                 victim.kill()
-            except psutil.NoSuchProcess:
-                pass
         assert self.process.wait() == -signal.SIGKILL
         if self._root.pid == self.process.pid:
             survivors = psutil.wait_procs(victims, timeout=HANGS)[1]
@@ -120,10 +118,8 @@ def frozen(process: psutil.Process) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.resume()
-        except psutil.NoSuchProcess:
-            pass
 
 
 def temporaries(output: Path) -> list[str]:

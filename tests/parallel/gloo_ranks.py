@@ -13,18 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmsae_ray.sae import gate as gate_module
 from dmsae_ray.sae import loss as loss_module
-from dmsae_ray.sae.ranks.collective import Alone, TorchCollective
+from dmsae_ray.sae.cost.traffic import Counting, StepFacts, bytes_per_step, reduced
 from dmsae_ray.sae.gate import gate, select
 from dmsae_ray.sae.kept import Kept
 from dmsae_ray.sae.loss import LossModule
-from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.ops.cpu_ops import NativePairs
+from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.ops.torch_ops import TorchPairs
+from dmsae_ray.sae.ranks.collective import Alone, TorchCollective
+from dmsae_ray.sae.report import Diverged
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Trainer
-from dmsae_ray.sae.report import Diverged
-from dmsae_ray.sae.cost.traffic import Counting, StepFacts, bytes_per_step, reduced
 
 BATCH, WIDTH = 24, 18
 MODES = ("ddp", "gather", "latent")

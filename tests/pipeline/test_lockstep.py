@@ -6,10 +6,10 @@ import shutil
 import pytest
 from conftest import core_bytes, data_digests, digest_of_rows, run_command, sae_tensors
 
-from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.config import Config
-from dmsae_ray.distill.trials import in_lockstep
 from dmsae_ray.distill.grid import planned
+from dmsae_ray.distill.trials import in_lockstep
+from dmsae_ray.driver.options import SweepCommand, load
 
 
 def groups_of(*argv):
@@ -88,7 +88,7 @@ def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small
 @pytest.mark.slow
 def test_lockstep_gives_every_chain_the_bits_it_has_alone(small_sweep, tmp_path):
     outputs = [tmp_path / name / "out" for name in ("alone", "together")]
-    for output, most in zip(outputs, ("1", "4")):
+    for output, most in zip(outputs, ("1", "4"), strict=True):
         for part in ("data", "tokens"):
             shutil.copytree(small_sweep.output / part, output / part)
         # Both seeds on one order of data: four chains on one stream.

@@ -36,7 +36,7 @@ def test_harvesting_to_a_url_and_training_from_it_gives_the_files_and_weights_of
     )
     assert trained.code == 0 and "complete and checked" in trained.out, trained.out
     same_results(tmp_path / "out", small_sweep.output, cycles=2)
-    assert {name for name in files_below(tmp_path / "out" / "data" / folder.name)} == references
+    assert set(files_below(tmp_path / "out" / "data" / folder.name)) == references
     for secret in (PASSWORD, KEYS["AWS_SECRET_ACCESS_KEY"]):
         assert secret not in run.out + trained.out and not holding(tmp_path / "out", secret)
 

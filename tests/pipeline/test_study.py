@@ -114,7 +114,9 @@ def test_the_report_makes_all_of_it_again_without_training(study):
 
 @pytest.mark.slow
 def test_training_goes_on_from_a_consensus_core_and_two_sweeps_are_compared(study, small_sweep, tmp_path):
-    """The consensus of two seeds may be empty at this size, so the sharper of its groups are forced in by a low cosine."""
+    """The consensus of two seeds may be empty at this size, so the sharper of its groups are forced in by a low
+    cosine.
+    """
     output = study_config(small_sweep, tmp_path, ARMS.split("study:")[0])
     run = run_command(output, "--compare.cosine", "0.05", "--sweep.seeds", "0,1")
     assert run.code == 0, run.out

@@ -20,15 +20,15 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import read_unit
 from dmsae_ray.activations.shard import as_tensor
 from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
-from dmsae_ray.driver.options import SweepCommand, load
-from dmsae_ray.config import Config
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.attribution.gradients import AttributionSettings
-from dmsae_ray.attribution.worker import score_shards
-from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.attribution.scores import ScoreSettings
+from dmsae_ray.attribution.worker import score_shards
+from dmsae_ray.config import Config
+from dmsae_ray.distill.grid import plan_chains
+from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.trials import run_chains
+from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import ProgressBoard

@@ -109,7 +109,9 @@ def random_sae(d: int, candidates: int = 12) -> MatryoshkaSAE:
 
 
 class Spliced:
-    """The spliced model as a function of how the candidates' activations z [R, P] are scaled, written down once more."""
+    """The spliced model as a function of how the candidates' activations z [R, P] are scaled, written down
+    once more.
+    """
 
     def __init__(self, lm, sae, ids, lengths, splice="replace", candidates=12, rows=None):
         self.lm, self.sae, self.ids, self.lengths = lm, sae, ids, lengths

@@ -48,7 +48,9 @@ def files_of(plan, dataset) -> list[str]:
 @pytest.mark.parametrize("shards, last", [(4, 32), (5, 32), (6, 32), (6, 16), (7, 8)])
 @pytest.mark.parametrize("seeds, parts", [("0,1", None), ("0,1,2", None), ("5,1", 3), ("0,1", 4)])
 def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, shards, last, seeds, parts):
-    """Also where the last shard is not full: a chain that had fewer rows than the others would be another experiment."""
+    """Also where the last shard is not full: a chain that had fewer rows than the others would be another
+    experiment.
+    """
     n = parts or seeds.count(",") + 1
     if (shards - (last < 32)) // n == 0:
         with pytest.raises(ValueError, match="less than one row group for each of 4 lanes"):
@@ -73,7 +75,7 @@ def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, shards, last, see
         "no shard, so no sequence, in two parts"
     )
     all_units, size = dataset.units(), len(units[0])
-    for plan, some in zip(plans, units):
+    for plan, some in zip(plans, units, strict=True):
         part = plan.seed % n
         assert some == all_units[part * size : (part + 1) * size], "seed modulo parts"
         assert plan.order(dataset, cycle=0).n_units == size

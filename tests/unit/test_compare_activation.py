@@ -43,7 +43,7 @@ def test_it_is_the_mean_of_pearson_correlations(monkeypatch):
     matching = hungarian(a.W_dec_ND, b.W_dec_ND)
     found = agreement(standardised(a, rows_RD), standardised(b, rows_RD), matching)
     z_a, z_b = a.activations(rows_RD).double().numpy(), b.activations(rows_RD).double().numpy()
-    expected = [np.corrcoef(z_a[:, i], z_b[:, j])[0, 1] for i, j in zip(matching.left_P, matching.right_P)]
+    expected = [np.corrcoef(z_a[:, i], z_b[:, j])[0, 1] for i, j in zip(matching.left_P, matching.right_P, strict=True)]
     assert found.mean == pytest.approx(np.mean(expected), abs=1e-6) and (found.counted, found.left_out) == (6, 0)
 
 

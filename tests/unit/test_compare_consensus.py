@@ -157,7 +157,7 @@ def test_the_core_is_made_of_means(tmp_path):
     assert core.size == COMMON and (core.cycle, core.seed, core.k, core.selected) == (0, 0, 16, ((0,),) * COMMON)
     for row, feature in enumerate(found.features[:COMMON]):
         rows = [chains[m.chain].core for m in feature.members]
-        W_dec_GD = torch.stack([one.W_dec_CD[m.index] for one, m in zip(rows, feature.members)])
+        W_dec_GD = torch.stack([one.W_dec_CD[m.index] for one, m in zip(rows, feature.members, strict=True)])
         assert torch.allclose(core.W_dec_CD[row], W_dec_GD.mean(0) / W_dec_GD.mean(0).norm(), atol=1e-6)
         assert float(core.W_enc_CD[row].norm()) == pytest.approx(2.0, abs=1e-5), (
             "as long as the members' rows, not shorter"

@@ -152,8 +152,8 @@ def test_draws_are_as_dense_as_the_core_and_decided_by_the_seed():
     named, sae = chain(0, free=200)
     sae.density_N[:] = torch.rand(210, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.001
     one, again, other = (sought(named, sae, seed) for seed in (0, 0, 1))
-    assert all((a == b).all() for a, b in zip(one.draws, again.draws)) and not all(
-        (a == b).all() for a, b in zip(one.draws, other.draws)
+    assert all((a == b).all() for a, b in zip(one.draws, again.draws, strict=True)) and not all(
+        (a == b).all() for a, b in zip(one.draws, other.draws, strict=True)
     )
     assert len(one.draws) == rediscovery.DRAWS and 1 <= one.density_gap < 1.2
     ids = [int(np.argmax(cosines(row[None], sae.W_dec_ND)[0])) for row in one.free.W_dec_ND]

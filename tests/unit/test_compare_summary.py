@@ -53,7 +53,9 @@ def test_the_interval_covers_the_truth():
     left, right = zip(*((a, b) for a in range(12) for b in range(a)), strict=True)
     for _ in range(200):
         effect = rng.normal(0, 0.1, 12)
-        low, high = spread([0.5 + effect[a] + effect[b] for a, b in zip(left, right)], left, right, seed=1).interval
+        low, high = spread(
+            [0.5 + effect[a] + effect[b] for a, b in zip(left, right, strict=True)], left, right, seed=1
+        ).interval
         inside += low <= 0.5 <= high
     assert COVERAGE - 0.12 <= inside / 200 <= 1
 

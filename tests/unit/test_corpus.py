@@ -42,7 +42,7 @@ def test_embedded_corpus_is_small_licensed_and_without_duplicates(documents):
 
 
 def test_embedded_corpus_covers_every_split(documents):
-    counts = {split: 0 for split in SPLITS}
+    counts = dict.fromkeys(SPLITS, 0)
     for document in documents:
         counts[split_of(document.text, 0.05, 0.05)] += len(document.text)
     total = sum(counts.values())
@@ -73,8 +73,8 @@ def test_split_shares_and_nesting():
     small = [split_of(name, 0.05, 0.1) for name in names]
     assert abs(small.count("attribution") / 4000 - 0.05) < 0.015 and abs(small.count("evaluation") / 4000 - 0.1) < 0.02
     larger = [split_of(name, 0.15, 0.1) for name in names]
-    assert all(b == "attribution" for a, b in zip(small, larger) if a == "attribution")
-    assert all(b != "train" or a == "train" for a, b in zip(small, larger))
+    assert all(b == "attribution" for a, b in zip(small, larger, strict=True) if a == "attribution")
+    assert all(b != "train" or a == "train" for a, b in zip(small, larger, strict=True))
     assert {split_of(name, 0.0, 0.0) for name in names} == {"train"}
 
 

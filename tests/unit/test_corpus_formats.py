@@ -349,7 +349,7 @@ def test_more_held_out_tokens_are_read_for_a_finished_dataset_and_its_key_and_fi
     work = Harvest(config, said.append)
     maker = ShardMaker(config, work.targets, str(work.tokens / "train.safetensors"), work.plans[0])
     plans = {"plans": [json.dumps([plan.to_dict() for plan in work.plans])]}
-    for plan, row in zip(work.plans, maker(plans)):
+    for plan, row in zip(work.plans, maker(plans), strict=True):
         for hook, entry in json.loads(row["entries"][0]).items():
             work.entries[hook][plan.name] = ShardEntry(**entry)
     before = work._finish(work.targets[0])

@@ -141,7 +141,9 @@ def test_an_sae_that_gives_x_back_changes_no_prediction(lm, batch):
 
 
 def test_the_core_explains_its_share(lm, batch):
-    """Latents +-e_i: the core has some dimensions, the free latents the others, so its share is that of their variance."""
+    """Latents +-e_i: the core has some dimensions, the free latents the others, so its share is that of their
+    variance.
+    """
     d = lm.d
     sae = MatryoshkaSAE(d, [d, 2 * d], 32, "batchtopk")
     with torch.no_grad():

@@ -21,7 +21,9 @@ def small_integers(shape, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def case():
-    """Sequences of one or two documents, and two chains' latents that tie everywhere; latent 5 of the first is silent."""
+    """Sequences of one or two documents, and two chains' latents that tie everywhere; latent 5 of the first is
+    silent.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for n in rng.integers(4, 30, 50):
@@ -38,7 +40,9 @@ def case():
 
 @torch.no_grad()
 def by_search(lm, sequences, saes, scale):
-    """For each latent its (activation, sequence, position), one for a sequence, falling; ties in the order of the text."""
+    """For each latent its (activation, sequence, position), one for a sequence, falling; ties in the order of the
+    text.
+    """
     found = []
     for sae in saes:
         for latent in range(sae.width):

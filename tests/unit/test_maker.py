@@ -112,7 +112,7 @@ def rows_of_transformers(sequences, plan, hook, alone=False):
     return torch.stack(
         [
             state_TD[t]
-            for n, state_TD in zip(plan.sequences, states)
+            for n, state_TD in zip(plan.sequences, states, strict=True)
             for t in range(sequences.lengths[n])
             if sequences.ids[n, t] != BOS
         ]
@@ -203,7 +203,9 @@ def spared(tokens, reserve):
 
 
 def test_one_bound_holds_in_every_shard_whoever_makes_which_first(maker, tokens, tmp_path):
-    """It is a multiple of the calibration sequences' median, known to an actor that is given another shard first, too."""
+    """It is a multiple of the calibration sequences' median, known to an actor that is given another shard first,
+    too.
+    """
     plans = spared(tokens, 0.5)
     norms = rows_of_transformers(tokens[0], plans[0], POST).half().float().norm(dim=1)
     factor = float(norms.sort().values[-len(norms) // 10] / norms.median())  # a tenth of them exceeds it
@@ -211,7 +213,7 @@ def test_one_bound_holds_in_every_shard_whoever_makes_which_first(maker, tokens,
         factor * float(norms.median()),
         [target_of(tmp_path / name, POST) for name in ("forward", "backward")],
     )
-    for target, order in zip(targets, (plans, plans[::-1])):
+    for target, order in zip(targets, (plans, plans[::-1]), strict=True):
         with bounded(maker, plans, factor, outlier_reserve=0.5):
             made = make(maker, [target], order)
         for plan in plans:
@@ -236,7 +238,7 @@ def test_without_outliers_the_bound_changes_no_row(maker, tokens, tmp_path):
     target = target_of(tmp_path / "bounded", POST)
     with bounded(maker, with_spare, 1000.0):
         made = make(maker, [target], with_spare)
-    for plan, spare in zip(plans, with_spare):
+    for plan, spare in zip(plans, with_spare, strict=True):
         assert torch.equal(bits(rows_in(free, plan)), bits(rows_in(target, spare))) and spare.spare and not plan.spare
         assert made[plan.name][POST].positions["outlier"] == 0
 

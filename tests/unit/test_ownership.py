@@ -343,7 +343,9 @@ def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
 
 
 def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys):
-    """Those of a sweep's results stay, also of another one than is cleaned for; where its needs cannot be told, all do."""
+    """Those of a sweep's results stay, also of another one than is cleaned for; where its needs cannot be told, all
+    do.
+    """
     from dmsae_ray.config import CompareConfig
     from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
     from dmsae_ray.results.comparison import pair_names

@@ -25,7 +25,8 @@ for plan in pickle.load(sys.stdin.buffer):
     c = plan.config
     sources = [part.source.reveal() for part in c.corpus.parts]
     sources = [source if is_hub(source) else [str(path) for path in local_files(source)] for source in sources]
-    print(c.home, plan.folder.path, plan.references, local_folder(c.model.name), sources, c.harvest.store, c.harvest.dataset, c.sae.core, c.track.uri)
+    rest = (c.harvest.store, c.harvest.dataset, c.sae.core, c.track.uri)
+    print(c.home, plan.folder.path, plan.references, local_folder(c.model.name), sources, *rest)
 """
 
 

@@ -95,11 +95,11 @@ def test_no_part_leads_by_more_than_a_document_and_the_mixture_ends_when_the_nex
         assert size == documents[part][counts[part]]  # each part in its own order
         tokens[part] += size
         counts[part] += 1
-        for weight, have, sizes in zip(weights, tokens, documents):
+        for weight, have, sizes in zip(weights, tokens, documents, strict=True):
             assert have - weight / whole * sum(tokens) <= max(sizes) + 1e-9
             if len(parts) == 2:
                 assert weight / whole * sum(tokens) - have <= max(map(max, documents)) + 1e-9
-    lags = [weight * sum(tokens) - whole * have for weight, have in zip(weights, tokens)]
+    lags = [weight * sum(tokens) - whole * have for weight, have in zip(weights, tokens, strict=True)]
     behind = lags.index(max(lags))
     assert counts[behind] == len(documents[behind])
 
@@ -149,7 +149,7 @@ def test_a_mixture_holds_its_shares_to_a_document_and_says_what_each_part_gave(m
     )
     assert (np.abs(tokens - np.array([0.75, 0.25]) * tokens.sum()) <= longest).all()
     assert documents[0] == 200 or documents[1] == 400  # one part is used up
-    for split, (_, (first, second)) in zip(SPLITS, given.transpose(0, 2, 1)):
+    for split, (_, (first, second)) in zip(SPLITS, given.transpose(0, 2, 1), strict=True):
         dropped = first + second - made[split].tokens
         assert dropped == 0 if packing == "separate" else 0 <= dropped < 16
     bounded = prepare_tokens(corpus.model_copy(update={"documents": 101}), tokenizer, T, tmp_path / "bounded")
@@ -289,7 +289,8 @@ def say(line):
     said.append(line)
     if len(said) == 100:
         os.kill(os.getpid(), signal.SIGKILL)
-prepare.prepare_tokens(CorpusConfig.model_validate_json(sys.argv[1]), load_tokenizer("tiny"), 32, Path(sys.argv[2]), None, say)
+corpus = CorpusConfig.model_validate_json(sys.argv[1])
+prepare.prepare_tokens(corpus, load_tokenizer("tiny"), 32, Path(sys.argv[2]), None, say)
 """
     killed, calm = tmp_path / "killed", tmp_path / "calm"
     done = subprocess.run([sys.executable, "-c", code, mixture.model_dump_json(), str(killed)], timeout=600)

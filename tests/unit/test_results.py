@@ -116,7 +116,7 @@ def test_features_of_other_settings_do_not_pass_for_these_and_are_not_lost(sweep
         plan.config.model_copy(update={"features": plan.config.features.model_copy(update={"most": 7})})
         for plan in plans
     ]
-    others = [type(plan)(**vars(plan) | {"config": config}) for plan, config in zip(plans, longer)]
+    others = [type(plan)(**vars(plan) | {"config": config}) for plan, config in zip(plans, longer, strict=True)]
     results, _ = made((others, dataset, folder))
     assert list(results.failed) == ["features"] and not (folder / "features.json").exists()
     results, said = made(sweep)

@@ -15,7 +15,7 @@ from dmsae_ray.config import Config
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import preflight
 from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.secret_url import SecretUrl, masked, scrub
+from dmsae_ray.secret_url import MASK, SecretUrl, masked, scrub
 
 SECRET = "hunter2/+x"
 URLS = {
@@ -117,6 +117,13 @@ def test_a_masked_one_is_not_used_but_asked_for_again(tmp_path):
     config = load(SweepCommand, ["--config", str(path)])
     with pytest.raises(ValueError, match=r"^track\.uri https://\*\*\*@h: .* give the whole URL again"):
         preflight(config)
+
+
+def test_each_part_of_a_mixture_is_looked_at(tmp_path):
+    """Also the first of several, which all have the same field."""
+    parts = [{"source": f"s3://{MASK}@bucket/a", "weight": 1}, {"source": str(tmp_path), "weight": 1}]
+    with pytest.raises(ValueError, match=r"^corpus\.source s3://\*\*\*@bucket/a: .* give the whole URL again"):
+        preflight(Config(corpus={"mixture": parts}))
 
 
 def test_what_libraries_print_is_kept_without_them(tmp_path):

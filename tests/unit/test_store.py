@@ -220,7 +220,10 @@ def test_a_url_that_nobody_can_open_is_named():
         Store("nope://bucket/p")
 
 
-def refusing(times, error=OSError("503 Slow Down\nmore of it")):
+BUSY = OSError("503 Slow Down\nmore of it")
+
+
+def refusing(times, error=BUSY):
     """A call that fails so often, then answers; and how often it was called."""
     calls = []
 

@@ -192,7 +192,7 @@ def test_figures_draw_for_any_number_of_chains(n, tmp_path):
 def test_a_matrix_of_one_arm():
     labels = ["seed0-k16", "seed1-k16", "seed0-k16-random"]
     found = comparison(labels, [pair(), pair(b="seed0-k16-random", pw_mcc=0.1)]) | {
-        "arms": dict(zip(labels, ("base", "base", "random")))
+        "arms": dict(zip(labels, ("base", "base", "random"), strict=True))
     }
     assert figures.matrices(found, "base")[:2] == (labels[:2], [[None, 0.77], [0.77, None]])
     assert figures.matrices(found)[1][0] == [None, 0.77, 0.1] and figures.matrices(found, "random")[1] == [[None]]

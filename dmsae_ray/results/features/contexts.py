@@ -126,7 +126,9 @@ def _sequence_peaks(
 
 
 def _weaker(top: list[Peak], sample: list[Peak], spread: int) -> list[Peak]:
-    """At most `spread` peaks of the sample at evenly spaced quantiles, falling, from sequences that are not in `top`."""
+    """At most `spread` peaks of the sample at evenly spaced quantiles, falling, from sequences that are not
+    in `top`.
+    """
     taken = {peak.sequence for peak in top}
     rest = sorted(
         (peak for peak in sample if peak.sequence not in taken), key=lambda peak: (-peak.activation, peak.sequence)

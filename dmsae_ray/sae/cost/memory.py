@@ -46,8 +46,7 @@ def footprint(
     """Bytes of fp32 training on the rank that holds most, by what they are for. Their sum bounds the peak.
 
     low_screen: the screen is bf16. candidates: per kept pair; 1.1 to 1.6 in practice (StepReport.candidates says).
-    dead: dead
-    latents of this rank. fused: Triton kernels, whose screen writes no product.
+    dead: dead latents of this rank. fused: Triton kernels, whose screen writes no product.
     """
     trainer = _without_memory(settings, core_size, world, low_screen)
     lasting = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in lasting_tensors(trainer).items()}

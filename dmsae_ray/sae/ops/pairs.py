@@ -65,7 +65,9 @@ class Margin(NamedTuple):
 
 
 class AdamStep(NamedTuple):
-    """What one step of Adam needs beside gradient and state: W -= step_size * mean / (sqrt(square) * correction + eps)."""
+    """What one step of Adam needs beside gradient and state: W -= step_size * mean / (sqrt(square) * correction +
+    eps).
+    """
 
     beta1: float
     beta2: float

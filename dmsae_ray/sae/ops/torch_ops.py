@@ -107,7 +107,9 @@ class TorchPairs:
         rows: int,
         dropped_N: Tensor | None,
     ) -> Pairs:
-        """Positive pairs at or above the threshold (the first n_exempt latents: all positive ones), but for dropped_N."""
+        """Positive pairs at or above the threshold (the first n_exempt latents: all positive ones), but for
+        dropped_N.
+        """
         kept_N = (value_N > 0) & ((value_N >= threshold) | (latent_N < n_exempt))
         if dropped_N is not None:
             kept_N &= ~dropped_N

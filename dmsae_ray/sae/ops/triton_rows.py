@@ -84,9 +84,8 @@ def adam(
     """The whole update of a row in one pass over weights, gradient and state.
 
     parallel * W is taken out of the gradient (None: nothing), then it is multiplied by the number at `clip`. go: where
-    there is
-    a 0, nothing is changed. UNIT_EPS: the new row is divided by its norm plus this (None: it is not). norm None: no
-    rounding.
+    there is a 0, nothing is changed. UNIT_EPS: the new row is divided by its norm plus this (None: it is not). norm
+    None: no rounding.
     total: numbers in all rows, which a vector cut into rows of BLOCK does not fill.
     """
     if tl.load(go) != 0:

@@ -1,8 +1,7 @@
 """Triton kernels of a radix select whose state stays on the device: no pass waits for the host.
 
 Positive floats are ordered like their bits read as integers. state: int64 [leading bits found, rank wanted among those
-that
-share them (1: largest), 1 if there are so many positive values].
+that share them (1: largest), 1 if there are so many positive values].
 """
 
 from __future__ import annotations

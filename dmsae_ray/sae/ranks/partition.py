@@ -21,7 +21,9 @@ from dmsae_ray.sae.sae import TRAINED, MatryoshkaSAE
 
 
 class Shard:
-    """Which latents of an SAE are one rank's. Raises ValueError if there are more ranks than latents in the last group."""
+    """Which latents of an SAE are one rank's. Raises ValueError if there are more ranks than latents in the last
+    group.
+    """
 
     def __init__(self, sae: MatryoshkaSAE, world: int, rank: int) -> None:
         """sae: the whole SAE, of which only the shape is taken."""

@@ -1,4 +1,6 @@
-"""The sqlite database that MLflow keeps an output folder's runs in: its URL, and its paths after the folder was moved."""
+"""The sqlite database that MLflow keeps an output folder's runs in: its URL, and its paths after the folder was
+moved.
+"""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ later sync catches up, and deleting the store only means that it is filled again
 
     experiment
       sweep run            parameters, comparison: tables, matrix, summary numbers
-        chain run          parameters, each cycle's measurements with step = cycle, coverage of the attribution as a figure
-          cycle run        training curves (step = optimiser step), measurements, coverage (step = rank), core, scores and record
+        chain run          parameters, each cycle's measurements (step = cycle), coverage of the attribution as a figure
+          cycle run        training curves (step = optimiser step), measurements, coverage (step = rank), core, scores
+                             and record
 
 A run is found by its tags `dmsae.home` (output folder), `dmsae.sweep` (sweep key), `dmsae.kind` and `dmsae.key` (sweep
 key | chain key | chain key/cycle). A chain that a second sweep reuses gets runs of its own there, since an MLflow run
@@ -83,8 +84,8 @@ class MlflowTracker:
 
     def sync(self) -> bool:
         """Log what is new on disk; True if the store holds it all now. Cheap if nothing changed. Never raises on
-        account of the store or of
-        a damaged file: it says so in one line and tries again next time. Does nothing once the tracker is closed."""
+        account of the store or of a damaged file: it says so in one line and tries again next time. Does nothing once
+        the tracker is closed."""
         with self._lock:
             if self._closed:
                 return True

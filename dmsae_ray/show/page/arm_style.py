@@ -52,7 +52,9 @@ class Style:
 
 
 def words(arm: str, config: dict[str, Any]) -> str:
-    """What an arm is, by the fields in which config.yaml says that it differs from the grid; a dash if it does not say."""
+    """What an arm is, by the fields in which config.yaml says that it differs from the grid; a dash if it does not
+    say.
+    """
     if arm == BASE:
         by = (config.get("selection") or {}).get("by")
         return "the grid" + (f": {WORDS.get(('selection.by', by), f'core chosen by {by}')}" if by else "")

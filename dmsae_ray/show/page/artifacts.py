@@ -16,7 +16,9 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The files of a finished sweep. A piece that is not there is empty, and `reasons` says why under its file's name."""
+    """The files of a finished sweep. A piece that is not there is empty, and `reasons` says why under its file's
+    name.
+    """
 
     name: str
     """name of the sweep"""

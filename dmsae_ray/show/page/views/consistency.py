@@ -1,4 +1,6 @@
-"""The view of agreement between chains: a matrix of every two cores, groups of pairs, and the pairs with their nulls."""
+"""The view of agreement between chains: a matrix of every two cores, groups of pairs, and the pairs with
+their nulls.
+"""
 
 from __future__ import annotations
 

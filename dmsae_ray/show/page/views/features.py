@@ -46,17 +46,19 @@ def _browser(chains: list[str]) -> str:
     among = "".join(f"<option>{escape(chain)}</option>" for chain in sorted(chains))
     return f"""<div class="browser" id="browser">
 <form class="filters" role="search" aria-label="Features">
-<label class="wide">Search <input type="search" id="feature-search" autocomplete="off" spellcheck="false" aria-keyshortcuts="/"
- placeholder="text of a context, or an id"></label>
+<label class="wide">Search <input type="search" id="feature-search" autocomplete="off" spellcheck="false"
+ aria-keyshortcuts="/" placeholder="text of a context, or an id"></label>
 <label>Sort by <select id="feature-sort">{sorts}</select></label>
 <label>Kind <select id="feature-kind">{kinds}</select></label>
 <label>Chain <select id="feature-chain"><option value="">any</option>{among}</select></label>
-<span class="label"><label for="feature-least">Reproducibility at least</label> <output id="feature-least-shown">0 %</output>
+<span class="label"><label for="feature-least">Reproducibility at least</label>
+ <output id="feature-least-shown">0 %</output>
  <input type="range" id="feature-least" min="0" max="1" step="0.05" value="0"></span>
 </form>
 <p class="hint"><output id="feature-count" aria-live="polite"></output>
  <span>Keys: <kbd>j</kbd> <kbd>k</kbd> or arrows move, <kbd>/</kbd> searches, <kbd>Esc</kbd> clears.</span></p>
-<div class="feature-columns" aria-hidden="true"><span>Id</span><span>Most active on</span><span>Seeds</span><span id="feature-column"></span></div>
+<div class="feature-columns" aria-hidden="true">
+<span>Id</span><span>Most active on</span><span>Seeds</span><span id="feature-column"></span></div>
 <ul class="feature-list" id="feature-list" role="listbox" tabindex="0" aria-label="Features"></ul>
 <article class="feature-detail" id="feature-detail" aria-live="polite" aria-label="The chosen feature"></article>
 </div>"""
