@@ -11,6 +11,7 @@ from dmsae_ray.activations.store import StoreError
 from dmsae_ray.causes import causes
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
+from dmsae_ray.lock import Lease
 from dmsae_ray.sae.report import Diverged
 from dmsae_ray.secret_url import scrub
 
@@ -19,13 +20,15 @@ FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, Arithmeti
 """
 
 
-def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = None, step: int | None = None) -> None:
+def write_failure(
+    plan: ChainPlan, lease: Lease, kind: str, reason: str, cycle: int | None = None, step: int | None = None
+) -> None:
     """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep); cycle, step: where, as
     far as that is known.
 
     Raises Superseded.
     """
-    plan.lease.check()
+    lease.check()
     write_json(
         plan.folder.failed,
         {
@@ -33,18 +36,21 @@ def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = N
             "reason": scrub(reason),
             "cycle": cycle,
             "step": step,
-            "generation": plan.lease.generation,
+            "generation": lease.generation,
             "at": time.time(),
             "traceback": scrub(traceback.format_exc()),
         },
     )
 
 
-def _cause(error: BaseException, kinds: tuple[type, ...]) -> Exception | None:
+def cause(error: BaseException, kinds: tuple[type[Exception], ...]) -> Exception | None:
     """The first of these kinds in a chain of causes, also where Ray wrapped what a task of its own raised."""
     links = causes(error, contexts=True)
     for link in links:
         # A read task's error reaches us only as the text of its traceback.
         if found := re.search(r"^[\w.]*(ShardError|StoreError|Missing): (.+)$", str(link), re.MULTILINE):
             return (ShardError if found[1] == "ShardError" else StoreError)(found[2])
-    return next((link for link in links if isinstance(link, kinds)), None)
+    for link in links:
+        if isinstance(link, kinds):
+            return link
+    return None

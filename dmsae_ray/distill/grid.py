@@ -10,29 +10,28 @@ from dmsae_ray.activations.dataset import ActivationDataset, Manifest
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import BASE, ChainPlan, Start
-from dmsae_ray.lock import Lease
 from dmsae_ray.secret_url import SecretUrl
 
 
-def plan_chains(config: Config, dataset: ActivationDataset, lease: Lease) -> list[ChainPlan]:
+def plan_chains(config: Config, dataset: ActivationDataset) -> list[ChainPlan]:
     """Every chain of a sweep: the grid seeds x k, then the arms of its study.
 
     Raises ValueError if a core to start from does not fit the dataset.
     """
-    plans = plan_all(config, dataset.store.url, dataset.manifest.key, lease)
+    plans = plan_all(config, dataset.store.url, dataset.manifest.key)
     for path in sorted({plan.start.path for plan in plans if plan.start and plan.start.chain is None}):
         check_start(path, dataset.manifest)
     return plans
 
 
-def plan_all(config: Config, dataset: SecretUrl | str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+def plan_all(config: Config, dataset: SecretUrl | str, dataset_key: str) -> list[ChainPlan]:
     """The same without a look at the dataset. Raises ValueError if a core file to start from cannot be read."""
-    base = grid(config, BASE, dataset, dataset_key, lease)
+    base = grid(config, BASE, dataset, dataset_key)
     plans = list(base)
     for name, arm in config.study.arms.items():
         arm_config = config.of_arm(name)
         if arm.core == "none":
-            plans += grid(arm_config, name, dataset, dataset_key, lease)
+            plans += grid(arm_config, name, dataset, dataset_key)
         else:
             plans += [
                 replace(
@@ -55,14 +54,14 @@ def plan_all(config: Config, dataset: SecretUrl | str, dataset_key: str, lease: 
     return plans
 
 
-def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str, lease: Lease | None) -> list[ChainPlan]:
+def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str) -> list[ChainPlan]:
     """One chain for every seed and k."""
     start = None
     if config.sae.core is not None:
         core = Core.load(config.sae.core)
         start = Start(config.sae.core, core.cycle + 1, {"core": core.fingerprint})
     return [
-        ChainPlan(config, seed, k, dataset, dataset_key, lease, arm, start)
+        ChainPlan(config, seed, k, dataset, dataset_key, arm, start)
         for k in config.sweep.k
         for seed in config.sweep.seeds
     ]
@@ -89,4 +88,4 @@ def planned(config: Config) -> list[ChainPlan]:
     """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is
     missed.
     """
-    return plan_all(config, "", Identity(config).key(config.model.hook), None)
+    return plan_all(config, "", Identity(config).key(config.model.hook))

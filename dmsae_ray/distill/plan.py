@@ -16,7 +16,6 @@ from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.config import Config, fields_key
 from dmsae_ray.core.select import count_of
 from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.lock import Lease
 from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
 
@@ -50,8 +49,6 @@ class ChainPlan:
     dataset: SecretUrl | str
     """folder or URL of the activations"""
     dataset_key: str
-    lease: Lease | None
-    """the right to write; None only to look"""
     arm: str = BASE
     """group of chains that have all but seed and k in common"""
     start: Start | None = None
@@ -142,12 +139,12 @@ class ChainPlan:
 
         Raises ValueError if the chain that the sizes are taken from has not done this cycle.
         """
+        if (twin := self.twin()) is not None:
+            check_twins({self.label: (twin.folder, cycle + 1)})
+            return twin.folder.records()[cycle]["core_out"]
         size = self.config.selection.size
-        if size != "match":
-            return count_of(size, candidates)
-        twin = self.twin()
-        check_twins({self.label: (twin.folder, cycle + 1)})
-        return twin.folder.records()[cycle]["core_out"]
+        assert not isinstance(size, str), "a share of the attribution is no number of latents"
+        return count_of(size, candidates)
 
     def twin(self) -> ChainPlan | None:
         """The chain that `selection.size: match` takes the core sizes from."""

@@ -17,6 +17,7 @@ from dmsae_ray.activations.stream import MASK
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.rank import Rank
 from dmsae_ray.files import replacing
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.ranks.collective import Collective
@@ -49,14 +50,17 @@ class Training:
         cycle: int,
         core: Core | None,
         dataset: ActivationDataset,
-        comm: Collective,
-        device: torch.device,
+        rank: Rank,
     ):
         """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
-        self.plan, self.comm, self.device, self.folder = plan, comm, device, plan.folder.cycle(cycle)
+        self.plan, self.comm, self.lease, self.folder = plan, rank.comm, rank.lease, plan.folder.cycle(cycle)
         settings = plan.sae_settings(dataset.manifest.d)
-        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(device)
-        self.trainer = Trainer(sae, settings, comm, _averaging(sae, settings, comm))  # which may hold only a part of it
+        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(
+            rank.device
+        )
+        self.trainer = Trainer(
+            sae, settings, rank.comm, _averaging(sae, settings, rank.comm)
+        )  # which may hold only a part of it
         self.order = plan.order(dataset, cycle)
         self.so_far = Progress()
         if self.folder.checkpoint.exists():
@@ -69,18 +73,18 @@ class Training:
             self.so_far.resumes.append(
                 {
                     "step": self.first,
-                    "generation": plan.lease.generation,
-                    "workers": comm.world,
+                    "generation": rank.lease.generation,
+                    "workers": rank.world,
                     "parallel": plan.config.train.parallel,
                 }
             )
-        if comm.rank == 0:
-            plan.lease.check()
+        if rank.writes:
+            self.lease.check()
             self.folder.curve.write_text("".join(json.dumps(point) + "\n" for point in self.so_far.curve))
         self.began: float | None = None
-        self.ended = self.waited = 0.0
-        """when the last step ended; seconds waited for batches, both since `began`"""
-        self.first_batch_s: float | None = None
+        """when the first step of this run did; None before it"""
+        self.ended = self.waited = self.first_batch_s = 0.0
+        """when the last step ended; seconds waited for batches since `began`, and for the first of them"""
 
     def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> StepReport | None:
         """Train on the global batch of this number; its figures where they are logged, on rank 0. Raises Diverged.
@@ -105,13 +109,18 @@ class Training:
     def tokens_per_s(self) -> float:
         """Of this run of the cycle, waiting included."""
         done = self.trainer.steps_done - self.first
-        return done * self.plan.config.train.batch / (self.ended - self.began) if done else 0.0
+        return done * self.plan.config.train.batch / self.seconds if done else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the first step of this run to the last one."""
+        return 0.0 if self.began is None else self.ended - self.began
 
     def log(self, report: StepReport) -> None:
         """A point of the curve. Only on rank 0."""
         point = asdict(report) | {"tokens_per_s": round(self.tokens_per_s, 1)}
         self.so_far.curve.append(point)
-        self.plan.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
+        self.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
         with open(self.folder.curve, "a") as file:
             file.write(json.dumps(point) + "\n")
 
@@ -126,7 +135,7 @@ class Training:
         self.so_far.position = self.order.position(step)
         state = self.trainer.state_dict()
         if self.comm.rank == 0:
-            self.plan.lease.check()
+            self.lease.check()
             with replacing(self.folder.checkpoint) as temporary:
                 torch.save({"trainer": state, "progress": json.dumps(asdict(self.so_far))}, temporary)
         self.comm.wait_for_all()
@@ -145,7 +154,7 @@ class Training:
             "data_digest": f"{self.so_far.digest:016x}",
             "rows_dropped": plan.config.train.tokens - plan.steps * plan.config.train.batch,
             "tokens_per_s": round(self.tokens_per_s, 1) if done else None,
-            "data_wait_share": round(self.waited / (self.ended - self.began), 4) if done else None,
+            "data_wait_share": round(self.waited / self.seconds, 4) if done else None,
             "first_batch_s": round(self.first_batch_s, 3) if done else None,
             "theta_training": float(self.trainer.threshold),
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -22,6 +23,7 @@ from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.distill.failure import write_failure
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.worker import train_chains
+from dmsae_ray.lock import Lease
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
 """Of the workers' collectives: longer than anything one rank does while the others wait for it at a barrier (choosing a
@@ -33,16 +35,17 @@ out.
 """
 
 
-def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) -> None:
+def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any, scratch: Path) -> None:
     """Run these chains, `concurrent` worker groups at a time; returns when each chain is finished or marked failed.
 
-    A trial whose process is lost begins again, `cluster.retries` times: what its chain had finished stays. board: actor
-    handle with update(label, **fields). scratch: folder for what Tune and Train write, removed at the end.
+    A trial whose process is lost begins again, `cluster.retries` times: what its chain had finished stays. lease: the
+    right to write. board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write,
+    removed at the end.
     """
     groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
 
     def trial(grid: dict) -> None:
-        drive(groups[grid["group"]], board, str(scratch))
+        drive(groups[grid["group"]], lease, board, str(scratch))
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": HERE}),
@@ -54,12 +57,12 @@ def run_chains(plans: list[ChainPlan], concurrent: int, board, scratch: Path) ->
     )
     try:
         for group, result in zip(groups, tuner.fit(), strict=True):
-            settle(group, result.error, board)
+            settle(group, lease, result.error, board)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def settle(plans: list[ChainPlan], error: BaseException | None, board) -> None:
+def settle(plans: list[ChainPlan], lease: Lease, error: BaseException | None, board: Any) -> None:
     """After their trial: no chain is left that is neither finished nor marked failed. error: what the trial ended
     with.
     """
@@ -72,7 +75,7 @@ def settle(plans: list[ChainPlan], error: BaseException | None, board) -> None:
             reason = (
                 f"its driver was lost, and again after cluster.retries {plan.config.cluster.retries}: {_root(error)}"
             )
-        write_failure(plan, "error", f"{reason}. The same command goes on where it stopped")
+        write_failure(plan, lease, "error", f"{reason}. The same command goes on where it stopped")
         ray.get(board.update.remote(plan.label, phase="failed", message=reason))
 
 
@@ -87,7 +90,7 @@ def in_lockstep(plans: list[ChainPlan]) -> list[list[ChainPlan]]:
     return [some[first : first + most] for some in alike.values() for first in range(0, len(some), most)]
 
 
-def drive(plans: list[ChainPlan], board, scratch: str) -> None:
+def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> None:
     """One trial: a Ray Train run over the cycles of one chain, or of several in lockstep, with their aggregator. Marks
     chains failed instead of raising."""
     first, cluster = plans[0], plans[0].config.cluster
@@ -96,14 +99,19 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     trainer = ray.train.torch.TorchTrainer(
         train_chains,
-        train_loop_config={"plans": plans, "aggregator": Aggregator.remote(first.score_settings), "board": board},
+        train_loop_config={
+            "plans": plans,
+            "lease": lease,
+            "aggregator": Aggregator.remote(first.score_settings),  # type: ignore[attr-defined]  # `ray.remote` adds it
+            "board": board,
+        },
         torch_config=torch_config(cluster.gpus_per_worker),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             # A trial that begins again must not take up what Ray Train noted of the run that was lost.
-            name=f"{first.key}-{first.lease.generation}-{secrets.token_hex(4)}",
+            name=f"{first.key}-{lease.generation}-{secrets.token_hex(4)}",
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
         ),
@@ -113,7 +121,7 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
     except ray.train.TrainingFailedError as error:
         for plan in plans:
             if not plan.finished() and plan.folder.failure() is None:
-                write_failure(plan, "error", _root(error))
+                write_failure(plan, lease, "error", _root(error))
     for plan in plans:
         if (failure := plan.folder.failure()) is not None:
             ray.get(board.update.remote(plan.label, phase="failed", message=failure["reason"]))

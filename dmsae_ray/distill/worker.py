@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.train
@@ -16,54 +18,54 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.stream import MASK, Batches, Stream
 from dmsae_ray.distill.chain import Chain
-from dmsae_ray.distill.failure import FINAL, _cause
+from dmsae_ray.distill.cycle import Cycle
+from dmsae_ray.distill.failure import FINAL, cause
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.distill.rank import Rank
 from dmsae_ray.distill.training import first_step
-from dmsae_ray.lock import Superseded
+from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.report import Diverged
 
 
 def train_chains(loop: dict) -> None:
-    """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), aggregator and board (actor
-    handles).
+    """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), lease (the right to write),
+    aggregator and board (actor handles).
     """
     # Failed ones are left out: a worker group may have been started again after the failure was written.
-    plans = [plan for plan in loop["plans"] if not _failed(plan)]
+    plans = [plan for plan in loop["plans"] if not _failed(plan, loop["lease"])]
     if not plans:
         return
     try:
-        Worker(plans, loop["aggregator"], loop["board"]).run()
+        Worker(plans, loop["lease"], loop["aggregator"], loop["board"]).run()
     except Superseded:
         return  # another driver has the folders: trying again cannot help, and nothing may be written
 
 
-def _failed(plan: ChainPlan) -> bool:
+def _failed(plan: ChainPlan, lease: Lease) -> bool:
     failure = plan.folder.failure()
-    return failure is not None and (failure["kind"] == "diverged" or failure["generation"] == plan.lease.generation)
+    return failure is not None and (failure["kind"] == "diverged" or failure["generation"] == lease.generation)
 
 
 class Worker:
     """One rank of the worker group: the stream, the language model, and the chains that share them."""
 
-    def __init__(self, plans: list[ChainPlan], aggregator, board):
+    def __init__(self, plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any):
         from dmsae_ray.lm.model import LanguageModel
 
         context, plan = ray.train.get_context(), plans[0]
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device, self.aggregator = ray.train.torch.get_device(), aggregator
-        self.comm = Alone() if self.world == 1 else TorchCollective(self.device)
+        number, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+        comm = Alone() if world == 1 else TorchCollective(device)
+        self.rank = Rank(number, world, comm, device, lease, aggregator, board)
         torch.set_num_threads(plan.config.train.threads)
-        self.chains = [Chain(plan, self, board) for plan in plans]
+        self.chains = [Chain(plan, self.rank) for plan in plans]
         """those that have not failed"""
         self._opened: Batches | None = None
         with self.failing(*self.chains):
             self.dataset = ActivationDataset(plan.dataset)
-            self.stream = Stream(
-                self.dataset, plan.units(self.dataset), self.rank, self.world, plan.stream_limits, self.device
-            )
+            self.stream = Stream(self.dataset, plan.units(self.dataset), number, world, plan.stream_limits, device)
             self.open(min(chain.cycle for chain in self.chains))  # reading starts beside loading the model
-            self.lm = LanguageModel.of(plan.config.model, str(self.device))
+            self.lm = LanguageModel.of(plan.config.model, str(device))
 
     def run(self) -> None:
         try:
@@ -81,57 +83,66 @@ class Worker:
 
     def run_cycle(self, members: list[Chain]) -> None:
         """Train all members' SAEs, then finish the cycle of one after the other."""
+        cycles = []
         for chain in members:
             with self.failing(chain):
-                chain.begin()
-        self.comm.wait_for_all()  # models load at different speeds
+                cycles.append(Cycle(chain, self.dataset, self.lm))
+        self.rank.comm.wait_for_all()  # models load at different speeds
         with self.failing(*members):
-            self.train([chain for chain in members if chain in self.chains])
-        left = [chain for chain in members if chain in self.chains]
-        for chain in left:
-            with self.failing(chain):
-                chain.finish(len(left), opens_next=chain is left[-1])
-        self.comm.wait_for_all()  # rank 0 had a cycle to commit
+            self.train(cycles)
+        left = self._left(cycles)
+        for cycle in left:
+            with self.failing(cycle.chain):
+                # Reading for the next cycle starts while the last one of this round is finished.
+                open_next = functools.partial(self.open_next, cycle.number) if cycle is left[-1] else None
+                cycle.finish(len(left), open_next)
+        self.rank.comm.wait_for_all()  # rank 0 had a cycle to commit
 
-    def train(self, members: list[Chain]) -> None:
+    def _left(self, cycles: list[Cycle]) -> list[Cycle]:
+        """Those whose chains have not failed."""
+        return [cycle for cycle in cycles if cycle.chain in self.chains]
+
+    def train(self, members: list[Cycle]) -> None:
         """Every batch of the cycle, read once: each member that does not have it yet takes its step on it."""
         if not members:
             return
-        start, steps = min(chain.training.first for chain in members), members[0].plan.steps
+        start, steps = min(cycle.training.first for cycle in members), members[0].plan.steps
         batches = self._batches(members[0].training.order, start, steps)
-        token_index_B = torch.from_numpy(batches.order.token_index(self.rank, self.world)).to(self.device)
+        token_index_B = torch.from_numpy(batches.order.token_index(self.rank.number, self.rank.world)).to(
+            self.rank.device
+        )
         since = time.monotonic()
         for step, x_BD in enumerate(batches, start):
             waited = time.monotonic() - since
-            for chain in [chain for chain in members if chain.training.first <= step]:
-                with self.failing(chain):
+            for cycle in [cycle for cycle in members if cycle.training.first <= step]:
+                with self.failing(cycle.chain):
                     try:
-                        chain.step(step, x_BD, token_index_B, waited)
+                        cycle.step(step, x_BD, token_index_B, waited)
                     except Diverged as error:  # all ranks come here together
-                        chain.at_step = step - error.behind
-                        raise self._diverged(error, chain, batches, step - error.behind) from error
-            members = [chain for chain in members if chain in self.chains]
+                        cycle.chain.at_step = step - error.behind
+                        raise self._diverged(error, cycle, batches, step - error.behind) from error
+            members = self._left(members)
             if not members:
                 return
-            taking = [chain for chain in members if chain.training.first <= step]
+            taking = [cycle for cycle in members if cycle.training.first <= step]
             due = members[0].training.checkpoint_due(step)
             # Rows are counted for those that trained on them, so before another member takes its first batch.
-            if due or any(chain.training.first == step + 1 for chain in members):
+            if due or any(cycle.training.first == step + 1 for cycle in members):
                 self.count_rows(batches, taking)
             if due:
-                for chain in taking:
-                    chain.training.checkpoint(step + 1)
+                for cycle in taking:
+                    cycle.training.checkpoint(step + 1)
             since = time.monotonic()
 
-    def count_rows(self, batches: Batches, members: list[Chain]) -> None:
+    def count_rows(self, batches: Batches, members: list[Cycle]) -> None:
         """Add the digest of the rows given since the last call to the members that trained on them. All ranks call it
         together.
         """
         # Two halves, since a sum of signed 64-bit integers over ranks must not overflow.
-        halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.device)
-        high, low = self.comm.all_reduce_sum(halves).tolist()
-        for chain in members:
-            chain.training.count(((high << 32) + low) & MASK)
+        halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.rank.device)
+        high, low = self.rank.comm.all_reduce_sum(halves).tolist()
+        for cycle in members:
+            cycle.training.count(((high << 32) + low) & MASK)
         batches.digest = 0
 
     def open(self, cycle: int) -> None:
@@ -158,9 +169,9 @@ class Worker:
         if self._opened is None or self._opened.order.cycle == number:
             self.open(cycle + 1)
 
-    def _diverged(self, error: Diverged, chain: Chain, batches: Batches, step: int) -> Exception:
+    def _diverged(self, error: Diverged, cycle: Cycle, batches: Batches, step: int) -> Exception:
         """Tell bad data from a bad run."""
-        everyone = gather_objects(self.comm, [batches.shard_of(row, error.behind) for row in error.rows])
+        everyone = gather_objects(self.rank.comm, [batches.shard_of(row, error.behind) for row in error.rows])
         shards = sorted({shard for some in everyone for shard in some})
         if shards:
             return ShardError(
@@ -168,7 +179,7 @@ class Worker:
                 "checksum. Delete it and run `python -m dmsae_ray.harvest`: only it is made again; no checkpoint was "
                 "written from it"
             )
-        return Diverged(f"cycle {chain.cycle}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
+        return Diverged(f"cycle {cycle.number}, step {step}: {error}. Lower train.lr or raise train.warmup_share")
 
     @contextmanager
     def failing(self, *chains: Chain) -> Iterator[None]:
@@ -178,12 +189,12 @@ class Worker:
         except Superseded:
             raise
         except Exception as error:
-            known = _cause(error, FINAL)
+            known = cause(error, FINAL)
             if known is None:
                 raise
             for chain in chains:
                 if chain in self.chains:
                     chain.fail(known)
                     self.chains.remove(chain)
-            if self.world > 1 and not isinstance(known, Diverged):
+            if self.rank.world > 1 and not isinstance(known, Diverged):
                 raise  # the other ranks do not know: let Ray end the group

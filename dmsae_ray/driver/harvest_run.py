@@ -33,10 +33,11 @@ def run(command: HarvestCommand) -> int:
             if command.verify or not bad:
                 return 1 if bad else 0
         # A dataset given by harvest.dataset lacks what was just deleted, which otherwise is an error there.
-        datasets = {} if bad else find_datasets(config, config.hooks, say)
-        if bad or None in datasets.values():
-            datasets = make(config, say, command.verbose)
-        for dataset in datasets.values():
+        found = {} if bad else find_datasets(config, config.hooks, say)
+        datasets = [dataset for dataset in found.values() if dataset is not None]
+        if bad or len(datasets) < len(found):
+            datasets = list(make(config, say, command.verbose).values())
+        for dataset in datasets:
             say(summary(dataset))
             for line in notes(dataset):
                 say(line)

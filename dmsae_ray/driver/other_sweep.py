@@ -61,7 +61,7 @@ class OtherSweep:
         if not described:
             raise ValueError(f"--against {folder}: none of its chains is in {config.home / 'chains'} any more")
         dataset = _key(described[0], json.loads(described[0].read_text())["fields"]["dataset"])
-        plans = plan_all(config, "", dataset, None)
+        plans = plan_all(config, "", dataset)
         if {plan.label: plan.key for plan in plans} != chains:
             raise ValueError(
                 f"--against {folder}: its chains were made by another version of this program, whose fields mean "

@@ -210,7 +210,7 @@ def check_memory(config: Config, info: ModelInfo) -> str | None:
     ]
     stages += [
         (stage, worker, "cluster.gpus_per_worker")
-        for stage in (chain_stages(config, shape, grid(config, BASE, "", "", None)) if worker else ())
+        for stage in (chain_stages(config, shape, grid(config, BASE, "", "")) if worker else ())
     ]
     have, problems = gpu_bytes(config), []
     for stage, gpus, field in stages:

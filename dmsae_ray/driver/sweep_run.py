@@ -109,7 +109,7 @@ class Sweep:
             if train and isinstance(store, TrackingError):
                 raise store
             dataset = self.dataset(harvest=train)
-            plans = plan_chains(self.config, dataset, self.lease)
+            plans = plan_chains(self.config, dataset)
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:
@@ -243,11 +243,13 @@ class Sweep:
             )
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
-                run_chains(wave, capacity.concurrent, board, scratch(self.config.home, self.lease.generation))
+                run_chains(
+                    wave, self.lease, capacity.concurrent, board, scratch(self.config.home, self.lease.generation)
+                )
                 left = [plan for plan in left if plan not in wave]
             for plan in left:
                 missing = [chain.label for chain in plan.needs() if not chain.finished()]
-                write_failure(plan, "error", f"not begun: it needs {' and '.join(missing)}, not finished")
+                write_failure(plan, self.lease, "error", f"not begun: it needs {' and '.join(missing)}, not finished")
                 ray.get(board.update.remote(plan.label, phase="failed", message="what it needs failed"))
 
     # -- say -----------------------------------------------------------------------------------------------------------

@@ -130,14 +130,14 @@ def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, work
     tree |= {"output": str(output), "sweep": {"seeds": [0], "k": [8], "cycles": cycles}}
     config = Config(**(tree | {"cluster": tree["cluster"] | {"workers": workers}, "train": tree["train"] | train}))
     lock = OutputLock(config.home)
-    (plan,) = plan_chains(config, dataset, lock.lease())
+    (plan,) = plan_chains(config, dataset)
     plan.folder.describe(plan.key, plan.label, plan.fields)
     # The driver measures these before it starts chains; here they are the undisturbed sweep's.
     plan.references.mkdir(parents=True)
     for path in (sweep.output / "data" / plan.dataset_key).glob("references-*.json"):
         shutil.copy(path, plan.references)
     try:
-        run_chains([plan], 1, ray.remote(num_cpus=0)(ProgressBoard).remote(), output.parent / "scratch")
+        run_chains([plan], lock.lease(), 1, ray.remote(num_cpus=0)(ProgressBoard).remote(), output.parent / "scratch")
     finally:
         lock.release()
     return plan

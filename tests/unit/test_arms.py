@@ -35,7 +35,7 @@ def config_of(tmp_path, text=STUDY, *argv) -> Config:
 
 
 def plans_of(tmp_path, text=STUDY, *argv):
-    return {plan.label: plan for plan in plan_all(config_of(tmp_path, text, *argv), "data", "key", None)}
+    return {plan.label: plan for plan in plan_all(config_of(tmp_path, text, *argv), "data", "key")}
 
 
 def test_every_arm_adds_its_chains_after_the_grid(tmp_path):

@@ -9,7 +9,6 @@ from shards import PER_GROUP, make_dataset
 from dmsae_ray.config import fields_key
 from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
-from dmsae_ray.lock import Lease
 
 SMALL = (
     "--harvest.rows_per_group",
@@ -34,7 +33,7 @@ def configured(*argv, tokens):
 
 def plans_of(dataset, *argv):
     config = configured(*argv, tokens=dataset.manifest.rows)
-    return plan_chains(config, dataset, Lease(dataset.store.local / "generation", 1))
+    return plan_chains(config, dataset)
 
 
 def files_of(plan, dataset) -> list[str]:

@@ -69,7 +69,7 @@ def test_a_generation_that_cannot_be_read_is_asked_for_again_and_is_no_successor
         path.write_text(content)
     with pytest.raises(OutputUnseen, match=f"generation: .*{words}.*--output a folder that they share") as error:
         Lease(path, 1).check()
-    assert failure._cause(error.value, failure.FINAL) is None, "a worker that raises it is tried again"
+    assert failure.cause(error.value, failure.FINAL) is None, "a worker that raises it is tried again"
     travelled = pickle.loads(pickle.dumps(error.value))
     assert isinstance(travelled, OutputUnseen) and str(travelled) == str(error.value)
     timer = threading.Timer(0.1, path.write_text, ["1"])

@@ -104,7 +104,7 @@ def test_one_bound_for_training_and_attribution(tmp_path):
 
     def bound(*args):
         config = load(SweepCommand, ["--output", str(tmp_path / "out"), *args])
-        return plan_all(config, str(tmp_path / "d"), "key", None)[0].attribution_settings(manifest).max_norm
+        return plan_all(config, str(tmp_path / "d"), "key")[0].attribution_settings(manifest).max_norm
 
     assert bound("--harvest.outlier_norm", "10") == 7.5 and bound() == 7.5
     assert bound("--harvest.outlier_norm", "10", "--attribution.outlier_norm", "1.5") == pytest.approx(1.5 * median)

@@ -31,7 +31,7 @@ for plan in pickle.load(sys.stdin.buffer):
 
 
 def plans(*argv):
-    return plan_all(load(SweepCommand, list(argv)), "", "0123456789ab", None)[:1]
+    return plan_all(load(SweepCommand, list(argv)), "", "0123456789ab")[:1]
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def shape(config):
 
 @pytest.fixture(scope="module")
 def sae(lm, config):
-    settings = grid(config, "base", "d", "k", None)[0].sae_settings(lm.d)
+    settings = grid(config, "base", "d", "k")[0].sae_settings(lm.d)
     sae = MatryoshkaSAE.zeros(settings, 0)
     with torch.no_grad():
         W_FD = unit_rows(torch.randn(sae.width, lm.d, generator=torch.Generator().manual_seed(0)))
@@ -95,7 +95,7 @@ def test_the_gemma_configurations_fit_an_80_gb_gpu(name, tmp_path):
     config = load(SweepCommand, ["--config", str(CONFIGS / f"{name}.yaml"), "--output", str(tmp_path)])
     stages = [
         harvest_stage(config, GEMMA),
-        *chain_stages(config, GEMMA, grid(config, "base", "d", "k", None)),
+        *chain_stages(config, GEMMA, grid(config, "base", "d", "k")),
         features_stage(config, GEMMA),
     ]
     assert config.cluster.lockstep == len(config.sweep.k) == 3, "the three k of a seed read the same batches"
@@ -105,7 +105,7 @@ def test_the_gemma_configurations_fit_an_80_gb_gpu(name, tmp_path):
 
 def test_the_disk_that_the_readme_names_is_what_preflight_asks_for(monkeypatch, tmp_path):
     """The hub is not asked: names of chains do not matter here."""
-    monkeypatch.setattr("dmsae_ray.driver.preflight.planned", lambda config: grid(config, "base", "d", "k", None))
+    monkeypatch.setattr("dmsae_ray.driver.preflight.planned", lambda config: grid(config, "base", "d", "k"))
     config = load(SweepCommand, ["--config", str(CONFIGS / "gemma2_2b_l12_65k.yaml"), "--output", str(tmp_path)])
     assert (
         f"{math.ceil(disk_bytes(config, GEMMA.d) / 1e10) / 100} TB of disk"

@@ -337,7 +337,7 @@ def fail(folder, reason, cycle=None, step=None):
     """failed.json as chains write it."""
     (folder / "generation").write_text("1")
     write_failure(
-        SimpleNamespace(folder=ChainFolder(folder), lease=Lease(folder / "generation", 1)), "error", reason, cycle, step
+        SimpleNamespace(folder=ChainFolder(folder)), Lease(folder / "generation", 1), "error", reason, cycle, step
     )
 
 

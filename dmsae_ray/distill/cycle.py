@@ -1,0 +1,255 @@
+"""One cycle of a chain on one rank: train an SAE on the core so far, evaluate, attribute, select the next core.
+
+All cycles of a chain run inside one worker group: the workers that trained an SAE also attribute it, and nothing is
+released and acquired again in between. Each step looks in the cycle's folder for what a crash has left.
+Letters: B tokens of a batch, D model dimension, F width, P candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import ray
+import torch
+
+from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.attribution.worker import score_shards
+from dmsae_ray.core.core import Core
+from dmsae_ray.core.drift import decoder_drift
+from dmsae_ray.core.next_core import next_core
+from dmsae_ray.core.score_file import save_scores
+from dmsae_ray.core.select import carried, jaccard
+from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.distill.chain import Chain
+from dmsae_ray.distill.folder import RECORD_VERSION
+from dmsae_ray.distill.selection import choose
+from dmsae_ray.distill.training import Training
+from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
+from dmsae_ray.evaluation.references import read_references
+from dmsae_ray.files import write_json
+from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.threshold import calibrate
+
+if TYPE_CHECKING:
+    from dmsae_ray.lm.model import LanguageModel
+
+OPEN_AT = 0.5
+"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits
+costs some CPU.
+"""
+
+
+class Cycle:
+    """A cycle that has begun; it is over when `finish` returns."""
+
+    def __init__(self, chain: Chain, dataset: ActivationDataset, lm: LanguageModel):
+        """Sets an SAE up on the last cycle's core, or on the one that the chain starts from.
+
+        Raises ValueError if the core was made for other activations, or if a checkpoint cannot be read.
+        """
+        self.chain, self.plan, self.rank, self.dataset, self.lm = chain, chain.plan, chain.rank, dataset, lm
+        self.began = time.monotonic()
+        self.number, self.scale = chain.cycle, dataset.manifest.scale
+        self.folder = self.plan.folder.cycle(self.number)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.core = self._incoming_core()
+        """that the SAE is trained on; None: it is empty"""
+        if self.core is not None and abs(self.core.scale - self.scale) > 1e-12 * self.scale:
+            raise ValueError(
+                f"{self.folder.path}: the core was made at scale {self.core.scale!r}, the activations have "
+                f"{self.scale!r}"
+            )
+        self.training = Training(self.plan, self.number, self.core, dataset, self.rank)
+
+    def _incoming_core(self) -> Core | None:
+        """What the last cycle selected; for the first one, what the chain starts from."""
+        if self.number:
+            return Core.load(self.plan.folder.cycle(self.number - 1).core)
+        return Core.load(self.plan.start.path) if self.plan.start else None
+
+    def step(self, step: int, x_BD: torch.Tensor, token_index_B: torch.Tensor, waited: float) -> None:
+        """One training step, logged where it is to be. Raises Diverged."""
+        training, steps, self.chain.at_step = self.training, self.plan.steps, step
+        if (report := training.step(step, x_BD, token_index_B, waited)) is not None:
+            training.log(report)
+            rate, within = training.tokens_per_s, 0.85 * (step + 1) / steps
+            self.chain.say(phase="train", step=step + 1, steps=steps, tokens_per_s=rate, within=within)
+
+    def finish(self, together: int, open_next: Callable[[], None] | None) -> None:
+        """Set the threshold, evaluate, attribute, and choose the next core.
+
+        together: chains that shared the stream. open_next: starts reading for the next cycle, called during
+        attribution, more than once; None: another chain's cycle does that.
+        """
+        self.chain.at_step = None
+        sae = self.training.trainer.whole()
+        self._calibrate(sae)
+        after_training = time.monotonic()
+        metrics, density_F, removal_P = self._evaluate(sae)
+        after_evaluation = time.monotonic()
+        selected = self._attribute(sae, open_next)
+        now = time.monotonic()
+        if self.rank.writes:
+            seconds = {
+                "train": after_training - self.began,
+                "evaluate": after_evaluation - after_training,
+                "attribute": now - after_evaluation,
+                "total": now - self.began,
+            }
+            self._commit(sae, density_F, removal_P, selected, metrics, self.training.record(together), seconds)
+        self.chain.cycle += 1
+
+    def _calibrate(self, sae: MatryoshkaSAE) -> None:
+        """Set the SAE's threshold on the rows held back."""
+        self.chain.say(phase="calibrate", within=0.86)
+        rows_ND, settings = self.dataset.calibration_rows(), self.plan.sae_settings(self.dataset.manifest.d)
+
+        def chunks() -> Iterator[torch.Tensor]:
+            for chunk_BD in rows_ND.split(settings.batch):
+                yield (chunk_BD.float() / self.scale).to(self.rank.device)
+
+        sae.theta.fill_(calibrate(sae, chunks, self.plan.k, settings))
+
+    # -- evaluate ------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
+        """Held-out metrics, each latent's density [F] and, if cores are selected by it, what each candidate's removal
+        costs.
+
+        Saves the SAE with its densities.
+        """
+        self.chain.say(phase="evaluate", within=0.87, tokens_per_s=self.chain.rates.get("evaluate"))
+        plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
+        removal = plan.config.selection.by == "reconstruction"
+        batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
+        # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
+        mine = batches[self.rank.number :: self.rank.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
+        began = time.monotonic()
+        for done, (ids_NT, lengths_N) in enumerate(mine, 1):
+            tally_batch(
+                tally,
+                sae,
+                self.lm,
+                ids_NT.to(self.rank.device),
+                lengths_N.to(self.rank.device),
+                self.scale,
+                removal,
+                self.dataset.manifest.max_norm,
+            )
+            read = done * self.rank.world * evaluate.sequences_per_batch * plan.config.model.context
+            self.chain.rates["evaluate"] = read / (time.monotonic() - began)
+            self.chain.say(
+                phase="evaluate", within=0.87 + 0.03 * done / len(mine), tokens_per_s=self.chain.rates["evaluate"]
+            )
+        self.rank.comm.wait_for_all()
+        tally.reduce(self.rank.comm)
+        metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
+        if self.rank.writes:
+            self.rank.lease.check()
+            manifest = self.dataset.manifest
+            sae.save(
+                self.folder.sae,
+                {
+                    "density": density_F.float(),
+                    "scale": self.scale,
+                    "hook": manifest.hook,
+                    "model": manifest.model_fingerprint,
+                    "cycle": self.number,
+                    "seed": self.plan.seed,
+                    "k": self.plan.k,
+                    "chain": self.plan.key,
+                },
+            )
+        return metrics, density_F, tally.sums.get("removal")
+
+    def _sequences(self, split: str, tokens: int) -> TokenSequences:
+        return self.dataset.held_out(split).first_tokens(tokens)
+
+    # -- attribute and select ------------------------------------------------------------------------------------------
+
+    def _attribute(self, sae: MatryoshkaSAE, open_next: Callable[[], None] | None) -> dict:
+        """Score shards until the aggregator has all it asks for, then ask it for the core."""
+        config = self.plan.config.attribution
+        batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
+        # Partial sums belong to these weights: every rank holds the same.
+        stamp = hashlib.sha256(
+            sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()
+        ).hexdigest()[:16]
+        ledger = (str(self.folder.attribution), len(batches), stamp)
+        aggregator = self.rank.aggregator
+        if self.rank.writes:
+            ray.get(aggregator.begin.remote(ledger))
+        self.rank.comm.wait_for_all()  # rank 0 had an SAE to save
+        began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
+        self.chain.say(phase="attribute", within=0.9, tokens_per_s=self.chain.rates.get("attribute"))
+
+        def on_shard(done: int) -> None:
+            within = min(1.0, 0.9 + 0.1 * done * self.rank.world / len(batches))
+            self.chain.rates["attribute"] = done * self.rank.world * tokens / (time.monotonic() - began)
+            self.chain.say(phase="attribute", within=within, tokens_per_s=self.chain.rates["attribute"])
+            if open_next is not None and done * self.rank.world >= OPEN_AT * len(batches):
+                open_next()
+
+        settings = self.plan.attribution_settings(self.dataset.manifest)
+        score_shards(sae, self.lm, batches, self.scale, settings, aggregator, ledger, self.rank.number, on_shard)
+        if open_next is not None:
+            open_next()  # where other ranks were faster, this one may have had no shard that late
+        return ray.get(aggregator.select.remote(ledger))
+
+    def _commit(self, sae, density_F, removal_P, selected, metrics, trained, seconds) -> None:
+        """Save the core and, last, the completion record; then drop what only an unfinished cycle needs."""
+        plan, manifest, selection = self.plan, self.dataset.manifest, self.plan.config.selection
+        ids_C, values_P = choose(plan, self.number, sae, selected, density_F, removal_P)
+        new = next_core(
+            self.core,
+            sae,
+            ids_C,
+            selected["scores"],
+            density_F,
+            cycle=plan.number(self.number),
+            seed=plan.seed,
+            k=plan.k,
+            scale=self.scale,
+            hook=manifest.hook,
+            model=manifest.model_fingerprint,
+            by=selection.by,
+        )
+        self.rank.lease.check()
+        new.save(self.folder.core)
+        save_scores(self.folder.scores, selected["scores"], selection.by, values_P)
+        core_in = sae.core_size
+        kept = int((new.latent_ids_C < core_in).sum())
+        origins = {str(cycle): int((new.entered_C == cycle).sum()) for cycle in sorted(set(new.entered_C.tolist()))}
+        total_score = float(selected["scores"].sum())
+        record = {
+            "format_version": RECORD_VERSION,
+            "chain": plan.key,
+            "label": plan.label,
+            "cycle": self.number,
+            "generation": self.rank.lease.generation,
+            "seed": plan.seed,
+            "k": plan.k,
+            "core_in": core_in,
+            "core_out": new.size,
+            "kept": kept,
+            "entered": new.size - kept,
+            "left": core_in - kept,
+            "decoder_drift": None if self.core is None else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
+            "jaccard": jaccard(kept, core_in, new.size) if self.core is not None else None,
+            "origins": origins,
+            **trained,
+            "theta": float(sae.theta),
+            **metrics,
+            "core_share": float(selected["scores"][:core_in].sum()) / total_score,
+            "coverage": carried(selected["scores"], ids_C),
+            "selection": selection.model_dump() | {"candidates": len(selected["scores"])},
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "attribution": {name: value for name, value in selected.items() if name not in ("ids", "scores")},
+            "finished_at": time.time(),
+        }
+        self.rank.lease.check()
+        write_json(self.folder.record, record)
+        self.folder.release()
