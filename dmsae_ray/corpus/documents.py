@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dmsae_ray.corpus.chat import FIELDS, messages_of, plain
-from dmsae_ray.corpus.hub import hub_commit, hub_content, hub_rows
+from dmsae_ray.corpus.file_rows import decoded, file_rows, saved_rows, value_of
+from dmsae_ray.corpus.hub_text import hub_commit, hub_content, hub_rows
 from dmsae_ray.corpus.local_files import PACKED, SUFFIXES, TEXT, file_hash, is_saved, local_files, suffix_of
 from dmsae_ray.corpus.pieces import BOOK, PIECE, pieces_of
-from dmsae_ray.corpus.rows import decoded, file_rows, saved_rows, value_of
 from dmsae_ray.place import has_form_of_hub_id
 from dmsae_ray.secret_url import masked
 

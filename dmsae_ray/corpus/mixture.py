@@ -21,7 +21,7 @@ from dmsae_ray.corpus.documents import (
     is_hub,
     load_documents,
 )
-from dmsae_ray.corpus.hub import hub_commit
+from dmsae_ray.corpus.hub_text import hub_commit
 from dmsae_ray.corpus.local_files import ignored_files
 
 T = TypeVar("T")

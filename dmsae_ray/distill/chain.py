@@ -12,7 +12,7 @@ from dmsae_ray.activations.store import StoreError
 from dmsae_ray.distill.failure import write_failure
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
-from dmsae_ray.sae.report import Diverged
+from dmsae_ray.sae.step_report import Diverged
 
 
 class Chain:

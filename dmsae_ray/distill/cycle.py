@@ -16,7 +16,7 @@ import ray
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.attribution.worker import score_shards
+from dmsae_ray.attribution.shards import score_shards
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.drift import decoder_drift
 from dmsae_ray.core.next_core import next_core

@@ -12,7 +12,7 @@ from dmsae_ray.causes import causes
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.lock import Lease
-from dmsae_ray.sae.report import Diverged
+from dmsae_ray.sae.step_report import Diverged
 from dmsae_ray.secret_url import scrub
 
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)

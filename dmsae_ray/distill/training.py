@@ -21,9 +21,9 @@ from dmsae_ray.distill.rank import Rank
 from dmsae_ray.files import replacing
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.ranks.collective import Collective
-from dmsae_ray.sae.report import StepReport
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.step_report import StepReport
 from dmsae_ray.sae.trainer import Trainer
 
 

@@ -25,7 +25,7 @@ from dmsae_ray.distill.rank import Rank
 from dmsae_ray.distill.training import first_step
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
-from dmsae_ray.sae.report import Diverged
+from dmsae_ray.sae.step_report import Diverged
 
 
 def train_chains(loop: dict) -> None:

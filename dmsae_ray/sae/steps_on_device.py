@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmsae_ray.sae.kept import GUESS, check_margins
 from dmsae_ray.sae.loss import Outcome
-from dmsae_ray.sae.report import EXPLODED, RECENT, Diverged
+from dmsae_ray.sae.step_report import EXPLODED, RECENT, Diverged
 
 if TYPE_CHECKING:
     from dmsae_ray.sae.trainer import Trainer

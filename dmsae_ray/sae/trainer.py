@@ -23,9 +23,9 @@ from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.ranks.collective import Alone, Collective
 from dmsae_ray.sae.ranks.exchange import all_rows, order_of
 from dmsae_ray.sae.ranks.partition import Shard
-from dmsae_ray.sae.report import EXPLODED, RECENT, Diverged, StepReport
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.step_report import EXPLODED, RECENT, Diverged, StepReport
 
 STATE_VERSION = 2
 """Raised when older training states cannot be continued."""

@@ -21,9 +21,9 @@ from dmsae_ray.sae.ops.cpu_ops import NativePairs
 from dmsae_ray.sae.ops.pairs import Pairs
 from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective
-from dmsae_ray.sae.report import Diverged
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.step_report import Diverged
 from dmsae_ray.sae.trainer import Trainer
 
 BATCH, WIDTH = 24, 18

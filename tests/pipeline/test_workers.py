@@ -23,7 +23,7 @@ from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.attribution.gradients import AttributionSettings
 from dmsae_ray.attribution.scores import ScoreSettings
-from dmsae_ray.attribution.worker import score_shards
+from dmsae_ray.attribution.shards import score_shards
 from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.distill.plan import ChainPlan

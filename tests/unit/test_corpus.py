@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmsae_ray.corpus.documents import EMBEDDED, check_source, corpus_fingerprint, is_hub, load_documents
-from dmsae_ray.corpus.hub import hub_rows
+from dmsae_ray.corpus.hub_text import hub_rows
 from dmsae_ray.corpus.split import SPLITS, split_of
 
 
@@ -174,7 +174,7 @@ def test_a_parquet_data_set_left_early_does_not_abort_the_process(tmp_path):
     code = """
 import sys
 from itertools import islice
-from dmsae_ray.corpus.hub import hub_rows
+from dmsae_ray.corpus.hub_text import hub_rows
 print(len(list(islice(hub_rows(sys.argv[1], None), 300))))
 """
     for _ in range(2):

@@ -191,7 +191,7 @@ def test_a_model_is_named_after_its_content_wherever_it_lies_and_asked_for_once(
 DATA = """
 import sys
 from dmsae_ray.corpus.documents import corpus_fingerprint
-from dmsae_ray.corpus.hub import hub_commit
+from dmsae_ray.corpus.hub_text import hub_commit
 for revision in ("main", "other", "main"):
     print(hub_commit("owner/texts", revision), corpus_fingerprint("owner/texts", revision=revision))
 """

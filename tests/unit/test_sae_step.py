@@ -10,9 +10,9 @@ from test_sae_loss import NAMES, random_case, reference_of
 
 from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.ops import native
-from dmsae_ray.sae.report import Diverged
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.step_report import Diverged
 from dmsae_ray.sae.trainer import Trainer
 
 SETTINGS = SAESettings(

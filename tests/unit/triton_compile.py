@@ -21,9 +21,9 @@ from triton.runtime.jit import native_specialize_impl
 from dmsae_ray.sae import loss, steps_on_device
 from dmsae_ray.sae.ops import cuda_ops
 from dmsae_ray.sae.ops.pairs import Pairs
-from dmsae_ray.sae.report import RECENT
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings, group_sizes
+from dmsae_ray.sae.step_report import RECENT
 from dmsae_ray.sae.trainer import Trainer
 
 TARGET = GPUTarget("cuda", 90, 32)

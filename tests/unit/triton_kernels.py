@@ -31,9 +31,9 @@ from dmsae_ray.sae.kept import ScreenError  # noqa: E402
 from dmsae_ray.sae.ops import cuda_ops  # noqa: E402
 from dmsae_ray.sae.ops.pairs import AdamStep, Margin, Pairs  # noqa: E402
 from dmsae_ray.sae.ops.torch_ops import TorchPairs  # noqa: E402
-from dmsae_ray.sae.report import Diverged  # noqa: E402
 from dmsae_ray.sae.sae import MatryoshkaSAE  # noqa: E402
 from dmsae_ray.sae.screen import Screen  # noqa: E402
+from dmsae_ray.sae.step_report import Diverged  # noqa: E402
 from dmsae_ray.sae.trainer import Trainer  # noqa: E402
 
 PLAIN = TorchPairs()

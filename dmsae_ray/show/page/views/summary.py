@@ -13,7 +13,7 @@ from dmsae_ray.show.page.artifacts import BASE, Artifacts, unique
 from dmsae_ray.show.page.banner import banners
 from dmsae_ray.show.page.facts import Fact, facts
 from dmsae_ray.show.page.numerals import shown, whole
-from dmsae_ray.show.page.rows import rows_facts
+from dmsae_ray.show.page.row_facts import rows_facts
 from dmsae_ray.show.page.spread import Spread, over_seeds
 from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, Raw, View

@@ -1,0 +1,131 @@
+"""Imports go one way: read from the syntax trees, so that imports within functions count, too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dmsae_ray
+
+ROOT = Path(dmsae_ray.__file__).parent
+LAW = (
+    "causes draws files hub lock ownership place secret_url stop",
+    "config",
+    "cluster corpus sae",
+    "core lm",
+    "activations",
+    "attribution compare",
+    "evaluation",
+    "distill",
+    "show",
+    "results",
+    "driver",
+    "evaluate harvest report sweep ui",
+)
+"""A line may import from the lines above it, never from those below; folders of one line do not know each other."""
+TORCH_FREE = ("activations/store.py", "activations/rowgroup.py")
+"""Read tasks import these alone: torch would cost each of their processes two seconds and 200 MB."""
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__").replace("__init__", "")
+
+
+MODULES = {module(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path: Path, at_import: bool = False) -> Iterator[str]:
+    """What a file imports, but for its annotations alone. at_import: only what is imported with it."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+        if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def ours(path: Path, at_import: bool = False) -> set[str]:
+    """Our modules among them."""
+    found = set()
+    for name in imports(path, at_import):
+        if name.startswith("dmsae_ray."):
+            inner = name.removeprefix("dmsae_ray.")
+            found.add(inner if inner in MODULES else inner.rpartition(".")[0])
+    return found & set(MODULES)
+
+
+def level(name: str) -> int:
+    top = name.partition(".")[0]
+    (place,) = [place for place, line in enumerate(LAW) if top in line.split()]
+    return place
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_no_import_goes_up(name):
+    for other in ours(MODULES[name]):
+        a, b = name.split(".")[0], other.split(".")[0]
+        if a != b:
+            same = level(a) == level(b) == 0  # the lowest files know each other, without a circle
+            assert level(b) < level(a) or same, f"{name} imports {other}"
+        elif name.startswith("sae.ops."):
+            assert other.startswith("sae.ops."), f"{name} imports {other}: operations know nothing of what uses them"
+
+
+def test_no_two_files_import_each_other():
+    """Nor more than two in a circle."""
+    left = {name: ours(path) - {name} for name, path in MODULES.items()}
+    while True:
+        free = {name for name, others in left.items() if not others & set(left)}
+        if not free:
+            break
+        left = {name: others for name, others in left.items() if name not in free}
+    assert not left, f"among {', '.join(sorted(left))} there is a circle"
+
+
+def test_the_sae_knows_nothing_of_ray():
+    for name, path in MODULES.items():
+        if name.partition(".")[0] in ("sae", "core", "compare"):
+            assert not {other for other in imports(path) if other.split(".")[0] == "ray"}, name
+
+
+@pytest.mark.parametrize("place", TORCH_FREE)
+def test_read_tasks_need_no_torch(place):
+    seen, todo = set(), {module(ROOT / place)}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        assert "torch" not in {other.split(".")[0] for other in imports(MODULES[name], at_import=True)}, name
+        todo |= ours(MODULES[name], at_import=True) - seen
+
+
+def test_the_doors_import_nothing_heavy():
+    """`--help` and a refused option are answered at once: torch, Ray and MLflow come with the work."""
+    for door in LAW[-1].split():
+        seen, todo = set(), {door}
+        while todo:
+            name = todo.pop()
+            seen.add(name)
+            heavy = {other.split(".")[0] for other in imports(MODULES[name], at_import=True)}
+            assert not heavy & {"torch", "ray", "mlflow", "transformers", "datasets", "pandas", "pyarrow"}, name
+            todo |= ours(MODULES[name], at_import=True) - seen
+
+
+def test_no_name_of_a_file_stands_for_two_things():
+    """A file bears another's name only where one mirrors the other: a command and the folder that does its work, an
+    artifact and the view or the table that shows it.
+    """
+    names: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        if path.name != "__init__.py":
+            names.setdefault(path.stem, []).append(name)
+    mirrored = "comparison consensus coverage density evaluation features latents summary".split()
+    twice = {stem: where for stem, where in names.items() if len(where) > 1 and stem not in mirrored}
+    assert not twice, twice
