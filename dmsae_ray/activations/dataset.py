@@ -19,6 +19,7 @@ from dmsae_ray.activations.rowgroup import ShardError, Unit, damaged, read_unit
 from dmsae_ray.activations.shard import ShardEntry, group_bytes, inspect_shard, read_rows
 from dmsae_ray.activations.store import Missing, Store
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.secret_url import SecretUrl
 
 SHARD_FILE = r"shards/[\w-][\w.-]*\.parquet"
 """What a manifest may name as a shard."""
@@ -109,7 +110,7 @@ class Manifest:
 class ActivationDataset:
     """A finished dataset, opened for reading."""
 
-    def __init__(self, place: str | Path | Store):
+    def __init__(self, place: str | Path | SecretUrl | Store):
         """place: folder or URL. Raises DatasetError if there is no readable manifest, StoreError if it cannot be
         reached.
         """

@@ -25,6 +25,7 @@ def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = N
 
     Raises Superseded.
     """
+    assert plan.lease is not None, "who looks only writes nothing"
     plan.lease.check()
     write_json(
         plan.folder.failed,
@@ -40,7 +41,7 @@ def write_failure(plan: ChainPlan, kind: str, reason: str, cycle: int | None = N
     )
 
 
-def _cause(error: BaseException, kinds: tuple[type, ...]) -> Exception | None:
+def _cause(error: BaseException, kinds: tuple[type[Exception], ...]) -> Exception | None:
     """The first of these kinds in a chain of causes, also where Ray wrapped what a task of its own raised."""
     links = causes(error, contexts=True)
     for link in links:

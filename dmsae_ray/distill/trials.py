@@ -91,12 +91,15 @@ def drive(plans: list[ChainPlan], board, scratch: str) -> None:
     """One trial: a Ray Train run over the cycles of one chain, or of several in lockstep, with their aggregator. Marks
     chains failed instead of raising."""
     first, cluster = plans[0], plans[0].config.cluster
+    assert first.lease is not None, "chains are trained by who holds the lease"
     for plan in plans:
         ray.get(board.update.remote(plan.label, phase="starting", cycle=len(plan.folder.records()), cycles=plan.cycles))
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    # mypy does not see that ray's decorator makes another class of it.
+    aggregator = Aggregator.remote(first.score_settings)  # type: ignore[attr-defined]
     trainer = ray.train.torch.TorchTrainer(
         train_chains,
-        train_loop_config={"plans": plans, "aggregator": Aggregator.remote(first.score_settings), "board": board},
+        train_loop_config={"plans": plans, "aggregator": aggregator, "board": board},
         torch_config=torch_config(cluster.gpus_per_worker),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources

@@ -110,7 +110,7 @@ def check_needs(config: Config) -> list[ChainPlan]:
     """
     plans = planned(config)
     keys = {plan.key for plan in plans}
-    twins = [(plan, plan.twin()) for plan in plans if plan.twin() is not None]
+    twins = [(plan, twin) for plan in plans if (twin := plan.twin()) is not None]
     check_twins({plan.label: (twin.folder, plan.cycles) for plan, twin in twins if twin.key not in keys})
     return plans
 
