@@ -14,15 +14,17 @@ IN_TEXT = re.compile(
 """The same in the words of libraries that raise errors of their own, and of errors that came through Ray as text."""
 
 
-def causes(error: BaseException, contexts: bool = False) -> list[BaseException]:
+def causes(error: BaseException | None, contexts: bool = False) -> list[BaseException]:
     """The error and what caused it, one after the other, also where Ray wrapped what a task or an actor raised.
 
+    error: None, as `sys.exc_info` gives it where none is handled, has no causes.
     contexts: errors that were being handled when another was raised count as causes, too.
     """
     found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = getattr(error, "cause", None) or error.__cause__ or (error.__context__ if contexts else None)
+    link: BaseException | None = error
+    while link is not None and link not in found:
+        found.append(link)
+        link = getattr(link, "cause", None) or link.__cause__ or (link.__context__ if contexts else None)
     return found
 
 

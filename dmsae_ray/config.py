@@ -733,7 +733,7 @@ class Config(BaseSettings):
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""
         arm = self.study.arms[name]
-        tree = {
+        tree: dict[str, Any] = {
             name: value.model_dump() if isinstance(value, BaseModel) else value
             for name, value in self.sections().items()
         }

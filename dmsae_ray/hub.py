@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 SECONDS = 10.0
 """Longest that the hub is waited for, names looked up and all."""
@@ -35,7 +35,7 @@ class Repository:
     """what the head of a data set's README says about which files are which configuration"""
 
 
-def is_commit(revision: str | None) -> bool:
+def is_commit(revision: str | None) -> TypeGuard[str]:
     """Whether a revision is a full commit, which stands for itself."""
     return revision is not None and COMMIT.fullmatch(revision) is not None
 

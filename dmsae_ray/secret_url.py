@@ -47,6 +47,7 @@ class SecretUrl:
     """Immutable; equal to the text it was made of. Pickles and copies keep the value."""
 
     __slots__ = ("_url",)
+    _url: str
 
     def __init__(self, url: str | SecretUrl):
         self._url = url._url if isinstance(url, SecretUrl) else str(url)
@@ -173,7 +174,7 @@ def _credentials(rest: str) -> int:
     A password may hold / ? # and @, which belong quoted there but come as they are: rather too much is masked than too
     little.
     """
-    authority = re.match(r"[^/?#]*", rest)[0]
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if ":" not in authority:
         return authority.rfind("@") + 1
     options = _OPTIONS.search(rest)

@@ -24,7 +24,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLEANING_S = 60.0
 """Further signals do not end the clean-up half-way, unless it has taken so long that it must be stuck."""
 IGNORE_EVERY_S = 0.01
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def outliers_of(parts: Iterable[torch.Tensor], median: float) -> Outliers:
     norms.
     """
     bound, n, n_out, largest = MULTIPLE * median, 0, 0, 0.0
-    sum_D = square = out_D = out_square = 0.0
+    square = out_square = 0.0
+    sum_D = out_D = torch.zeros((), dtype=torch.float64)  # as wide as the rows from the first ones on
     for rows_RD in (piece_RD for part_RD in parts for piece_RD in part_RD.split(PART)):
         rows_RD = rows_RD.double()
         norm2_R = rows_RD.square().sum(dim=1)

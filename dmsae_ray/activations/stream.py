@@ -13,7 +13,7 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,7 +147,7 @@ class Batches:
                 step += 1
             first_row = 0
 
-    def _on_cpu(self) -> Iterator[torch.Tensor]:
+    def _on_cpu(self) -> Generator[torch.Tensor, None, None]:
         manifest, n = self._stream.dataset.manifest, self.order.lane_rows
         # Some lanes at a time, as many as stay in a core's cache: gathered, hashed and converted without another pass
         # over memory.
@@ -165,7 +165,7 @@ class Batches:
             self._files.append([pick.file for pick in picks])
             yield batch_BD
 
-    def _on_device(self) -> Iterator[torch.Tensor]:
+    def _on_device(self) -> Generator[torch.Tensor, None, None]:
         """Batches are gathered by a thread into pinned memory and copied beside the computation, one ahead of their
         use.
         """

@@ -61,7 +61,7 @@ class Ledger:
     def complete(self) -> bool:
         """Whether all partial sums that count are back. Opens the next stage where the last one does not suffice."""
         while not self._complete and self.done.issuperset(range(self.stage)):
-            if self.stage == self.shards or self.enough(self._partials()):
+            if self.enough is None or self.stage == self.shards or self.enough(self._partials()):
                 self._complete = True
             else:
                 self.stage = min(2 * self.stage, self.shards)

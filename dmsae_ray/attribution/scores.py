@@ -75,6 +75,7 @@ def split_half(partials: Sequence[Partial], settings: ScoreSettings) -> SplitHal
 
 def enough(partials: Sequence[Partial], settings: ScoreSettings) -> bool:
     """Whether the halves agree as well as `until_jaccard`, which must be given, asks for."""
+    assert settings.until_jaccard is not None, "nobody asks where all shards count anyway"
     agreement = split_half(partials, settings).jaccard
     return agreement is not None and agreement >= settings.until_jaccard
 

@@ -74,7 +74,8 @@ class Waits:
 
 def names(config: Config) -> dict[Shape, str]:
     """What this configuration asks for, by its shape."""
-    cluster, gpus, found = config.cluster, config.harvest.gpus_per_actor, {}
+    cluster, gpus = config.cluster, config.harvest.gpus_per_actor
+    found: dict[Shape, str] = {}
     for resources, name in (
         ({"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}, "a training worker"),
         ({"CPU": 1, "GPU": gpus}, "a process for the language model (harvest, reference losses, features)"),
@@ -98,7 +99,8 @@ def waiting_now() -> dict[Shape, int]:
     from ray._private.worker import global_worker
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-    state, found = get_cluster_resource_state(global_worker.gcs_client), {}
+    state = get_cluster_resource_state(global_worker.gcs_client)
+    found: dict[Shape, int] = {}
     pending = [(entry.request, entry.count) for entry in state.pending_resource_requests]
     pending += [(request, 1) for group in state.pending_gang_resource_requests for request in group.requests]
     for request, count in pending:

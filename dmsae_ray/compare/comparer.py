@@ -159,10 +159,8 @@ class Comparer:
 
     def _nulls(self, side_a: Side, side_b: Side) -> dict[str, NullResult]:
         a, b, cosine = side_a.result, side_b.result, self.settings.cosine
-        starts = (
-            mmcs(side_a.start.latents.W_dec_ND, b.start.W_dec_ND),
-            mmcs(side_b.start.latents.W_dec_ND, a.start.W_dec_ND),
-        )
+        start_ab = mmcs(side_a.start.latents.W_dec_ND, b.start.W_dec_ND)
+        start_ba = mmcs(side_b.start.latents.W_dec_ND, a.start.W_dec_ND)
         return {
             "covariance": self.covariance.of(
                 (a.core.size, b.core.size), side_a.covariance_mmcs, side_b.covariance_mmcs
@@ -174,7 +172,7 @@ class Comparer:
                 side_a.core,
                 side_b.core,
                 cosine,
-                mmcs_mean=None if None in starts else sum(starts) / 2,
+                mmcs_mean=None if start_ab is None or start_ba is None else (start_ab + start_ba) / 2,
                 reason=a.no_start() or b.no_start(),
             ),
         }

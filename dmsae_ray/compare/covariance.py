@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dmsae_ray.compare.match import Rows, hungarian, mmcs, overlap, pw_mcc
-from dmsae_ray.compare.nulls import MMCS_ROWS, DictionaryNull, NullResult, over_draws
+from dmsae_ray.compare.nulls import MMCS_ROWS, DictionaryNull, NullResult, drawn, over_draws
 
 PART = 16_384
 """Rows turned into fp64 at a time."""
@@ -82,7 +82,7 @@ class CovarianceNull:
 
     def to_whole(self, whole_FD: Rows) -> float:
         """Mean of the directions' largest cosine to any decoder row of an SAE."""
-        return mmcs(self.gaussian.directions(np.random.default_rng([self.seed, 4]), MMCS_ROWS), whole_FD)
+        return drawn(mmcs(self.gaussian.directions(np.random.default_rng([self.seed, 4]), MMCS_ROWS), whole_FD))
 
     def dictionary(self, size: tuple[int, int]) -> DictionaryNull:
         """One draw of whole dictionaries."""
@@ -93,8 +93,8 @@ class CovarianceNull:
         scores, overlaps = [], []
         for _ in range(self.draws):
             matching = hungarian(self.gaussian.rotated(rng, smaller), self.gaussian.rotated(rng, larger))
-            scores.append(pw_mcc(matching))
-            overlaps.append(overlap(matching, matching, self.cosine))
+            scores.append(drawn(pw_mcc(matching)))
+            overlaps.append(drawn(overlap(matching, matching, self.cosine)))
         return scores, overlaps
 
     def _draw_whole(self, smaller: int, larger: int) -> float | None:

@@ -16,7 +16,7 @@ import torch
 from dmsae_ray.compare import activation
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import Rows, assign, cosines, mmcs, overlap, pw_mcc
-from dmsae_ray.compare.nulls import MMCS_ROWS, NullResult, over_draws, unavailable
+from dmsae_ray.compare.nulls import MMCS_ROWS, NullResult, drawn, over_draws, unavailable
 
 NEAREST = 5
 """Matched-density draws choose among so many free latents nearest in log-density: near, and yet many different draws.
@@ -163,20 +163,23 @@ def matched_density_null(a: FreeDraws, b: FreeDraws, whole_a_FD: Rows, whole_b_F
     of `mmcs_mean`.
     """
     size = (a.size, b.size)
-    for side, drawn in (("first", a), ("second", b)):
-        if drawn.lack:
-            return unavailable(f"the {side} SAE {drawn.lack}", size)
+    for side, draws in (("first", a), ("second", b)):
+        if draws.lack:
+            return unavailable(f"the {side} SAE {draws.lack}", size)
     decoder_UU = cosines(a.latents.W_dec_ND, b.latents.W_dec_ND)
     encoder_UU = cosines(a.latents.W_enc_ND, b.latents.W_enc_ND)
     scores, overlaps, activations = [], [], []
     for draw, (left_C, right_C) in enumerate(zip(a.places, b.places, strict=True)):
         block = np.ix_(left_C, right_C)
         decoder = assign(decoder_UU[block])
-        scores.append(pw_mcc(decoder))
-        overlaps.append(overlap(assign(encoder_UU[block]), decoder, cosine))
+        scores.append(drawn(pw_mcc(decoder)))
+        overlaps.append(drawn(overlap(assign(encoder_UU[block]), decoder, cosine)))
         if draw < activation.DRAWS:
             pairs = replace(decoder, left_P=left_C[decoder.left_P], right_P=right_C[decoder.right_P])
             activations.append(activation.agreement(a.activations, b.activations, pairs).mean)
-    both = [mmcs(own.latents.W_dec_ND[own.representative], other) for own, other in ((a, whole_b_FD), (b, whole_a_FD))]
+    both = [
+        drawn(mmcs(own.latents.W_dec_ND[own.representative], other))
+        for own, other in ((a, whole_b_FD), (b, whole_a_FD))
+    ]
     gap = max(a.gap, b.gap)
     return over_draws(scores, overlaps, activations, float(np.mean(both)), size, reason=too_far(gap), density_gap=gap)

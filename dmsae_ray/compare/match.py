@@ -8,6 +8,7 @@ Shape letters: N and M latents of the two sides, D model dimension, P matched pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 CHUNK = 4096
 """Rows of a whole dictionary taken at a time, so that its fp64 copy never exists as a whole."""
 
-Rows = torch.Tensor | np.ndarray
+Rows: TypeAlias = torch.Tensor | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

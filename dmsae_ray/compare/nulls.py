@@ -74,6 +74,12 @@ def unavailable(reason: str, size: tuple[int, int]) -> NullResult:
     return NullResult(False, reason, None, None, None, None, None, None, None, 0, 0, size)
 
 
+def drawn(value: float | None) -> float:
+    """A number of one draw. There is one: cores without members, which have none, are compared with no draw."""
+    assert value is not None
+    return value
+
+
 def over_draws(
     scores: Sequence[float],
     overlaps: Sequence[float],

@@ -110,24 +110,25 @@ def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None, 
 def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
     scored = [pair for pair in members if pair.pw_mcc is not None]
 
-    def over(value: Callable[[PairResult], float | None], among: list[PairResult]) -> Spread | None:
+    def over(value: Callable[[PairResult, str], float | None], what: str, among: list[PairResult]) -> Spread | None:
         return spread(
-            [value(pair) for pair in among], [pair.seed_a for pair in among], [pair.seed_b for pair in among], seed
+            [value(pair, what) for pair in among],
+            [pair.seed_a for pair in among],
+            [pair.seed_b for pair in among],
+            seed,
         )
 
     def null_summary(name: str) -> NullSummary:
         judged = [pair for pair in scored if pair.nulls[name].available]
         return NullSummary(
             available=len(judged),
-            above=sum(_at_null_size(pair, name, "pw_mcc") > pair.nulls[name].p99 for pair in judged) / len(judged)
-            if judged
-            else None,
+            above=sum(_is_above(pair, name) for pair in judged) / len(judged) if judged else None,
             excess={
-                score: over(lambda pair, score=score: _excess(pair, name, score), judged)
+                score: over(lambda pair, score: _excess(pair, name, score), score, judged)
                 for score in ("pw_mcc", "overlap", "activation")
             },
             numbers={
-                number: over(lambda pair, number=number: getattr(pair.nulls[name], number), judged)
+                number: over(lambda pair, number: getattr(pair.nulls[name], number), number, judged)
                 for number in NULL_NUMBERS
             },
         )
@@ -141,15 +142,22 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
         of=of,
         scored=len(scored),
         seeds=len({seed for pair in scored for seed in (pair.seed_a, pair.seed_b)}),
-        scores={name: over(lambda pair, name=name: getattr(pair, name), members) for name in SCORES},
+        scores={name: over(getattr, name, members) for name in SCORES},
         nulls={name: null_summary(name) for name in NULLS},
-        dictionary_nulls={name: over(lambda pair, name=name: dictionary(pair, name), members) for name in NULLS},
+        dictionary_nulls={name: over(dictionary, name, members) for name in NULLS},
     )
 
 
 def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:
     """The cores' score at the null's sizes: cycle 0 may have fewer candidates than a core has members."""
     return getattr(pair.nulls[name], f"core_{score}_same_size") if name == "cycle0" else getattr(pair, score)
+
+
+def _is_above(pair: PairResult, name: str) -> bool:
+    """Whether the cores' PW-MCC exceeds the null's 99th percentile."""
+    own, p99 = _at_null_size(pair, name, "pw_mcc"), pair.nulls[name].p99
+    assert own is not None and p99 is not None, "cores that were scored have an available null's numbers"
+    return own > p99
 
 
 def _excess(pair: PairResult, name: str, score: str) -> float | None:

@@ -38,7 +38,10 @@ def encode(documents: Iterable[Document], tokenizer) -> Iterator[EncodedDocument
     stream = iter(documents)
     while some := list(islice(stream, ENCODE_DOCUMENTS)):
         chat = some[0].messages is not None  # as all documents of a source
-        texts = [rendered(document.name, document.messages, tokenizer) if chat else document.text for document in some]
+        texts = [
+            document.text if document.messages is None else rendered(document.name, document.messages, tokenizer)
+            for document in some
+        ]
         # verbose=False: documents are longer than the model's context, and are cut into sequences later.
         encoded = tokenizer(
             texts, add_special_tokens=False, split_special_tokens=not chat, return_attention_mask=False, verbose=False

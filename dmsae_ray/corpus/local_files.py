@@ -13,7 +13,6 @@ import io
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -119,7 +118,7 @@ def saved_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.arrow"))
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """A file's bytes, unpacked. What is wrong with them is raised as they are read: OSError, EOFError or zlib.error."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")

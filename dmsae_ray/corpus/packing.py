@@ -5,12 +5,31 @@ Letters: n tokens of a document, N sequences, T context, S = T-1 tokens of a seq
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 
 from dmsae_ray.corpus.tokens import TokenSequences
 
 MIN_PIECE = 16
 """Shorter ends are dropped: they would be mostly padding, and their first tokens have hardly any context."""
+
+
+class Packing(Protocol):
+    """A way to cut: documents go in one after the other, sequences come out."""
+
+    shortest: int
+    """tokens of a document, or of its last sequence, below which they are dropped"""
+
+    def kept(self, n: int) -> int:
+        """How many of a document's n tokens get into sequences."""
+
+    def add(self, ids_n: np.ndarray) -> TokenSequences:
+        """The sequences that this document completes. ids_n: its tokens, int32."""
+
+    def rest(self) -> TokenSequences:
+        """What is left when all documents are added."""
 
 
 class Separate:
@@ -87,4 +106,5 @@ class Concatenate:
         return TokenSequences(ids_NT, np.array([length], dtype=np.int32), np.array([rows], dtype=np.int32))
 
 
-PACKINGS = {"separate": Separate, "concatenate": Concatenate}
+PACKINGS: dict[str, Callable[[int, int, int], Packing]] = {"separate": Separate, "concatenate": Concatenate}
+"""By the name that corpus.packing gives them; made from context, BOS and padding token."""

@@ -162,7 +162,7 @@ def _write(
             tally.replaced += _note(document, tally.replaced, say)
             if (now := time.monotonic()) - said >= SAY_SECONDS:
                 said = now
-                count, tokens = sum(tally.given.values()).sum(axis=0).tolist()
+                count, tokens = np.sum([*tally.given.values()], axis=(0, 1)).tolist()
                 say(f"tokens: {count:,} documents, {tokens:,} tokens, {tokens / (now - start):,.0f} tokens/s")
             if rows[split] >= wanted[split]:
                 del tally.lacking[split]

@@ -89,7 +89,7 @@ class ChainFolder:
 
         Raises ValueError naming the file if one is damaged.
         """
-        records = []
+        records: list[dict] = []
         while (path := self.cycle(len(records)).record).exists():
             try:
                 record = json.loads(path.read_text())

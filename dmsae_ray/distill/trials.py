@@ -97,14 +97,11 @@ def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> Non
     for plan in plans:
         ray.get(board.update.remote(plan.label, phase="starting", cycle=len(plan.folder.records()), cycles=plan.cycles))
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    # mypy does not see that ray's decorator makes another class of it.
+    aggregator = Aggregator.remote(first.score_settings)  # type: ignore[attr-defined]
     trainer = ray.train.torch.TorchTrainer(
         train_chains,
-        train_loop_config={
-            "plans": plans,
-            "lease": lease,
-            "aggregator": Aggregator.remote(first.score_settings),  # type: ignore[attr-defined]  # `ray.remote` adds it
-            "board": board,
-        },
+        train_loop_config={"plans": plans, "lease": lease, "aggregator": aggregator, "board": board},
         torch_config=torch_config(cluster.gpus_per_worker),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources

@@ -10,7 +10,7 @@ import copy
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -21,6 +21,8 @@ from dmsae_ray.config import Config, Place, problem_lines
 from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.ownership import marked
 from dmsae_ray.secret_url import print_scrubbed, scrub
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _YamlFile(PydanticBaseSettingsSource):
@@ -166,6 +168,7 @@ def load(command: type[Config], argv: list[str]) -> Config:
     path = first.parse_known_args(argv)[0].config or default_config_path()
     if {"-h", "--help"} & set(argv):
         command = _with_defaults_of(command, path)
+    assert command.__doc__ is not None, "a command's text begins with how it is called"
     _YamlFile.path = path
     said = io.StringIO()
     try:
@@ -202,7 +205,7 @@ def _with_defaults_of(command: type[Config], path: Path) -> type[Config]:
     return shown
 
 
-def _as_default(model: type[BaseModel], values: BaseModel) -> type[BaseModel]:
+def _as_default(model: type[Model], values: BaseModel) -> type[Model]:
     """A model whose defaults are these values, sections included; fields that the values lack keep their own."""
     fields: dict[str, Any] = {}
     for name in type(values).model_fields:

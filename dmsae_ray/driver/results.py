@@ -196,7 +196,8 @@ def judge_all(config: Config, numbers: dict[str, float], folder: Path) -> list[d
     return judged["expectations"]
 
 
-def picture(comparison: dict[str, Any], folder: Path) -> None:
+def picture(comparison: dict[str, Any] | None, folder: Path) -> None:
+    assert comparison is not None, "the part needs it: without one it is not begun"
     save(
         consistency_matrix(*matrices(comparison), [entry["label"] for entry in comparison["failed"]]),
         folder / "consistency.png",

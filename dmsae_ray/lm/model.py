@@ -262,8 +262,12 @@ class LanguageModel:
         way the model itself still makes masks and rotary positions.) held: further hooks and the values they are kept
         at.
         """
+        entry_BTD = value_BTD
+        if self._inside:
+            assert cut._entry_BTD is not None, "a cut inside a block has kept what enters it"
+            entry_BTD = cut._entry_BTD
         # Copies, since the model may go on in place.
-        entry_BTD = (cut._entry_BTD if self._inside else value_BTD).to(self.device, self.dtype, copy=True)
+        entry_BTD = entry_BTD.to(self.device, self.dtype, copy=True)
 
         def overwrite(tensor_BTD: torch.Tensor, hook) -> None:
             # TransformerLens' hook_resid_mid is the input of the norm before the MLP: what a hook returns there reaches

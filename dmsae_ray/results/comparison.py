@@ -139,6 +139,7 @@ def _comparison(
         return known
     of = Counter(pair.group for pair in pairs)
     if config.pairs == "sample":
+        assert config.sample is not None, "the configuration asks for both or none"
         pairs = sample(pairs, config.sample, config.seed)
     results, seconds = _results(config, dataset, chains, keys, pairs, kept, say)
     comparison = {
@@ -168,8 +169,8 @@ def _results(
     """The pairs' results and the seconds that each took, when it was computed."""
     settings, rows = settings_of(config), dataset.manifest.key
     files = {pair: kept / f"{_pair_key(settings, rows, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
-    known = {pair: known_from(file, say) for pair, file in files.items()}
-    missing = [pair for pair in pairs if known[pair] is None]
+    known = {pair: found for pair, file in files.items() if (found := known_from(file, say)) is not None}
+    missing = [pair for pair in pairs if pair not in known]
     if missing:
         again = f", {len(pairs) - len(missing)} more are known" if len(missing) < len(pairs) else ""
         say(f"compare: {len(missing)} pairs of cores, {settings.draws} draws of each null{again}")

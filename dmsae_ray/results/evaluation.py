@@ -31,7 +31,8 @@ def write_evaluation(plans: Sequence[ChainPlan], path: Path) -> tuple[list[dict[
     """Write evaluation.json; returns its rows, and in words which files of chains could not be read: a row goes without
     their curves.
     """
-    rows, unread = [], []
+    rows: list[dict[str, Any]] = []
+    unread: list[str] = []
     for plan in plans:
         rows += chain_rows(plan, unread)
     write_json(path, {"format_version": FORMAT_VERSION, "rows": rows})

@@ -27,19 +27,22 @@ def judge(expectations: Sequence[ExpectConfig], numbers: dict[str, float]) -> di
 
 
 def _judge(expected: ExpectConfig, relation: str, bound: float | str, numbers: dict[str, float]) -> dict[str, Any]:
-    named = isinstance(bound, str)
-    value, limit = numbers.get(expected.value), numbers.get(bound) if named else float(bound)
-    missing = [name for name, number in ((expected.value, value), (bound, limit)) if number is None]
-    if missing:
+    bound_name = bound if isinstance(bound, str) else None
+    value = numbers.get(expected.value)
+    limit = numbers.get(bound) if isinstance(bound, str) else float(bound)
+    why: str | None = None
+    if value is None or limit is None:
+        sides = ((expected.value, value), (bound_name, limit))
+        missing = [name for name, number in sides if name is not None and number is None]
         outcome, why = NOT_AVAILABLE, "; ".join(_unknown(name, numbers) for name in missing)
     else:
-        outcome, why = HIT if (value > limit if relation == "above" else value < limit) else MISS, None
+        outcome = HIT if (value > limit if relation == "above" else value < limit) else MISS
     return {
         "claim": expected.claim,
         "value_name": expected.value,
         "value": value,
         "relation": relation,
-        "bound_name": bound if named else None,
+        "bound_name": bound_name,
         "bound": limit,
         "outcome": outcome,
         "why": why,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dmsae_ray.sae.kept import Kept, check_margins
+from dmsae_ray.sae.ops.choose import is_fused
 from dmsae_ray.sae.ops.pairs import Pairs, Rounded
 from dmsae_ray.sae.screen import Screen
 from dmsae_ray.sae.settings import SAESettings
@@ -49,10 +50,11 @@ def gate_and_wait(
     fell short.
     """
     ops = screen.ops
+    assert is_fused(ops), "no other operations are gated here"
     guess = screen.sae.b_enc.detach().new_full((), guess or torch.inf)
     while True:
         kept = gate_on_device(centred_BD, rows, screen, settings, guess, token_index_B)
-        numbers = (
+        numbers: tuple[Tensor, ...] = (  # 0-dim, see `Kept`
             kept.smallest,
             kept.bound,
             kept.candidates,
@@ -84,7 +86,8 @@ def gate_on_device(
 
     Candidates get `ops.places` places, and at least PLACES for each pair of the budget.
     """
-    ops: TritonPairs = screen.ops
+    ops = screen.ops
+    assert is_fused(ops), "no other operations are gated here"
     places = min(max(ops.places, PLACES * settings.k * len(centred_BD)), len(centred_BD) * settings.width)
     sae, n_rows = screen.sae, len(centred_BD)
     n_exempt = sae.core_size if settings.core_gate == "relu" else 0

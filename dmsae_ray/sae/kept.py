@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dmsae_ray.sae.ops.pairs import Pairs
 
 GUESS = 0.97
@@ -17,21 +19,21 @@ class ScreenError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept pairs of this rank's rows."""
+    """The kept pairs of this rank's rows. From `gate_on_device` every number is a 0-dim tensor."""
 
     pairs: Pairs
     """on the device alone: may end in padding (row B, latent F, value 0)"""
-    smallest: float
+    smallest: float | Tensor
     """smallest value kept by BatchTopK in the global batch (an exempt core left out); 0 if nothing was kept"""
-    bound: float
+    bound: float | Tensor
     """the proven bound L; a guess for the next batch is GUESS of it"""
-    candidates: int
+    candidates: int | Tensor
     """pairs of this rank that the screen could not rule out"""
-    retries: int
+    retries: int | Tensor
     """scans beyond the first"""
-    wrong: int = 0
+    wrong: int | Tensor = 0
     """pairs that were beyond their margin: above 0 on the device alone, where `ScreenError` is still to be raised"""
-    short: bool = False
+    short: bool | Tensor = False
     """on the device alone: too few places for the candidates, the pairs are of no use"""
 
 

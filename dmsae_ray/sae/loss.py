@@ -61,16 +61,16 @@ class Outcome:
     """tokens since each latent last fired, this batch included"""
     dead_F: Tensor
     """free latents silent for the whole window"""
-    smallest: float
+    smallest: float | Tensor
     """smallest value kept by BatchTopK in the global batch"""
-    bound: float
+    bound: float | Tensor
     """the gate's proven bound, from which the next batch's is guessed"""
-    candidates: int
+    candidates: int | Tensor
     """pairs of these rows and this rank's latents that were screened in"""
-    retries: int
+    retries: int | Tensor
     """scans of the screen beyond the first"""
-    wrong: int = 0
-    short: bool = False
+    wrong: int | Tensor = 0
+    short: bool | Tensor = False
     """this and `wrong`: see `kept.Kept`. If the guess was a tensor all numbers are 0-dim tensors, and latent_N ends in
     padding
     """

@@ -36,6 +36,11 @@ class MatryoshkaSAE(nn.Module):
     core's. Everything but the buffer is trained.
     """
 
+    W_enc_core: Tensor
+    """frozen encoder rows [n_frozen, D], a buffer"""
+    theta: Tensor
+    """inference threshold, 0-dim float64, a buffer"""
+
     def __init__(
         self,
         d: int,

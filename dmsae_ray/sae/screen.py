@@ -28,6 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dmsae_ray.sae.ops.choose import is_fused
 from dmsae_ray.sae.ops.pairs import Candidates, Margin, Rounded
 from dmsae_ray.sae.ops.torch_ops import TorchPairs
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -103,7 +104,7 @@ class Screen:
         """
         latents, margin = self.latents(), self.margin(rows)
         left, right = self.factors(centred_BD, rows)
-        if self.ops.fused:
+        if is_fused(self.ops):
             return self.ops.screened(left, right, b_enc_F, latents, margin, cut, n_exempt)
         chunk = min(len(left), max(1, CHUNK // len(right)))
         shape = (chunk, len(right))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dmsae_ray.sae.kept import GUESS, check_margins
 from dmsae_ray.sae.loss import Outcome
+from dmsae_ray.sae.ops.choose import is_fused
 from dmsae_ray.sae.step_report import EXPLODED, RECENT, Diverged
 
 if TYPE_CHECKING:
@@ -81,7 +82,22 @@ class Flight:
         if self.arrived is not None:
             self.arrived.synchronize()
         loss_rec, loss_aux, norm, smallest, bound, *counts = self.numbers.tolist()
-        return Numbers(loss_rec, loss_aux, norm, smallest, bound, *map(int, counts))
+        candidates, retries, wrong, short, n_kept, n_dead, near_dead, counted = map(int, counts)
+        return Numbers(
+            loss_rec,
+            loss_aux,
+            norm,
+            smallest,
+            bound,
+            candidates,
+            retries,
+            wrong,
+            bool(short),
+            n_kept,
+            n_dead,
+            near_dead,
+            bool(counted),
+        )
 
 
 class Steps:
@@ -139,6 +155,7 @@ class Steps:
 
     def _launch(self, x_BD: Tensor, token_index_B: Tensor | None, dead_places: int) -> None:
         trainer, before = self.trainer, self._carried
+        assert before is not None, "`launch` begins, and `_undo` goes back to a step that was launched"
         step = trainer.steps_done + len(self._flights)
         outcome, numbers, self._carried = launch_step(trainer, x_BD, token_index_B, before, step, dead_places)
         arrived = None
@@ -164,6 +181,7 @@ class Steps:
                 self._places.extendleft(each.dead_places for each in reversed(undone))
                 self._raise(seen, flight, behind=len(undone) - 1)
             if seen.short:
+                assert is_fused(trainer.loss.ops), "see `Trainer`: no other operations run ahead"
                 trainer.loss.ops.make_room(seen.candidates)
             self._launch(flight.x_BD, flight.token_index_B, max(flight.dead_places, _rounded_up(seen.n_dead)))
             for later in undone[1:]:
@@ -219,7 +237,7 @@ def launch_step(
     go = go & (outcome.wrong == 0) & ~outcome.short & (n_dead <= dead_places)
     clip = (settings.clip / (norm + 1e-6)).clamp(max=1.0)
     trainer.adam.apply(gradient, parallel_F, clip, settings.learning_rate(step), go=go.int())
-    numbers = Numbers(
+    numbers: tuple[Tensor, ...] = Numbers(  # 0-dim, until the host has them
         outcome.loss_rec,
         outcome.loss_aux,
         norm,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from dmsae_ray.sae.ranks.partition import Shard
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step_report import EXPLODED, RECENT, Diverged, StepReport
+
+if TYPE_CHECKING:
+    from dmsae_ray.sae.steps_on_device import Steps
 
 STATE_VERSION = 2
 """Raised when older training states cannot be continued."""
@@ -69,12 +72,13 @@ class Trainer:
         self.settings = settings
         self.comm = comm
         self.model = model
+        self.loss: LossModule
         if model is None:
             self.loss = LossModule(
                 sae, settings, comm, None if self._shard is None else self._shard.ids_N.to(sae.b_dec.device)
             )
         else:
-            self.loss: LossModule = model.module
+            self.loss = model.module
         self.adam = Adam(sae, settings, self.loss.ops, self.loss.screen, self.loss.latents)
         self.steps_done = 0
         self.silent_F = torch.zeros(sae.width, dtype=torch.int64, device=sae.b_dec.device)
@@ -85,7 +89,7 @@ class Trainer:
         """values that have gone into it"""
         self.first_loss: float | None = None
         self._bounds: deque[float] = deque(maxlen=RECENT)  # not part of the state: they decide speed only
-        self._ahead = None
+        self._ahead: Steps | None = None
         if self.loss.ops.fused and comm.world == 1 and settings.micro_batch is None:
             from dmsae_ray.sae import steps_on_device  # which imports this module
 
@@ -115,6 +119,7 @@ class Trainer:
             )
         if self.steps_done == 0 and (self._ahead is None or self._ahead.in_flight == 0):
             self._start(x_BD, token_index_B)
+        seen: tuple[Outcome, float, float, float] | None
         if self._ahead is None:
             try:
                 seen = self._advance(x_BD, token_index_B)
@@ -124,21 +129,24 @@ class Trainer:
             self._commit(*seen)
         else:
             self._ahead.launch(x_BD, token_index_B)
-            seen = self._see(0 if log else self._ahead.LATE)
-        return self._report(*seen) if log else None
+            seen = self._see(self._ahead, 0 if log else self._ahead.LATE)
+        if not log:
+            return None
+        assert seen is not None, "this batch's step was taken in"
+        return self._report(*seen)
 
     def settle(self) -> None:
         """Wait until every batch given is trained on. Raises as `step` does."""
         if self._ahead is not None:
-            self._see(0)
+            self._see(self._ahead, 0)
 
-    def _see(self, leave: int) -> tuple[Outcome, float, float, float] | None:
+    def _see(self, ahead: Steps, leave: int) -> tuple[Outcome, float, float, float] | None:
         """Take in the launched steps but the last `leave`; what `_advance` would have returned, of the last one taken
         in.
         """
         seen = None
-        while self._ahead.in_flight > leave:
-            seen = self._ahead.see()
+        while ahead.in_flight > leave:
+            seen = ahead.see()
             self._commit(*seen)
         return seen
 
@@ -246,11 +254,11 @@ class Trainer:
             self.sae.W_dec.dtype,
             self.sae.core_transfer,
         )
-        sae.load_state_dict(self._whole_weights())
+        sae.load_state_dict(self._whole_weights(self._shard))
         return sae.to(self.sae.b_dec.device)
 
-    def _whole_weights(self) -> dict[str, Tensor]:
-        return {name: self._shard.whole(self.comm, name, tensor) for name, tensor in self.sae.state_dict().items()}
+    def _whole_weights(self, shard: Shard) -> dict[str, Tensor]:
+        return {name: shard.whole(self.comm, name, tensor) for name, tensor in self.sae.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-identical continuation needs, of types that `torch.load(weights_only=True)` takes: the same
@@ -262,7 +270,7 @@ class Trainer:
         self.settle()
         sae, adam, silent_F = self.sae.state_dict(), self.adam.state_dict(), self.silent_F
         if self._shard is not None:
-            sae = self._whole_weights()
+            sae = self._whole_weights(self._shard)
             adam |= {name: self._shard.whole_flat(self.comm, self.sae, adam[name]) for name in ("mean", "square")}
             silent_F = self._shard.whole(self.comm, "silent", silent_F)
         return {

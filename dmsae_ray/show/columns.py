@@ -204,7 +204,11 @@ def null_value(pair: dict[str, Any], name: str) -> float | None:
 def summary(comparison: dict[str, Any]) -> dict[str, float]:
     """Numbers that stand for the whole sweep; a mean over nothing is left out, not reported as 0 or 1."""
     pairs = comparison["pairs"]
-    numbers = {"chains": len(comparison["chains"]), "failed": len(comparison.get("failed", [])), "pairs": len(pairs)}
+    numbers: dict[str, float] = {
+        "chains": len(comparison["chains"]),
+        "failed": len(comparison.get("failed", [])),
+        "pairs": len(pairs),
+    }
     for name in ("pw_mcc", "overlap", "mmcs_ab", "mmcs_ba", "activation", "pw_mcc_dictionary"):
         values = [pair[name] for pair in pairs if pair.get(name) is not None]
         if values:

@@ -135,15 +135,15 @@ def _describe(
     )
     text, described, first = TokenText(tokenizer), {}, 0
     for place, peaks in zip(places, peaks_L, strict=True):
-        mine = slice(first, first + len(peaks))
+        own = slice(first, first + len(peaks))
         described[place] = {
             "max_activation": _short(peaks[0].activation) if peaks else 0.0,
-            "mean_loss_change": _mean_change(read, mine) if settings.effects and peaks else None,
+            "mean_loss_change": _mean_change(read, own) if settings.effects and peaks else None,
             "contexts": [
                 _context(peak, activation_T, sequences, lm.bos_id, settings.window, text)
-                for peak, activation_T in zip(peaks, read.activation_PT[mine], strict=True)
+                for peak, activation_T in zip(peaks, read.activation_PT[own], strict=True)
             ],
-            "effects": _effects(peaks, read, mine, sequences, lm.bos_id, settings.effects, text),
+            "effects": _effects(peaks, read, own, sequences, lm.bos_id, settings.effects, text),
         }
         first += len(peaks)
     return [described[place] for place in range(len(features))]

@@ -62,11 +62,14 @@ def roster_of(cores: Mapping[str, Core], consensus: dict | None) -> list[Feature
     falling share of their chain's total score (equal ones: in the order of chains and latents). Raises ValueError if
     consensus.json names chains or latents that these cores do not have.
     """
-    shared, alone, seen = [], [], set()
-    for group in consensus["groups"] if consensus else []:
-        feature = _group(group, consensus, cores)
-        (shared if feature.kind == "consensus" else alone).append(feature)
-        seen |= {(member.chain, member.index) for member in feature.members}
+    shared: list[Feature] = []
+    alone: list[Feature] = []
+    seen: set[tuple[str, int]] = set()
+    if consensus:
+        for group in consensus["groups"]:
+            feature = _group(group, consensus, cores)
+            (shared if feature.kind == "consensus" else alone).append(feature)
+            seen |= {(member.chain, member.index) for member in feature.members}
     seeds = {core.seed for core in cores.values()}
     for label, core in cores.items():
         for index in range(core.size):

@@ -11,7 +11,7 @@ LOST = "\N{REPLACEMENT CHARACTER}"
 class TokenText:
     """Token ids to text. Spaces and line breaks are themselves; a part of a character is its bytes, as <0xE2>."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         """tokenizer: a transformers tokenizer, byte-level or sentencepiece."""
         self._tokenizer = tokenizer
         # Decoders drop the space that begins a text; behind something else it stays.

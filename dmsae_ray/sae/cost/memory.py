@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dmsae_ray.sae.auxk import CHUNK as AUX_CHUNK
 from dmsae_ray.sae.gate_on_device import PLACES
 from dmsae_ray.sae.loss import LossModule
+from dmsae_ray.sae.ranks.collective import Alone
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import CHUNK
 from dmsae_ray.sae.settings import SAESettings
@@ -95,7 +96,7 @@ def lasting_tensors(trainer: Trainer) -> dict[str, list[Tensor]]:
     }
 
 
-class _Rank:
+class _Rank(Alone):
     """The last of so many ranks, to which no part is smaller than to another; says nothing to them."""
 
     def __init__(self, world: int) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
 from dmsae_ray.sae.ops import native
 from dmsae_ray.sae.ops.cpu_ops import NativePairs
 from dmsae_ray.sae.ops.torch_ops import TorchPairs
+
+if TYPE_CHECKING:
+    from dmsae_ray.sae.ops.cuda_ops import TritonPairs
+
+
+def is_fused(ops: TorchPairs) -> TypeGuard[TritonPairs]:
+    """Whether product and scan are one kernel, so that nothing between batch and weights need wait for the device."""
+    return ops.fused
 
 
 def pairs_on(device: torch.device | str, kernels: str = "auto", dtype: torch.dtype = torch.float32) -> TorchPairs:

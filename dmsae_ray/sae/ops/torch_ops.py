@@ -10,6 +10,10 @@ from torch import Tensor
 
 from dmsae_ray.sae.ops.pairs import DIGIT_BITS, AdamStep, Candidates, Margin, Pairs, Rounded
 
+CHUNK = 4096
+"""Rows of a matrix that are rounded, added up or updated at a time: what is made of them in between stays small. Part
+of the order of sums."""
+
 
 class TorchPairs:
     """Plain torch: the reference of the compiled kernels, and what runs where there are none."""
@@ -18,7 +22,7 @@ class TorchPairs:
     fused = False
     """whether `screened` does product and scan in one"""
 
-    def round(self, rows_ND: Tensor, low: bool, chunk: int = 4096) -> Rounded:
+    def round(self, rows_ND: Tensor, low: bool) -> Rounded:
         """bf16 copy of the rows (if `low`), norms, and norms of the difference."""
         norm_N = torch.linalg.vector_norm(rows_ND, dim=1, dtype=torch.float64).to(rows_ND.dtype)
         if not low:
@@ -27,7 +31,7 @@ class TorchPairs:
         error_N = torch.cat(
             [
                 torch.linalg.vector_norm(part_ND - part_low_ND.to(part_ND.dtype), dim=1, dtype=torch.float64)
-                for part_ND, part_low_ND in zip(rows_ND.split(chunk), low_ND.split(chunk), strict=True)
+                for part_ND, part_low_ND in zip(rows_ND.split(CHUNK), low_ND.split(CHUNK), strict=True)
             ]
         )
         return Rounded(low_ND, norm_N, error_N.to(rows_ND.dtype))
@@ -220,16 +224,14 @@ class TorchPairs:
         left_B1 = most - (z_BK > least_B1).sum(dim=1, keepdim=True)
         z_BK.masked_fill_((z_BK < least_B1) | (tied_BK & (tied_BK.cumsum(dim=1) > left_B1)), 0)
 
-    def gradient_squares(
-        self, gradient_ND: Tensor, W_ND: Tensor | None, chunk: int = 4096
-    ) -> tuple[Tensor, Tensor | None]:
+    def gradient_squares(self, gradient_ND: Tensor, W_ND: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sum of squares (float64) of the gradient without its component along each row of W, and that component as a
         factor of W.
         """
         if W_ND is None:
             return gradient_ND.double().square().sum(), None
         factors, total = [], torch.zeros((), dtype=torch.float64, device=W_ND.device)
-        for part_ND, part_W_ND in zip(gradient_ND.split(chunk), W_ND.split(chunk), strict=True):
+        for part_ND, part_W_ND in zip(gradient_ND.split(CHUNK), W_ND.split(CHUNK), strict=True):
             inverse_N = 1 / (torch.linalg.vector_norm(part_W_ND, dim=1) + 1e-6)
             factors.append(torch.linalg.vecdot(part_ND, part_W_ND) * inverse_N * inverse_N)
             total += torch.addcmul(part_ND, factors[-1][:, None], part_W_ND, value=-1).double().square().sum()
@@ -246,7 +248,6 @@ class TorchPairs:
         adam: AdamStep,
         unit: bool,
         rounded: Rounded | None,
-        chunk: int = 4096,
     ) -> None:
         """One Adam update of the rows of a matrix (or of a vector), in place.
 
@@ -254,8 +255,8 @@ class TorchPairs:
         epsilon;
         rounded: brought up to date with the new rows.
         """
-        for start in range(0, len(W), chunk):
-            here = slice(start, start + chunk)
+        for start in range(0, len(W), CHUNK):
+            here = slice(start, start + CHUNK)
             now = gradient[here]
             if parallel_N is not None:
                 now = torch.addcmul(now, parallel_N[here, None], W[here], value=-1)

@@ -156,23 +156,23 @@ class RunStore:
         """What `act` returns or raises; TrackingError if that takes longer: a server that swallows packets is asked
         again and again.
         """
-        ended: list[tuple[T | None, BaseException | None]] = []
+        returned: list[T] = []
+        raised: list[BaseException] = []
 
         def run() -> None:
             try:
-                ended.append((act(), None))
+                returned.append(act())
             except BaseException as error:
-                ended.append((None, error))
+                raised.append(error)
 
         thread = threading.Thread(target=run, daemon=True)  # left behind where it hangs; it ends with the process
         thread.start()
         thread.join(seconds)
-        if not ended:
+        if raised:
+            raise raised[0]
+        if not returned:
             raise TrackingError(f"track.uri {self.uri}: no answer within {seconds:.0f} s. {REMEDY}")
-        value, error = ended[0]
-        if error is not None:
-            raise error
-        return value
+        return returned[0]
 
     def _open(self) -> tuple[MlflowClient, str]:
         uri = self.uri.reveal()
@@ -292,7 +292,7 @@ class RunStore:
         """Log points beyond each metric's last step. Steps of a metric must come in rising order; non-finite values,
         which SQL stores refuse, are left out."""
         batch: list[Metric] = []
-        ahead = {}
+        ahead: dict[str, int] = {}
         for key, value, step, ms in points:
             if not math.isfinite(value) or step <= max(self._last_step(run_id, key), ahead.get(key, -1)):
                 continue

@@ -54,5 +54,6 @@ def over_seeds(values: Iterable[tuple[int, float | None]]) -> Spread | None:
         kind = "one seed" if seeds == 1 else "range"
         return Spread(mean, float(means_S.min()), float(means_S.max()), kind, seeds, chains)
     # The same draws for every number: a page of the same folder is the same page.
-    low, high = interval.over_seeds(means_S, range(seeds), range(seeds), seed=0)
-    return Spread(mean, low, high, f"{interval.COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)
+    ends = interval.over_seeds(means_S, range(seeds), range(seeds), seed=0)
+    assert ends is not None, "there are seeds enough"
+    return Spread(mean, *ends, f"{interval.COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)

@@ -71,7 +71,7 @@ class View:
 
     def charts(self) -> list[Chart]:
         """All charts, also those within grids."""
-        found = []
+        found: list[Part] = []
         for part in self.parts:
             found += part.charts if isinstance(part, Grid) else [part]
         return [part for part in found if isinstance(part, Chart)]

@@ -155,6 +155,6 @@ class LiveLines:
             # A phase's first measured rate is said at once: how long it will take is known from then on.
             rated = long and bool(status.get("tokens_per_s"))
             news = last is None or state != last.state or (rated and not last.rated)
-            if news or overdue or (final and line != last.line):
+            if news or overdue or (final and (last is None or line != last.line)):
                 print(f"{duration(now - self._begin):>6}  {line}", file=self._stream, flush=True)
                 self._said[label] = Said(state, line, now, rated)

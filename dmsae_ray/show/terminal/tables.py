@@ -124,8 +124,8 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
 
 def _mmcs(pair: dict[str, Any]) -> float | None:
     """Mean of both directions; pairs.json in MLflow has the two."""
-    both = [pair.get(name) for name in ("mmcs_ab", "mmcs_ba")]
-    return None if None in both else sum(both) / 2
+    there, back = pair.get("mmcs_ab"), pair.get("mmcs_ba")
+    return None if there is None or back is None else (there + back) / 2
 
 
 def _density(pair: dict[str, Any]) -> str:

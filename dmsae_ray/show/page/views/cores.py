@@ -143,12 +143,14 @@ def lines(
         dtick=max(1, (max(cycles) - min(cycles)) // 8),
         range=[min(cycles) - 0.25, max(cycles) + 0.25],
     )
-    made.update_yaxes(title_text=title, range=span([value(row) for row in rows], least, most))
+    made.update_yaxes(
+        title_text=title, range=span([number for row in rows if (number := value(row)) is not None], least, most)
+    )
     return made
 
 
 def _by_arm(id: str, title: str, read: str, absent: str, rows: Sequence[dict[str, Any]], *args: Any) -> Chart | Note:
-    figures = {}
+    figures: dict[tuple[str, ...], go.Figure | str] = {}
     for arm in unique(row["arm"] for row in rows):
         made = lines([row for row in rows if row["arm"] == arm], *args)
         if made is not None:

@@ -41,6 +41,10 @@ class Measure:
     read: str
     """what it is, which way is better: a sentence"""
 
+    def of(self, row: dict[str, Any]) -> float | None:
+        """A row's number; None if it has none."""
+        return row.get(self.field)
+
 
 MAIN = (
     Measure("l0", "L0", "tenths", "latents per token", "Mean number of active latents, core included: it should be k."),
@@ -184,7 +188,7 @@ def _trace(
 
 
 def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> go.Figure | None:
-    arms, found = unique(row["arm"] for row in rows), spreads(rows, lambda row: row.get(measure.field))
+    arms, found = unique(row["arm"] for row in rows), spreads(rows, measure.of)
     if len(arms) > ARMS_AGAINST_K:
         several = {arm for arm in arms if len({row["k"] for row in rows if row["arm"] == arm}) > 1}
         found = {key: spread for key, spread in found.items() if key[0] in several} or found
@@ -341,12 +345,12 @@ def _prefix_figure(
     for arm in unique(row["arm"] for row in rows):
         members = [row for row in at_k if row["arm"] == arm]
         found = {
-            name: over_seeds((row["seed"], prefix_of(row, name).get(measure.field)) for row in members)
+            name: spread
             for name in names
+            if (spread := over_seeds((row["seed"], measure.of(prefix_of(row, name))) for row in members))
         }
-        at = [name for name in names if found[name]]
-        if at:
-            words, spreads_at = [_prefix_name(name) for name in at], [found[name] for name in at]
+        if found:
+            words, spreads_at = [_prefix_name(name) for name in found], list(found.values())
             traces.append(_trace(arm, _place(rows, arm), words, spreads_at, words, measure))
             points += spreads_at
     if not traces:
@@ -366,7 +370,7 @@ def _spreads(rows: Sequence[dict[str, Any]]) -> Table | Note:
     found = [
         {"arm": arm, "k": k, "measure": measure, "spread": spread}
         for measure in (*MAIN, *FURTHER)
-        for (arm, k), spread in spreads(rows, lambda row, field=measure.field: row.get(field)).items()
+        for (arm, k), spread in spreads(rows, measure.of).items()
     ]
     columns = [
         Column("Arm", lambda row: row["arm"]),
@@ -392,11 +396,6 @@ def _chains(rows: Sequence[dict[str, Any]]) -> Table:
         Column("Seed", lambda row: row["seed"], "count"),
         Column("k", lambda row: row["k"], "count", "latents per token"),
         Column("Cycle", lambda row: row["cycle"], "count"),
-        *(
-            Column(
-                measure.name, lambda row, field=measure.field: row.get(field), measure.kind, measure.unit, measure.read
-            )
-            for measure in (*MAIN, *FURTHER)
-        ),
+        *(Column(measure.name, measure.of, measure.kind, measure.unit, measure.read) for measure in (*MAIN, *FURTHER)),
     ]
     return Table("table-quality", "Every chain at its last finished cycle, on held-out tokens.", columns, rows)
