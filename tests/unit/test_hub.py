@@ -107,7 +107,7 @@ def python(code: str, home, endpoint: str, *args: str, **more: str) -> subproces
 
 
 SWEEP = (
-    "import sys, time; import dmsae_ray.sweep, huggingface_hub; t = time.time(); code = "
+    "import sys, time; import dmsae_ray.sweep, dmsae_ray.driver.sweep_run, huggingface_hub; t = time.time(); code = "
     "dmsae_ray.sweep.main(sys.argv[1:]); print(time.time() - t); sys.exit(code)"
 )
 MISTYPED = [("--model.name", "models/gemma", "model"), ("--corpus.source", "data/my.text", "data set")]
@@ -141,7 +141,7 @@ def test_a_hub_that_does_not_answer_is_waited_for_once(tmp_path, flag, name, kin
             str(tmp_path / "out"),
         )
         assert done.returncode == 2 and "could not be asked" in done.stderr, done.stderr
-        assert SECONDS - 1 < float(done.stdout) < 3 * SECONDS  # the rest is a busy machine's
+        assert SECONDS - 1 < float(done.stdout) < 6 * SECONDS  # the rest is a busy machine's
 
 
 def test_no_network_wanted_is_said_at_once(tmp_path):
@@ -156,7 +156,9 @@ def test_no_network_wanted_is_said_at_once(tmp_path):
         HF_HUB_OFFLINE="1",
     )
     assert (
-        done.returncode == 2 and "could not be asked (OfflineModeIsEnabled" in done.stderr and float(done.stdout) < 10
+        done.returncode == 2
+        and "could not be asked (OfflineModeIsEnabled" in done.stderr
+        and float(done.stdout) < SECONDS
     )
 
 
