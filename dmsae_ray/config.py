@@ -8,20 +8,16 @@ are those of the README's glossary; `[D]` marks a decision the literature leaves
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dmsae_ray.config_checks import problems_of
 from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, tracking_uri
-from dmsae_ray.secret_url import SecretUrl, scrub
-
-CHAIN_FORMAT = 4
-"""Raised when the same fields would give another core: old chains are then kept but not reused."""
+from dmsae_ray.secret_url import SecretUrl
 
 
 class Section(BaseModel):
@@ -210,10 +206,6 @@ class SAEConfig(Section):
         if not value or min(value) <= 0 or sum(value) >= 1:
             raise ValueError("needs at least one fraction; all above 0, together below 1 (the rest is the last group)")
         return value
-
-
-ORDER_OF_SUMS = {"parallel", "micro_batch"}
-"""Fields of `train` that, like the number of workers, change the order of sums and nothing else."""
 
 
 class TrainConfig(Section):
@@ -472,10 +464,6 @@ class ExpectConfig(Section):
         return self
 
 
-NUMBERS = ("chains", "evaluation", "consistency", "consensus", "rediscovery")
-"""First parts of the names of results, see results/numbers.py."""
-
-
 class StudyConfig(Section):
     """What runs beside the sweep's grid, and what is expected of the results."""
 
@@ -611,124 +599,9 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
-        """What can be known without a model or a cluster. Every message names the fields and the remedy."""
-        harvest, train, sae, problems = self.harvest, self.train, self.sae, []
-        first_group = int(sae.prefix_fractions[0] * sae.width)
-        if first_group < 1:
-            problems.append(
-                f"sae.width {sae.width} x sae.prefix_fractions[0] {sae.prefix_fractions[0]:g} leaves the first group "
-                "without a latent: widen the SAE or raise the fraction"
-            )
-        for k in self.sweep.k:
-            if not 1 <= k <= sae.width:
-                problems.append(
-                    f"sweep.k {k}: a batch of {train.batch} tokens can give at most {train.batch * sae.width} active "
-                    f"pairs (train.batch x sae.width), k x batch must not exceed that: use k between 1 and {sae.width}"
-                )
-        if train.batch % train.lanes:
-            problems.append(f"train.batch {train.batch} is not a multiple of train.lanes {train.lanes}")
-        elif harvest.rows_per_group % (train.batch // train.lanes):
-            problems.append(
-                f"harvest.rows_per_group {harvest.rows_per_group} is not a multiple of train.batch / train.lanes "
-                f"= {train.batch // train.lanes}"
-            )
-        for field, gpus in (
-            ("cluster.gpus_per_worker", self.cluster.gpus_per_worker),
-            ("harvest.gpus_per_actor", harvest.gpus_per_actor),
-        ):
-            if gpus > 1 and gpus % 1:
-                problems.append(
-                    f"{field} {gpus:g}: Ray gives out whole GPUs, or a part of one: use {int(gpus)} or {int(gpus) + 1}"
-                )
-        if self.cluster.workers > 1 and 0 < self.cluster.gpus_per_worker < 1:
-            problems.append(
-                f"cluster.workers {self.cluster.workers} with cluster.gpus_per_worker "
-                f"{self.cluster.gpus_per_worker:g}: two workers of a chain would share a GPU, which NCCL refuses; use "
-                "1 GPU per worker, or 1 worker (several chains may share a GPU)"
-            )
-        if train.lanes % self.cluster.workers:
-            problems.append(f"train.lanes {train.lanes} is not a multiple of cluster.workers {self.cluster.workers}")
-        if harvest.rows_per_shard % harvest.rows_per_group:
-            problems.append(
-                f"harvest.rows_per_shard {harvest.rows_per_shard} is not a multiple of harvest.rows_per_group "
-                f"{harvest.rows_per_group}"
-            )
-        if harvest.tokens < harvest.rows_per_group * train.lanes:
-            problems.append(
-                f"harvest.tokens {harvest.tokens} is less than one row group for each lane (harvest.rows_per_group x "
-                f"train.lanes = {harvest.rows_per_group * train.lanes})"
-            )
-        if train.tokens < train.batch:
-            problems.append(f"train.tokens {train.tokens} is less than one batch (train.batch {train.batch})")
-        parts = self.sweep.n_parts
-        if self.sweep.data == "disjoint":
-            if len({seed % parts for seed in self.sweep.seeds}) < len(self.sweep.seeds):
-                enough = next(
-                    n
-                    for n in itertools.count(parts)
-                    if len({seed % n for seed in self.sweep.seeds}) == len(self.sweep.seeds)
-                )
-                problems.append(
-                    f"sweep.seeds {list(self.sweep.seeds)}: with sweep.data disjoint two of them would take the same "
-                    f"of {parts} parts (seed modulo sweep.parts); set sweep.parts to {enough}"
-                )
-            shards = harvest.tokens // harvest.rows_per_shard
-            if (shards // parts) * (harvest.rows_per_shard // harvest.rows_per_group) < train.lanes:
-                problems.append(
-                    f"sweep.data disjoint: {shards} full shards (harvest.tokens / harvest.rows_per_shard) dealt to "
-                    f"{parts} parts leave less than one row group for each of {train.lanes} lanes; lower "
-                    "harvest.rows_per_shard or raise harvest.tokens"
-                )
-        elif self.sweep.parts is not None:
-            problems.append("sweep.parts has a meaning only with sweep.data disjoint")
-        if self.selection.by == "reconstruction" and self.attribution.candidates == "all":
-            problems.append(
-                "selection.by reconstruction measures the latents of core and first group only: set "
-                "attribution.candidates to first_group"
-            )
-        own, bound = self.attribution.outlier_norm, harvest.outlier_norm
-        if own is not None and bound is not None and own >= bound:
-            problems.append(
-                f"attribution.outlier_norm {own:g} has nothing to do: harvest.outlier_norm {bound:g} leaves out as "
-                "much for training and attribution alike; lower it or leave it empty"
-            )
-        if harvest.dataset is not None and (harvest.hooks or harvest.store):
-            problems.append(
-                "harvest.dataset names a finished dataset, so harvest.hooks and harvest.store have nothing to do: "
-                "leave them empty"
-            )
-        if self.corpus.attribution_share + self.corpus.evaluation_share >= 1:
-            problems.append("corpus.attribution_share + corpus.evaluation_share leave no text to train on")
-        if self.study.arms and self.sae.core is not None:
-            problems.append(
-                "sae.core and study.arms are both given: arms are compared with chains that began without a core; "
-                "leave one empty"
-            )
-        for name in self.study.arms:
-            try:
-                self.of_arm(name)
-            except ValidationError as error:
-                problems += [f"study.arms.{name}: {line}" for line in problem_lines(error)]
-        problems += self._expected_of_nothing()
-        if problems:
+        if problems := problems_of(self):
             raise ValueError("\n".join(problems))
         return self
-
-    def _expected_of_nothing(self) -> list[str]:
-        """Expectations whose names cannot be those of a result: known now, not after hours of work."""
-        arms, problems = {"base", *self.study.arms}, []
-        for expected in self.study.expect:
-            for name in (expected.value, expected.above, expected.below):
-                if not isinstance(name, str):
-                    continue
-                kind, arm, *_ = [*name.split("."), ""]
-                if kind not in NUMBERS:
-                    problems.append(f"study.expect {name!r}: results begin with {', '.join(NUMBERS)}")
-                elif kind in ("chains", "evaluation", "consistency", "rediscovery") and not arms.issuperset(
-                    arm.split("~")
-                ):
-                    problems.append(f"study.expect {name!r}: no arm {arm!r}; there are {', '.join(sorted(arms))}")
-        return problems
 
     def of_arm(self, name: str) -> Config:
         """The experiment of one arm of the study. Raises pydantic's ValidationError."""
@@ -776,58 +649,6 @@ class Config(BaseSettings):
         """Every hook that is harvested, `model.hook` first."""
         return (self.model.hook, *(hook for hook in self.harvest.hooks if hook != self.model.hook))
 
-    def dataset_fields(
-        self, model_fingerprint: str, corpus_fingerprint: str, hook: str | None = None, chat_template: str | None = None
-    ) -> dict[str, Any]:
-        """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder.
-
-        chat_template: stands for the tokenizer's, where documents are chat messages.
-        """
-        harvest = self.harvest.model_dump(
-            mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"}
-        )
-        corpus = self.corpus.model_dump(
-            mode="json", include={"documents", "piece_characters", "attribution_share", "evaluation_share", "packing"}
-        )
-        corpus |= {"chat_template": chat_template} if chat_template else {}
-        model = self.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or self.model.hook}
-        return {
-            # 4: the first documents, as many as are needed. 3: one bound for all shards' outliers, of the calibration
-            # sequences.
-            "format": 4,
-            "model_fingerprint": model_fingerprint,
-            "corpus_fingerprint": corpus_fingerprint,
-            "corpus": corpus,
-            "model": model,
-            "harvest": harvest,
-        }
-
-    def chain_fields(self, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
-        """What decides a chain's cores; its hash names the chain's folder.
-
-        The number of cycles is left out on purpose: a longer chain continues a shorter one. So are the number of
-        workers, what they share (train.parallel) and train.micro_batch, which change the order of sums alone: a stopped
-        chain goes on with others, and its record says with which.
-        """
-        part = (
-            {"part": seed % self.sweep.n_parts, "parts": self.sweep.n_parts} if self.sweep.data == "disjoint" else None
-        )
-        return {
-            "format": CHAIN_FORMAT,
-            "dataset": dataset_key,
-            "seed": seed,
-            "data_seed": self.data_seed_of(seed),
-            "part": part,
-            "k": k,
-            "sae": self.sae.model_dump(mode="json", exclude={"core"}),
-            "train": self.train.model_dump(
-                mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}
-            ),
-            "attribution": self.attribution.model_dump(mode="json"),
-            "selection": self.selection.model_dump(mode="json"),
-            "evaluate": self.evaluate.model_dump(mode="json"),
-        }
-
     def chain_label(self, seed: int, k: int) -> str:
         """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains
         of an output folder, what makes it a control."""
@@ -843,26 +664,7 @@ class Config(BaseSettings):
         return self.model_copy(update={"selection": SelectionConfig()})
 
 
-def fields_key(fields: dict[str, Any]) -> str:
-    """Twelve hex digits that stand for these fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _dump_json(value: Any) -> str:
     if isinstance(value, BaseModel):
         return value.model_dump_json()
     return json.dumps(str(value) if isinstance(value, Path) else value)
-
-
-def problem_lines(error: ValidationError) -> list[str]:
-    """One line per mistake: the field, what is wrong, what would be right."""
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: no such field (see --help for all fields)")
-        elif problem["type"] == "value_error":
-            lines += [f"{where}: {part}" for part in str(problem["ctx"]["error"]).splitlines()]
-        else:
-            lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
-    return [scrub(line) for line in lines]

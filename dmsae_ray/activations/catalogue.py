@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset, read_held_out
 from dmsae_ray.activations.store import Missing, Store, StoreError
-from dmsae_ray.config import Config, fields_key
+from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.identity import dataset_fields, fields_key
 from dmsae_ray.lm.source import info_of, tokenizer_of
 
 
@@ -25,7 +26,7 @@ class Identity:
         """stands for the tokenizer's template, where documents are chat messages"""
 
     def fields(self, hook: str) -> dict:
-        return self.config.dataset_fields(self.info.fingerprint, self.corpus, hook, self.chat_template)
+        return dataset_fields(self.config, self.info.fingerprint, self.corpus, hook, self.chat_template)
 
     def key(self, hook: str) -> str:
         return fields_key(self.fields(hook))

@@ -13,9 +13,10 @@ from dmsae_ray.activations.rowgroup import Unit
 from dmsae_ray.activations.stream import StreamLimits
 from dmsae_ray.attribution.gradients import AttributionSettings
 from dmsae_ray.attribution.scores import ScoreSettings
-from dmsae_ray.config import Config, fields_key
+from dmsae_ray.config import Config
 from dmsae_ray.core.select import count_of
 from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.identity import chain_fields, fields_key
 from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
 
@@ -73,7 +74,7 @@ class ChainPlan:
 
     @property
     def fields(self) -> dict:
-        fields = self.config.chain_fields(self.seed, self.k, self.dataset_key)
+        fields = chain_fields(self.config, self.seed, self.k, self.dataset_key)
         return fields if self.start is None else fields | {"start": self.start.fields}
 
     @property

@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
-from dmsae_ray.config import Config, Place, problem_lines
+from dmsae_ray.config import Config, Place
+from dmsae_ray.config_checks import problem_lines
 from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.ownership import marked
 from dmsae_ray.secret_url import print_scrubbed, scrub

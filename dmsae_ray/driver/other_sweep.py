@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dmsae_ray.config import Config, problem_lines
+from dmsae_ray.config import Config
+from dmsae_ray.config_checks import problem_lines
 from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import read_yaml

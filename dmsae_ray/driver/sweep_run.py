@@ -18,7 +18,7 @@ from dmsae_ray.activations.outliers import notes
 from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
 from dmsae_ray.cluster.probe import check_nodes
-from dmsae_ray.config import Config, fields_key
+from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import plan_chains, planned
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import SweepCommand
@@ -28,6 +28,7 @@ from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.references import references_path
 from dmsae_ray.files import replacing, write_json
+from dmsae_ray.identity import fields_key
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.ownership import scratch
 from dmsae_ray.secret_url import SecretUrl

@@ -20,13 +20,14 @@ from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.pair import CompareSettings, PairResult
 from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sample
 from dmsae_ray.compare.summary import summarise
-from dmsae_ray.config import CompareConfig, Config, fields_key
+from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.score_file import load_scores
 from dmsae_ray.core.select import rank
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256, write_json
+from dmsae_ray.identity import fields_key
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration

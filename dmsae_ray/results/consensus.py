@@ -10,10 +10,11 @@ from pathlib import Path
 from dmsae_ray.compare.consensus import Consensus, NamedCore, find_consensus
 from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought, summarise_rediscovery
-from dmsae_ray.config import Config, fields_key
+from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
+from dmsae_ray.identity import fields_key
 from dmsae_ray.results.comparison import key_of
 from dmsae_ray.results.parts import known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE

@@ -6,9 +6,9 @@ import pytest
 import torch
 from shards import PER_GROUP, make_dataset
 
-from dmsae_ray.config import fields_key
 from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
+from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
 
 SMALL = (
     "--harvest.rows_per_group",
@@ -131,7 +131,7 @@ def test_parts_of_shared_data_are_refused():
 
 
 def chain_key(*argv, seed=0, k=4):
-    return fields_key(configured(*argv, tokens=8 * 32).chain_fields(seed, k, "data"))
+    return fields_key(chain_fields(configured(*argv, tokens=8 * 32), seed, k, "data"))
 
 
 def test_a_chain_s_key_changes_with_its_part_and_not_with_who_works_on_it():
@@ -158,7 +158,7 @@ def test_a_chain_s_key_changes_with_its_part_and_not_with_who_works_on_it():
 
 
 def dataset_key(*argv, hook=None):
-    return fields_key(load(HarvestCommand, list(argv)).dataset_fields("model", "corpus", hook))
+    return fields_key(dataset_fields(load(HarvestCommand, list(argv)), "model", "corpus", hook))
 
 
 def test_a_dataset_s_key_is_the_same_wherever_and_with_whatever_it_is_made():

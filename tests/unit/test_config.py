@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.config import Config, CorpusPart, fields_key
+from dmsae_ray.config import Config, CorpusPart
 from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
+from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -76,7 +77,7 @@ def test_a_mixture_is_read_from_the_file_and_from_the_command_line(tmp_path):
 
 def test_a_dataset_s_key_depends_on_what_decides_its_text():
     def key(*argv, corpus="fingerprint"):
-        return fields_key(load(SweepCommand, list(argv)).dataset_fields("model", corpus))
+        return fields_key(dataset_fields(load(SweepCommand, list(argv)), "model", corpus))
 
     same = key()
     for argv in (
@@ -196,10 +197,10 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
     base = load(SweepCommand, [])
 
     def key(*argv):
-        return fields_key(load(SweepCommand, list(argv)).chain_fields(0, 16, "data"))
+        return fields_key(chain_fields(load(SweepCommand, list(argv)), 0, 16, "data"))
 
     same = key()
-    assert same == fields_key(base.chain_fields(0, 16, "data"))
+    assert same == fields_key(chain_fields(base, 0, 16, "data"))
     for argv in (
         ["--sweep.seeds", "0,1,2"],
         ["--sweep.k", "8,16"],

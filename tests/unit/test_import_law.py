@@ -12,8 +12,9 @@ import dmsae_ray
 
 ROOT = Path(dmsae_ray.__file__).parent
 LAW = (
-    "causes draws files hub lock ownership place secret_url stop",
+    "causes config_checks files hub lock ownership place secret_url stop",
     "config",
+    "identity",
     "cluster corpus sae",
     "core lm",
     "activations",

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dmsae_ray.config import fields_key
 from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.driver.options import EvaluateCommand, SweepCommand, load
+from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
 from dmsae_ray.lm.source import TINY
 
 SAY = """
@@ -98,8 +98,8 @@ def test_a_plan_means_the_same_in_a_process_with_another_folder_home_and_environ
 def test_keys_do_not_depend_on_where_things_lie(here):
     def keys(*argv):
         config = load(SweepCommand, list(argv))
-        return fields_key(config.dataset_fields("model", "corpus")), fields_key(
-            config.chain_fields(0, 16, "0123456789ab")
+        return fields_key(dataset_fields(config, "model", "corpus")), fields_key(
+            chain_fields(config, 0, 16, "0123456789ab")
         )
 
     plain = keys()

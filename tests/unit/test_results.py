@@ -67,7 +67,7 @@ def know_features(sweep) -> dict:
     """features.json as a run with Ray would have left it."""
     plans, dataset, folder = sweep
     consensus = json.loads((folder / "consensus.json").read_text())
-    from dmsae_ray.config import fields_key
+    from dmsae_ray.identity import fields_key
 
     cores = {plan.label: file_sha256(plan.folder.cycle(1).core) for plan in plans}
     known = {

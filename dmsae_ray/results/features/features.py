@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmsae_ray.config import FeaturesConfig, fields_key
+from dmsae_ray.config import FeaturesConfig
 from dmsae_ray.core.core import Core
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.files import write_json
+from dmsae_ray.identity import fields_key
 from dmsae_ray.results.features.contexts import Peak, find_peaks
 from dmsae_ray.results.features.effects import Removals, remove_latents
 from dmsae_ray.results.features.latents import Latents

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.causes import causes
-from dmsae_ray.config import Config, fields_key
+from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256
+from dmsae_ray.identity import fields_key
 from dmsae_ray.results.features.features import ChainCore, features_key, write_features
 from dmsae_ray.results.parts import earlier, known_from, reason_of
 from dmsae_ray.secret_url import SecretUrl

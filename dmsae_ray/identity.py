@@ -1,0 +1,79 @@
+"""What names a folder: hashes of all that decides its contents, and of nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from dmsae_ray.config import Config
+
+CHAIN_FORMAT = 4
+"""Raised when the same fields would give another core: old chains are then kept but not reused."""
+DATASET_FORMAT = 4
+"""4: the first documents, as many as are needed. 3: one bound for all shards' outliers, of the calibration
+sequences.
+"""
+ORDER_OF_SUMS = {"parallel", "micro_batch"}
+"""Fields of `train` that, like the number of workers, change the order of sums and nothing else."""
+
+
+def fields_key(fields: dict[str, Any]) -> str:
+    """Twelve hex digits that stand for these fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def dataset_fields(
+    config: Config,
+    model_fingerprint: str,
+    corpus_fingerprint: str,
+    hook: str | None = None,
+    chat_template: str | None = None,
+) -> dict[str, Any]:
+    """What decides the bytes of a hook's shards (`model.hook`'s by default); its hash names the dataset's folder.
+
+    chat_template: stands for the tokenizer's, where documents are chat messages.
+    """
+    harvest = config.harvest.model_dump(mode="json", exclude={"actors", "gpus_per_actor", "hooks", "store", "dataset"})
+    corpus = config.corpus.model_dump(
+        mode="json", include={"documents", "piece_characters", "attribution_share", "evaluation_share", "packing"}
+    )
+    corpus |= {"chat_template": chat_template} if chat_template else {}
+    model = config.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or config.model.hook}
+    return {
+        "format": DATASET_FORMAT,
+        "model_fingerprint": model_fingerprint,
+        "corpus_fingerprint": corpus_fingerprint,
+        "corpus": corpus,
+        "model": model,
+        "harvest": harvest,
+    }
+
+
+def chain_fields(config: Config, seed: int, k: int, dataset_key: str) -> dict[str, Any]:
+    """What decides a chain's cores; its hash names the chain's folder.
+
+    The number of cycles is left out on purpose: a longer chain continues a shorter one. So are the number of
+    workers, what they share (train.parallel) and train.micro_batch, which change the order of sums alone: a stopped
+    chain goes on with others, and its record says with which.
+    """
+    part = (
+        {"part": seed % config.sweep.n_parts, "parts": config.sweep.n_parts}
+        if config.sweep.data == "disjoint"
+        else None
+    )
+    return {
+        "format": CHAIN_FORMAT,
+        "dataset": dataset_key,
+        "seed": seed,
+        "data_seed": config.data_seed_of(seed),
+        "part": part,
+        "k": k,
+        "sae": config.sae.model_dump(mode="json", exclude={"core"}),
+        "train": config.train.model_dump(
+            mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}
+        ),
+        "attribution": config.attribution.model_dump(mode="json"),
+        "selection": config.selection.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json"),
+    }
