@@ -25,6 +25,7 @@ from dmsae_ray.core.select import carried, jaccard
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill.chain import Chain
 from dmsae_ray.distill.folder import RECORD_VERSION
+from dmsae_ray.distill.mapping import attribution_settings, sae_settings
 from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
@@ -105,7 +106,8 @@ class Cycle:
     def _calibrate(self, sae: MatryoshkaSAE) -> None:
         """Set the SAE's threshold on the rows held back."""
         self.chain.say(phase="calibrate", within=0.86)
-        rows_ND, settings = self.dataset.calibration_rows(), self.plan.sae_settings(self.dataset.manifest.d)
+        rows_ND = self.dataset.calibration_rows()
+        settings = sae_settings(self.plan.config, self.plan.k, self.dataset.manifest.d)
 
         def chunks() -> Iterator[torch.Tensor]:
             for chunk_BD in rows_ND.split(settings.batch):
@@ -193,7 +195,7 @@ class Cycle:
             if open_next is not None and done * self.rank.world >= OPEN_AT * len(batches):
                 open_next()
 
-        settings = self.plan.attribution_settings(self.dataset.manifest)
+        settings = attribution_settings(self.plan.config, self.dataset.manifest)
         score_shards(sae, self.lm, batches, self.scale, settings, aggregator, ledger, self.rank.number, on_shard)
         if open_next is not None:
             open_next()  # where other ranks were faster, this one may have had no shard that late

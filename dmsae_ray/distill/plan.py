@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dmsae_ray.activations.dataset import ActivationDataset, Manifest
+from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import Unit
-from dmsae_ray.activations.stream import StreamLimits
-from dmsae_ray.attribution.gradients import AttributionSettings
-from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.config import Config
 from dmsae_ray.core.select import count_of
 from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.mapping import score_settings, steps_of
 from dmsae_ray.identity import chain_fields, fields_key
-from dmsae_ray.sae.settings import SAESettings, schedule
 from dmsae_ray.secret_url import SecretUrl
 
 INIT, SELECTION = 301, 302
@@ -114,7 +111,7 @@ class ChainPlan:
             self.steps,
             train.threads,
             train.checkpoint_steps,
-            self.score_settings,
+            score_settings(self.config),
         )
 
     def number(self, cycle: int) -> int:
@@ -160,7 +157,7 @@ class ChainPlan:
     @property
     def steps(self) -> int:
         """Training steps of a cycle; rows beyond the last whole batch are dropped."""
-        return self.config.train.tokens // self.config.train.batch
+        return steps_of(self.config)
 
     def units(self, dataset: ActivationDataset) -> list[Unit]:
         """The row groups this chain trains on: all, or those of its part's shards.
@@ -174,11 +171,6 @@ class ChainPlan:
         part = self.seed % parts
         return dataset.units(range(part * size, (part + 1) * size))
 
-    @property
-    def stream_limits(self) -> StreamLimits:
-        cluster = self.config.cluster
-        return StreamLimits(cluster.object_store_mb, cluster.read_tasks, cluster.fetch_ahead)
-
     def order(self, dataset: ActivationDataset, cycle: int) -> Order:
         train = self.config.train
         return Order(
@@ -189,57 +181,6 @@ class ChainPlan:
             data_seed=self.data_seed,
             cycle=self.number(cycle),
         )
-
-    def sae_settings(self, d: int) -> SAESettings:
-        sae, train = self.config.sae, self.config.train
-        lengths = schedule(
-            self.steps,
-            train.batch,
-            warmup_steps=train.warmup_steps,
-            warmup_share=train.warmup_share,
-            dead_window_tokens=train.dead_window_tokens,
-            dead_window_share=train.dead_window_share,
-            decay_share=train.decay_share,
-        )
-        return SAESettings(
-            d=d,
-            width=sae.width,
-            k=self.k,
-            batch=train.batch,
-            prefix_fractions=sae.prefix_fractions,
-            core_gate=sae.core_gate,
-            core_budget=sae.core_budget,
-            core_transfer=sae.core_transfer,
-            core_decoder_init=sae.core_decoder_init,
-            auxk_alpha=sae.auxk_alpha,
-            auxk_k=sae.auxk_k,
-            lr=train.lr,
-            beta1=train.betas[0],
-            beta2=train.betas[1],
-            eps=train.eps,
-            clip=train.clip,
-            threshold_beta=train.threshold_beta,
-            screen=train.screen,
-            kernels=train.kernels,
-            parallel=train.parallel,
-            micro_batch=train.micro_batch,
-            **lengths,
-        )
-
-    def attribution_settings(self, manifest: Manifest) -> AttributionSettings:
-        """How rows of this dataset are attributed: those within its bound on norms and, where attribution.outlier_norm
-        is set, within that multiple of its median norm."""
-        attribution = self.config.attribution
-        own = () if attribution.outlier_norm is None else (attribution.outlier_norm * manifest.norm_quantiles["0.5"],)
-        bounds = own if manifest.max_norm is None else (*own, manifest.max_norm)
-        return AttributionSettings(
-            splice=attribution.splice, candidates=attribution.candidates, max_norm=min(bounds, default=None)
-        )
-
-    @property
-    def score_settings(self) -> ScoreSettings:
-        attribution = self.config.attribution
-        return ScoreSettings(attribution.aggregator, attribution.quantile, attribution.tau, attribution.until_jaccard)
 
     def finished(self) -> bool:
         return len(self.folder.records()) >= self.cycles

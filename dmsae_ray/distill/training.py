@@ -16,6 +16,7 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.stream import MASK
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import CycleFolder
+from dmsae_ray.distill.mapping import sae_settings
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
 from dmsae_ray.files import replacing
@@ -54,7 +55,7 @@ class Training:
     ):
         """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
         self.plan, self.comm, self.lease, self.folder = plan, rank.comm, rank.lease, plan.folder.cycle(cycle)
-        settings = plan.sae_settings(dataset.manifest.d)
+        settings = sae_settings(plan.config, plan.k, dataset.manifest.d)
         sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(
             rank.device
         )

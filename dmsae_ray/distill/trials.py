@@ -21,6 +21,7 @@ from ray import tune
 
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.distill.failure import write_failure
+from dmsae_ray.distill.mapping import score_settings
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.worker import train_chains
 from dmsae_ray.lock import Lease
@@ -98,7 +99,7 @@ def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> Non
         ray.get(board.update.remote(plan.label, phase="starting", cycle=len(plan.folder.records()), cycles=plan.cycles))
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     # mypy does not see that ray's decorator makes another class of it.
-    aggregator = Aggregator.remote(first.score_settings)  # type: ignore[attr-defined]
+    aggregator = Aggregator.remote(score_settings(first.config))  # type: ignore[attr-defined]
     trainer = ray.train.torch.TorchTrainer(
         train_chains,
         train_loop_config={"plans": plans, "lease": lease, "aggregator": aggregator, "board": board},

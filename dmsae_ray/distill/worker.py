@@ -20,6 +20,7 @@ from dmsae_ray.activations.stream import MASK, Batches, Stream
 from dmsae_ray.distill.chain import Chain
 from dmsae_ray.distill.cycle import Cycle
 from dmsae_ray.distill.failure import FINAL, cause
+from dmsae_ray.distill.mapping import stream_limits
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
 from dmsae_ray.distill.training import first_step
@@ -63,7 +64,9 @@ class Worker:
         self._opened: Batches | None = None
         with self.failing(*self.chains):
             self.dataset = ActivationDataset(plan.dataset)
-            self.stream = Stream(self.dataset, plan.units(self.dataset), number, world, plan.stream_limits, device)
+            self.stream = Stream(
+                self.dataset, plan.units(self.dataset), number, world, stream_limits(plan.config), device
+            )
             self.open(min(chain.cycle for chain in self.chains))  # reading starts beside loading the model
             self.lm = LanguageModel.of(plan.config.model, str(device))
 

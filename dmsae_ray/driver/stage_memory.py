@@ -14,6 +14,7 @@ import torch
 
 from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import grid
+from dmsae_ray.distill.mapping import sae_settings
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.lm.divergence import LOGITS_AT_ONCE
 from dmsae_ray.lm.site import AFTER
@@ -110,7 +111,7 @@ def chain_stages(config: Config, shape: ModelShape, plans: list[ChainPlan], devi
     together = config.cluster.lockstep if config.study.arms else min(config.cluster.lockstep, alike)
     first = max(plans, key=lambda plan: plan.k)
     parts = footprint(
-        first.sae_settings(shape.d),
+        sae_settings(first.config, first.k, shape.d),
         0,
         config.cluster.workers,
         dead=config.sae.width // 20,

@@ -7,6 +7,7 @@ import torch
 from shards import PER_GROUP, make_dataset
 
 from dmsae_ray.distill.grid import plan_chains
+from dmsae_ray.distill.mapping import attribution_settings
 from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
 
@@ -206,5 +207,5 @@ def test_outliers_are_measured_by_the_median_norm_of_the_rows_held_back(tmp_path
     dataset = make_dataset(tmp_path / "d", shards=4)
     (bounded, *_), (free, *_) = plans_of(dataset, "--attribution.outlier_norm", "3"), plans_of(dataset)
     median = float(dataset.calibration_rows().double().norm(dim=1).quantile(0.5))
-    assert bounded.attribution_settings(dataset.manifest).max_norm == pytest.approx(3 * median)
-    assert free.attribution_settings(dataset.manifest).max_norm is None
+    assert attribution_settings(bounded.config, dataset.manifest).max_norm == pytest.approx(3 * median)
+    assert attribution_settings(free.config, dataset.manifest).max_norm is None

@@ -18,6 +18,7 @@ from dmsae_ray.core.core import Core
 from dmsae_ray.core.next_core import next_core
 from dmsae_ray.core.score_file import save_scores
 from dmsae_ray.distill.folder import RECORD_VERSION
+from dmsae_ray.distill.mapping import sae_settings
 from dmsae_ray.files import write_json
 from dmsae_ray.results import comparison
 from dmsae_ray.results.comparison import compare_across, compare_chains, identity
@@ -34,7 +35,9 @@ def write_chain(plan, dataset, cycles=2):
     for cycle in range(cycles):
         generator = torch.Generator().manual_seed(plan.init_seed(cycle) % 2**31 + plan.k)
         size = 0 if core is None else core.size
-        sae = MatryoshkaSAE.init(plan.sae_settings(D), None if core is None else core.W_enc_CD, plan.init_seed(cycle))
+        sae = MatryoshkaSAE.init(
+            sae_settings(plan.config, plan.k, D), None if core is None else core.W_enc_CD, plan.init_seed(cycle)
+        )
         density_F = torch.rand(WIDTH, generator=generator) * 0.2 + 0.1
         scores_N = torch.rand(CANDIDATES, generator=generator, dtype=torch.float64)
         folder = plan.folder.cycle(cycle)

@@ -13,7 +13,7 @@ from dmsae_ray.activations.dataset import ActivationDataset, statistics_of
 from dmsae_ray.activations.outliers import MULTIPLE, dataset_facts, notes, outliers_of, write_data
 from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.distill.grid import plan_all
+from dmsae_ray.distill.mapping import attribution_settings
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import reference_losses
@@ -104,7 +104,7 @@ def test_one_bound_for_training_and_attribution(tmp_path):
 
     def bound(*args):
         config = load(SweepCommand, ["--output", str(tmp_path / "out"), *args])
-        return plan_all(config, str(tmp_path / "d"), "key")[0].attribution_settings(manifest).max_norm
+        return attribution_settings(config, manifest).max_norm
 
     assert bound("--harvest.outlier_norm", "10") == 7.5 and bound() == 7.5
     assert bound("--harvest.outlier_norm", "10", "--attribution.outlier_norm", "1.5") == pytest.approx(1.5 * median)

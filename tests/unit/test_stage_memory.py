@@ -11,6 +11,7 @@ from test_sae_memory import allocations, peak
 
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute
 from dmsae_ray.distill.grid import grid
+from dmsae_ray.distill.mapping import sae_settings
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.driver.preflight import disk_bytes
 from dmsae_ray.driver.stage_memory import (
@@ -48,7 +49,7 @@ def shape(config):
 
 @pytest.fixture(scope="module")
 def sae(lm, config):
-    settings = grid(config, "base", "d", "k")[0].sae_settings(lm.d)
+    settings = sae_settings(config, config.sweep.k[0], lm.d)
     sae = MatryoshkaSAE.zeros(settings, 0)
     with torch.no_grad():
         W_FD = unit_rows(torch.randn(sae.width, lm.d, generator=torch.Generator().manual_seed(0)))

@@ -12,6 +12,7 @@ from test_chain_plan import plans_of
 
 from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.core.select import select
+from dmsae_ray.distill.mapping import sae_settings, score_settings
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.threshold import calibrate
 from dmsae_ray.sae.trainer import Trainer
@@ -48,12 +49,12 @@ def batches_of(plan, dataset, cycle=1):
 
 
 def start(plan, cycle=1) -> MatryoshkaSAE:
-    return MatryoshkaSAE.init(plan.sae_settings(D), CORE_CD, plan.init_seed(cycle))
+    return MatryoshkaSAE.init(sae_settings(plan.config, plan.k, D), CORE_CD, plan.init_seed(cycle))
 
 
 def trained(plan, dataset):
     """A cycle's SAE, its threshold set as a chain does it, and the last step's figures."""
-    settings, sae = plan.sae_settings(D), start(plan)
+    settings, sae = sae_settings(plan.config, plan.k, D), start(plan)
     trainer = Trainer(sae, settings)
     for x_BD in batches_of(plan, dataset):
         report = trainer.step(x_BD, log=True)
@@ -109,7 +110,7 @@ def test_tau_decides_how_much_the_core_must_carry(dataset):
     scores_N = torch.tensor([5, 1, 3, 1], dtype=torch.float64)
     sizes = []
     for tau in ("0.5", "0.8", "1"):
-        sizes.append(len(select(scores_N, plan_of(dataset, "--attribution.tau", tau).score_settings.tau)))
+        sizes.append(len(select(scores_N, score_settings(plan_of(dataset, "--attribution.tau", tau).config).tau)))
     assert sizes == [1, 2, 4]
 
 
