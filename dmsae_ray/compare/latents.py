@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.sae import MatryoshkaSAE, active
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +49,11 @@ class Latents:
     @staticmethod
     def of(sae: MatryoshkaSAE, density_F: torch.Tensor, scale: float) -> Latents:
         """All latents of an SAE, sharing its memory."""
-        theta_F = sae.theta.to(sae.W_dec.dtype).repeat(sae.width)
-        if sae.core_gate == "relu":
-            theta_F[: sae.core_size] = 0
         return Latents(
             sae.encoder_rows().detach(),
             sae.W_dec.detach(),
             sae.b_enc.detach(),
-            theta_F,
+            sae.thresholds(),
             torch.as_tensor(density_F),
             sae.b_dec.detach(),
             scale,
@@ -84,4 +81,4 @@ class Latents:
         """What the inference rule gives on these rows, [R, N]. rows_RD: raw units, any precision."""
         x_RD = rows_RD.to(self.W_enc_ND.dtype) / self.scale
         p_RN = torch.nn.functional.linear(x_RD - self.b_dec_D, self.W_enc_ND, self.b_enc_N)
-        return torch.where(p_RN > self.theta_N, p_RN, 0)
+        return active(p_RN, self.theta_N)

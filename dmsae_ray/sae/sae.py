@@ -28,6 +28,11 @@ TRAINED = ("W_enc", "b_enc", "W_dec", "b_dec")
 _TENSORS = (*TRAINED, "W_enc_core", "theta")
 
 
+def active(p: Tensor, theta: Tensor) -> Tensor:
+    """The inference rule: pre-activations p [..., N] where they exceed their thresholds theta [N], else 0."""
+    return torch.where(p > theta, p, 0)
+
+
 class MatryoshkaSAE(nn.Module):
     """p = (x - b_dec) @ W_enc^T + b_enc;  z = p where p > theta, 0 elsewhere;  x_hat = z @ W_dec + b_dec.
 
@@ -178,12 +183,16 @@ class MatryoshkaSAE(nn.Module):
 
     def encode(self, x_BD: Tensor, upto: int | None = None) -> Tensor:
         """Activations z [..., P] by the inference rule: p where p > theta, else 0; an exempt core has threshold 0."""
-        p_BP = self.pre(x_BD, upto)
-        threshold = self.theta.to(p_BP.dtype)
-        if self.core_gate == "relu" and self.core_size:
-            threshold = threshold.repeat(p_BP.shape[-1])
-            threshold[: self.core_size] = 0
-        return torch.where(p_BP > threshold, p_BP, 0)
+        return active(self.pre(x_BD, upto), self.thresholds(upto))
+
+    def thresholds(self, upto: int | None = None) -> Tensor:
+        """What each of the first `upto` latents (all by default) must exceed at inference, [P]: theta, or 0 for the
+        latents of an exempt core.
+        """
+        theta_P = self.theta.detach().to(self.W_dec.dtype).repeat(self.width if upto is None else upto)
+        if self.core_gate == "relu":
+            theta_P[: self.core_size] = 0
+        return theta_P
 
     def decode(self, z_BP: Tensor) -> Tensor:
         """Reconstruction [..., D] from the first P latents, bias included."""

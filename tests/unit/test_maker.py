@@ -112,7 +112,7 @@ def rows_of_transformers(sequences, plan, hook, alone=False):
     return torch.stack(
         [
             state_TD[t]
-            for n, state_TD in zip(plan.sequences, states, strict=True)
+            for n, state_TD in zip(plan.sequences, states, strict=False)
             for t in range(sequences.lengths[n])
             if sequences.ids[n, t] != BOS
         ]

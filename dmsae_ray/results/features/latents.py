@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.sae.sae import MatryoshkaSAE, active
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +31,7 @@ class Latents:
     def of(sae: MatryoshkaSAE, ids: Sequence[int], device: str | torch.device = "cpu") -> Latents:
         """These latents of an SAE, in this order, on `device`."""
         ids_L = torch.as_tensor(ids, dtype=torch.int64, device=sae.W_dec.device)
-        theta_L = sae.theta.to(sae.W_dec.dtype).repeat(len(ids_L))
-        if sae.core_gate == "relu":
-            theta_L[ids_L < sae.core_size] = 0
+        theta_L = sae.thresholds()[ids_L]
         parts = (sae.encoder_rows()[ids_L], sae.b_enc[ids_L], sae.W_dec[ids_L], sae.b_dec.clone(), theta_L)
         return Latents(*(part.detach().to(device) for part in parts))
 
@@ -45,4 +43,4 @@ class Latents:
         dimensions.
         """
         p_L = torch.nn.functional.linear(x_D - self.b_dec_D, self.W_enc_LD, self.b_enc_L)
-        return torch.where(p_L > self.theta_L, p_L, 0)
+        return active(p_L, self.theta_L)
