@@ -7,11 +7,17 @@ import re
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 """What a disk refuses with, or a server of files."""
-IN_TEXT = re.compile(
-    r"(No space left on device|Disk quota exceeded|database or disk is full|Read-only file system|Stale file "
-    r"handle)(: '[^']+')?"
-)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""What a disk refuses with on which there is no room, or that must not be written to."""
+IN_WORDS = {
+    "No space left on device": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "database or disk is full": errno.ENOSPC,
+    "Read-only file system": errno.EROFS,
+    "Stale file handle": errno.ESTALE,
+}
 """The same in the words of libraries that raise errors of their own, and of errors that came through Ray as text."""
+IN_TEXT = re.compile(rf"({'|'.join(IN_WORDS)})(: '[^']+')?")
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> list[BaseException]:
@@ -30,11 +36,20 @@ def causes(error: BaseException | None, contexts: bool = False) -> list[BaseExce
 
 def disk_trouble(error: BaseException) -> str | None:
     """One line with the remedy if a disk that is full, read-only or gone is behind an error; None otherwise."""
+    return _trouble(error, DISK)
+
+
+def disk_full(error: BaseException) -> str | None:
+    """The same of a full or read-only disk alone, which trying again at once cannot mend."""
+    return _trouble(error, FULL)
+
+
+def _trouble(error: BaseException, kinds: set[int]) -> str | None:
     for link in causes(error, contexts=True):
-        if isinstance(link, OSError) and link.errno in DISK:
+        if isinstance(link, OSError) and link.errno in kinds:
             where = f"{link.filename}: " if link.filename else ""
             return f"{where}{link.strerror}; {REMEDY}"
-        if found := IN_TEXT.search(str(link)):
+        if (found := IN_TEXT.search(str(link))) and IN_WORDS[found[1]] in kinds:
             return f"{found[2][3:-1] + ': ' if found[2] else ''}{found[1]}; {REMEDY}"
     return None
 

@@ -18,14 +18,29 @@ TEMPORARY = r"\.tmp-\d+-[0-9a-f]{6}"
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; what was written there becomes `path` when the block ends, and goes if it
-    raises.
+    raises. An OSError then says which file it is about, which that of a disk that fills up does not by
+    itself.
     """
     temporary = temporary_name(path)
     try:
         yield temporary
         replace(temporary, path)
+    except Exception as error:
+        _name(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Say of an OSError, and of those behind an error, which file they are about."""
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        if isinstance(link, OSError) and link.errno is not None and link.filename is None:
+            link.filename = str(path)
+        link = link.__cause__ or link.__context__
 
 
 def replace(temporary: Path, path: Path) -> None:

@@ -9,7 +9,8 @@ import time
 
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.store import StoreError
-from dmsae_ray.distill.failure import write_failure
+from dmsae_ray.causes import disk_full
+from dmsae_ray.distill.failure import DiskFull, write_failure
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
 from dmsae_ray.sae.step_report import Diverged
@@ -71,6 +72,15 @@ class Chain:
             kind = "diverged"
         else:
             kind = "data" if isinstance(error, ShardError | StoreError) else "error"
-        reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
-        write_failure(self.plan, self.rank.lease, kind, reason, self.cycle, self.at_step)
+        if isinstance(error, DiskFull):
+            # Not every error of a full disk names the file; it was one of this chain's.
+            reason = str(error) if str(error).startswith("/") else f"{self.plan.folder.path}: {error}"
+        else:
+            reason = str(error) if kind != "error" else f"{type(error).__name__}: {error}"
+        try:
+            write_failure(self.plan, self.rank.lease, kind, reason, self.cycle, self.at_step)
+        except OSError as unwritten:
+            # Where there is no room for that either, the driver finds the chain not finished, and says it.
+            if not isinstance(error, DiskFull) or disk_full(unwritten) is None:
+                raise
         self.rank.board.update.remote(self.plan.label, phase="failed", message=reason)

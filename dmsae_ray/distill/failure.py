@@ -8,7 +8,7 @@ import traceback
 
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.store import StoreError
-from dmsae_ray.causes import causes
+from dmsae_ray.causes import causes, disk_full
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.lock import Lease
@@ -18,6 +18,10 @@ from dmsae_ray.secret_url import scrub
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries.
 """
+
+
+class DiskFull(OSError):
+    """A disk is full, or must not be written to: trying again at once cannot mend that. The message has the remedy."""
 
 
 def write_failure(
@@ -41,6 +45,13 @@ def write_failure(
             "traceback": scrub(traceback.format_exc()),
         },
     )
+
+
+def final(error: BaseException) -> Exception | None:
+    """What is behind an error, if trying again cannot mend it; None if it may."""
+    if (why := disk_full(error)) is not None:
+        return DiskFull(why)
+    return cause(error, FINAL)
 
 
 def cause(error: BaseException, kinds: tuple[type[Exception], ...]) -> Exception | None:

@@ -137,8 +137,9 @@ class Training:
         state = self.trainer.state_dict()
         if self.comm.rank == 0:
             self.lease.check()
-            with replacing(self.folder.checkpoint) as temporary:
-                torch.save({"trainer": state, "progress": json.dumps(asdict(self.so_far))}, temporary)
+            # To an open file: given a name, torch says nothing of the disk that was full.
+            with replacing(self.folder.checkpoint) as temporary, open(temporary, "wb") as file:
+                torch.save({"trainer": state, "progress": json.dumps(asdict(self.so_far))}, file)
         self.comm.wait_for_all()
 
     def record(self, together: int) -> dict:

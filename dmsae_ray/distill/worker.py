@@ -19,7 +19,7 @@ from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.stream import MASK, Batches, Stream
 from dmsae_ray.distill.chain import Chain
 from dmsae_ray.distill.cycle import Cycle
-from dmsae_ray.distill.failure import FINAL, cause
+from dmsae_ray.distill.failure import final
 from dmsae_ray.distill.mapping import stream_limits
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
@@ -192,7 +192,7 @@ class Worker:
         except Superseded:
             raise
         except Exception as error:
-            known = cause(error, FINAL)
+            known = final(error)
             if known is None:
                 raise
             for chain in chains:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import command, run_command
+from conftest import command, run_command, same_results
 
 from dmsae_ray import harvest, sweep
 from dmsae_ray.activations.dataset import ActivationDataset
@@ -202,3 +202,22 @@ def test_a_disk_too_small_for_the_tokens_ends_in_words_too(small_disk, tmp_path,
     code, said = here(capfd, harvest.main, output)
     assert code == 2 and "error: " in said
     assert re.search(rf"error: {output}/tokens/\w+: No space left on device; free space there", said), said
+
+
+def test_a_disk_that_fills_up_under_the_chains_ends_them_at_once_and_the_same_command_goes_on(
+    small_sweep, small_disk, tmp_path
+):
+    """A checkpoint is what finds no room: nothing is tried again, each chain says so, and what was harvested stays."""
+    output = tmp_path / "out"
+    for part in ("data", "tokens"):
+        shutil.copytree(small_sweep.output / part, output / part)
+    subprocess.run(["mount", "-o", "remount,size=600k", small_disk], check=True)
+    (output / "chains").symlink_to(small_disk)
+    run = run_command(output, "--cluster.concurrent", "1")
+    assert run.code in (1, 2) and "Traceback" not in run.out, run.out
+    assert re.search(r"/chains/[\w./]+: No space left on device; free space there, or give --output", run.out), run.out
+    assert run.out.count("starting") <= 4, run.out  # twice for each chain: queued by the trial, and begun
+    subprocess.run(["mount", "-o", "remount,size=32m", small_disk], check=True)
+    again = run_command(output)
+    assert again.code == 0 and "complete and checked" in again.out, again.out
+    same_results(output, small_sweep.output, cycles=2)
