@@ -18,8 +18,7 @@ TEMPORARY = r"\.tmp-\d+-[0-9a-f]{6}"
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; what was written there becomes `path` when the block ends, and goes if it
-    raises. An OSError then says which file it is about, which that of a disk that fills up does not by
-    itself.
+    raises. An OSError then says which file it is about, which that of a disk that fills up does not by itself.
     """
     temporary = temporary_name(path)
     try:
