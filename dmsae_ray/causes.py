@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import re
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-"""What a disk refuses with, or a server of files."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What a disk refuses with on which there is no room, or that must not be written to."""
+DISK = FULL | {errno.EIO, errno.ESTALE}
+"""What a disk refuses with, or a server of files."""
 IN_WORDS = {
     "No space left on device": errno.ENOSPC,
     "Disk quota exceeded": errno.EDQUOT,

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Below every layer; imports nothing of ours."""
+"""Files that are there whole or not at all. Below every layer; imports `causes` alone of ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from dmsae_ray.causes import causes
 
 TEMPORARY = r"\.tmp-\d+-[0-9a-f]{6}"
 """How `temporary_name` ends a name, as a pattern."""
@@ -33,13 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _name(error: BaseException, path: Path) -> None:
     """Say of an OSError, and of those behind an error, which file they are about."""
-    links: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in links:
-        links.append(link)
+    for link in causes(error, contexts=True):
         if isinstance(link, OSError) and link.errno is not None and link.filename is None:
             link.filename = str(path)
-        link = link.__cause__ or link.__context__
 
 
 def replace(temporary: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from conftest import command, run_command, same_results
+from tmpfs import mounted
 
 from dmsae_ray import harvest, sweep
 from dmsae_ray.activations.dataset import ActivationDataset
@@ -165,13 +166,8 @@ def test_a_repair_touches_no_dataset_that_the_configuration_did_not_make(output,
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of three megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"NOT RUN: mounting a file system was refused ({mount.stderr.strip()}); needs root")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    with mounted(tmp_path / "disk", "size=3m") as place:
+        yield place
 
 
 def test_a_full_disk_ends_the_harvest_in_words_and_the_same_command_goes_on(small_sweep, small_disk, tmp_path):

@@ -1,10 +1,10 @@
 """What is found behind errors that libraries and Ray wrapped."""
 
 import errno
-import subprocess
 
 import pytest
 import torch
+from tmpfs import mounted
 
 from dmsae_ray.causes import disk_full, disk_trouble
 from dmsae_ray.distill.failure import DiskFull, final
@@ -40,11 +40,8 @@ def test_a_full_disk_is_known_by_its_words_too():
 
 
 def test_a_checkpoint_that_finds_no_room_names_itself(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("NOT RUN: mounting a file system was refused; needs root")
-    try:
-        path = tmp_path / "checkpoint.pt"
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        path = disk / "checkpoint.pt"
         with (
             pytest.raises((OSError, RuntimeError)) as caught,
             replacing(path) as temporary,
@@ -52,6 +49,4 @@ def test_a_checkpoint_that_finds_no_room_names_itself(tmp_path):
         ):
             torch.save({"a": torch.ones(100_000)}, file)
         assert str(final(caught.value)).startswith(f"{path}: No space left on device; ")
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+        assert list(disk.iterdir()) == []

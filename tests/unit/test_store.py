@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from tmpfs import mounted
 
 from dmsae_ray.activations import store as store_
 from dmsae_ray.activations.store import ATTEMPTS, Missing, Store, StoreError
@@ -24,19 +25,6 @@ CONTENT = bytes(range(256)) * 40
 def store(request, tmp_path):
     """A folder with a blank in its name, given as such and as a URL."""
     return Store(tmp_path / "a store" if request.param == "folder" else f"file://{tmp_path}/a store")
-
-
-@contextmanager
-def mounted(folder, options):
-    """A small file system of its own; the test says that it is not run where nobody may mount one."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"NOT RUN: a tmpfs cannot be mounted here ({done.stderr.strip()})")
-    try:
-        yield Store(folder)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def files_below(folder):
@@ -150,7 +138,8 @@ def test_a_killed_writer_leaves_no_file_under_the_name(tmp_path):
 
 
 def test_a_full_disk_is_said_to_be_full(tmp_path):
-    with mounted(tmp_path / "small", "size=1m") as store:
+    with mounted(tmp_path / "small", "size=1m") as disk:
+        store = Store(disk)
         store.write("a", b"a" * 1000)
         with pytest.raises(StoreError) as error:
             store.write("x/b", b"b" * (2 << 20))
@@ -166,7 +155,8 @@ def test_a_full_disk_is_said_to_be_full(tmp_path):
 
 def test_a_folder_that_refuses_is_named(tmp_path):
     """Root may write where permissions forbid it, so what refuses here is a file system mounted read-only."""
-    with mounted(tmp_path / "sealed", "size=1m") as store:
+    with mounted(tmp_path / "sealed", "size=1m") as disk:
+        store = Store(disk)
         store.write("a", b"1")
         subprocess.run(["mount", "-o", "remount,ro", str(store.local)], check=True)
         for name, act in (("x/a", lambda: store.write("x/a", b"1")), ("a", lambda: store.delete("a"))):
