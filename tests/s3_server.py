@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import logging
+import math
 import random
 import threading
 import time
@@ -168,3 +169,17 @@ class Share:
             return False
         self._asked[request.path] += 1
         return random.Random(f"{self.seed} {request.path} {self._asked[request.path]}").random() < self.share
+
+
+class Burst:
+    """A rule that refuses every request for so many seconds, from the first of certain ones on; then leaves it to
+    another.
+    """
+
+    def __init__(self, seconds: float, first: Callable[[Request], bool], then: Callable[[Request], bool]):
+        self.seconds, self.first, self.then, self.end = seconds, first, then, math.inf
+
+    def __call__(self, request: Request) -> bool:
+        if self.end == math.inf and self.first(request):
+            self.end = request.at + self.seconds
+        return (self.end < math.inf and request.at < self.end) or self.then(request)

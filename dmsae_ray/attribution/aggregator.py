@@ -1,19 +1,41 @@
-"""The actor that aggregates attribution across shards and selects the core.
+"""The actor that aggregates attribution across shards: a core is selected by what it comes to.
 
 One per chain, owned by its driver; Ray restarts it where it dies, and it goes on from the ledger's files.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from functools import partial as bound
 from pathlib import Path
+from typing import Any
 
 import ray
+import torch
 
 from dmsae_ray.attribution.ledger import Ledger
 from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.attribution.scores import ScoreSettings, enough, scores, split_half
-from dmsae_ray.core.select import select
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Every candidate's attribution, how sure it is, and how the work went."""
+
+    scores_P: torch.Tensor
+    """fp64 [P] by latent id"""
+    tokens: int
+    shards: int
+    workers: int
+    resent: int
+    """shards that came back more than once"""
+    split_half_spearman: float | None
+    split_half_jaccard: float | None
+    """of two halves of the shards: rank correlation of the scores, overlap of the cores they would give"""
+
+    def facts(self) -> dict[str, Any]:
+        """All but the scores, as plain values."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scores_P"}
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -47,18 +69,17 @@ class Aggregator:
         """Shards that are back."""
         return self._open(ledger).done
 
-    def select(self, ledger: tuple[str, int, str]) -> dict:
-        """The core: latent ids chosen, scores of all candidates [P] fp64, how sure they are, and how the work went."""
+    def total(self, ledger: tuple[str, int, str]) -> Attribution:
+        """Of the shards that are back."""
         book = self._open(ledger)
         partials = book.partials()
-        scores_P, halves = scores(partials, self.settings), split_half(partials, self.settings)
-        return {
-            "ids": select(scores_P, self.settings.tau),
-            "scores": scores_P,
-            "tokens": sum(partial.tokens for partial in partials),
-            "shards": len(partials),
-            "workers": len(book.workers()),
-            "resent": book.resent,
-            "split_half_spearman": halves.spearman,
-            "split_half_jaccard": halves.jaccard,
-        }
+        halves = split_half(partials, self.settings)
+        return Attribution(
+            scores_P=scores(partials, self.settings),
+            tokens=sum(partial.tokens for partial in partials),
+            shards=len(partials),
+            workers=len(book.workers()),
+            resent=book.resent,
+            split_half_spearman=halves.spearman,
+            split_half_jaccard=halves.jaccard,
+        )

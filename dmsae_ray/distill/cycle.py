@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
+from dmsae_ray.attribution.aggregator import Attribution
 from dmsae_ray.attribution.shards import score_shards
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.drift import decoder_drift
@@ -24,8 +25,8 @@ from dmsae_ray.core.score_file import save_scores
 from dmsae_ray.core.select import carried, jaccard
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill.chain import Chain
-from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.distill.mapping import attribution_settings, sae_settings
+from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
@@ -91,7 +92,7 @@ class Cycle:
         after_training = time.monotonic()
         metrics, density_F, removal_P = self._evaluate(sae)
         after_evaluation = time.monotonic()
-        selected = self._attribute(sae, open_next)
+        attributed = self._attribute(sae, open_next)
         now = time.monotonic()
         if self.rank.writes:
             seconds = {
@@ -100,7 +101,7 @@ class Cycle:
                 "attribute": now - after_evaluation,
                 "total": now - self.began,
             }
-            self._commit(sae, density_F, removal_P, selected, metrics, self.training.record(together), seconds)
+            self._commit(sae, density_F, removal_P, attributed, metrics, self.training.record(together), seconds)
         self.chain.cycle += 1
 
     def _calibrate(self, sae: MatryoshkaSAE) -> None:
@@ -172,8 +173,8 @@ class Cycle:
 
     # -- attribute and select ------------------------------------------------------------------------------------------
 
-    def _attribute(self, sae: MatryoshkaSAE, open_next: Callable[[], None] | None) -> dict:
-        """Score shards until the aggregator has all it asks for, then ask it for the core."""
+    def _attribute(self, sae: MatryoshkaSAE, open_next: Callable[[], None] | None) -> Attribution:
+        """Score shards until the aggregator has all it asks for, then ask it for the scores."""
         config = self.plan.config.attribution
         batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
         # Partial sums belong to these weights: every rank holds the same.
@@ -199,17 +200,27 @@ class Cycle:
         score_shards(sae, self.lm, batches, self.scale, settings, aggregator, ledger, self.rank.number, on_shard)
         if open_next is not None:
             open_next()  # where other ranks were faster, this one may have had no shard that late
-        return ray.get(aggregator.select.remote(ledger))
+        return ray.get(aggregator.total.remote(ledger))
 
-    def _commit(self, sae, density_F, removal_P, selected, metrics, trained, seconds) -> None:
+    def _commit(
+        self,
+        sae: MatryoshkaSAE,
+        density_F: torch.Tensor,
+        removal_P: torch.Tensor | None,
+        attributed: Attribution,
+        metrics: dict[str, Any],
+        trained: dict[str, Any],
+        seconds: dict[str, float],
+    ) -> None:
         """Save the core and, last, the completion record; then drop what only an unfinished cycle needs."""
         plan, manifest, selection = self.plan, self.dataset.manifest, self.plan.config.selection
-        ids_C, values_P = choose(plan, self.number, sae, selected, density_F, removal_P)
+        scores_P = attributed.scores_P
+        ids_C, values_P = choose(plan, self.number, sae, scores_P, density_F, removal_P)
         new = next_core(
             self.core,
             sae,
             ids_C,
-            selected["scores"],
+            scores_P,
             density_F,
             cycle=plan.number(self.number),
             seed=plan.seed,
@@ -221,37 +232,35 @@ class Cycle:
         )
         self.rank.lease.check()
         new.save(self.folder.core)
-        save_scores(self.folder.scores, selected["scores"], selection.by, values_P)
+        save_scores(self.folder.scores, scores_P, selection.by, values_P)
         core_in = sae.core_size
         kept = int((new.latent_ids_C < core_in).sum())
         origins = {str(cycle): int((new.entered_C == cycle).sum()) for cycle in sorted(set(new.entered_C.tolist()))}
-        total_score = float(selected["scores"].sum())
-        record = {
-            "format_version": RECORD_VERSION,
-            "chain": plan.key,
-            "label": plan.label,
-            "cycle": self.number,
-            "generation": self.rank.lease.generation,
-            "seed": plan.seed,
-            "k": plan.k,
-            "core_in": core_in,
-            "core_out": new.size,
-            "kept": kept,
-            "entered": new.size - kept,
-            "left": core_in - kept,
-            "decoder_drift": None if self.core is None else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
-            "jaccard": jaccard(kept, core_in, new.size) if self.core is not None else None,
-            "origins": origins,
+        record = CycleRecord(
+            chain=plan.key,
+            label=plan.label,
+            cycle=self.number,
+            generation=self.rank.lease.generation,
+            seed=plan.seed,
+            k=plan.k,
+            core_in=core_in,
+            core_out=new.size,
+            kept=kept,
+            entered=new.size - kept,
+            left=core_in - kept,
+            decoder_drift=None if self.core is None else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
+            jaccard=jaccard(kept, core_in, new.size) if self.core is not None else None,
+            origins=origins,
             **trained,
-            "theta": float(sae.theta),
+            theta=float(sae.theta),
             **metrics,
-            "core_share": float(selected["scores"][:core_in].sum()) / total_score,
-            "coverage": carried(selected["scores"], ids_C),
-            "selection": selection.model_dump() | {"candidates": len(selected["scores"])},
-            "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "attribution": {name: value for name, value in selected.items() if name not in ("ids", "scores")},
-            "finished_at": time.time(),
-        }
+            core_share=float(scores_P[:core_in].sum()) / float(scores_P.sum()),
+            coverage=carried(scores_P, ids_C),
+            selection=selection.model_dump() | {"candidates": len(scores_P)},
+            seconds={name: round(value, 2) for name, value in seconds.items()},
+            attribution=attributed.facts(),
+            finished_at=time.time(),
+        )
         self.rank.lease.check()
-        write_json(self.folder.record, record)
+        write_json(self.folder.record, record.to_json())
         self.folder.release()

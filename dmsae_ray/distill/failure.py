@@ -10,7 +10,7 @@ from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.store import StoreError
 from dmsae_ray.causes import causes, disk_full
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.files import write_json
+from dmsae_ray.distill.record import Failure
 from dmsae_ray.lock import Lease
 from dmsae_ray.sae.step_report import Diverged
 from dmsae_ray.secret_url import scrub
@@ -27,23 +27,10 @@ class DiskFull(OSError):
 def write_failure(
     plan: ChainPlan, lease: Lease, kind: str, reason: str, cycle: int | None = None, step: int | None = None
 ) -> None:
-    """failed.json: kind `diverged` (final), `data` or `error` (tried again by the next sweep); cycle, step: where, as
-    far as that is known.
-
-    Raises Superseded.
-    """
+    """failed.json. kind: see Failure; cycle, step: where, as far as that is known. Raises Superseded."""
     lease.check()
-    write_json(
-        plan.folder.failed,
-        {
-            "kind": kind,
-            "reason": scrub(reason),
-            "cycle": cycle,
-            "step": step,
-            "generation": lease.generation,
-            "at": time.time(),
-            "traceback": scrub(traceback.format_exc()),
-        },
+    Failure(kind, scrub(reason), cycle, step, lease.generation, time.time(), scrub(traceback.format_exc())).write(
+        plan.folder.failed
     )
 
 

@@ -17,14 +17,12 @@ the generation, so a worker that outlived its driver cannot write over its succe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmsae_ray.distill.record import RECORD_VERSION, CycleRecord, Failure
 from dmsae_ray.files import remove_leftovers, write_json
 from dmsae_ray.ownership import remove
-
-RECORD_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -84,24 +82,13 @@ class ChainFolder:
     def failed(self) -> Path:
         return self.path / "failed.json"
 
-    def records(self) -> list[dict]:
-        """Completion records of the finished cycles, in order, up to the first gap.
-
-        Raises ValueError naming the file if one is damaged.
+    def records(self) -> list[CycleRecord]:
+        """Those of the finished cycles, in order, up to the first gap. Raises ValueError naming the file if one is
+        damaged.
         """
-        records: list[dict] = []
+        records: list[CycleRecord] = []
         while (path := self.cycle(len(records)).record).exists():
-            try:
-                record = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: damaged ({error}); delete this cycle's folder to have it computed again"
-                ) from error
-            if record.get("format_version") != RECORD_VERSION:
-                raise ValueError(
-                    f"{path}: format version {record.get('format_version')!r}, this program reads {RECORD_VERSION}"
-                )
-            records.append(record)
+            records.append(CycleRecord.read(path))
         return records
 
     def tidy(self) -> None:
@@ -110,8 +97,9 @@ class ChainFolder:
             self.cycle(cycle).release()  # a record may have been its writer's last act
         remove_leftovers(self.path)
 
-    def failure(self) -> dict | None:
-        return json.loads(self.failed.read_text()) if self.failed.exists() else None
+    def failure(self) -> Failure | None:
+        """Raises ValueError naming the file if it is damaged."""
+        return Failure.read(self.failed) if self.failed.exists() else None
 
     def describe(self, key: str, label: str, fields: dict) -> None:
         """Write chain.json, once. The label is left out of the key: it only names the chain on screen."""
@@ -129,11 +117,3 @@ class ChainFolder:
                     "fields": fields,
                 },
             )
-
-
-def failure_text(failure: dict) -> str:
-    """Where and why a chain failed, from failed.json: as far as it is known where."""
-    cycle, step, reason = failure.get("cycle"), failure.get("step"), failure["reason"]
-    where = "" if cycle is None else f"cycle {cycle}" if step is None else f"cycle {cycle}, step {step}"
-    # What diverged says itself where.
-    return reason if not where or reason.startswith(f"{where}:") else f"{where}: {reason}"

@@ -139,7 +139,7 @@ class ChainPlan:
         """
         if (twin := self.twin()) is not None:
             check_twins({self.label: (twin.folder, cycle + 1)})
-            return twin.folder.records()[cycle]["core_out"]
+            return twin.folder.records()[cycle].core_out
         size = self.config.selection.size
         assert not isinstance(size, str), "a share of the attribution is no number of latents"
         return count_of(size, candidates)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dmsae_ray.core.criterion import criterion
-from dmsae_ray.core.select import top
+from dmsae_ray.core.select import select, top
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 if TYPE_CHECKING:
@@ -18,19 +18,19 @@ def choose(
     plan: ChainPlan,
     cycle: int,
     sae: MatryoshkaSAE,
-    selected: dict,
+    scores_P: torch.Tensor,
     density_F: torch.Tensor,
     removal_P: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Latent ids of a cycle's core, int64 ascending, and, if it was not their attribution, what the candidates were
     ranked by.
 
-    selected: `ids`, which carry tau of the attribution, and `scores` of all candidates, fp64 [P]. Raises ValueError if
-    the size is another chain's and not known, or does not fit.
+    scores_P: attribution of all candidates, fp64. Raises ValueError if the size is another chain's and not known, or
+    does not fit.
     """
-    selection, scores_P = plan.config.selection, selected["scores"]
+    selection = plan.config.selection
     if selection.size == "tau":
-        return selected["ids"], None
+        return select(scores_P, plan.config.attribution.tau), None
     values_P = criterion(selection.by, sae, scores_P, density_F, removal_P, plan.selection_seed(cycle))
     ids_C = top(values_P, plan.core_size(cycle, len(scores_P)))
     return ids_C, None if selection.by == "attribution" else values_P

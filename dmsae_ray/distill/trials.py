@@ -122,7 +122,7 @@ def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> Non
                 write_failure(plan, lease, "error", _root(error))
     for plan in plans:
         if (failure := plan.folder.failure()) is not None:
-            ray.get(board.update.remote(plan.label, phase="failed", message=failure["reason"]))
+            ray.get(board.update.remote(plan.label, phase="failed", message=failure.reason))
 
 
 def torch_config(gpus_per_worker: float) -> ray.train.torch.TorchConfig:

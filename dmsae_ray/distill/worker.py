@@ -45,7 +45,7 @@ def train_chains(loop: dict) -> None:
 
 def _failed(plan: ChainPlan, lease: Lease) -> bool:
     failure = plan.folder.failure()
-    return failure is not None and (failure["kind"] == "diverged" or failure["generation"] == lease.generation)
+    return failure is not None and (failure.final or failure.generation == lease.generation)
 
 
 class Worker:

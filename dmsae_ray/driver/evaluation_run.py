@@ -103,8 +103,8 @@ def expected_rate(saved: list[Saved]) -> float | None:
     tokens = seconds = 0.0
     for sae in saved:
         record = sae.plan.folder.records()[sae.cycle]
-        tokens += record.get("evaluation_tokens") or 0
-        seconds += (record.get("seconds") or {}).get("evaluate") or 0
+        tokens += record.evaluation_tokens
+        seconds += record.seconds["evaluate"]
     return tokens / seconds if tokens and seconds else None
 
 

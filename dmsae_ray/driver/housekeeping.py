@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
-from dmsae_ray.distill.folder import ChainFolder, failure_text
+from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.grid import planned
 from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.lock import OutputLock, no_locks
@@ -42,7 +42,7 @@ def chain_state(folder: ChainFolder, cycles: int, alive: bool) -> tuple[str, str
     if done >= cycles:
         return "done", f"{cycles} cycles"
     if failure:
-        return "failed", failure_text(failure)
+        return "failed", failure.text()
     curve = folder.cycle(done).curve
     detail = f"{done} of {cycles} cycles done"
     if curve.exists() and (lines := curve.read_text().splitlines()):

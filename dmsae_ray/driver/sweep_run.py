@@ -155,14 +155,15 @@ class Sweep:
             plan.folder.describe(plan.key, plan.label, plan.fields)
             plan.folder.tidy()
             failure = plan.folder.failure()
-            if failure and failure["kind"] != "diverged":
+            if failure is not None and not failure.final:
                 plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
 
     @functools.cached_property
     def unfinished(self) -> int:
         """Chains that are to be trained."""
         left = [plan for plan in planned(self.config) if not plan.finished()] if self.training else []
-        return sum((plan.folder.failure() or {}).get("kind") != "diverged" for plan in left)
+        failures = [plan.folder.failure() for plan in left]
+        return sum(failure is None or not failure.final for failure in failures)
 
     def reach(self) -> None:
         """Before hours of tokenising: join the cluster that is to be joined, or see that this machine will do. Raises

@@ -62,11 +62,7 @@ def compare_chains(
     out, and stands among the failed ones with the reason. Raises ValueError if two chains have everything in common.
     """
     chains = {plan.label: plan for plan in plans if plan.finished()}
-    failed = [
-        {"label": p.label, "reason": (p.folder.failure() or {}).get("reason", "not finished")}
-        for p in plans
-        if not p.finished()
-    ]
+    failed = [{"label": p.label, "reason": unfinished(p)} for p in plans if not p.finished()]
     while True:
         pairs = pairs_within([identity(plan) for plan in chains.values()])
         try:
@@ -102,7 +98,7 @@ def compare_across(
     ]
     pairs = pairs_across(*([identity(plan, label) for label, plan in side.items()] for side in sides))
     failed = [
-        {"label": f"{name}:{plan.label}", "reason": (plan.folder.failure() or {}).get("reason", "not finished")}
+        {"label": f"{name}:{plan.label}", "reason": unfinished(plan)}
         for name, plans in zip(names, (left, right), strict=True)
         for plan in plans
         if not plan.finished()
@@ -235,13 +231,19 @@ def _read(plan: ChainPlan, label: str) -> ChainResult:
         raise DamagedChain(label, plan.folder.path, error) from error
 
 
+def unfinished(plan: ChainPlan) -> str:
+    """Why a chain has no last core."""
+    failure = plan.folder.failure()
+    return "not finished" if failure is None else failure.reason
+
+
 def _kept_chains(plans: Sequence[ChainPlan], rows: int) -> int:
     largest = 1
     for plan in plans:
         record = plan.folder.records()[plan.cycles - 1]
         sae = plan.folder.cycle(0).sae
         size = sae.stat().st_size if sae.exists() else 0  # what is missing is said where it is read
-        largest = max(largest, 2 * size + LATENTS_ENCODED * record["core_out"] * 4 * rows)
+        largest = max(largest, 2 * size + LATENTS_ENCODED * record.core_out * 4 * rows)
     return max(2, KEPT_BYTES // largest)
 
 

@@ -82,7 +82,7 @@ def _rediscovered(
                     "reason": "has the seed of a chain of the consensus, and so began with the same latents",
                 }
             )
-        elif plan.folder.records()[plan.cycles - 1]["core_in"]:
+        elif plan.folder.records()[plan.cycles - 1].core_in:
             left_out.append({"chain": plan.label, "reason": "was trained with a core"})
         else:
             rows.append(

@@ -57,11 +57,11 @@ def chain_rows(plan: ChainPlan, unread: list[str]) -> list[dict[str, Any]]:
             "from": source.label if source else None,
             "folder": str(plan.folder.path.name),
         }
-        row |= {name: value for name, value in record.items() if name not in IDENTITY}
-        row["core_density"] = record["core_l0"] / record["core_in"] if record["core_in"] else None
+        row |= {name: value for name, value in record.to_json().items() if name not in IDENTITY}
+        row["core_density"] = record.core_l0 / record.core_in if record.core_in else None
         curves = {
             "coverage_curve": folder.scores.exists()
-            and (lambda folder=folder, size=record["core_out"]: coverage_curve(folder, size)),
+            and (lambda folder=folder, size=record.core_out: coverage_curve(folder, size)),
             "density_histogram": last
             and folder.sae.exists()
             and folder.core.exists()

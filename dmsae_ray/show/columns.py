@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,25 @@ class ChainRow:
     """One chain; the measurements are those of its last finished cycle, None where there is none."""
 
     label: str
-    sizes: tuple[int, ...]
-    """core size after each finished cycle"""
-    origins: tuple[dict[int, int], ...]
-    """for each finished cycle: how many of its core's latents first entered in which cycle"""
-    jaccard: tuple[float, ...]
-    """overlap of each cycle's core with the one before, from cycle 1 on"""
-    l0: float | None
-    core_l0: float | None
-    fvu: float | None
-    loss_recovered: float | None
-    """against zero ablation"""
-    loss_recovered_mean: float | None
-    """against mean ablation: the more sober one, since a stream set to its mean already costs less than one set to zero
-    """
-    dead: float | None
-    tokens_per_s: float | None
     status: str
+    sizes: tuple[int, ...] = ()
+    """core size after each finished cycle"""
+    origins: tuple[dict[int, int], ...] = ()
+    """for each finished cycle: how many of its core's latents first entered in which cycle"""
+    jaccard: tuple[float, ...] = ()
+    """overlap of each cycle's core with the one before, from cycle 1 on"""
+    l0: float | None = None
+    core_l0: float | None = None
+    fvu: float | None = None
     fvu_all_rows: float | None = None
     """FVU over rows beyond the data's bound on norms, too; None where there are none"""
+    loss_recovered: float | None = None
+    """against zero ablation"""
+    loss_recovered_mean: float | None = None
+    """against mean ablation: the more sober one, since a stream set to its mean already costs less than one set to zero
+    """
+    dead: float | None = None
+    tokens_per_s: float | None = None
 
 
 def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) -> ChainRow:
@@ -45,27 +45,32 @@ def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) 
     """
     chain = ChainFolder(Path(folder))
     records = chain.records()[:cycles]
-    last = records[-1] if records else {}
     if len(records) == cycles:
         status = "done"
     elif chain.failure() is not None:
         status = "failed"
     elif status is None:
         status = f"{len(records)} of {cycles} cycles" if records else "not started"
-    return ChainRow(
+    row = ChainRow(
         label=label,
-        sizes=tuple(record["core_out"] for record in records),
-        origins=tuple({int(cycle): count for cycle, count in record["origins"].items()} for record in records),
-        jaccard=tuple(record["jaccard"] for record in records if record["jaccard"] is not None),
-        l0=last.get("l0"),
-        core_l0=last.get("core_l0"),
-        fvu=last.get("fvu"),
-        loss_recovered=last.get("loss_recovered_zero"),
-        loss_recovered_mean=last.get("loss_recovered_mean"),
-        dead=last.get("dead_share"),
-        tokens_per_s=last.get("tokens_per_s"),
         status=status,
-        fvu_all_rows=last.get("fvu_all_rows") if last.get("rows_left_out") else None,
+        sizes=tuple(record.core_out for record in records),
+        origins=tuple({int(cycle): count for cycle, count in record.origins.items()} for record in records),
+        jaccard=tuple(record.jaccard for record in records if record.jaccard is not None),
+    )
+    if not records:
+        return row
+    last = records[-1]
+    return replace(
+        row,
+        l0=last.l0,
+        core_l0=last.core_l0,
+        fvu=last.fvu,
+        fvu_all_rows=last.fvu_all_rows if last.rows_left_out else None,
+        loss_recovered=last.loss_recovered_zero,
+        loss_recovered_mean=last.loss_recovered_mean,
+        dead=last.dead_share,
+        tokens_per_s=last.tokens_per_s,
     )
 
 

@@ -1,4 +1,6 @@
-"""Faults through the front door: each ends with the undisturbed result, or with an error that names file and remedy."""
+"""Faults through the front door: each ends with the undisturbed result, or with an error that names file and remedy.
+Short form of the killed driver: test_kills.py strikes one sweep three times.
+"""
 
 import json
 import os
@@ -17,6 +19,7 @@ def share_data(source, output):
     shutil.copytree(source.output / "data", output / "data")
 
 
+@pytest.mark.slow
 def test_killed_driver_continues_to_the_same_cores(small_sweep, tmp_path, capfd):
     from dmsae_ray.sweep import main
 

@@ -1,6 +1,7 @@
 """One chain that is struck: its training goes on from the last checkpoint, with exactly the next row."""
 
 import json
+import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import HANGS, digest_of_rows
+from conftest import HANGS, command, data_digests, digest_of_rows
 from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
+
+from dmsae_ray.sweep import main
 
 TRAINER, DRIVER = "ray::RayTrainWorker", "ray::ImplicitFunc"
 SEED0 = (*LOCAL, "--sweep.seeds", "0")
@@ -78,6 +81,68 @@ def trainers(victim: Victim) -> list[psutil.Process]:
     return [worker for worker in victim.find(TRAINER) if worker.create_time() < begun]
 
 
+def test_worker_trial_and_command_are_killed_and_the_sweep_goes_on_to_the_same_numbers(small_sweep, tmp_path, capfd):
+    """One after the other in one sweep; each alone, and ten times, in the slow tests."""
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    args = (*SEED0, "--train.checkpoint_steps", "1", "--train.log_steps", "1")
+    victim = Victim(output, *args)
+
+    def at_work(number: int, since: Standing | None = None) -> bool:
+        """In training of this cycle, with a checkpoint; since: one that goes beyond this, by workers that came then."""
+        there = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
+        if not there or not trainers(victim):
+            return False
+        return Standing.of(there[0]).checkpoint > (since.checkpoint if since else 0)
+
+    victim.wait_for(lambda: any(output.glob("chains/*/chain.json")))
+    assert main(command(output, *args)[3:]) == 2
+    refused = capfd.readouterr().err
+    assert "in use by another driver" in refused and str(victim.process.pid) in refused
+    # The train worker, in the first cycle.
+    victim.wait_for(lambda: at_work(0))
+    (worker,) = trainers(victim)
+    with frozen(worker):
+        first = Standing.of(cycles(output)[0])
+        assert 0 < first.checkpoint < 32 and not first.saved and victim.alive
+        worker.kill()
+    # The trial that drives its successor: the workers end with it, and begin again with the next.
+    victim.wait_for(lambda: at_work(0, first) and worker.pid not in [other.pid for other in trainers(victim)])
+    (worker,), (driver,) = trainers(victim), victim.find(DRIVER)
+    with frozen(worker):
+        second = Standing.of(cycles(output)[0])
+        assert first.checkpoint < second.checkpoint < 32 and not second.saved
+        driver.kill()
+    # The command itself, in the second cycle: one is finished, which is kept.
+    victim.wait_for(lambda: at_work(1))
+    (worker,) = trainers(victim)
+    with frozen(worker):
+        third = Standing.of(cycles(output)[1])
+        assert 0 < third.checkpoint < 32 and not third.saved
+        finished = (cycles(output)[0] / "record.json").read_bytes()
+        victim.kill(everything=True)
+    with sqlite3.connect(output / "mlflow.db") as db:
+        assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone()[0] > 0
+
+    Victim(output, *args).finish()
+    assert (cycles(output)[0] / "record.json").read_bytes() == finished
+    (one, two), (three,) = (
+        [(resume["step"], resume["generation"]) for resume in record(cycle)["resumes"]] for cycle in cycles(output)
+    )
+    assert one == (first.checkpoint, 1) and three == (third.checkpoint, 2)
+    assert second.checkpoint <= two[0] < 32 and two[1] == 1  # the worker outlived its trial by a moment
+    for cycle in cycles(output):
+        assert results(cycle) == results(small_sweep.output / cycle.relative_to(output))
+        assert [point["step"] for point in curve(cycle)] == list(range(32))
+    assert data_digests(output).items() <= data_digests(small_sweep.output).items()
+    assert temporaries(output) == []
+    with sqlite3.connect(output / "mlflow.db") as db:
+        assert db.execute("select status, count(*) from runs group by status").fetchall() == [("FINISHED", 4)]
+        doubled = "select run_uuid, key, step, count(*) from metrics group by run_uuid, key, step having count(*) > 1"
+        assert db.execute(doubled).fetchall() == []
+
+
+@pytest.mark.slow
 def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small_sweep, tmp_path):
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
@@ -261,6 +326,7 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
     assert temporaries(output) == []
 
 
+@pytest.mark.slow
 def test_a_killed_driver_of_a_chain_is_replaced_and_the_chain_goes_on(small_sweep, tmp_path):
     """Not the command: the trial that drives one chain's workers. They end with it, and begin again with its
     successor.

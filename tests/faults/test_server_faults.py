@@ -1,4 +1,6 @@
-"""An object store that refuses or goes away while a sweep reads from it."""
+"""An object store that refuses or goes away while a sweep reads from it. Short form: a stream of rows, in
+tests/pipeline/test_workers.py.
+"""
 
 import json
 import shutil
@@ -6,7 +8,7 @@ import time
 
 import pytest
 from conftest import HANGS, run_command, same_results, start, wait_for
-from s3_server import CLIENT_GIVES_UP_S, Request, Share
+from s3_server import CLIENT_GIVES_UP_S, Burst, Request, Share
 
 from dmsae_ray.activations.store import Missing, Store
 
@@ -26,18 +28,7 @@ def with_references(sweep, output):
     return output
 
 
-class Burst:
-    """Refuses every request for so many seconds, from the first of these on; then leaves it to another rule."""
-
-    def __init__(self, seconds: float, first, then):
-        self.seconds, self.first, self.then, self.end = seconds, first, then, None
-
-    def __call__(self, request: Request) -> bool:
-        if self.end is None and self.first(request):
-            self.end = request.at + self.seconds
-        return (self.end is not None and request.at < self.end) or self.then(request)
-
-
+@pytest.mark.slow
 def test_training_outlives_a_server_that_is_away_for_seconds_and_refuses_every_fourth_read(small_sweep, s3, tmp_path):
     s3.upload(data_folder(small_sweep), "flaky")
 

@@ -65,7 +65,7 @@ def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small
     broken.cycle(0).checkpoint.write_bytes(b"half a checkpoint")
     run = run_command(output, *argv)
     assert run.code == 1 and "lockstep" in run.out, run.out
-    assert str(broken.cycle(0).checkpoint) in broken.failure()["reason"] and "damaged" in broken.failure()["reason"]
+    assert str(broken.cycle(0).checkpoint) in broken.failure().reason and "damaged" in broken.failure().reason
     assert "Compared: 2 of 3 chains" in run.out
     assert everything(output, "seed0-k8") == everything(small_sweep.output, "seed0-k8") != {}
     together = {

@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from records import cycle_record
 from shards import D, make_dataset
 from test_chain_plan import plans_of
 
@@ -17,7 +18,6 @@ from dmsae_ray.config import CompareConfig
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.next_core import next_core
 from dmsae_ray.core.score_file import save_scores
-from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.distill.mapping import sae_settings
 from dmsae_ray.files import write_json
 from dmsae_ray.results import comparison
@@ -60,9 +60,7 @@ def write_chain(plan, dataset, cycles=2):
             model=manifest.model_fingerprint,
         )
         core.save(folder.core)
-        write_json(
-            folder.record, {"format_version": RECORD_VERSION, "cycle": cycle, "core_in": size, "core_out": core.size}
-        )
+        write_json(folder.record, cycle_record(cycle=cycle, core_in=size, core_out=core.size))
 
 
 @pytest.fixture

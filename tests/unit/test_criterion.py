@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from records import cycle_record
 from shards import make_dataset
 from test_chain_plan import configured, plans_of
 
 from dmsae_ray.core.criterion import criterion, removal_cost
-from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.distill.selection import choose
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
@@ -105,8 +105,6 @@ def test_cost_of_removal_is_the_rise_in_squared_error_when_it_is_done(core_size)
 # -- what is chosen
 # ------------------------------------------------------------------------------------------------------
 
-TAU_IDS = torch.tensor([0, 4])
-
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
@@ -115,15 +113,14 @@ def dataset(tmp_path_factory):
 
 def chosen(dataset, *argv, cycle=0, sae=None, removal_P=None):
     (plan, *_) = plans_of(dataset, *argv)
-    ids_C, values_P = choose(
-        plan, cycle, make_sae() if sae is None else sae, {"ids": TAU_IDS, "scores": SCORES_P}, DENSITY_F, removal_P
-    )
+    ids_C, values_P = choose(plan, cycle, make_sae() if sae is None else sae, SCORES_P, DENSITY_F, removal_P)
     assert ids_C.dtype == torch.int64
     return ids_C.tolist(), values_P
 
 
 def test_by_default_the_core_is_what_carries_tau(dataset):
-    assert chosen(dataset) == ([0, 4], None)
+    assert chosen(dataset, "--attribution.tau", "0.75") == ([0, 2, 4], None)
+    assert chosen(dataset, "--attribution.tau", "0.5") == ([0, 4], None)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +164,7 @@ def finish(plan, sizes):
     for cycle, size in enumerate(sizes):
         folder = plan.folder.cycle(cycle)
         folder.path.mkdir(parents=True)
-        folder.record.write_text(json.dumps({"format_version": RECORD_VERSION, "cycle": cycle, "core_out": size}))
+        folder.record.write_text(json.dumps(cycle_record(cycle=cycle, core_out=size)))
 
 
 def test_a_matched_core_has_the_size_of_its_twin_s_in_the_same_cycle(dataset, tmp_path):

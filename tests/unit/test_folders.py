@@ -10,10 +10,12 @@ import sys
 import threading
 
 import pytest
+from records import cycle_record
 
 from dmsae_ray.config import Config
 from dmsae_ray.distill import failure
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
+from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.record import RECORD_VERSION
 from dmsae_ray.driver.preflight import check_stream
 from dmsae_ray.lock import Lease, OutputBusy, OutputLock, OutputUnseen, Superseded
 
@@ -111,9 +113,9 @@ def test_a_cycle_is_done_only_with_its_record(tmp_path):
     chain = ChainFolder(tmp_path)
     for cycle in (0, 2):
         chain.cycle(cycle).path.mkdir()
-        chain.cycle(cycle).record.write_text(json.dumps({"format_version": RECORD_VERSION, "cycle": cycle}))
+        chain.cycle(cycle).record.write_text(json.dumps(cycle_record(cycle=cycle)))
     chain.cycle(1).path.mkdir()
-    assert [r["cycle"] for r in chain.records()] == [0]
+    assert [record.cycle for record in chain.records()] == [0]
     chain.cycle(1).record.write_text('{"format')
     with pytest.raises(ValueError, match="cycle_01/record.json.*delete"):
         chain.records()
@@ -128,6 +130,24 @@ def test_a_record_of_another_format_is_named(tmp_path):
         match=rf"cycle_00/record.json: format version {RECORD_VERSION - 1}, this program reads {RECORD_VERSION}",
     ):
         chain.records()
+
+
+def test_a_record_or_failure_that_is_not_whole_is_named_and_later_fields_are_passed_over(tmp_path):
+    chain = ChainFolder(tmp_path)
+    chain.cycle(0).path.mkdir()
+    whole = cycle_record(core_out=7) | {"of_a_later_program": 1}
+    early = {name: value for name, value in whole.items() if name not in ("fvu_all_rows", "rows_left_out")}
+    for tree in (whole, early):
+        chain.cycle(0).record.write_text(json.dumps(tree))
+        (record,) = chain.records()
+        assert record.core_out == 7 and list(record.to_json()) == list(cycle_record())
+    del whole["l0"], whole["kl"]
+    chain.cycle(0).record.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"cycle_00/record.json: damaged \(lacks 'l0' and 'kl'\); delete"):
+        chain.records()
+    chain.failed.write_text(json.dumps({"kind": "data"}))
+    with pytest.raises(ValueError, match=r"failed.json: damaged \(lacks 'reason'\); delete it"):
+        chain.failure()
 
 
 def test_a_stream_s_blocks_fit_into_its_share_of_the_object_store():

@@ -106,60 +106,54 @@ def python(code: str, home, endpoint: str, *args: str, **more: str) -> subproces
     )
 
 
-SWEEP = (
-    "import sys, time; import dmsae_ray.sweep, dmsae_ray.driver.sweep_run, huggingface_hub; t = time.time(); code = "
-    "dmsae_ray.sweep.main(sys.argv[1:]); print(time.time() - t); sys.exit(code)"
-)
+SWEEPS = """
+import sys, time
+import dmsae_ray.sweep, dmsae_ray.driver.sweep_run, huggingface_hub
+for given in sys.argv[2:]:
+    since = time.time()
+    print("code", dmsae_ray.sweep.main([*given.split("="), "--output", sys.argv[1]]), time.time() - since)
+    print("end of command", file=sys.stderr)
+"""
+"""Commands one after the other in one process, which pays once for its imports: each one's exit status and seconds."""
 MISTYPED = [("--model.name", "models/gemma", "model"), ("--corpus.source", "data/my.text", "data set")]
 
 
-@pytest.mark.parametrize("flag, name, kind", MISTYPED)
-def test_a_name_that_nobody_has_is_one_message_with_both_readings(hub, tmp_path, flag, name, kind):
-    done = python(SWEEP, tmp_path, f"http://127.0.0.1:{hub.server_port}", flag, name, "--output", str(tmp_path / "out"))
-    assert done.returncode == 2, done.stderr
-    asking, error = [line for line in done.stderr.splitlines() if line.startswith(("hub:", "error:"))]
-    assert f"asking http://127.0.0.1:{hub.server_port} about the {kind} {name}" in asking
-    assert (
-        f"{flag[2:]} {name}: nothing here has this name, and the hub has no such {kind}" in error
-        and f"correct {flag[2:]}" in error
-    )
-    assert len(hub.asked) == 1 and not (tmp_path / "out" / "tokens").exists()
+def sweeps(home, endpoint: str, *given: str, **more: str) -> list[tuple[int, float, str]]:
+    """Exit status, seconds and errors of the command with each of these options."""
+    done = python(SWEEPS, home, endpoint, str(home / "out"), *given, **more)
+    ends = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert len(ends) == len(given), done.stdout + done.stderr
+    said = done.stderr.split("end of command\n")
+    return [(int(code), float(seconds), words) for (code, seconds), words in zip(ends, said, strict=False)]
 
 
-@pytest.mark.parametrize("flag, name, kind", MISTYPED)
-def test_a_hub_that_does_not_answer_is_waited_for_once(tmp_path, flag, name, kind):
+def test_a_name_that_nobody_has_is_one_message_with_both_readings(hub, tmp_path):
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    done = sweeps(tmp_path, endpoint, *(f"{flag}={name}" for flag, name, _ in MISTYPED))
+    for (flag, name, kind), (code, _, said) in zip(MISTYPED, done, strict=True):
+        assert code == 2, said
+        asking, error = [line for line in said.splitlines() if line.startswith(("hub:", "error:"))]
+        assert f"asking {endpoint} about the {kind} {name}" in asking
+        assert (
+            f"{flag[2:]} {name}: nothing here has this name, and the hub has no such {kind}" in error
+            and f"correct {flag[2:]}" in error
+        )
+    assert len(hub.asked) == 2 and not (tmp_path / "out" / "tokens").exists()
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once(tmp_path):
     with socket.socket() as silent:  # takes connections, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        done = python(
-            SWEEP,
-            tmp_path,
-            f"http://127.0.0.1:{silent.getsockname()[1]}",
-            flag,
-            name,
-            "--output",
-            str(tmp_path / "out"),
-        )
-        assert done.returncode == 2 and "could not be asked" in done.stderr, done.stderr
-        assert SECONDS - 1 < float(done.stdout) < 6 * SECONDS  # the rest is a busy machine's
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for code, seconds, said in sweeps(tmp_path, endpoint, *(f"{flag}={name}" for flag, name, _ in MISTYPED)):
+            assert code == 2 and "could not be asked" in said, said
+            assert SECONDS - 1 < seconds < 6 * SECONDS  # the rest is a busy machine's
 
 
 def test_no_network_wanted_is_said_at_once(tmp_path):
-    done = python(
-        SWEEP,
-        tmp_path,
-        "http://127.0.0.1:9",
-        "--model.name",
-        "owner/tiny",
-        "--output",
-        str(tmp_path / "out"),
-        HF_HUB_OFFLINE="1",
-    )
-    assert (
-        done.returncode == 2
-        and "could not be asked (OfflineModeIsEnabled" in done.stderr
-        and float(done.stdout) < SECONDS
-    )
+    ((code, seconds, said),) = sweeps(tmp_path, "http://127.0.0.1:9", "--model.name=owner/tiny", HF_HUB_OFFLINE="1")
+    assert code == 2 and "could not be asked (OfflineModeIsEnabled" in said and seconds < SECONDS
 
 
 INFO = """

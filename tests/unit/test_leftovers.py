@@ -2,7 +2,9 @@
 
 import json
 
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
+from records import cycle_record
+
+from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.files import leftovers
 
 
@@ -19,7 +21,7 @@ def test_tidying_a_chain_drops_temporary_files_and_what_a_finished_cycle_does_no
         for name in ["checkpoint.pt", "curve.jsonl", "sae.safetensors", "attribution/ab-00000.safetensors", *left]:
             (folder.path / name).write_text(name)
     # Killed between its record and the removal of what it no longer needs.
-    chain.cycle(0).record.write_text(json.dumps({"format_version": RECORD_VERSION}))
+    chain.cycle(0).record.write_text(json.dumps(cycle_record()))
     assert len(leftovers(tmp_path)) == 2 * len(left)
     chain.tidy()
     kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from records import cycle_record
 
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lock import OutputLock
@@ -347,7 +348,7 @@ def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys
     do.
     """
     from dmsae_ray.config import CompareConfig
-    from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder
+    from dmsae_ray.distill.folder import ChainFolder
     from dmsae_ray.results.comparison import pair_names
 
     home = tmp_path / "out"
@@ -355,7 +356,7 @@ def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys
     folders = [home / "chains" / key for key in ("aaaaaaaaaaaa", "bbbbbbbbbbbb")]
     for folder in folders:
         put(folder / "chain.json", json.dumps({"fields": {"dataset": "dddddddddddd"}}))
-        put(folder / "cycle_00" / "record.json", json.dumps({"format_version": RECORD_VERSION}))
+        put(folder / "cycle_00" / "record.json", json.dumps(cycle_record()))
         put(folder / "cycle_00" / "core.safetensors", folder.name)
     sweep = home / "sweeps" / "other-cccccccccccc"
     put(sweep / "config.yaml", "compare: {draws: 50}\n")

@@ -36,12 +36,12 @@ def sweep(tmp_path):
     for plan in plans:
         for cycle, record in enumerate(plan.folder.records()):
             more = {
-                "origins": {"0": record["core_out"]},
+                "origins": {"0": record.core_out},
                 "jaccard": 1.0 if cycle else None,
                 "coverage": 0.9,
                 "prefixes": [],
             }
-            write_json(plan.folder.cycle(cycle).record, record | METRICS | more)
+            write_json(plan.folder.cycle(cycle).record, record.to_json() | METRICS | more)
     folder = tmp_path / "sweep"
     folder.mkdir()
     return plans, dataset, folder

@@ -15,13 +15,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+from records import cycle_record
 from safetensors.numpy import save_file
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dmsae_ray import sweep as sweep_
 from dmsae_ray.distill.failure import write_failure
-from dmsae_ray.distill.folder import RECORD_VERSION, ChainFolder, failure_text
+from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.record import RECORD_VERSION
 from dmsae_ray.lock import Lease
 from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
 from dmsae_ray.show.mlflow import run_store
@@ -86,43 +88,19 @@ def write_cycle(folder, cycle, core_in, core_out, curve=True):
         path / "scores.safetensors",
     )
     save_file({"W_enc": np.zeros((core_out, 4), dtype=np.float32)}, path / "core.safetensors")
-    record = {
-        "format_version": RECORD_VERSION,
-        "chain": "c",
-        "cycle": cycle,
-        "generation": 1,
-        "seed": 0,
-        "k": 16,
-        "core_in": core_in,
-        "core_out": core_out,
-        "kept": core_in,
-        "entered": core_out - core_in,
-        "left": 0,
-        "jaccard": None if cycle == 0 else core_in / core_out,
-        "tokens": 40960,
-        "steps": STEPS,
-        "rows_dropped": 0,
-        "theta": 0.5,
-        "l0": 16.1,
-        "core_l0": 8.0,
-        "free_l0": 8.1,
-        "fvu": 0.16,
-        "loss_clean": 3.1,
-        "loss_spliced": 3.4,
-        "loss_zero": 8.3,
-        "loss_mean": 7.0,
-        "loss_recovered_zero": 0.94,
-        "loss_recovered_mean": 0.92,
-        "dead_share": 0.02,
-        "core_share": 0.9,
-        "coverage": 0.91,
-        "origins": {"0": core_out},
-        "seconds": {"train": 20.0, "attribute": 5.0, "evaluate": 5.0, "total": 30.0},
-        "tokens_per_s": 12000.0,
-        "data": {"rows": 40960, "ray_tasks": 4},
-        "attribution": {"tokens": 1000, "shards": 3, "workers": 1, "resent": 0},
-        "finished_at": 1_790_000_000.0 + 60 * cycle,
-    }
+    record = cycle_record(
+        cycle=cycle,
+        core_in=core_in,
+        core_out=core_out,
+        jaccard=None if cycle == 0 else core_in / core_out,
+        steps=STEPS,
+        tokens_per_s=12000.0,
+        fvu=0.16,
+        l0=16.1,
+        loss_recovered_zero=0.94,
+        seconds={"train": 20.0, "attribute": 5.0, "evaluate": 5.0, "total": 30.0},
+        finished_at=1_790_000_000.0 + 60 * cycle,
+    )
     (path / "record.json").write_text(json.dumps(record))
 
 
@@ -352,7 +330,7 @@ def fail(folder, reason, cycle=None, step=None):
 )
 def test_a_failure_says_where_as_far_as_that_is_known(tmp_path, reason, cycle, step, text):
     fail(tmp_path, reason, cycle, step)
-    assert failure_text(ChainFolder(tmp_path).failure()) == text
+    assert ChainFolder(tmp_path).failure().text() == text
 
 
 def test_failed_chain_says_why_until_it_is_mended(sweep, request):

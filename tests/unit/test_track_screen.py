@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from records import cycle_record
 from rich.console import Console
 
-from dmsae_ray.distill.folder import RECORD_VERSION
 from dmsae_ray.show import columns, figures
 from dmsae_ray.show.terminal import tables
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration, format_status
@@ -28,7 +28,7 @@ ROW = columns.ChainRow(
     tokens_per_s=12345.0,
     status="done",
 )
-EMPTY = columns.ChainRow("seed1-k32", (), (), (), None, None, None, None, None, None, None, "not started")
+EMPTY = columns.ChainRow("seed1-k32", "not started")
 
 
 def pair(a="seed0-k16", b="seed1-k16", **changes):
@@ -93,17 +93,14 @@ def test_tables_fit_and_say_what_is_missing():
 
 def test_both_ablations_and_both_sets_of_rows_are_shown(tmp_path):
     """Zero ablation alone flatters; so does FVU over the rows that were meant alone."""
-    last = {
-        "core_out": 3,
-        "origins": {"0": 3},
-        "jaccard": None,
-        "fvu": 0.21,
-        "fvu_all_rows": 0.64,
-        "rows_left_out": 17,
-        "loss_recovered_zero": 0.94,
-        "loss_recovered_mean": 0.90,
-        "format_version": RECORD_VERSION,
-    }
+    last = cycle_record(
+        core_out=3,
+        fvu=0.21,
+        fvu_all_rows=0.64,
+        rows_left_out=17,
+        loss_recovered_zero=0.94,
+        loss_recovered_mean=0.90,
+    )
     (tmp_path / "cycle_00").mkdir()
     (tmp_path / "cycle_00" / "record.json").write_text(json.dumps(last))
     row = columns.chain_row("seed0-k16", tmp_path, 1)
@@ -159,19 +156,14 @@ def test_chain_row_reads_the_folder(tmp_path):
     assert columns.chain_row("x", tmp_path / "missing", 2) == replace(EMPTY, label="x")
     for cycle in range(2):
         (tmp_path / f"cycle_{cycle:02d}").mkdir()
-        record = {
-            "format_version": RECORD_VERSION,
-            "cycle": cycle,
-            "core_out": 5 + cycle,
-            "origins": {"0": 5},
-            "l0": 16.0,
-        }
-        record["jaccard"] = 0.8 if cycle else None
+        record = cycle_record(cycle=cycle, core_out=5 + cycle, l0=16.0, fvu=0.25, jaccard=0.8 if cycle else None)
         (tmp_path / f"cycle_{cycle:02d}" / "record.json").write_text(json.dumps(record))
     row = columns.chain_row("x", tmp_path, 4)
-    assert (row.sizes, row.jaccard, row.l0, row.fvu, row.status) == ((5, 6), (0.8,), 16.0, None, "2 of 4 cycles")
+    assert (row.sizes, row.jaccard, row.l0, row.fvu, row.status) == ((5, 6), (0.8,), 16.0, 0.25, "2 of 4 cycles")
     assert columns.chain_row("x", tmp_path, 4, "running").status == "running"
-    (tmp_path / "failed.json").write_text(json.dumps({"cycle": 2, "step": 1, "reason": "r", "generation": 1}))
+    (tmp_path / "failed.json").write_text(
+        json.dumps({"kind": "data", "cycle": 2, "step": 1, "reason": "r", "generation": 1})
+    )
     assert columns.chain_row("x", tmp_path, 4).status == "failed"
     assert columns.chain_row("x", tmp_path, 2).status == "done"
 

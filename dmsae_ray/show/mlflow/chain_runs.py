@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmsae_ray.core.score_file import coverage
-from dmsae_ray.distill.folder import ChainFolder, failure_text
+from dmsae_ray.distill.folder import ChainFolder
+from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.show import figures
 from dmsae_ray.show.mlflow.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
 from dmsae_ray.show.mlflow.run_store import Point, RunStore, TrackingError, now_ms
@@ -70,7 +71,7 @@ class ChainRuns:
             return
         if not done:
             self._store.set_status(run_id, unfinished if failure is None else "FAILED")
-        reason = None if done or failure is None else failure_text(failure)
+        reason = None if done or failure is None else failure.text()
         self._store.tag(run_id, "failed", reason)
         fields = (description or {}).get("fields", {})
         self._store.params(run_id, dict(flatten(self._chain.config)) | dict(flatten({"chain": fields})))
@@ -82,7 +83,7 @@ class ChainRuns:
             self._store.set_status(run_id, "FINISHED", ended_ms(records[-1]))
             self._settled = True
         else:
-            failed_here = failure is not None and failure.get("cycle") == len(records)
+            failed_here = failure is not None and failure.cycle == len(records)
             self._open_cycle(
                 run_id, len(records), "FAILED" if failed_here else unfinished, reason if failed_here else None
             )
@@ -161,7 +162,7 @@ class ChainRuns:
         self._store.tag(run_id, "failed", reason)
         self._store.append(run_id, self._new_curve(number, now_ms()))
 
-    def _finish_cycle(self, chain_run: str, number: int, record: dict[str, Any]) -> None:
+    def _finish_cycle(self, chain_run: str, number: int, record: CycleRecord) -> None:
         run_id = self._cycle_run(chain_run, number, began_ms(record))
         if self._store.status(run_id) == "FINISHED":
             return
@@ -169,17 +170,17 @@ class ChainRuns:
         self._store.tag(run_id, "failed", None)
         points = [*self._new_curve(number, ended_ms(record)), *cycle_points(record)]
         if files.scores.exists():
-            points += coverage_points(coverage(files.scores), record["core_out"], ended_ms(record))
+            points += coverage_points(coverage(files.scores), record.core_out, ended_ms(record))
         self._store.append(run_id, points)
         for path in (files.core, files.scores, files.record):
             if path.exists():  # scores may have been cleaned away since
                 self._store.client.log_artifact(run_id, str(path))
         self._store.set_status(run_id, "FINISHED", ended_ms(record))
 
-    def _log_coverage(self, run_id: str, records: Sequence[dict[str, Any]]) -> None:
+    def _log_coverage(self, run_id: str, records: Sequence[CycleRecord]) -> None:
         paths = [self._folder.cycle(number).scores for number in range(len(records))]
         curves = [
-            (n, coverage(path), records[n]["core_out"], records[n]["coverage"])
+            (n, coverage(path), records[n].core_out, records[n].coverage)
             for n, path in enumerate(paths)
             if path.exists()
         ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dmsae_ray.core.score_file import coverage_ranks
+from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.show.mlflow.run_store import Point
 
 COVERAGE_POINTS = 200
@@ -30,26 +31,26 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def began_ms(record: dict[str, Any]) -> int:
+def began_ms(record: CycleRecord) -> int:
     """When a finished cycle began, by its completion record."""
-    return ended_ms(record) - int(1000 * record.get("seconds", {}).get("total", 0.0))
+    return ended_ms(record) - int(1000 * record.seconds["total"])
 
 
-def ended_ms(record: dict[str, Any]) -> int:
-    return int(1000 * record["finished_at"])
+def ended_ms(record: CycleRecord) -> int:
+    return int(1000 * record.finished_at)
 
 
-def cycle_points(record: dict[str, Any]) -> Iterator[Point]:
+def cycle_points(record: CycleRecord) -> Iterator[Point]:
     """Every number of a completion record as `cycle/<name>`, with step = cycle; a prefix's as
     `cycle/prefix.<name>.<number>`. Other lists count by their length."""
-    measured = {key: value for key, value in record.items() if key not in (*NOT_MEASURED, "prefixes")}
-    prefixes = {prefix["name"]: prefix for prefix in record.get("prefixes") or ()}
+    measured = {key: value for key, value in record.to_json().items() if key not in (*NOT_MEASURED, "prefixes")}
+    prefixes = {prefix["name"]: prefix for prefix in record.prefixes}
     for name, value in flatten(measured | {"prefix": prefixes}):
         if isinstance(value, list):
             value = len(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             name = "core_size" if name == "core_out" else name
-            yield Point(f"cycle/{name}", value, record["cycle"], ended_ms(record))
+            yield Point(f"cycle/{name}", value, record.cycle, ended_ms(record))
 
 
 def curve_points(path: Path, after: int, ms: int) -> Iterator[Point]:
