@@ -18,7 +18,7 @@ from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.grid import planned
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.driver.options import EvaluateCommand, read_yaml
+from dmsae_ray.driver.options import EvaluateCommand
 from dmsae_ray.driver.preflight import pinned
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
@@ -29,6 +29,7 @@ from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
 from dmsae_ray.show.terminal.tables import evaluation_tables, terminal_console
+from dmsae_ray.yaml_file import read_yaml
 
 FORMAT_VERSION = 1
 SAY_SECONDS = 10.0

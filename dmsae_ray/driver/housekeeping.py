@@ -15,11 +15,11 @@ from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.grid import planned
-from dmsae_ray.driver.options import read_yaml
 from dmsae_ray.lock import OutputLock, no_locks
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names
 from dmsae_ray.show.terminal.tables import terminal_console
+from dmsae_ray.yaml_file import read_yaml
 
 
 def driver_alive(home: Path) -> bool:

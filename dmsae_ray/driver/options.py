@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
@@ -22,6 +21,7 @@ from dmsae_ray.config_checks import problem_lines
 from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.ownership import marked
 from dmsae_ray.secret_url import print_scrubbed, scrub
+from dmsae_ray.yaml_file import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,48 +36,6 @@ class _YamlFile(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         return {} if self.path is None else read_experiment(self.path)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a mapping has no key twice: of two blocks of one name the first would be dropped without a word."""
-
-    def compose_mapping_node(self, anchor):
-        node, known = super().compose_mapping_node(anchor), {}
-        for key, _ in node.value:
-            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-            if name in known:
-                raise DoubleKey(
-                    f"line {line}: {key.value} is given a second time, first in line {known[name]}; join the two"
-                )
-            known[name] = line
-        return node
-
-
-class DoubleKey(ValueError):
-    """A mapping names a key twice."""
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as a dict. Raises ValueError naming file, line and mistake if it cannot be read."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from error
-    try:
-        tree = yaml.load(raw.decode("utf-8-sig"), Loader=_UniqueKeys)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 text ({error.reason}); save the file "
-            "as UTF-8"
-        ) from error
-    except DoubleKey as error:
-        raise ValueError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict | None):
-        raise ValueError(f"{path}: must hold a mapping of sections, not a {type(tree).__name__}")
-    return tree or {}
 
 
 def read_experiment(path: Path) -> dict[str, Any]:

@@ -8,20 +8,20 @@ from rich.console import Group
 
 from dmsae_ray.config import Config
 from dmsae_ray.driver.options import ReportCommand
-from dmsae_ray.driver.other_sweep import OtherSweep
 from dmsae_ray.driver.preflight import pinned, preflight
 from dmsae_ray.driver.results import has_core
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.sweep_run import Finished, Sweep
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.results.comparison import compare_across
+from dmsae_ray.results.saved_sweep import SavedSweep
 from dmsae_ray.show.terminal.tables import across_tables, terminal_console, write_report
 
 
 def run(command: ReportCommand) -> int:
     """Raises ValueError on bad input before anything is computed."""
     config = Config(**command.sections())
-    other = None if command.against is None else OtherSweep.open(command.against)
+    other = None if command.against is None else against(command.against)
     preflight(config)
     config = pinned(config)
     with session(config, "report", command.verbose) as (lock, say):
@@ -35,7 +35,15 @@ def run(command: ReportCommand) -> int:
     return 0 if finished.done else 1
 
 
-def across(finished: Finished, other: OtherSweep, say: Screen) -> None:
+def against(folder: Path) -> SavedSweep:
+    """The sweep of --against. Raises ValueError."""
+    try:
+        return SavedSweep.open(folder, needs=("numbers.json",))
+    except ValueError as error:
+        raise ValueError(f"--against {error}") from error
+
+
+def across(finished: Finished, other: SavedSweep, say: Screen) -> None:
     """Cores of this sweep and the other one, pair by pair, and their numbers side by side; kept in this sweep's
     folder.
     """

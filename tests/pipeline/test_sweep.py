@@ -10,6 +10,7 @@ from urllib.request import url2pathname
 import pytest
 from conftest import command, digest_of_rows, run_command
 
+import dmsae_ray
 from dmsae_ray import report
 from dmsae_ray.sweep import main
 
@@ -92,6 +93,32 @@ def test_the_same_command_again_does_nothing_that_is_done(small_sweep):
     assert {path: path.stat().st_mtime_ns for path in small_sweep.output.rglob("*.safetensors")} == before
     with sqlite3.connect(small_sweep.output / "mlflow.db") as db:
         assert db.execute("select count(*) from runs").fetchone() == (7,)
+
+
+def test_its_results_are_loaded_in_python(small_sweep):
+    sweep = dmsae_ray.load_sweep(small_sweep.output)
+    assert list(sweep.chains) == ["seed0-k8", "seed1-k8"] and all(chain.finished for chain in sweep.chains.values())
+    chain = sweep.chains["seed1-k8"]
+    assert (chain.seed, chain.k, chain.arm, chain.failure) == (1, 8, "base", None)
+    folder = small_sweep.chains()["seed1-k8"]
+    core, (sae, about) = chain.core(), chain.sae()
+    assert core.size == chain.records[-1].core_out == dmsae_ray.load_core(folder / "cycle_01").size
+    assert chain.core(0).size == chain.records[0].core_out == sae.core_size
+    # Its own rows, through the SAE: what the record says of it holds.
+    dataset = sweep.dataset()
+    assert about["scale"] == dataset.manifest.scale and about["chain"] == folder.name
+    x_BD = next(iter(dataset.some_rows())).float() / about["scale"]
+    z_BF = sae.encode(x_BD)
+    assert float((z_BF > 0).float().sum(dim=1).mean()) == pytest.approx(8, rel=0.25)
+    assert sweep.numbers["evaluation.base.k8.fvu"] == pytest.approx(
+        sum(other.records[-1].fvu for other in sweep.chains.values()) / 2
+    )
+    assert {pair["a"] for pair in sweep.result("comparison")["pairs"]} == {"seed0-k8"}
+    with pytest.raises(ValueError, match=r"nothing.json: no such result; there is .*comparison"):
+        sweep.result("nothing")
+    with pytest.raises(ValueError, match="seed1-k8 has 2 finished cycles, none is 2"):
+        chain.core(2)
+    assert sweep.consensus_core() is None or sweep.consensus_core().size > 0
 
 
 def here(capfd, sweep, *args: str) -> str:

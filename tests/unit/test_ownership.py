@@ -331,7 +331,7 @@ def test_a_disk_s_trouble_is_told_in_one_line_whoever_raised_it():
 
 
 def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
-    from dmsae_ray.driver.other_sweep import OtherSweep
+    from dmsae_ray.results.saved_sweep import SavedSweep
 
     folder = tmp_path / "out" / "sweeps" / "small-0123456789ab"
     put(folder / "config.yaml", "name: small\n")
@@ -340,7 +340,7 @@ def test_another_sweep_s_keys_name_folders_and_nothing_else(tmp_path):
     with pytest.raises(
         ValueError, match=r"chains\.json: names '../../precious' where a key of twelve hex digits belongs"
     ):
-        OtherSweep.open(folder)
+        SavedSweep.open(folder)
 
 
 def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys):
