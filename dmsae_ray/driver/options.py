@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from dmsae_ray.config import Config, Place
 from dmsae_ray.config_checks import problem_lines
+from dmsae_ray.driver.help import help_text, topic_of
 from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.ownership import marked
 from dmsae_ray.secret_url import print_scrubbed, scrub
@@ -75,7 +75,7 @@ class SweepCommand(Command):
     status: CliImplicitFlag[bool] = False
     """say what is done, running and failed, and stop"""
     clean: CliImplicitFlag[bool] = False
-    """remove what no finished result needs, and stop (with --dry-run: only say what)"""
+    """remove what no finished result needs, and stop (with --dry_run: only say what)"""
     dry_run: CliImplicitFlag[bool] = False
     """with --clean: remove nothing"""
 
@@ -125,8 +125,9 @@ def load(command: type[Config], argv: list[str]) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, default=None)
     path = first.parse_known_args(argv)[0].config or default_config_path()
-    if {"-h", "--help"} & set(argv):
-        command = _with_defaults_of(command, path)
+    if (topic := topic_of(argv)) is not None:
+        print(help_text(command, _plain(path), path, topic))
+        raise SystemExit(0)
     assert command.__doc__ is not None, "a command's text begins with how it is called"
     _YamlFile.path = path
     said = io.StringIO()
@@ -141,9 +142,7 @@ def load(command: type[Config], argv: list[str]) -> Config:
         raise ValueError(explain(error, path)) from None
     except SettingsError as error:
         raise ValueError(f"command line: {scrub(str(error))}") from None
-    except SystemExit as end:
-        if not end.code:
-            raise  # --help
+    except SystemExit:
         raise ValueError(
             f"command line: {scrub(said.getvalue().strip().rpartition('error: ')[2])} (see --help for all fields)"
         ) from None
@@ -151,30 +150,12 @@ def load(command: type[Config], argv: list[str]) -> Config:
         _YamlFile.path = None
 
 
-def _with_defaults_of(command: type[Config], path: Path) -> type[Config]:
-    """The command with what the file says as its defaults: what `--help` shows is then what a plain run has. Raises
-    ValueError.
-    """
+def _plain(path: Path) -> Config:
+    """What a run with this file and no other options has. Raises ValueError."""
     try:
-        config = Config(**read_experiment(path))
+        return Config(**read_experiment(path))
     except ValidationError as error:
         raise ValueError(explain(error, path)) from None
-    shown = _as_default(command, config)
-    shown.__doc__ = command.__doc__
-    return shown
-
-
-def _as_default(model: type[Model], values: BaseModel) -> type[Model]:
-    """A model whose defaults are these values, sections included; fields that the values lack keep their own."""
-    fields: dict[str, Any] = {}
-    for name in type(values).model_fields:
-        value, field = getattr(values, name), copy.copy(model.model_fields[name])
-        field.default, field.default_factory = value, None
-        if isinstance(value, BaseModel):
-            field.annotation = _as_default(type(value), value)
-            field.default = field.annotation(**{inner: getattr(value, inner) for inner in type(value).model_fields})
-        fields[name] = (field.annotation, field)
-    return create_model(model.__name__, __base__=model, **fields)
 
 
 def explain(error: ValidationError, path: Path) -> str:

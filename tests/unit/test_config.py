@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dmsae_ray.config import Config, CorpusPart
+from dmsae_ray.driver.help import MATTER, sections
 from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
 from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
 
@@ -163,7 +164,7 @@ def test_several_mistakes_are_all_named():
 
 def test_help_shows_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        load(SweepCommand, ["--help"])
+        load(SweepCommand, ["--help", "all"])
     text = capsys.readouterr().out
     for section, model in Config.model_fields.items():
         if hasattr(model.annotation, "model_fields"):
@@ -175,7 +176,7 @@ def test_help_shows_every_field_with_its_default(capsys):
 def test_help_shows_what_a_plain_run_has(tmp_path, capsys):
     def default_of(field: str, *argv: str) -> str:
         with pytest.raises(SystemExit):
-            load(SweepCommand, ["--help", *argv])
+            load(SweepCommand, ["--help", "all", *argv])
         words = " ".join(capsys.readouterr().out.partition("show this help message")[2].split())
         return words.partition(f"--{field} ")[2].partition("(default: ")[2].partition(")")[0]
 
@@ -191,6 +192,30 @@ def test_help_shows_what_a_plain_run_has(tmp_path, capsys):
     path.write_text("train: {learning_rate: 1}\n")
     with pytest.raises(ValueError, match="train.learning_rate: no such field"):
         load(SweepCommand, ["--help", "--config", str(path)])
+
+
+def test_help_shows_what_matters_first_and_a_section_when_asked(capsys):
+    def shown(*argv: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            load(SweepCommand, list(argv))
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    short = shown("--help")
+    plain = load(SweepCommand, [])
+    for name in MATTER:
+        section, _, inner = name.rpartition(".")
+        assert inner in type(getattr(plain, section) if section else plain).model_fields and f"--{name} " in short
+    assert len(MATTER) <= 16 and "--train.threads" not in short
+    assert all(f"{name} ({len(model.model_fields)})" in short for name, model in sections().items())
+    train = shown("-h", "train")
+    assert (
+        "--train.threads INT" in train and "--sae.width" not in train and "--sweep.data {" in shown("--help", "sweep")
+    )
+    assert "--harvest.store URL" in shown("--help", "harvest") and "--status" in train
+    assert shown("--help", "--verbose") == short
+    with pytest.raises(ValueError, match="--help trian: no such section; there are corpus, model, .*track and all"):
+        load(SweepCommand, ["--help", "trian"])
 
 
 def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else():
