@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Purposes of random draws. Each draw's generator is seeded by (seed, cycle, purpose, ...): none shares a stream with
-# another.
-UNITS, ROWS = 101, 102
+from dmsae_ray.draws import ROWS, UNITS
 
 
 @functools.lru_cache(maxsize=4)

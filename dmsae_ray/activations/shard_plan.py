@@ -6,10 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from dmsae_ray.corpus.prepare import SEQUENCES
-
-SHARD_ROWS = 202
-"""Purpose of a random draw, apart from SEQUENCES and from those of order.py."""
+from dmsae_ray.draws import SEQUENCES, SHARD_ROWS
 
 
 @dataclass(frozen=True)

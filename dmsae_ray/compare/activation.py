@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import Matching
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 
 ROWS = 65_536
 """Held-out rows at most: one fp32 matrix of so many rows and a core of 1000 latents takes 262 MB."""
@@ -47,7 +47,7 @@ class Standardised:
         return Standardised(self.z_NR[index_C], self.alive_N[index_C])
 
 
-def standardised(latents: Latents, rows_RD: torch.Tensor) -> Standardised:
+def standardised(latents: MeasuredLatents, rows_RD: torch.Tensor) -> Standardised:
     """rows_RD: raw units."""
     z_NR = torch.empty(latents.size, rows_RD.shape[0], dtype=torch.float32)
     for part_RD, part_NR in zip(rows_RD.split(PART), z_NR.split(PART, dim=1), strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dmsae_ray.compare.latents import Latents
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 
 if TYPE_CHECKING:
     from dmsae_ray.core.core import Core
@@ -43,11 +43,11 @@ class ChainResult:
     chain: ChainIdentity
     core: Core
     """the core its last cycle selected"""
-    sae: Latents
+    sae: MeasuredLatents
     """all latents of the SAE in which the core was selected"""
     core_ids_C: torch.Tensor
     """latent ids, int64, of the selected core in that SAE"""
-    start: Latents
+    start: MeasuredLatents
     """all latents of cycle 0's SAE"""
     start_ids_N: torch.Tensor
     """latent ids, int64, of cycle 0's candidates by score descending"""
@@ -62,7 +62,7 @@ class ChainResult:
     def label(self) -> str:
         return self.chain.label
 
-    def core_latents(self) -> Latents:
+    def core_latents(self) -> MeasuredLatents:
         """The core's members, in its own order."""
         return self.sae.take(self.core_ids_C)
 

@@ -13,6 +13,7 @@ import torch
 
 from dmsae_ray.compare.match import Rows, hungarian, mmcs, overlap, pw_mcc
 from dmsae_ray.compare.nulls import MMCS_ROWS, DictionaryNull, NullResult, drawn, over_draws
+from dmsae_ray.draws import COVARIANCE_NULL, DICTIONARY_NULL, MMCS_NULL
 
 PART = 16_384
 """Rows turned into fp64 at a time."""
@@ -82,14 +83,14 @@ class CovarianceNull:
 
     def to_whole(self, whole_FD: Rows) -> float:
         """Mean of the directions' largest cosine to any decoder row of an SAE."""
-        return drawn(mmcs(self.gaussian.directions(np.random.default_rng([self.seed, 4]), MMCS_ROWS), whole_FD))
+        return drawn(mmcs(self.gaussian.directions(np.random.default_rng([self.seed, MMCS_NULL]), MMCS_ROWS), whole_FD))
 
     def dictionary(self, size: tuple[int, int]) -> DictionaryNull:
         """One draw of whole dictionaries."""
         return DictionaryNull(True, None, self._whole(*sorted(size)), 1, size)
 
     def _draw(self, smaller: int, larger: int) -> tuple[list[float], list[float]]:
-        rng = np.random.default_rng([self.seed, 0])
+        rng = np.random.default_rng([self.seed, COVARIANCE_NULL])
         scores, overlaps = [], []
         for _ in range(self.draws):
             matching = hungarian(self.gaussian.rotated(rng, smaller), self.gaussian.rotated(rng, larger))
@@ -98,5 +99,5 @@ class CovarianceNull:
         return scores, overlaps
 
     def _draw_whole(self, smaller: int, larger: int) -> float | None:
-        rng = np.random.default_rng([self.seed, 2])
+        rng = np.random.default_rng([self.seed, DICTIONARY_NULL])
         return pw_mcc(hungarian(self.gaussian.rotated(rng, smaller), self.gaussian.rotated(rng, larger)))

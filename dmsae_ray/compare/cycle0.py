@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmsae_ray.compare.activation import Standardised, agreement
-from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import hungarian, overlap, pw_mcc
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.nulls import NullResult, over_draws, unavailable
 
 
@@ -14,7 +14,7 @@ from dmsae_ray.compare.nulls import NullResult, over_draws, unavailable
 class Ranked:
     """Latents by score descending, with their activations."""
 
-    latents: Latents
+    latents: MeasuredLatents
     """of one SAE"""
     activations: Standardised
     """on the held-out rows"""

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from dmsae_ray.compare import activation
-from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import Rows, assign, cosines, mmcs, overlap, pw_mcc
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.nulls import MMCS_ROWS, NullResult, drawn, over_draws, unavailable
+from dmsae_ray.draws import DENSITY_NULL
 
 NEAREST = 5
 """Matched-density draws choose among so many free latents nearest in log-density: near, and yet many different draws.
@@ -108,7 +109,7 @@ class FreeDraws:
 
     size: int
     """latents in a draw: the core's"""
-    latents: Latents
+    latents: MeasuredLatents
     """every latent that occurs in a draw, [U]; those of the first `activation.DRAWS` draws come first"""
     places: tuple[np.ndarray, ...]
     """each draw as places among them, int64 [C]"""
@@ -122,7 +123,7 @@ class FreeDraws:
     """why there is no draw, if there is none"""
 
     @staticmethod
-    def of(sae: Latents, core_ids_C: torch.Tensor, draws: int, seed: int, rows_RD: torch.Tensor) -> FreeDraws:
+    def of(sae: MeasuredLatents, core_ids_C: torch.Tensor, draws: int, seed: int, rows_RD: torch.Tensor) -> FreeDraws:
         """rows_RD: held-out rows, raw units, on which the first draws' activations are compared."""
         densities = Densities.split(sae.density_N, core_ids_C)
         size, nothing = densities.core_C.size, np.zeros(0, dtype=np.int64)
@@ -138,7 +139,7 @@ class FreeDraws:
             )
         # Two SAEs that began alike must not be drawn from alike, so the densities themselves are part of the seed.
         own = int.from_bytes(hashlib.sha256(sae.density_N.double().numpy().tobytes()).digest()[:8])
-        rng = np.random.default_rng([seed, 1, own])
+        rng = np.random.default_rng([seed, DENSITY_NULL, own])
         ids, gap = densities.draw_all(draws, rng)
         first = np.unique(np.concatenate(ids[: activation.DRAWS]))
         taken = np.concatenate([first, np.setdiff1d(np.concatenate(ids), first)])

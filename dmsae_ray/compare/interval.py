@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dmsae_ray.draws import INTERVAL
+
 SEEDS_FOR_INTERVAL = 4
 """Below four seeds resampling them says nothing; the values themselves are then given."""
 RESAMPLES = 2000
@@ -80,7 +82,7 @@ def over_seeds(
     seeds = sorted({*left, *right})
     if len(seeds) < SEEDS_FOR_INTERVAL:
         return None
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng([seed, INTERVAL])
     times_RS = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES)
     left_P = np.array([seeds.index(one) for one in left])
     right_P = np.array([seeds.index(one) for one in right])

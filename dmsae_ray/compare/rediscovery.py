@@ -17,7 +17,8 @@ import torch
 from dmsae_ray.compare.consensus import Consensus, NamedCore
 from dmsae_ray.compare.density import Densities, too_far
 from dmsae_ray.compare.interval import spread
-from dmsae_ray.compare.latents import Latents
+from dmsae_ray.compare.measured_latents import MeasuredLatents
+from dmsae_ray.draws import REDISCOVERY_NULL
 
 DRAWS = 10
 """Draws of frequency-matched latents: the mean over a core's latents and ten draws is exact to a few percent of itself.
@@ -67,7 +68,7 @@ class PlainSAE:
     arm: str
     seed: int
     k: int
-    latents: Latents
+    latents: MeasuredLatents
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class Found:
         return {"found": float(found_C.double().mean()), "mmcs": float(nearest_C.double().mean()), "size": len(found_C)}
 
 
-def look_for(features: Directions, whole: Latents, cosine: float) -> Found:
+def look_for(features: Directions, whole: MeasuredLatents, cosine: float) -> Found:
     """Look for features in all latents of an SAE; the same latent must have both cosines.
 
     In fp32, CHUNK latents at a time: a mean of thousands of cosines does not need more, and a wide SAE's matrix never
@@ -105,7 +106,7 @@ def look_for(features: Directions, whole: Latents, cosine: float) -> Found:
     return Found(found_N, nearest_N.clamp(max=1.0))
 
 
-def sought(named: NamedCore, sae: Latents, seed: int, draws: int = DRAWS) -> Sought:
+def sought(named: NamedCore, sae: MeasuredLatents, seed: int, draws: int = DRAWS) -> Sought:
     """The core's latents and, from all latents `sae` of the SAE in which it was selected, free ones as dense. seed: of
     the draws.
     """
@@ -121,7 +122,7 @@ def sought(named: NamedCore, sae: Latents, seed: int, draws: int = DRAWS) -> Sou
             None,
             f"the last SAE of {named.label} {lack}",
         )
-    ids, gap = densities.draw_all(draws, np.random.default_rng([seed, 5]))
+    ids, gap = densities.draw_all(draws, np.random.default_rng([seed, REDISCOVERY_NULL]))
     taken, places = np.unique(np.stack(ids), return_inverse=True)
     free = sae.take(taken)
     reason = too_far(gap)

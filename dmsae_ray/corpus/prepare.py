@@ -22,8 +22,6 @@ from dmsae_ray.corpus.token_file import MANY, TokenFileWriter
 from dmsae_ray.corpus.tokens import TokenSequences, pad_id_of
 from dmsae_ray.files import remove_leftovers
 
-SEQUENCES = 201
-"""Purpose of a random draw: the order of sequences."""
 SAY_SECONDS = 10.0
 
 

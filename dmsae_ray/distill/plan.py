@@ -14,11 +14,10 @@ from dmsae_ray.config import Config
 from dmsae_ray.core.select import count_of
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.mapping import score_settings, steps_of
+from dmsae_ray.draws import INIT, SELECTION
 from dmsae_ray.identity import chain_fields, fields_key
 from dmsae_ray.secret_url import SecretUrl
 
-INIT, SELECTION = 301, 302
-"""Purposes of random draws, apart from those of activations/order.py and activations/harvester.py."""
 BASE = "base"
 """Arm of the chains of the plain grid."""
 

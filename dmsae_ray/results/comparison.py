@@ -16,7 +16,7 @@ from pathlib import Path
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
-from dmsae_ray.compare.latents import Latents
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.pair import CompareSettings, PairResult
 from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sample
 from dmsae_ray.compare.summary import summarise
@@ -271,9 +271,9 @@ def chain_result(plan: ChainPlan, label: str | None = None) -> ChainResult:
     return ChainResult(
         chain=identity(plan, label),
         core=core,
-        sae=Latents.of(sae, stored["density"], core.scale),
+        sae=MeasuredLatents.of(sae, stored["density"], core.scale),
         core_ids_C=core.latent_ids_C,
-        start=Latents.of(start, stored_at_start["density"], core.scale),
+        start=MeasuredLatents.of(start, stored_at_start["density"], core.scale),
         start_ids_N=rank(load_scores(first.scores)).ids_N,
         start_has_core=start.core_size > 0,
     )

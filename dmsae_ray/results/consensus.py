@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dmsae_ray.compare.consensus import Consensus, NamedCore, find_consensus
-from dmsae_ray.compare.latents import Latents
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought, summarise_rediscovery
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
@@ -96,8 +96,8 @@ def named_core(plan: ChainPlan) -> NamedCore:
     return NamedCore(plan.label, plan.seed, Core.load(plan.folder.cycle(plan.cycles - 1).core))
 
 
-def whole(plan: ChainPlan) -> Latents:
+def whole(plan: ChainPlan) -> MeasuredLatents:
     """All latents of the SAE of a finished chain's last cycle."""
     last = plan.folder.cycle(plan.cycles - 1)
     sae, stored = MatryoshkaSAE.load(last.sae)
-    return Latents.of(sae, stored["density"], Core.load(last.core).scale)
+    return MeasuredLatents.of(sae, stored["density"], Core.load(last.core).scale)

@@ -6,7 +6,7 @@ import torch
 
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
-from dmsae_ray.compare.latents import Latents
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.pair import CompareSettings
 from dmsae_ray.core.core import Core
 
@@ -28,15 +28,15 @@ def unit_rows(count, seed, d=D) -> torch.Tensor:
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
-def latents(W_enc_ND, W_dec_ND=None, *, bias=0.0, theta=0.5, density=0.1) -> Latents:
+def latents(W_enc_ND, W_dec_ND=None, *, bias=0.0, theta=0.5, density=0.1) -> MeasuredLatents:
     """An SAE of these rows, active on about a third of `rows`."""
     W_enc_ND = torch.as_tensor(W_enc_ND, dtype=torch.float32)
     W_dec_ND = W_enc_ND if W_dec_ND is None else torch.as_tensor(W_dec_ND, dtype=torch.float32)
-    full = [torch.full((len(W_dec_ND),), value) for value in (bias, theta, density)]
-    return Latents(W_enc_ND, W_dec_ND, *full, torch.zeros(W_dec_ND.shape[1]), 1.0)
+    biases, thetas, densities = (torch.full((len(W_dec_ND),), value) for value in (bias, theta, density))
+    return MeasuredLatents(W_enc_ND, biases, W_dec_ND, torch.zeros(W_dec_ND.shape[1]), thetas, densities, 1.0)
 
 
-def core_of(sae: Latents, ids, *, seed=0, k=16, cycle=2, scores=None, **changes) -> Core:
+def core_of(sae: MeasuredLatents, ids, *, seed=0, k=16, cycle=2, scores=None, **changes) -> Core:
     ids = torch.as_tensor(ids, dtype=torch.int64)
     size = len(ids)
     fields = dict(

@@ -6,8 +6,8 @@ import torch
 from compared_chains import latents, make_chain, rows, unit_rows
 
 from dmsae_ray.compare.activation import agreement, standardised
-from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import Matching, hungarian
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 
@@ -24,7 +24,7 @@ def test_latents_are_active_as_in_their_sae(gate, transfer):
     sae.theta.fill_(0.7)
     rows_RD = rows(64, d=8)
     z_RF = sae.encode(rows_RD / 3.0)
-    whole = Latents.of(sae, torch.zeros(20), scale=3.0)
+    whole = MeasuredLatents.of(sae, torch.zeros(20), scale=3.0)
     assert torch.equal(whole.activations(rows_RD), z_RF) and (z_RF > 0).any()
     some = [3, 4, 11]
     assert torch.allclose(whole.take(torch.tensor(some)).activations(rows_RD), z_RF[:, some], atol=1e-6)
@@ -34,7 +34,9 @@ def test_latents_are_active_as_in_their_sae(gate, transfer):
 
 def test_tensors_of_different_saes_are_refused():
     with pytest.raises(ValueError, match=r"theta_N has shape \(3,\), W_dec_ND asks for \(4,\)"):
-        Latents(unit_rows(4, 0), unit_rows(4, 0), torch.zeros(4), torch.zeros(3), torch.zeros(4), torch.zeros(16), 1.0)
+        MeasuredLatents(
+            unit_rows(4, 0), torch.zeros(4), unit_rows(4, 0), torch.zeros(16), torch.zeros(3), torch.zeros(4), 1.0
+        )
 
 
 def test_it_is_the_mean_of_pearson_correlations(monkeypatch):

@@ -9,7 +9,7 @@ from features_cases import BOS, TableModel, random_sae, sae_of, sequences_of
 from language_models import load
 
 from dmsae_ray.results.features.contexts import SAMPLE, find_peaks
-from dmsae_ray.results.features.latents import Latents
+from dmsae_ray.sae.latents import Latents
 
 D, V = 4, 40
 
@@ -61,7 +61,7 @@ def by_search(lm, sequences, saes, scale):
 @pytest.mark.parametrize("contexts, spread", [(6, 0), (8, 2), (60, 3)])
 def test_equals_a_search_through_every_token(case, batch, contexts, spread):
     lm, sequences, saes = case
-    pieces = [Latents.of(sae, range(sae.width)) for sae in saes]
+    pieces = [Latents.some_of(sae, range(sae.width)) for sae in saes]
     peaks_L = find_peaks(pieces, lm, sequences, 2.0, contexts, spread, batch)
     truth_L = by_search(lm, sequences, saes, 2.0)
     assert (
@@ -83,7 +83,7 @@ def test_equals_a_search_through_every_token(case, batch, contexts, spread):
 def test_the_lower_blocks_run_once_for_all_chains(case):
     lm, sequences, saes = case
     before = lm.cuts
-    find_peaks([Latents.of(sae, [0, 1]) for sae in saes for _ in range(3)], lm, sequences, 2.0, 4, 1, 10)
+    find_peaks([Latents.some_of(sae, [0, 1]) for sae in saes for _ in range(3)], lm, sequences, 2.0, 4, 1, 10)
     assert lm.cuts - before == 5
 
 
@@ -94,7 +94,7 @@ def test_weaker_contexts_are_at_quantiles_of_a_sample():
     n = 2000
     table_VD = torch.arange(n + 3.0)[:, None] - 2
     sequences = sequences_of([[BOS, 3, s + 3] for s in range(n)])
-    pieces = [Latents.of(sae_of(torch.ones(1, 1), torch.ones(1, 1), 0.0), [0])]
+    pieces = [Latents.some_of(sae_of(torch.ones(1, 1), torch.ones(1, 1), 0.0), [0])]
     (peaks,) = find_peaks(pieces, TableModel(table_VD), sequences, 1.0, 8, 2, 32)
     assert [p.activation for p in peaks[:6]] == [n - i for i in range(6)] and [p.position for p in peaks[:6]] == [2] * 6
     error = 4 * (0.25 * 0.75 / SAMPLE) ** 0.5
@@ -116,7 +116,7 @@ def test_a_latent_for_one_word_peaks_at_that_word():
     places = {3: 2, 11: 4, 29: 5}
     for s, t in places.items():
         rows[s][t] = word
-    (peaks,) = find_peaks([Latents.of(sae, [0])], lm, sequences_of(rows), 1.0, 8, 2, 8)
+    (peaks,) = find_peaks([Latents.some_of(sae, [0])], lm, sequences_of(rows), 1.0, 8, 2, 8)
     assert {p.sequence: p.position for p in peaks} == places
     assert all(p.activation == pytest.approx(float(p_V[word]), rel=1e-5) for p in peaks)
 
@@ -135,9 +135,9 @@ def test_some_latents_are_the_sae_s_own(gate, core_size, transfer):
                 getattr(other, name).copy_(getattr(sae, name))
         sae = other
     ids = [31, 4, 0, 17, 5]
-    latents = Latents.of(sae, ids)
+    latents = Latents.some_of(sae, ids)
     x_BD = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(5))
     z_BL, truth_BL = latents.encode(x_BD), sae.encode(x_BD)[..., ids]
     assert torch.equal(z_BL > 0, truth_BL > 0) and 0 < int((z_BL > 0).sum()) < z_BL.numel()
     torch.testing.assert_close(z_BL, truth_BL)
-    assert torch.equal(latents.W_dec_LD, sae.W_dec[ids])
+    assert torch.equal(latents.W_dec_ND, sae.W_dec[ids])

@@ -11,7 +11,7 @@ from language_models import IDS_BT, LENGTHS, load
 from dmsae_ray.lm import divergence as divergence_
 from dmsae_ray.lm.divergence import token_losses
 from dmsae_ray.results.features.effects import remove_latents
-from dmsae_ray.results.features.latents import Latents
+from dmsae_ray.sae.latents import Latents
 
 SCALE = 20.0
 PLACES = [
@@ -77,7 +77,7 @@ def test_equals_two_forward_passes(architecture, hook):
     size = float(lm.cut(torch.from_numpy(sequences.ids.astype(np.int64))).value_BTD[:, 1:].norm(dim=2).median())
     saes = [random_sae(lm.d, 12, 0.1 * size / SCALE, seed) for seed in (0, 1)]
     wanted = [[3, 1, 8], [0, 11]]
-    pieces = [Latents.of(sae, ids) for sae, ids in zip(saes, wanted, strict=True)]
+    pieces = [Latents.some_of(sae, ids) for sae, ids in zip(saes, wanted, strict=True)]
     pairs = [(latent, s) for latent in (4, 0, 2, 1, 3) for s in (2, 0, 3, 1)]
     read = remove_latents(pieces, lm, sequences, SCALE, pairs, 6)
     flat = [(sae, latent) for sae, ids in zip(saes, wanted, strict=True) for latent in ids]
@@ -106,14 +106,14 @@ def test_what_adds_nothing_can_be_removed():
     sae = random_sae(lm.d, 4, 0.02)
     with torch.no_grad():
         sae.W_dec[1] = 0
-    read = remove_latents([Latents.of(sae, [1, 2])], lm, sequences, SCALE, [(0, 0), (1, 0)], 2)
+    read = remove_latents([Latents.some_of(sae, [1, 2])], lm, sequences, SCALE, [(0, 0), (1, 0)], 2)
     assert bool((read.activation_PT > 0).any(dim=1).all())
     assert float(read.delta_PT[0].abs().max()) < 1e-5 < 1e-3 < float(read.delta_PT[1].abs().max())
 
 
 def test_without_removal_activations_are_the_same():
     lm, sequences = load("tiny", "blocks.2.hook_resid_post"), make_sequences()
-    pieces, pairs = [Latents.of(random_sae(lm.d, 4, 0.02), [1, 2])], [(0, 0), (1, 3)]
+    pieces, pairs = [Latents.some_of(random_sae(lm.d, 4, 0.02), [1, 2])], [(0, 0), (1, 3)]
     read, kept = (remove_latents(pieces, lm, sequences, SCALE, pairs, 2, remove=remove) for remove in (True, False))
     assert (
         torch.equal(read.activation_PT, kept.activation_PT)
@@ -127,7 +127,7 @@ def test_a_sequence_passes_the_lower_blocks_once_for_neighbouring_pairs(monkeypa
     cut, seen = lm.cut, []
     monkeypatch.setattr(lm, "cut", lambda ids_BT: seen.append(len(ids_BT)) or cut(ids_BT))
     pairs = [(latent, s) for latent in range(6) for s in range(4)]
-    remove_latents([Latents.of(random_sae(lm.d, 6, 0.02), range(6))], lm, sequences, SCALE, pairs, 6)
+    remove_latents([Latents.some_of(random_sae(lm.d, 6, 0.02), range(6))], lm, sequences, SCALE, pairs, 6)
     assert seen == [1, 1, 1, 1]
 
 
@@ -140,7 +140,7 @@ def test_logits_are_never_there_all_at_once(monkeypatch):
     monkeypatch.setattr(divergence_, "LOGITS_AT_ONCE", {"cpu": 7 * lm.vocabulary})
     sequences, sae = make_sequences(), random_sae(lm.d, 4, 0.5, seed=3)
     pieces, pairs = (
-        [Latents.of(sae, [0, 1, 2, 3])],
+        [Latents.some_of(sae, [0, 1, 2, 3])],
         [(latent, sequence) for latent in range(4) for sequence in range(4)],
     )
     few = remove_latents(pieces, lm, sequences, SCALE, pairs, 8)

@@ -12,7 +12,7 @@ import dmsae_ray
 
 ROOT = Path(dmsae_ray.__file__).parent
 LAW = (
-    "causes config_checks files hub lock ownership place secret_url stop yaml_file",
+    "causes config_checks draws files hub lock ownership place secret_url stop yaml_file",
     "config",
     "identity",
     "cluster corpus sae",

@@ -20,7 +20,7 @@ from dmsae_ray.evaluation.references import reference_losses
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.results.features.contexts import find_peaks
 from dmsae_ray.results.features.effects import remove_latents
-from dmsae_ray.results.features.latents import Latents
+from dmsae_ray.sae.latents import Latents
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 
 SCALE = 20.0
@@ -203,7 +203,7 @@ def test_features_do_not_fire_beyond_the_bound(lm, batch, sae):
     sequences = TokenSequences(
         ids.numpy().astype("int32"), lengths.numpy().astype("int32"), rows_NT.sum(dim=1).numpy().astype("int32")
     )
-    piece = Latents.of(sae, range(43))
+    piece = Latents.some_of(sae, range(43))
     free = find_peaks([piece], lm, sequences, SCALE, 3, 0, 2)
     beyond = [
         (latent, peak)

@@ -14,7 +14,7 @@ import torch
 
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.results.features.latents import Latents
+from dmsae_ray.sae.latents import Latents
 
 SAMPLE = 64
 """Sequences drawn for each latent, which the weaker contexts are chosen from: a quantile among them is right to 0.06
@@ -89,8 +89,8 @@ def find_peaks(
     positions beyond it have no activation.
     """
     assert 0 <= spread < contexts, (spread, contexts)
-    device = pieces[0].b_enc_L.device
-    latents, most_drawn = sum(map(len, pieces)), max(SAMPLE, 2 * contexts)
+    device = pieces[0].b_enc_N.device
+    latents, most_drawn = sum(piece.size for piece in pieces), max(SAMPLE, 2 * contexts)
     strongest, drawn = _Ranked.none(latents, device), _Ranked.none(latents, device)
     draw_S = (torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)) + 1).to(device, torch.float64)
     for sequence_N, value_LN, position_LN in _sequence_peaks(

@@ -19,7 +19,7 @@ import torch
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.divergence import token_losses
-from dmsae_ray.results.features.latents import Latents
+from dmsae_ray.sae.latents import Latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def _remove(
     remove: bool,
     max_norm: float | None,
 ) -> Removals:
-    device = pieces[0].b_enc_L.device
+    device = pieces[0].b_enc_N.device
     latent_P, sequence_P = torch.tensor(pairs, device=device).T
     sequence_U, place_P = sequence_P.unique(return_inverse=True)
     seen = sequences.take(sequence_U.cpu().numpy())
@@ -108,10 +108,10 @@ def _of_pairs(
     W_dec_PD = x_UTD.new_zeros(len(latent_P), x_UTD.shape[2])
     start = 0
     for piece in pieces:
-        mine = ((latent_P >= start) & (latent_P < start + len(piece))).nonzero()[:, 0]
+        mine = ((latent_P >= start) & (latent_P < start + piece.size)).nonzero()[:, 0]
         if len(mine):
             local = latent_P[mine] - start
             z_PT[mine] = piece.encode(x_UTD)[place_P[mine], :, local]
-            W_dec_PD[mine] = piece.W_dec_LD[local]
-        start += len(piece)
+            W_dec_PD[mine] = piece.W_dec_ND[local]
+        start += piece.size
     return z_PT, W_dec_PD

@@ -20,9 +20,9 @@ from dmsae_ray.files import write_json
 from dmsae_ray.identity import fields_key
 from dmsae_ray.results.features.contexts import Peak, find_peaks
 from dmsae_ray.results.features.effects import Removals, remove_latents
-from dmsae_ray.results.features.latents import Latents
 from dmsae_ray.results.features.roster import Feature, cosines_to_representative, roster_of
 from dmsae_ray.results.features.token_text import TokenText
+from dmsae_ray.sae.latents import Latents
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 FORMAT_VERSION = 1
@@ -117,7 +117,7 @@ def _describe(
         if mine:
             sae, _ = MatryoshkaSAE.load(chain.sae)
             places += mine
-            pieces.append(Latents.of(sae, [features[place].representative.latent for place in mine], device))
+            pieces.append(Latents.some_of(sae, [features[place].representative.latent for place in mine], device))
     if not pieces:
         return []
     peaks_L = find_peaks(
