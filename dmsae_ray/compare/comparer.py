@@ -5,7 +5,6 @@ Shape letters: C core size, D model dimension, F width, R rows of activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +18,7 @@ from dmsae_ray.compare.density import FreeDraws, matched_density_null
 from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc, shared_pairs
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult, unavailable
 from dmsae_ray.compare.pair import NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
-from dmsae_ray.compare.pairing import paired, pairs_within
+from dmsae_ray.compare.pairing import paired
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +175,3 @@ class Comparer:
                 reason=a.no_start() or b.no_start(),
             ),
         }
-
-
-def compare_all(chains: Sequence[ChainResult], comparer: Comparer) -> list[PairResult]:
-    """Every pair that `pairing.pairs_within` names. With fewer than two chains there is none, and the list is empty."""
-    by_label = {chain.label: comparer.side(chain) for chain in chains}
-    pairs = pairs_within([chain.chain for chain in chains])
-    return [comparer.pair(by_label[pair.a.label], by_label[pair.b.label]) for pair in pairs]

@@ -9,9 +9,9 @@ import contextlib
 import io
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
@@ -22,8 +22,6 @@ from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.ownership import marked
 from dmsae_ray.secret_url import print_scrubbed, scrub
 from dmsae_ray.yaml_file import read_yaml
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class _YamlFile(PydanticBaseSettingsSource):

@@ -52,12 +52,3 @@ def _judge(expected: ExpectConfig, relation: str, bound: float | str, numbers: d
 def _unknown(name: str, numbers: dict[str, float]) -> str:
     near = difflib.get_close_matches(name, numbers, n=1)
     return f"no number {name} in these results" + (f" (there is {near[0]})" if near else "")
-
-
-def in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """One line each, for a terminal."""
-    return [
-        f"{entry['outcome'].upper():>13}  {entry['claim']}: "
-        + (entry["why"] or f"{entry['value']:.3g}, expected {entry['relation']} {entry['bound']:.3g}")
-        for entry in entries
-    ]

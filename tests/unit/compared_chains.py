@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.measured_latents import MeasuredLatents
-from dmsae_ray.compare.pair import CompareSettings
+from dmsae_ray.compare.pair import CompareSettings, PairResult
+from dmsae_ray.compare.pairing import pairs_within
 from dmsae_ray.core.core import Core
 
 D, WIDTH, ROWS = 16, 60, 512
@@ -88,3 +91,10 @@ def make_chain(seed, k=16, size=10, common=0, cycle=2, **changes) -> ChainResult
         start=latents(unit_rows(WIDTH, seed + 50), unit_rows(WIDTH, seed + 70)),
         start_ids_N=torch.arange(20).flip(0),
     )
+
+
+def compare_all(chains: Sequence[ChainResult], comparer: Comparer) -> list[PairResult]:
+    """Every pair that `pairing.pairs_within` names. With fewer than two chains there is none, and the list is empty."""
+    by_label = {chain.label: comparer.side(chain) for chain in chains}
+    pairs = pairs_within([chain.chain for chain in chains])
+    return [comparer.pair(by_label[pair.a.label], by_label[pair.b.label]) for pair in pairs]

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compared_chains import SETTINGS, comparer, core_of, latents, make_chain
+from compared_chains import SETTINGS, compare_all, comparer, core_of, latents, make_chain
 
-from dmsae_ray.compare.comparer import compare_all
 from dmsae_ray.compare.match import hungarian, pw_mcc
 from dmsae_ray.compare.pair import PairResult
 from dmsae_ray.compare.pairing import paired

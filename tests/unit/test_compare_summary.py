@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from compared_chains import comparer, make_chain
+from compared_chains import compare_all, comparer, make_chain
 from scipy.stats import norm
 
-from dmsae_ray.compare.comparer import compare_all
 from dmsae_ray.compare.interval import COVERAGE, Z, spread, wilson
 from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES, summarise
 from dmsae_ray.show.columns import group_columns
