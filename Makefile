@@ -19,7 +19,7 @@ help:
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                open MLflow on the quickstart's results"
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
-	@echo "make bench             time the training step against other systems' (jobs/bench_step.md)"
+	@echo "make bench             time the training step against other systems' (jobs/bench/bench_step.md)"
 
 setup: $(READY)
 
@@ -92,11 +92,11 @@ test-kills: $(READY)
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment
 # of their own, with dmsae_ray/sae from this folder, which needs little; torchvision would clash with this torch.
 test-peers: .venv-peers/.ready
-	.venv-peers/bin/python jobs/record_reference_step.py --check tests/data/dictionary_learning_updates.safetensors
-	.venv-peers/bin/python jobs/compare_training.py
+	.venv-peers/bin/python jobs/peers/record_reference_step.py --check tests/data/dictionary_learning_updates.safetensors
+	.venv-peers/bin/python jobs/peers/compare_training.py
 
 bench: .venv-peers/.ready
-	.venv-peers/bin/python jobs/bench_step.py --output jobs/bench_step.md
+	.venv-peers/bin/python jobs/bench/bench_step.py --output jobs/bench/bench_step.md
 
 .venv-peers/.ready:
 	$(PYTHON) -m venv .venv-peers

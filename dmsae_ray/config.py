@@ -3,7 +3,7 @@
 Read this file first: its sections are the stages of a sweep, in order. A configuration is a YAML file (`--config`) with
 overrides from the command line (`--train.tokens 2_000_000`), read by driver/options.py; an unknown key is an error.
 Importing this module imports neither torch nor Ray. Definitions: a latent's gate, a core, a chain, a cycle and the like
-are those of the README's glossary; `[D]` marks a decision the literature leaves open.
+are those of dmsae_ray/README.md ("Words"); `[D]` marks a decision the literature leaves open.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PLACES = 4
 """Places for candidates, per pair that can be kept by BatchTopK. 1.2 to 2.1 are used on the CPU's bench
-(jobs/bench_step.md).
+(jobs/bench/bench_step.md).
 """
 
 

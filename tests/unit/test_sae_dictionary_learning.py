@@ -1,4 +1,7 @@
-"""With an empty core our updates are those of dictionary-learning 0.1.0 (recorded by jobs/record_reference_step.py)."""
+"""With an empty core our updates are those of dictionary-learning 0.1.0.
+
+Theirs were recorded by jobs/peers/record_reference_step.py.
+"""
 
 import json
 from pathlib import Path

@@ -104,7 +104,9 @@ def test_latents_of_more_ranks_take_less_memory_each():
 
 def test_the_paper_s_table_is_what_the_code_says_now():
     root = Path(__file__).parents[2]
-    job = runpy.run_path(str(root / "jobs" / "memory_table.py"))
+    job = runpy.run_path(str(root / "jobs" / "bench" / "memory_table.py"))
     lines = job["table"](job["settings_of"](root / "configs" / "gemma2_2b_l12_65k.yaml"))
     assert len(lines) == 2 + 2 * (4 + 3 + 3)
-    assert "\n".join(lines) in (root / "jobs" / "memory_table.md").read_text(), "run python jobs/memory_table.py"
+    assert "\n".join(lines) in (root / "jobs" / "bench" / "memory_table.md").read_text(), (
+        "run python jobs/bench/memory_table.py"
+    )

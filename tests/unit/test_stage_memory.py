@@ -108,10 +108,7 @@ def test_the_disk_that_the_readme_names_is_what_preflight_asks_for(monkeypatch, 
     """The hub is not asked: names of chains do not matter here."""
     monkeypatch.setattr("dmsae_ray.driver.preflight.planned", lambda config: grid(config, "base", "d", "k"))
     config = load(SweepCommand, ["--config", str(CONFIGS / "gemma2_2b_l12_65k.yaml"), "--output", str(tmp_path)])
-    assert (
-        f"{math.ceil(disk_bytes(config, GEMMA.d) / 1e10) / 100} TB of disk"
-        in (CONFIGS.parent / "README.md").read_text()
-    )
+    assert f"{math.ceil(disk_bytes(config, GEMMA.d) / 1e10) / 100} TB of disk" in (CONFIGS / "README.md").read_text()
 
 
 def test_the_gemma_configurations_pin_what_the_hub_gives():

@@ -1,6 +1,6 @@
 """Builds the embedded corpus: the Python standard library's sources and the Python documentation.
 
-    python jobs/build_corpus.py [--stdlib FOLDER] [--docs FOLDER]
+    python jobs/shipped/build_corpus.py [--stdlib FOLDER] [--docs FOLDER]
 
 The documentation's reStructuredText sources come with Debian's package python3.11-doc (or any html build's
 `_sources` folder). The result does not depend on the order of the file system: documents are sorted by name, and
@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "dmsae_ray" / "corpus" / "embedded"
+EMBEDDED = Path(__file__).resolve().parents[2] / "dmsae_ray" / "corpus" / "embedded"
 DEFAULT_DOCS = Path("/usr/share/doc/python3.11/html/_sources")
 LIMIT_BYTES = 4_000_000
 MIN_CHARACTERS = 400
@@ -43,7 +43,7 @@ Copyright Python Software Foundation and contributors. `LICENSE` is the licence 
 the installation; it covers sources and documentation. Files that are byte for byte equal were kept once; nothing
 else was changed, except that line ends are `\\n`. {left}
 
-Made by `jobs/build_corpus.py`. sha256 of `documents.parquet`: `{sha256}`.
+Made by `jobs/shipped/build_corpus.py`. sha256 of `documents.parquet`: `{sha256}`.
 """
 
 

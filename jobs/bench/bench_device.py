@@ -1,5 +1,5 @@
-"""What one training step costs on a GPU, beside its lower bounds and the other systems: `jobs/bench_step.py --device
-cuda`.
+"""What one training step costs on a GPU, beside its lower bounds and the other systems:
+`jobs/bench/bench_step.py --device cuda`.
 
 The step cannot be faster than the bf16 encoder product alone, nor than moving what it has to move: every trained
 number's gradient is written and read once, the number itself and both of Adam's means are read and written once, and

@@ -1,6 +1,6 @@
 """Write memory_table.md: what one GPU holds and sends in a training step of the paper's configuration.
 
-    python jobs/memory_table.py [--config configs/gemma2_2b_l12_65k.yaml] [--output jobs/memory_table.md]
+    python jobs/bench/memory_table.py [--config configs/gemma2_2b_l12_65k.yaml] [--output jobs/bench/memory_table.md]
 
 Computed from the code's own allocation (dmsae_ray/sae/cost/memory.py) and from the formula that tests compare with
 counted bytes (dmsae_ray/sae/cost/traffic.py). Nothing here was measured on a GPU.
@@ -84,9 +84,9 @@ def trained_numbers(settings: SAESettings) -> int:
 
 
 def main() -> None:
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=here.parent / "configs" / "gemma2_2b_l12_65k.yaml")
+    parser.add_argument("--config", type=Path, default=here.parents[1] / "configs" / "gemma2_2b_l12_65k.yaml")
     parser.add_argument("--output", type=Path, default=here / "memory_table.md")
     arguments = parser.parse_args()
     settings = settings_of(arguments.config)
@@ -96,8 +96,8 @@ def main() -> None:
             "",
             f"d {settings.d}, width {settings.width:,}, batch {settings.batch:,}, k {settings.k}, a core of {CORE} "
             "latents, fp32 weights, bf16 screen;",
-            f"GB (10^9 bytes). Computed by `python jobs/memory_table.py`, not measured. AuxK is given for {DEAD:.0%} "
-            "dead latents, traffic for",
+            "GB (10^9 bytes). Computed by `python jobs/bench/memory_table.py`, not measured. AuxK is given for "
+            f"{DEAD:.0%} dead latents, traffic for",
             "none (ring algorithms; bytes that one GPU sends). Intermediates of plain torch, which copies where "
             "kernels need not, come on top.",
             "",

@@ -1,7 +1,7 @@
 """What comparing two chains costs, by core size, width and draws, and what is saved where pairs have a chain or the
 sizes in common.
 
-    python jobs/bench_compare.py --output jobs/bench_compare.md
+    python jobs/bench/bench_compare.py --output jobs/bench/bench_compare.md
 
 Chains are made at random: what is timed does not depend on what latents mean. Each case is one comparer and three
 chains. `first` is a pair of which nothing is known; `one known` a pair with one known chain, of sizes that are new;
@@ -167,7 +167,7 @@ def write(path: Path, lines: list[str], args: argparse.Namespace) -> None:
     versions = f"torch {torch.__version__}, numpy {np.__version__}"
     said = f"{args.threads} thread(s), {versions}, CPU. Seconds of the processor, medians of {args.repeats}."
     options = f"--output {path} --repeats {args.repeats} --threads {args.threads}"
-    command = f"Made by `OMP_NUM_THREADS={args.threads} python jobs/bench_compare.py {options}`."
+    command = f"Made by `OMP_NUM_THREADS={args.threads} python jobs/bench/bench_compare.py {options}`."
     path.write_text("\n".join(["# Cost of comparing two chains", "", command, "", said, "", *lines, "", MARKER]) + kept)
 
 

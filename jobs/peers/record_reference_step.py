@@ -1,8 +1,10 @@
 """Record what dictionary-learning's Matryoshka trainer does, for the test that compares ours with it.
 
-    make .venv-peers
-    .venv-peers/bin/python jobs/record_reference_step.py tests/data/dictionary_learning_updates.safetensors
-    .venv-peers/bin/python jobs/record_reference_step.py tests/data/dictionary_learning_updates.safetensors --check
+    make .venv-peers/.ready
+    .venv-peers/bin/python jobs/peers/record_reference_step.py dictionary_learning_updates.safetensors      writes
+    .venv-peers/bin/python jobs/peers/record_reference_step.py --check dictionary_learning_updates.safetensors
+
+The file lies in tests/data.
 
 Needs dictionary-learning 0.1.0 in an environment of its own, since its requirements conflict with this package's. For
 each small configuration below the file holds the parameters before the first update, the batches, and after each update

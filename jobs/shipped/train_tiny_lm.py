@@ -1,7 +1,7 @@
 """Trains the tiny language model that ships with the package: tokenizer, then a small Gemma-2.
 
-    OMP_NUM_THREADS=2 python jobs/train_tiny_lm.py --bf16 --tokens 20_000_000 --minutes 26 --out first OMP_NUM_THREADS=2
-    python jobs/train_tiny_lm.py --bf16 --tokens 12_000_000 --minutes 24 --lr 3e-3 --start-from first --out second
+    OMP_NUM_THREADS=2 python jobs/shipped/train_tiny_lm.py --bf16 --tokens 20_000_000 --minutes 26 --out first
+    OMP_NUM_THREADS=2 python jobs/shipped/train_tiny_lm.py --bf16 --tokens 12_000_000 --minutes 24 --lr 3e-3 --start-from first --out second
 
 made the model that is shipped: --minutes ended each run before its --tokens, at 11.5 M tokens in all. A run that is cut
 short by time sees a number of tokens that depends on the machine; without --minutes it sees all of --tokens.
@@ -75,7 +75,7 @@ like Python and its documentation.
 | training | {tokens:,} tokens ({epochs:.1f} passes) in sequences of {context}, {steps} steps of {batch} sequences, {optimiser}, seed {seed}, {minutes:.0f} minutes on {threads} shared CPU threads, in {runs} run{plural} |
 | **held-out loss** | **{loss:.3f} nats per token** ({loss_tokens:,} targets of the {evaluation_documents} evaluation documents, from the saved bf16 weights) |
 
-Made by `jobs/train_tiny_lm.py`. The weights derive from text under the licence beside the corpus
+Made by `jobs/shipped/train_tiny_lm.py`. The weights derive from text under the licence beside the corpus
 (`dmsae_ray/corpus/embedded/LICENSE`).
 """
 

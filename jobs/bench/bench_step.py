@@ -1,8 +1,8 @@
 """What one training step costs: ours, its parts' lower bound, dictionary-learning's and SAELens's.
 
-    make bench                                          all shapes, writes jobs/bench_step.md
-    .venv-peers/bin/python jobs/bench_step.py --shapes 256/4096/1024/32 --repeats 15
-    python jobs/bench_step.py --device cuda --output jobs/bench_step_gpu.md      on a GPU (bench_device.py says how)
+    make bench                                          all shapes, writes jobs/bench/bench_step.md
+    .venv-peers/bin/python jobs/bench/bench_step.py --shapes 256/4096/1024/32 --repeats 15
+    python jobs/bench/bench_step.py --device cuda --output jobs/bench/bench_step_gpu.md      (bench_device.py)
 
 One process, the same batches, threads and shapes for every row; repetitions are interleaved and medians shown, so the
 ratios hold where a shared machine's speed drifts. Batches are sparse mixtures of directions with log-normal norms and a
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dense_step import DenseTrainer
 
@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    command = ("python jobs/bench_step.py " + " ".join(sys.argv[1:])).strip()
+    command = ("python jobs/bench/bench_step.py " + " ".join(sys.argv[1:])).strip()
     if arguments.device == "cuda":
         import bench_device  # imports this module
 

@@ -1,7 +1,7 @@
 """Train a Matryoshka SAE with our trainer and with dictionary-learning's on the same batches, and compare where they
 end.
 
-    make test-peers        (or: .venv-peers/bin/python jobs/compare_training.py [--steps 500])
+    make test-peers        (or: .venv-peers/bin/python jobs/peers/compare_training.py [--steps 500])
 
 For each of several seeds both trainers start from the same weights and see the same batches, in the same order. FVU and
 L0 are taken on held-out batches with the gate that training uses, the dead share from the trainers' own counters. The
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 

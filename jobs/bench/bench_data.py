@@ -1,7 +1,7 @@
 """What the data plane costs, each as a ratio taken in one run.
 
-    python jobs/bench_data.py --output jobs/bench_data.md            all parts
-    python jobs/bench_data.py --parts stream --gigabytes 8
+    python jobs/bench/bench_data.py --output jobs/bench/bench_data.md            all parts
+    python jobs/bench/bench_data.py --parts stream --gigabytes 8
 
 harvest   shards against the bare forward pass of the same model to the same block, over the same sequences
 stream    rows through Ray Data against a raw pyarrow read of the same row groups in the same order, taking turns
@@ -438,7 +438,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    command = "python jobs/bench_data.py " + " ".join(sys.argv[1:])
+    command = "python jobs/bench/bench_data.py " + " ".join(sys.argv[1:])
     parts = [
         "# Cost of the data plane",
         f"Made by `{command.strip()}`.",

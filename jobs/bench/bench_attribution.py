@@ -1,6 +1,6 @@
 """What scoring a shard costs, as a ratio to passes of the language model that cannot be done without.
 
-    python jobs/bench_attribution.py --output jobs/bench_attribution.md
+    python jobs/bench/bench_attribution.py --output jobs/bench/bench_attribution.md
 
 The unit, 1, is one forward of the whole model plus one forward and backward of the blocks above the hook, on the same
 tokens.
@@ -176,7 +176,7 @@ def write(path: Path, lines: list[str], args: argparse.Namespace) -> None:
         f"{args.threads} thread(s), torch {torch.__version__}, CPU. Medians of {args.repeats} interleaved rounds; a "
         "ratio is taken within its round."
     )
-    command = f"Made by `python jobs/bench_attribution.py --output {path}`."
+    command = f"Made by `python jobs/bench/bench_attribution.py --output {path}`."
     path.write_text("\n".join(["# Cost of scoring a shard", "", command, "", said, "", *lines, "", MARKER]) + kept)
 
 
