@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from plans import plans_of
 from shards import D, make_dataset
-from test_chain_plan import plans_of
 
 from dmsae_ray.activations.shard import read_rows
 from dmsae_ray.core.select import select

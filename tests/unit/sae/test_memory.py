@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocator import allocations, peak
 from thread_ranks import on_ranks
 
 from dmsae_ray.sae.cost.memory import footprint, lasting_tensors
@@ -27,18 +28,6 @@ def batches(count, settings=SETTINGS):
 def new_sae(settings=SETTINGS):
     core = torch.randn(CORE, settings.d, generator=torch.Generator().manual_seed(1))
     return MatryoshkaSAE.init(settings, core, seed=0)
-
-
-def allocations(run):
-    """Changes in allocated bytes while this runs, in order, as PyTorch's allocator tells them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
-def peak(changes):
-    return int(torch.tensor(changes).cumsum(0).max())
 
 
 @pytest.mark.parametrize("micro_batch", [None, 100])
@@ -103,7 +92,7 @@ def test_latents_of_more_ranks_take_less_memory_each():
 
 
 def test_the_paper_s_table_is_what_the_code_says_now():
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     job = runpy.run_path(str(root / "jobs" / "bench" / "memory_table.py"))
     lines = job["table"](job["settings_of"](root / "configs" / "gemma2_2b_l12_65k.yaml"))
     assert len(lines) == 2 + 2 * (4 + 3 + 3)

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def run(*command, **environment):
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[2]}:{HERE}", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
         [sys.executable, *command],
         cwd=HERE,

@@ -1,4 +1,4 @@
-"""Every launch of a training step, compiled for an H100 without one: run by test_sae_triton.py in a process of its own.
+"""Every launch of a training step, compiled for an H100 without one: run by test_triton.py in a process of its own.
 
 The step runs on the meta device, whose tensors have shapes and no content. So whatever asks the device for a number
 fails here: the step does without.

@@ -15,7 +15,7 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.trainer import Trainer
 
-RECORDED = Path(__file__).parent.parent / "data" / "dictionary_learning_updates.safetensors"
+RECORDED = Path(__file__).parents[2] / "data" / "dictionary_learning_updates.safetensors"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 

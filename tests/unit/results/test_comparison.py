@@ -10,9 +10,9 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from plans import plans_of
 from records import cycle_record
 from shards import D, make_dataset
-from test_chain_plan import plans_of
 
 from dmsae_ray.config import CompareConfig
 from dmsae_ray.core.core import Core

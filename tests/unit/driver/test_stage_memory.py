@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sae_memory import allocations, peak
+from allocator import allocations, peak
 
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute
 from dmsae_ray.distill.grid import grid
@@ -27,7 +27,7 @@ from dmsae_ray.lm.model import LanguageModel, model_info
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 from dmsae_ray.sweep import main
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 N, T = 8, 64
 GEMMA = ModelShape(parameters=2_614_341_888, d=2304, heads=8, inner=9216, vocab=256_000, blocks=26, size=2)
 

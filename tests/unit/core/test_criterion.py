@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from plans import configured, plans_of
 from records import cycle_record
 from shards import make_dataset
-from test_chain_plan import configured, plans_of
 
 from dmsae_ray.core.criterion import criterion, removal_cost
 from dmsae_ray.distill.selection import choose

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from reference_sae import reference_mask
-from test_sae_loss import NAMES, random_case, reference_of
+from test_loss import NAMES, random_case, reference_of
 
 from dmsae_ray.sae.median import geometric_median
 from dmsae_ray.sae.ops import native

@@ -4,37 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shards import PER_GROUP, make_dataset
+from plans import configured, plans_of
+from shards import make_dataset
 
-from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.distill.mapping import attribution_settings
-from dmsae_ray.driver.options import HarvestCommand, SweepCommand, load
+from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
-
-SMALL = (
-    "--harvest.rows_per_group",
-    str(PER_GROUP),
-    "--harvest.rows_per_shard",
-    "32",
-    "--train.lanes",
-    "4",
-    "--train.batch",
-    "32",
-    "--train.tokens",
-    "640",
-)
-
-
-def configured(*argv, tokens):
-    return load(
-        SweepCommand,
-        [*SMALL, "--harvest.tokens", str(tokens), *(() if "--sweep.k" in argv else ("--sweep.k", "4")), *argv],
-    )
-
-
-def plans_of(dataset, *argv):
-    config = configured(*argv, tokens=dataset.manifest.rows)
-    return plan_chains(config, dataset)
 
 
 def files_of(plan, dataset) -> list[str]:

@@ -1,4 +1,4 @@
-"""Triton's kernels against their torch partners: run by test_sae_triton.py in a process of its own.
+"""Triton's kernels against their torch partners: run by test_triton.py in a process of its own.
 
 Without a GPU they run in triton's interpreter, which has to be chosen before triton is imported.
 """
@@ -15,10 +15,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-import test_sae_gate  # noqa: E402
-import test_sae_memory  # noqa: E402
-import test_sae_screen  # noqa: E402
-import test_sae_step  # noqa: E402
+import test_gate  # noqa: E402
+import test_memory  # noqa: E402
+import test_screen  # noqa: E402
+import test_step  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -298,14 +298,14 @@ def test_a_level_is_reached_by_so_many_and_less_than_an_eighth_below_the_highest
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """test_sae_screen.py's cases with these kernels."""
-    monkeypatch.setitem(test_sae_screen.OPS, "triton", new_ops())
+    """test_screen.py's cases with these kernels."""
+    monkeypatch.setitem(test_screen.OPS, "triton", new_ops())
     if DEVICE == "cuda":
-        real = test_sae_screen.case
+        real = test_screen.case
         monkeypatch.setattr(
-            test_sae_screen, "case", lambda *a, **k: (lambda sae, s, x: (sae.cuda(), s, x.cuda()))(*real(*a, **k))
+            test_screen, "case", lambda *a, **k: (lambda sae, s, x: (sae.cuda(), s, x.cuda()))(*real(*a, **k))
         )
-    return test_sae_screen.OPS["triton"]
+    return test_screen.OPS["triton"]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of infinities that are meant
@@ -314,39 +314,39 @@ def on_device(monkeypatch):
     [
         # Every kind each time, with one of the two; with the other one only in `make test-all`.
         pytest.param(kind, gate_of_core, marks=[pytest.mark.slow] if (place + (gate_of_core == "relu")) % 2 else [])
-        for place, kind in enumerate(test_sae_screen.KINDS)
+        for place, kind in enumerate(test_screen.KINDS)
         for gate_of_core in ("batchtopk", "relu")
     ],
 )
 def test_kept_pairs_are_the_defined_ones(kind, gate_of_core, on_device):
     relu = gate_of_core == "relu"
-    seed = 3 if relu else list(test_sae_screen.KINDS).index(kind) % 3
-    sae, settings, x_BD = test_sae_screen.case(
+    seed = 3 if relu else list(test_screen.KINDS).index(kind) % 3
+    sae, settings, x_BD = test_screen.case(
         kind, seed, d=70, width=60, batch=16, k=[3, 7, 30, 50][seed], core=[0, 5, 9, 4][seed], core_gate=gate_of_core
     )
     mode = ["bf16", "fp32"][len(kind) % 2] if relu else "bf16"
-    test_sae_screen.check(sae, settings, x_BD, "triton", mode, [0.3, None, math.inf, 30.0][seed])
+    test_screen.check(sae, settings, x_BD, "triton", mode, [0.3, None, math.inf, 30.0][seed])
 
 
 def test_a_good_guess_needs_one_scan_and_bad_ones_a_second(on_device):
-    sae, settings, x_BD = test_sae_screen.case("gaussian", 0, d=64, width=96, batch=24, k=3, core=0)
+    sae, settings, x_BD = test_screen.case("gaussian", 0, d=64, width=96, batch=24, k=3, core=0)
     with torch.no_grad():
         sae.W_enc.div_(sae.W_enc.norm(dim=1, keepdim=True))
-    first, p_BF = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", None)
+    first, p_BF = test_screen.check(sae, settings, x_BD, "triton", "bf16", None)
     assert (
         first.retries == 1 and first.candidates < 2.5 * 3 * 24 and 0.9 * first.smallest < first.bound <= first.smallest
     )
-    good, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 0.97 * first.bound)
+    good, _ = test_screen.check(sae, settings, x_BD, "triton", "bf16", 0.97 * first.bound)
     assert good.retries == 0 and good.bound == first.bound
-    low, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 1e-6)
+    low, _ = test_screen.check(sae, settings, x_BD, "triton", "bf16", 1e-6)
     assert low.retries == 1 and low.bound == first.bound, "too many candidates for their places"
-    high, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 2 * float(p_BF.max()))
+    high, _ = test_screen.check(sae, settings, x_BD, "triton", "bf16", 2 * float(p_BF.max()))
     assert high.retries == 1 and high.bound == first.bound
 
 
 def test_too_few_places_are_seen_and_more_are_made(on_device, monkeypatch):
     monkeypatch.setattr(gate_on_device, "PLACES", 1)
-    sae, settings, x_BD = test_sae_screen.case(
+    sae, settings, x_BD = test_screen.case(
         "gaussian", 0, d=70, width=70, batch=20, k=40, core=0
     )  # fewer positive pairs than k * B
     screen, b_D = Screen(sae, on_device, "bf16"), sae.b_dec.detach()
@@ -355,12 +355,12 @@ def test_too_few_places_are_seen_and_more_are_made(on_device, monkeypatch):
     assert not kept.short  # half of the pairs are positive: 700 of 800 places
     settings = dataclasses.replace(settings, k=20)
     assert gate(centred_BD, rows, screen, settings, guess=x_BD.new_tensor(5.0)).short and on_device.places == 0
-    kept, _ = test_sae_screen.check(sae, settings, x_BD, "triton", "bf16", 5.0)
+    kept, _ = test_screen.check(sae, settings, x_BD, "triton", "bf16", 5.0)
     assert on_device.places >= kept.candidates > 400
 
 
 def test_a_product_that_is_off_by_more_than_its_margin_is_an_error(on_device):
-    sae, settings, x_BD = test_sae_screen.case("gaussian", 0, d=64, width=80, batch=20, k=4, core=0)
+    sae, settings, x_BD = test_screen.case("gaussian", 0, d=64, width=80, batch=20, k=4, core=0)
     screen = Screen(sae, on_device, "bf16")
     screen.latents().low_ND[7] *= 1.1
     centred_BD, rows = on_device.centre(x_BD, sae.b_dec.detach(), True)
@@ -371,7 +371,7 @@ def test_a_product_that_is_off_by_more_than_its_margin_is_an_error(on_device):
 @st.composite
 def tied_cases(draw):
     """Values of few distinct numbers, for any budget, core, and order of the tokens."""
-    p_BF, settings, core_size, rows_of_ranks, *_ = draw(test_sae_gate.cases())
+    p_BF, settings, core_size, rows_of_ranks, *_ = draw(test_gate.cases())
     order = torch.cat(rows_of_ranks)
     return p_BF, settings, core_size, order
 
@@ -416,7 +416,7 @@ def in_training(monkeypatch):
     if DEVICE == "cuda":
         real = MatryoshkaSAE.init
         monkeypatch.setattr(MatryoshkaSAE, "init", staticmethod(lambda *arguments: real(*arguments).cuda()))
-        monkeypatch.setattr(test_sae_step, "batches", lambda *a, real=test_sae_step.batches, **k: real(*a, **k).cuda())
+        monkeypatch.setattr(test_step, "batches", lambda *a, real=test_step.batches, **k: real(*a, **k).cuda())
     return made
 
 
@@ -438,13 +438,13 @@ EACH_TIME = ("core exempt", "budget exempt, many dead", "micro-batches")
     "case", [case if case in EACH_TIME else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_training_is_that_of_plain_torch(case, in_training):
-    settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", clip=0.3)
+    settings = dataclasses.replace(test_step.SETTINGS, screen="bf16", clip=0.3)
     settings = dataclasses.replace(settings, **CASES[case])
-    ours = test_sae_step.new_trainer(settings=settings)
-    theirs = test_sae_step.new_trainer(settings=dataclasses.replace(settings, kernels="torch"))
+    ours = test_step.new_trainer(settings=settings)
+    theirs = test_step.new_trainer(settings=dataclasses.replace(settings, kernels="torch"))
     assert (ours.loss.ops.name, theirs.loss.ops.name) == ("triton", "torch")
     order_B = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    for x_BD in test_sae_step.batches(4):
+    for x_BD in test_step.batches(4):
         found, expected = (vars(trainer.step(x_BD, order_B, log=True)) for trainer in (ours, theirs))
         for name in ("candidates", "retries"):
             found.pop(name), expected.pop(name)
@@ -463,40 +463,40 @@ def test_training_is_that_of_plain_torch(case, in_training):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monkeypatch):
-    test_sae_step.test_a_batch_that_is_not_finite_stops_before_any_weight_changes(math.nan, 1)
-    test_sae_step.test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkeypatch)
-    monkeypatch.setattr(test_sae_step, "batches", lambda count, real=test_sae_step.batches: real(count)[:3])
-    test_sae_step.test_logging_changes_no_state_and_reports_the_batch()
-    straight, first = (test_sae_step.new_trainer() for _ in range(2))
-    x = test_sae_step.batches(3)
+    test_step.test_a_batch_that_is_not_finite_stops_before_any_weight_changes(math.nan, 1)
+    test_step.test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkeypatch)
+    monkeypatch.setattr(test_step, "batches", lambda count, real=test_step.batches: real(count)[:3])
+    test_step.test_logging_changes_no_state_and_reports_the_batch()
+    straight, first = (test_step.new_trainer() for _ in range(2))
+    x = test_step.batches(3)
     for x_BD in x:
         straight.step(x_BD)
     for x_BD in x[:2]:
         first.step(x_BD)
-    second = test_sae_step.new_trainer(seed=5)
+    second = test_step.new_trainer(seed=5)
     second.load_state_dict(first.state_dict())
     for x_BD in x[2:]:
         second.step(x_BD)
-    test_sae_step.assert_same(second.state_dict(), straight.state_dict())
+    test_step.assert_same(second.state_dict(), straight.state_dict())
     assert all(ops.name == "triton" for ops in in_training)
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_steps_launched_ahead_are_those_taken_one_by_one(in_training, steps):
-    settings = dataclasses.replace(test_sae_step.SETTINGS, screen="bf16", dead_window_tokens=32, auxk_k=2)
-    ahead, one_by_one = (test_sae_step.new_trainer(settings=settings) for _ in range(2))
-    x = test_sae_step.batches(steps + 2)
+    settings = dataclasses.replace(test_step.SETTINGS, screen="bf16", dead_window_tokens=32, auxk_k=2)
+    ahead, one_by_one = (test_step.new_trainer(settings=settings) for _ in range(2))
+    x = test_step.batches(steps + 2)
     for step, x_BD in enumerate(x[:steps]):
         ahead.step(x_BD)
         one_by_one.step(x_BD)
         one_by_one.settle()
         assert (ahead.steps_done, one_by_one.steps_done) == (step, step + 1)
     state = copy.deepcopy(ahead.state_dict())
-    test_sae_step.assert_same(state, one_by_one.state_dict())
+    test_step.assert_same(state, one_by_one.state_dict())
     assert ahead.steps_done == steps and state["dead_places"] == 128
 
     # From its state training goes on with as many places, whatever the latents at hand would ask for.
-    resumed = test_sae_step.new_trainer(settings=settings, seed=5)
+    resumed = test_step.new_trainer(settings=settings, seed=5)
     resumed.load_state_dict(state | {"dead_places": 256})
     assert resumed.state_dict()["dead_places"] == 256
     resumed.step(x[steps])
@@ -505,13 +505,13 @@ def test_steps_launched_ahead_are_those_taken_one_by_one(in_training, steps):
     for x_BD in x[steps:]:
         resumed.step(x_BD)
         ahead.step(x_BD)
-    test_sae_step.assert_same(resumed.state_dict(), ahead.state_dict())
+    test_step.assert_same(resumed.state_dict(), ahead.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
-    straight, trainer = test_sae_step.new_trainer(), test_sae_step.new_trainer()
-    x = test_sae_step.batches(4)
+    straight, trainer = test_step.new_trainer(), test_step.new_trainer()
+    x = test_step.batches(4)
     bad = x[2].clone()
     bad[3, 2] = bad[9, 0] = math.nan
     for x_BD in (*x[:2], bad):
@@ -523,7 +523,7 @@ def test_what_is_wrong_with_a_batch_is_known_one_batch_later(in_training):
         straight.step(x_BD)
     for x_BD in x[2:]:  # a good one in its place, and all goes on
         trainer.step(x_BD)
-    test_sae_step.assert_same(trainer.state_dict(), straight.state_dict())
+    test_step.assert_same(trainer.state_dict(), straight.state_dict())
 
 
 @pytest.mark.slow
@@ -532,9 +532,9 @@ def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
     monkeypatch.setitem(cuda_ops.TILE, torch.float32, {"ROWS": 256, "LATENTS": 256, "DEPTH": 64, "TOGETHER": 2})
     monkeypatch.setattr(cuda_ops, "SPARSE", 128)
     settings = dataclasses.replace(
-        test_sae_memory.SETTINGS, d=64, width=256, k=4, batch=128, screen="fp32"
+        test_memory.SETTINGS, d=64, width=256, k=4, batch=128, screen="fp32"
     )  # bf16 would be widened here
-    sae, x = test_sae_memory.new_sae(settings), test_sae_memory.batches(2, settings).unbind()
+    sae, x = test_memory.new_sae(settings), test_memory.batches(2, settings).unbind()
     made = []
 
     def run():
@@ -542,16 +542,16 @@ def test_the_footprint_bounds_what_a_step_allocates(in_training, monkeypatch):
         for x_BD in x:
             made[0].step(x_BD)
 
-    measured = test_sae_memory.peak(test_sae_memory.allocations(run))
-    expected = footprint(settings, test_sae_memory.CORE, world=1, low_screen=False, fused=True)
+    measured = test_memory.peak(test_memory.allocations(run))
+    expected = footprint(settings, test_memory.CORE, world=1, low_screen=False, fused=True)
     expected.pop("weights"), expected.update(rows=expected["rows"] - settings.batch * settings.d * 4)  # there before
     assert 0.8 * sum(expected.values()) < measured < 1.1 * sum(expected.values()), (measured, expected)
 
 
 @pytest.mark.slow
 def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_training, monkeypatch):
-    settings = dataclasses.replace(test_sae_step.SETTINGS, k=12, screen="bf16", dead_window_tokens=32)
-    roomy, tight = (test_sae_step.new_trainer(settings=settings) for _ in range(2))
+    settings = dataclasses.replace(test_step.SETTINGS, k=12, screen="bf16", dead_window_tokens=32)
+    roomy, tight = (test_step.new_trainer(settings=settings) for _ in range(2))
     for trainer in (roomy, tight):
         with torch.no_grad():
             trainer.sae.b_enc[20:] = -5.0  # dead after two steps
@@ -560,7 +560,7 @@ def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_tr
     monkeypatch.setattr(
         steps_on_device, "launch_step", lambda *arguments: launched.append(arguments[4]) or launch(*arguments)
     )
-    for step, x_BD in enumerate(test_sae_step.batches(3)):
+    for step, x_BD in enumerate(test_step.batches(3)):
         monkeypatch.setattr(gate_on_device, "PLACES", 4)
         roomy.step(x_BD)
         launched.clear()
@@ -575,4 +575,4 @@ def test_a_step_that_was_short_of_places_is_made_again_and_leaves_no_trace(in_tr
         assert tight.adam.steps == step + 1
     tight.settle()
     assert tight.loss.ops.places > 20 and tight._ahead.dead_places() == 128
-    test_sae_step.assert_same({**roomy.state_dict(), "dead_places": 128}, tight.state_dict())
+    test_step.assert_same({**roomy.state_dict(), "dead_places": 128}, tight.state_dict())

@@ -8,7 +8,7 @@ import json
 
 import pytest
 from shards import make_dataset
-from test_compare_folders import COMPARE, chains
+from test_comparison import COMPARE, chains
 
 from dmsae_ray.driver.results import write_results
 from dmsae_ray.files import file_sha256, write_json

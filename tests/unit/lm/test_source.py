@@ -1,5 +1,5 @@
-"""Where a language model comes from and where its weights lie; what it computes is in test_lm_sites.py and
-test_lm_cut.py.
+"""Where a language model comes from and where its weights lie; what it computes is in test_sites.py and
+test_cut.py.
 """
 
 from __future__ import annotations
