@@ -18,6 +18,8 @@ from pathlib import Path
 from dmsae_ray.files import TEMPORARY, leftovers, write_json
 
 MARKER = "dmsae_ray.json"
+FOUND = "dmsae_ray_found.json"
+"""What names the datasets, as a run found it out; may go at any time."""
 KEY = r"[0-9a-f]{12}"
 FOLDERS = {
     "data": rf"{KEY}",
@@ -43,7 +45,7 @@ FILES = {
     "ray": rf"\.validate_storage_marker|(tune|{KEY}-\d+(-[0-9a-f]+)?)(/.*)?",
 }
 """What lies in a folder of the table above, by its name from there."""
-OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "generation", "probe.json")
+OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "generation", "probe.json", FOUND)
 """Further names that we use in an output folder."""
 
 

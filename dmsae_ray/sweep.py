@@ -15,10 +15,14 @@ def main(command: SweepCommand) -> int:
     """Exit status: 0 done, 1 some chains or parts of the results failed, 2 bad input, 130 interrupted (the same command
     continues).
     """
-    if command.status or command.clean:
-        from dmsae_ray.driver.housekeeping import clean, status
+    if command.status:
+        from dmsae_ray.driver.status import status
 
-        return status(command) if command.status else clean(command, dry_run=command.dry_run)
+        return status(command)
+    if command.clean:
+        from dmsae_ray.driver.housekeeping import clean
+
+        return clean(command, dry_run=command.dry_run)
     from dmsae_ray.driver.sweep_run import run
 
     return run(command)

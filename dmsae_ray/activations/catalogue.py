@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset, read_held_out
+from dmsae_ray.activations.found import Found, keep, state_of
 from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.identity import dataset_fields, fields_key
+from dmsae_ray.identity import fields_key
 from dmsae_ray.lm.source import info_of, tokenizer_of
 
 
@@ -25,11 +26,15 @@ class Identity:
         self.chat_template = self.info.chat_template if check_mixture(config.corpus) else None
         """stands for the tokenizer's template, where documents are chat messages"""
 
+    @property
+    def found(self) -> Found:
+        return Found(self.info.fingerprint, self.corpus, self.chat_template)
+
     def fields(self, hook: str) -> dict:
-        return dataset_fields(self.config, self.info.fingerprint, self.corpus, hook, self.chat_template)
+        return self.found.fields(self.config, hook)
 
     def key(self, hook: str) -> str:
-        return fields_key(self.fields(hook))
+        return self.found.key(self.config, hook)
 
     @property
     def tokens_key(self) -> str:
@@ -55,6 +60,17 @@ class Identity:
         if config.harvest.dataset is not None and hook == config.model.hook:
             return Store(config.harvest.dataset)
         return Store(config.harvest.store or config.home / "data").child(self.key(hook))
+
+
+def remember(config: Config) -> None:
+    """Keep what names the datasets in the output folder, which the caller holds: `sweep --status` need not look again.
+
+    Nothing is kept if a file changes meanwhile. Raises ValueError if model or corpus cannot be read.
+    """
+    state = state_of(config)
+    found = Identity(config).found
+    if state_of(config) == state:
+        keep(config.home, state, found)
 
 
 def find_datasets(

@@ -14,12 +14,18 @@ import pyarrow.parquet as pq
 from dmsae_ray.corpus.chat import FIELDS, messages_of, plain
 from dmsae_ray.corpus.file_rows import decoded, file_rows, saved_rows, value_of
 from dmsae_ray.corpus.hub_text import hub_commit, hub_content, hub_rows
-from dmsae_ray.corpus.local_files import PACKED, SUFFIXES, TEXT, file_hash, is_saved, local_files, suffix_of
+from dmsae_ray.corpus.local_files import (
+    EMBEDDED,
+    TEXT,
+    FileState,
+    file_hash,
+    is_hub,
+    is_saved,
+    local_files,
+    suffix_of,
+)
 from dmsae_ray.corpus.pieces import BOOK, PIECE, pieces_of
-from dmsae_ray.place import has_form_of_hub_id
 from dmsae_ray.secret_url import masked
-
-EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,11 @@ def check_source(source: str, text_field: str, revision: str | None = None) -> b
     if is_hub(source):
         hub_content(source, revision)
         return text_field in FIELDS
-    return _first_rows(
-        source, text_field, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(source))
-    )
+    return _first_rows(source, text_field, tuple((path, FileState.of(path)) for path in local_files(source)))
 
 
 @lru_cache(maxsize=64)
-def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, int, int], ...]) -> bool:
+def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, FileState], ...]) -> bool:
     """Whether the first document that a first row holds is chat messages; looked at once while the files stay the
     same.
     """
@@ -140,18 +144,19 @@ def _first_rows(source: str, text_field: str, files: tuple[tuple[Path, int, int]
     starts = (
         [saved_rows(path, text_field)]
         if is_saved(path)
-        else [file_rows(path, text_field) for path, _, _ in files if suffix_of(path) not in TEXT]
+        else [file_rows(path, text_field) for path, _ in files if suffix_of(path) not in TEXT]
     )
     firsts = [document_of(*first, text_field) for rows in starts if (first := next(rows, None)) is not None]
-    for path, size, _ in files:
-        if size == 0:
+    for path, state in files:
+        if state.size == 0:
             raise ValueError(f"{path}: the file is empty; remove it or give another corpus.source")
     documents = [first for first in firsts if first is not None]
     return bool(documents) and documents[0].messages is not None
 
 
 def corpus_fingerprint(source: str, text_field: str = "text", revision: str | None = None) -> str:
-    """A hash of what decides the documents: the files' bytes, or what the hub says about those of a data set.
+    """A hash of what decides the documents: the files' bytes, or what the hub says about those of a data set. Made of
+    something else, it raises `FORMAT_VERSION` of activations/found.py.
 
     Raises ValueError if a file is missing, or the hub has no such data set or cannot be asked.
     """
@@ -164,13 +169,6 @@ def corpus_fingerprint(source: str, text_field: str = "text", revision: str | No
     for path in [EMBEDDED] if source == "embedded" else local_files(source):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-def is_hub(source: str) -> bool:
-    """Whether a source names a hub data set: it has the form of one. The configuration has made what is local
-    absolute.
-    """
-    return has_form_of_hub_id(source) and not source.lower().endswith((*SUFFIXES, *PACKED))
 
 
 def _rows(source: str, text_field: str, revision: str | None) -> Iterator[tuple[str, Any, bool]]:

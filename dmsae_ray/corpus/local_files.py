@@ -13,12 +13,13 @@ import io
 import re
 from functools import lru_cache
 from pathlib import Path
-
-import pyarrow as pa
+from typing import NamedTuple
 
 from dmsae_ray.files import file_sha256
+from dmsae_ray.place import has_form_of_hub_id
 from dmsae_ray.secret_url import masked
 
+EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 PACKED = (".gz", ".zst")
 TEXT = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv")
@@ -33,6 +34,13 @@ REMEDIES = {
     (".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".rar"): "unpack it",
     (".arrow", ".feather"): "give the folder that save_to_disk wrote, or save it as .parquet",
 }
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source names a hub data set: it has the form of one. The configuration has made what is local
+    absolute.
+    """
+    return has_form_of_hub_id(source) and not source.lower().endswith((*SUFFIXES, *PACKED))
 
 
 def suffix_of(path: Path) -> str:
@@ -123,20 +131,36 @@ def open_bytes(path: Path) -> io.BufferedReader | gzip.GzipFile:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 
+class FileState(NamedTuple):
+    """What tells, without reading it, whether a file may hold something else than when it was last looked at."""
+
+    size: int
+    """bytes"""
+    modified_ns: int
+    inode: int
+    changed_ns: int
+    """the time that no program can set back, as one that copies or unpacks does with `modified_ns`"""
+
+    @staticmethod
+    def of(path: Path) -> FileState:
+        """That of the file that a link leads to. Raises OSError."""
+        stat = path.stat()
+        return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
+
+
 def file_hash(path: Path) -> str:
-    """sha256 of a file; kept in this process while size and time stay the same, since a corpus may take minutes to
-    read.
-    """
-    stat = path.stat()
-    return _hash(path, stat.st_size, stat.st_mtime_ns)
+    """sha256 of a file; kept in this process while its state stays the same: a corpus may take minutes to read."""
+    return _hash(path, FileState.of(path))
 
 
 @lru_cache(maxsize=100_000)
-def _hash(path: Path, size: int, time_ns: int) -> str:
+def _hash(path: Path, state: FileState) -> str:
     return file_sha256(path)
 
 

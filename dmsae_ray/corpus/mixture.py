@@ -18,11 +18,10 @@ from dmsae_ray.corpus.documents import (
     check_source,
     corpus_fingerprint,
     embedded_sample,
-    is_hub,
     load_documents,
 )
 from dmsae_ray.corpus.hub_text import hub_commit
-from dmsae_ray.corpus.local_files import ignored_files
+from dmsae_ray.corpus.local_files import ignored_files, is_hub
 
 T = TypeVar("T")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dmsae_ray.activations.catalogue import Identity
-from dmsae_ray.activations.dataset import ActivationDataset, Manifest
 from dmsae_ray.config import Config
-from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import BASE, ChainPlan, Start
 from dmsae_ray.secret_url import SecretUrl
+
+if TYPE_CHECKING:
+    from dmsae_ray.activations.dataset import ActivationDataset, Manifest
+    from dmsae_ray.activations.found import Found
 
 
 def plan_chains(config: Config, dataset: ActivationDataset) -> list[ChainPlan]:
@@ -58,6 +60,8 @@ def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str) -
     """One chain for every seed and k."""
     start = None
     if config.sae.core is not None:
+        from dmsae_ray.core.core import Core
+
         core = Core.load(config.sae.core)
         start = Start(config.sae.core, core.cycle + 1, {"core": core.fingerprint})
     return [
@@ -69,6 +73,8 @@ def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str) -
 
 def check_start(path: Path, manifest: Manifest) -> None:
     """A core file fits the activations. Raises ValueError."""
+    from dmsae_ray.core.core import Core
+
     core = Core.load(path)
     d = core.W_enc_CD.shape[1]
     for what, there, here in (
@@ -84,8 +90,14 @@ def check_start(path: Path, manifest: Manifest) -> None:
             )
 
 
-def planned(config: Config) -> list[ChainPlan]:
+def planned(config: Config, found: Found | None = None) -> list[ChainPlan]:
     """Every chain the configuration asks for, only to look at: where the dataset is not there yet, nothing is
     missed.
+
+    found: what is known of model and corpus; None: they are looked at.
     """
-    return plan_all(config, "", Identity(config).key(config.model.hook))
+    if found is None:
+        from dmsae_ray.activations.catalogue import Identity
+
+        found = Identity(config).found
+    return plan_all(config, "", found.key(config, config.model.hook))

@@ -1,22 +1,24 @@
-"""One chain, planned: plain values that travel to workers."""
+"""One chain, planned: plain values that travel to workers.
+
+`sweep --status` plans all chains only to name them: numpy and torch come with the methods that need them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.order import Order
-from dmsae_ray.activations.rowgroup import Unit
 from dmsae_ray.config import Config
-from dmsae_ray.core.select import count_of
 from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.distill.mapping import score_settings, steps_of
 from dmsae_ray.draws import INIT, SELECTION
 from dmsae_ray.identity import chain_fields, fields_key
 from dmsae_ray.secret_url import SecretUrl
+
+if TYPE_CHECKING:
+    from dmsae_ray.activations.dataset import ActivationDataset
+    from dmsae_ray.activations.order import Order
+    from dmsae_ray.activations.rowgroup import Unit
 
 BASE = "base"
 """Arm of the chains of the plain grid."""
@@ -100,6 +102,8 @@ class ChainPlan:
     def lockstep_key(self) -> tuple:
         """Equal for chains that read the same batches and can be served by one worker group; their arms, and all that
         is not named here, may differ."""
+        from dmsae_ray.distill.mapping import score_settings
+
         train, part = self.config.train, self.fields["part"]
         return (
             self.data_seed,
@@ -126,6 +130,8 @@ class ChainPlan:
         return self._draw(cycle, SELECTION)
 
     def _draw(self, cycle: int, purpose: int) -> int:
+        import numpy as np
+
         return int(
             np.random.SeedSequence([self.seed, self.number(cycle), purpose]).generate_state(1, np.uint64)[0]
             >> np.uint64(1)
@@ -139,6 +145,8 @@ class ChainPlan:
         if (twin := self.twin()) is not None:
             check_twins({self.label: (twin.folder, cycle + 1)})
             return twin.folder.records()[cycle].core_out
+        from dmsae_ray.core.select import count_of
+
         size = self.config.selection.size
         assert not isinstance(size, str), "a share of the attribution is no number of latents"
         return count_of(size, candidates)
@@ -156,6 +164,8 @@ class ChainPlan:
     @property
     def steps(self) -> int:
         """Training steps of a cycle; rows beyond the last whole batch are dropped."""
+        from dmsae_ray.distill.mapping import steps_of
+
         return steps_of(self.config)
 
     def units(self, dataset: ActivationDataset) -> list[Unit]:
@@ -171,6 +181,8 @@ class ChainPlan:
         return dataset.units(range(part * size, (part + 1) * size))
 
     def order(self, dataset: ActivationDataset, cycle: int) -> Order:
+        from dmsae_ray.activations.order import Order
+
         train = self.config.train
         return Order(
             n_units=len(self.units(dataset)),

@@ -27,8 +27,9 @@ from dmsae_ray.evaluation.references import read_references, references_of, refe
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
+from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.progress import duration
-from dmsae_ray.show.terminal.tables import evaluation_tables, terminal_console
+from dmsae_ray.show.terminal.tables import evaluation_tables
 from dmsae_ray.yaml_file import read_yaml
 
 FORMAT_VERSION = 1

@@ -1,69 +1,20 @@
-"""`sweep --status` and `sweep --clean`: what is there, and what nobody needs."""
+"""`sweep --clean`: what nobody needs."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
 from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.grid import planned
-from dmsae_ray.lock import OutputLock, no_locks
+from dmsae_ray.lock import OutputLock
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names
-from dmsae_ray.show.terminal.tables import terminal_console
 from dmsae_ray.yaml_file import read_yaml
-
-
-def driver_alive(home: Path) -> bool:
-    """Whether a driver holds this output folder now."""
-    try:
-        with open(home / "driver.lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise no_locks(home, error) from error
-    return False
-
-
-def chain_state(folder: ChainFolder, cycles: int, alive: bool) -> tuple[str, str]:
-    """(state, detail): done, failed, running, waiting, or not finished."""
-    done, failure = len(folder.records()), folder.failure()
-    if done >= cycles:
-        return "done", f"{cycles} cycles"
-    if failure:
-        return "failed", failure.text()
-    curve = folder.cycle(done).curve
-    detail = f"{done} of {cycles} cycles done"
-    if curve.exists() and (lines := curve.read_text().splitlines()):
-        detail += f", cycle {done} at step {json.loads(lines[-1])['step']}"
-    if alive:
-        return ("running" if folder.cycle(done).path.exists() else "waiting"), detail
-    return "not finished", detail
-
-
-def status(config: Config) -> int:
-    """Print each chain's state; changes nothing."""
-    alive = driver_alive(config.home)
-    print(f"{config.home}: {'a driver is at work' if alive else 'no driver at work'}")
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("chain", "folder", "state", "detail"):
-        table.add_column(column, overflow="fold")
-    for plan in planned(config):
-        state, detail = chain_state(plan.folder, plan.cycles, alive)
-        table.add_row(plan.label, f"chains/{plan.key}", state, detail)
-    terminal_console().print(table)
-    return 0
 
 
 @dataclass(frozen=True)

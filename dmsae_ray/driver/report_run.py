@@ -15,7 +15,8 @@ from dmsae_ray.driver.sweep_run import Finished, Sweep
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.results.comparison import compare_across
 from dmsae_ray.results.saved_sweep import SavedSweep
-from dmsae_ray.show.terminal.tables import across_tables, terminal_console, write_report
+from dmsae_ray.show.terminal.console import terminal_console
+from dmsae_ray.show.terminal.tables import across_tables, write_report
 
 
 def run(command: ReportCommand) -> int:

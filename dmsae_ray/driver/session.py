@@ -52,12 +52,15 @@ def door(command: type[Command], interrupted: str) -> Callable[[Callable[..., in
 def session(config: Config, name: str, verbose: bool) -> Iterator[tuple[OutputLock, Screen]]:
     """While open, the output folder is this command's, and the terminal shows what it says and nothing else.
 
-    name: the command's, for its log. Raises ValueError if the folder cannot be written, OutputBusy if another driver
-    works on it.
+    name: the command's, for its log. Raises ValueError if the folder cannot be written, or the model or the corpus
+    cannot be read, OutputBusy if another driver works on it.
     """
+    from dmsae_ray.activations.catalogue import remember
+
     lock = OutputLock(config.home)
     try:
         with Screen(config.home, name, verbose) as say:
+            remember(config)
             yield lock, say
     finally:
         lock.release()

@@ -35,8 +35,8 @@ from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show.mlflow.chain_runs import TrackedChain
 from dmsae_ray.show.mlflow.run_store import RunStore, TrackingError
 from dmsae_ray.show.mlflow.tracker import MlflowTracker, NotTracked
+from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
-from dmsae_ray.show.terminal.tables import terminal_console
 
 
 def run(command: SweepCommand) -> int:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmsae_ray.corpus.chat import no_template
-from dmsae_ray.corpus.local_files import file_hash
-from dmsae_ray.corpus.tokens import pad_id_of
+from dmsae_ray.corpus.local_files import FileState, file_hash
 from dmsae_ray.hub import is_commit, loaded_weights, repository
 from dmsae_ray.place import has_form_of_hub_id
 
@@ -104,14 +103,22 @@ def model_info(name: str, revision: str | None = None, bos_token: str | None = N
     folder = local_folder(name)
     if folder is None:
         return _info(name, repository("model", name, revision, "model.name").commit, bos_token, ())
-    files = tuple(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file()
+    return _info(name, revision, bos_token, model_files(folder))
+
+
+def model_files(folder: Path) -> tuple[tuple[str, FileState], ...]:
+    """Whatever lies in a model's folder, whether it is loaded or not: (its name from there, its state), sorted."""
+    return tuple(
+        (path.relative_to(folder).as_posix(), FileState.of(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     )
-    return _info(name, revision, bos_token, files)
 
 
 @lru_cache(maxsize=16)
-def _info(name: str, revision: str | None, bos_token: str | None, files: tuple[tuple[str, int, int], ...]) -> ModelInfo:
+def _info(
+    name: str, revision: str | None, bos_token: str | None, files: tuple[tuple[str, FileState], ...]
+) -> ModelInfo:
     folder = local_folder(name)
     config = load_config(name, revision)
     text = config.get_text_config()
@@ -150,6 +157,8 @@ def load_tokenizer(name: str, revision: str | None = None, bos_token: str | None
     Raises ValueError if it is missing or has no BOS token, or `bos_token` is not the text of one of its tokens.
     """
     from transformers import AutoTokenizer
+
+    from dmsae_ray.corpus.tokens import pad_id_of
 
     folder = local_folder(name)
     revision = pinned_revision(name, revision)
@@ -213,7 +222,8 @@ def fingerprint_of(folder: Path | None, name: str, revision: str | None, config,
     """sha256 over what decides a model's numbers: configuration, weights, and the tokenizer as it was loaded.
 
     A folder's files are hashed; of a hub model the hub, or its local cache, tells the hashes of the weights. What is
-    beside them, and a commit that changes nothing else, makes no other model.
+    beside them, and a commit that changes nothing else, makes no other model. Made of something else, it raises
+    `FORMAT_VERSION` of activations/found.py.
     """
     if folder is None:
         files = dict(repository("model", name, revision, "model.name").files)
@@ -239,6 +249,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """sha256 of what a loaded tokenizer makes of texts, whatever files say so, and of the ids that start and fill
     sequences.
     """
+    from dmsae_ray.corpus.tokens import pad_id_of
+
     if tokenizer.is_fast:
         whole = json.loads(tokenizer.backend_tokenizer.to_str())
         content = {part: whole[part] for part in TOKENIZING}

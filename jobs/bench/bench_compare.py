@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dmsae_ray.compare.latents import Latents
 
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.consensus import NamedCore, find_consensus
 from dmsae_ray.compare.density import FreeDraws
-from dmsae_ray.compare.latents import Latents
 from dmsae_ray.compare.match import hungarian
 from dmsae_ray.compare.pair import CompareSettings
 from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought

@@ -31,6 +31,7 @@ LAW = (
 """A line may import from the lines above it, never from those below; folders of one line do not know each other."""
 TORCH_FREE = ("activations/store.py", "activations/rowgroup.py")
 """Read tasks import these alone: torch would cost each of their processes two seconds and 200 MB."""
+HEAVY = {"torch", "ray", "mlflow", "transformers", "datasets", "pandas", "pyarrow"}
 
 
 LONGEST = 350
@@ -108,26 +109,30 @@ def test_the_sae_knows_nothing_of_ray():
             assert not {other for other in imports(path) if other.split(".")[0] == "ray"}, name
 
 
-@pytest.mark.parametrize("place", TORCH_FREE)
-def test_read_tasks_need_no_torch(place):
-    seen, todo = set(), {module(ROOT / place)}
+def check_without(start: str, heavy: set[str]) -> None:
+    """None of these packages comes with a module, nor with what comes with it."""
+    seen, todo = set(), {start}
     while todo:
         name = todo.pop()
         seen.add(name)
-        assert "torch" not in {other.split(".")[0] for other in imports(MODULES[name], at_import=True)}, name
+        assert not heavy & {other.split(".")[0] for other in imports(MODULES[name], at_import=True)}, name
         todo |= ours(MODULES[name], at_import=True) - seen
+
+
+@pytest.mark.parametrize("place", TORCH_FREE)
+def test_read_tasks_need_no_torch(place):
+    check_without(module(ROOT / place), {"torch"})
 
 
 def test_the_doors_import_nothing_heavy():
     """`--help` and a refused option are answered at once: torch, Ray and MLflow come with the work."""
     for door in LAW[-1].split():
-        seen, todo = set(), {door}
-        while todo:
-            name = todo.pop()
-            seen.add(name)
-            heavy = {other.split(".")[0] for other in imports(MODULES[name], at_import=True)}
-            assert not heavy & {"torch", "ray", "mlflow", "transformers", "datasets", "pandas", "pyarrow"}, name
-            todo |= ours(MODULES[name], at_import=True) - seen
+        check_without(door, HEAVY)
+
+
+def test_a_sweep_s_status_imports_nothing_heavy():
+    """It is asked for often, and answered at once."""
+    check_without("driver.status", HEAVY | {"numpy", "scipy", "safetensors"})
 
 
 def test_no_name_of_a_file_stands_for_two_things():

@@ -27,6 +27,7 @@ STRANGERS = [
     "mlartifacts/model.bin",
     "generation",
     "driver.lock",
+    "dmsae_ray_found.json",
     "data",
 ]
 
@@ -123,6 +124,7 @@ GOES = [
     "ray/1/tune/trial/result.json",
     "sweeps/small-bbbbbbbbbbbb/report.txt.tmp-7-0a1b2c",
     "generation.tmp-7-0a1b2c",
+    "dmsae_ray_found.json.tmp-7-0a1b2c",
 ]
 STAYS = [
     "mine.tmp-7-0a1b2c",

@@ -18,8 +18,7 @@ from dmsae_ray.lm.source import TINY
 
 SAY = """
 import pickle, sys
-from dmsae_ray.corpus.documents import is_hub
-from dmsae_ray.corpus.local_files import local_files
+from dmsae_ray.corpus.local_files import is_hub, local_files
 from dmsae_ray.lm.source import local_folder
 for plan in pickle.load(sys.stdin.buffer):
     c = plan.config

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -15,9 +15,7 @@ from rich.text import Text
 
 from dmsae_ray.files import replacing
 from dmsae_ray.show.columns import ChainRow, null_of, null_value
-
-WIDTH = 120
-"""columns of report.txt, and of output that is not a terminal"""
+from dmsae_ray.show.terminal.console import WIDTH
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -342,9 +340,3 @@ def write_report(path: Path, *renderables: RenderableType) -> None:
     """Write report.txt; a reader never sees half of it."""
     with replacing(path) as temporary:
         temporary.write_text(plain_text(Group(*renderables)), encoding="utf-8")
-
-
-def terminal_console(stream: TextIO | None = None) -> Console:
-    """Where people read; where that is not a terminal, wide enough for the tables."""
-    console = Console(file=stream, highlight=False)
-    return console if console.is_terminal else Console(file=stream, highlight=False, width=WIDTH)

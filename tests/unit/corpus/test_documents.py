@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmsae_ray.corpus.documents import EMBEDDED, check_source, corpus_fingerprint, is_hub, load_documents
+from dmsae_ray.corpus.documents import check_source, corpus_fingerprint, load_documents
 from dmsae_ray.corpus.hub_text import hub_rows
+from dmsae_ray.corpus.local_files import EMBEDDED, is_hub
 from dmsae_ray.corpus.split import SPLITS, split_of
 
 
