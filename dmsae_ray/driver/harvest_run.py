@@ -10,22 +10,18 @@ from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
-from dmsae_ray.cluster.address import cluster_address
-from dmsae_ray.cluster.connection import check_fits_here, connect, disconnect
-from dmsae_ray.cluster.probe import check_nodes
+from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import HELD_OUT
 from dmsae_ray.driver.options import HarvestCommand
-from dmsae_ray.driver.preflight import pinned, preflight
+from dmsae_ray.driver.preflight import preflight
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
 
 
 def run(command: HarvestCommand) -> int:
     """Exit status: 1 if something is bad. Raises ValueError on bad input before anything is made."""
-    config = Config(**command.sections())
-    preflight(config, print)
-    config = pinned(config)
+    config = preflight(Config(**command.sections()), print)
     with session(config, "harvest", command.verbose) as (_, say):
         bad = 0
         if command.verify or command.repair:
@@ -46,20 +42,10 @@ def run(command: HarvestCommand) -> int:
 
 def make(config: Config, say: Screen, verbose: bool) -> dict[str, ActivationDataset]:
     """The datasets of all hooks, made on the cluster that is to be joined, or on one of our own."""
-    capacity = None
-    # Before hours of tokenising: a cluster that is not there, or is too small.
-    if cluster_address(config) is not None:
-        capacity = connect(config, chains=0, verbose=verbose, say=say)
-    check_fits_here(config, chains=0)
-    try:
-        if capacity is not None:
-            check_nodes(config)
+    with HeldCluster(config, lambda: 0, verbose, say, say.path.with_suffix(".ray")) as cluster:
+        cluster.reach()  # before hours of tokenising
         work = Harvest(config, say)
-        capacity = capacity or connect(config, chains=0, verbose=verbose, say=say)
-        return work.run(capacity.harvest_actors)
-    finally:
-        if capacity is not None:
-            disconnect(capacity, say.path.with_suffix(".ray"))
+        return work.run(cluster.connect().harvest_actors)
 
 
 def summary(dataset: ActivationDataset) -> str:

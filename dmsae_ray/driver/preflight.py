@@ -23,9 +23,10 @@ MARGIN = 1.2
 """Margin on the disk estimate."""
 
 
-def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> ModelInfo:
-    """Model, hook, corpus, GPU memory and disk, without loading weights. say: is told what is needed of a GPU. Raises
-    ValueError.
+def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> Config:
+    """Look at model, hook, corpus, GPU memory and disk, without loading weights; the configuration, pinned.
+
+    say: is told what is needed of a GPU. Raises ValueError.
     """
     refuse_strangers(config.home)
     check_temporary_folder(config)
@@ -44,7 +45,7 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
     if (needs := check_memory(config, info)) is not None:
         say(needs)
     check_disk(config, info)
-    return info
+    return pinned(config)
 
 
 def pinned(config: Config) -> Config:

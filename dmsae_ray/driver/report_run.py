@@ -8,7 +8,7 @@ from rich.console import Group
 
 from dmsae_ray.config import Config
 from dmsae_ray.driver.options import ReportCommand
-from dmsae_ray.driver.preflight import pinned, preflight
+from dmsae_ray.driver.preflight import preflight
 from dmsae_ray.driver.results import has_core
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.sweep_run import Finished, Sweep
@@ -21,10 +21,8 @@ from dmsae_ray.show.terminal.tables import across_tables, write_report
 
 def run(command: ReportCommand) -> int:
     """Raises ValueError on bad input before anything is computed."""
-    config = Config(**command.sections())
     other = None if command.against is None else against(command.against)
-    preflight(config)
-    config = pinned(config)
+    config = preflight(Config(**command.sections()))
     with session(config, "report", command.verbose) as (lock, say):
         finished = Sweep(config, lock.lease(), say, command.verbose).run(train=False, fresh=command.fresh)
         finished.show(say)

@@ -15,14 +15,13 @@ from dmsae_ray.activations.catalogue import find_datasets
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
-from dmsae_ray.cluster.address import cluster_address
-from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
-from dmsae_ray.cluster.probe import check_nodes
+from dmsae_ray.cluster.connection import Capacity
+from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import plan_chains, planned
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import SweepCommand
-from dmsae_ray.driver.preflight import check_needs, pinned, preflight, without_kernels
+from dmsae_ray.driver.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
@@ -41,9 +40,7 @@ from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
 
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
-    config, verbose = Config(**command.sections()), command.verbose
-    preflight(config, print)
-    config = pinned(config)
+    config, verbose = preflight(Config(**command.sections()), print), command.verbose
     chains = check_needs(config)
     lacking = without_kernels(config)
     with session(config, "sweep", verbose) as (lock, say):
@@ -91,8 +88,9 @@ class Sweep:
     """One run of the command, after its configuration was found good and the output folder is ours."""
 
     def __init__(self, config: Config, lease: Lease, say: Screen, verbose: bool):
-        self.config, self.lease, self.say, self.verbose = config, lease, say, verbose
-        self.capacity: Capacity | None = None
+        self.config, self.lease, self.say = config, lease, say
+        logs = say.path.with_suffix(".ray")
+        self.cluster = HeldCluster(config, lambda: self.unfinished, verbose, say, logs, when_there=self.tell)
         self.training = True
 
     def run(self, train: bool = True, fresh: bool = False) -> Finished:
@@ -103,9 +101,9 @@ class Sweep:
         all the same.
         """
         self.training = train
-        try:
+        with self.cluster:
             if self.unfinished:
-                self.reach()
+                self.cluster.reach()  # before hours of tokenising
             store = self.store()
             if train and isinstance(store, TrackingError):
                 raise store
@@ -127,7 +125,7 @@ class Sweep:
                 if train:
                     self.chains(plans, tracker)
                 self.lease.check()
-                results = write_results(self.config, dataset, plans, folder, self.say, self.connect, fresh)
+                results = write_results(self.config, dataset, plans, folder, self.say, self.cluster.connect, fresh)
                 tracker.log_results(results.comparison, results.columns, results.means(), results.files)
             except Superseded:
                 raise  # the runs are another driver's now
@@ -144,9 +142,6 @@ class Sweep:
             except TrackingError as error:  # the tables are shown all the same
                 return replace(finished, untracked=str(error))
             return finished
-        finally:
-            if self.capacity is not None:
-                disconnect(self.capacity, self.say.path.with_suffix(".ray"))
 
     @staticmethod
     def prepare(plans: list[ChainPlan]) -> None:
@@ -165,28 +160,16 @@ class Sweep:
         failures = [plan.folder.failure() for plan in left]
         return sum(failure is None or not failure.final for failure in failures)
 
-    def reach(self) -> None:
-        """Before hours of tokenising: join the cluster that is to be joined, or see that this machine will do. Raises
-        ValueError.
-        """
-        if cluster_address(self.config) is not None:
-            self.connect()
-        check_fits_here(self.config, self.unfinished)
-
-    def connect(self) -> Capacity:
-        if self.capacity is None:
-            self.capacity = connect(self.config, self.unfinished, self.verbose, self.say)
-            if not self.capacity.local:
-                check_nodes(self.config)
-            c, most = self.capacity, self.config.cluster.lockstep
-            in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
-            held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
-            self.say(
-                f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; "
-                f"{c.concurrent} chains at once{in_step}, each {self.config.cluster.workers} worker(s) with "
-                f"{self.config.train.threads} thread(s)"
-            )
-        return self.capacity
+    def tell(self, capacity: Capacity) -> None:
+        """Say what the cluster holds."""
+        c, most = capacity, self.config.cluster.lockstep
+        in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
+        held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
+        self.say(
+            f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; "
+            f"{c.concurrent} chains at once{in_step}, each {self.config.cluster.workers} worker(s) with "
+            f"{self.config.train.threads} thread(s)"
+        )
 
     # -- harvest -------------------------------------------------------------------------------------------------------
 
@@ -201,9 +184,9 @@ class Sweep:
                 "dmsae_ray.sweep first"
             )
         if dataset is None:
-            self.reach()
+            self.cluster.reach()
             work = Harvest(self.config, self.say)
-            dataset = work.run(self.connect().harvest_actors)[hook]
+            dataset = work.run(self.cluster.connect().harvest_actors)[hook]
         else:
             self.say(f"harvest: {dataset} is complete and checked")
         for line in notes(dataset):
@@ -212,7 +195,7 @@ class Sweep:
         if not references_path(folder, self.config.evaluate).exists():
             from dmsae_ray.evaluation.references import measure_references
 
-            self.connect()
+            self.cluster.connect()
             measure_references(self.config, dataset, folder)
         return dataset
 
@@ -237,7 +220,7 @@ class Sweep:
         from dmsae_ray.distill.failure import write_failure
         from dmsae_ray.distill.trials import run_chains
 
-        capacity = self.connect()
+        capacity = self.cluster.connect()
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
             ray.get(
