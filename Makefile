@@ -8,6 +8,7 @@ ARGS   ?=
 # hangs alone: several times what an idle machine takes, so that one whose cores others keep busy does not fail by time. The limit of
 # a single test is in pyproject.toml.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PART   := sh tests/part.sh
 
 .PHONY: help setup hook check sweep study report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
@@ -57,8 +58,8 @@ ui: $(READY)
 # `make test` runs all but the tests marked slow; pipeline and fault tests share one undisturbed sweep there, and each
 # target below makes its own. `make test-all` leaves nothing out.
 test: test-unit test-browser
-	timeout 900 $(TEST) tests/parallel
-	timeout 3600 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
+	$(PART) parallel 45 timeout 900 $(TEST) tests/parallel
+	$(PART) "pipeline and faults" 300 timeout 3600 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
 
 test-all: test-browser
 	$(TEST) -n 2 --dist worksteal tests/unit
@@ -66,11 +67,11 @@ test-all: test-browser
 	$(TEST) --durations=12 tests/pipeline tests/faults
 
 test-unit: $(READY)
-	timeout 1200 $(TEST) -n 2 --dist worksteal -m "not slow" tests/unit
+	$(PART) unit 100 timeout 1200 $(TEST) -n 2 --dist worksteal -m "not slow" tests/unit
 
 # The page of a sweep in a real, headless Chromium (apt-get install chromium, or CHROMIUM=/path/to/it); says NOT RUN without one.
 test-browser: $(READY)
-	timeout 900 $(TEST) tests/browser
+	$(PART) browser 35 timeout 900 $(TEST) tests/browser
 
 # Several processes over gloo, without Ray, and chains in lockstep: what must not depend on their number. `make test` leaves
 # out the longest one of lockstep.

@@ -104,6 +104,8 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         # one for this run alone. Ray would otherwise leave one in the home folder, which every later `ray start` then
         # asks for.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Nobody drains the only node of a cluster that is ours alone; to watch for it takes a process for each chain.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(say, num_cpus=logical_cpus(config, chains), include_dashboard=True, dashboard_port=0, **quiet)
     else:
         try:

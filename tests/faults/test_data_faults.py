@@ -112,6 +112,7 @@ def test_a_sound_dataset_verifies(output, capfd):
     assert code == 0 and "nothing is bad" in said and "3 shards" in said
 
 
+@pytest.mark.slow
 def test_a_missing_shard_of_our_own_is_made_again_and_it_alone(output, small_sweep):
     next(output.glob("data/*/shards/train-00000.parquet")).unlink()
     before = times(output)
@@ -171,6 +172,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_the_harvest_in_words_and_the_same_command_goes_on(small_sweep, small_disk, tmp_path):
+    """Also the short form of a missing shard: the shards that the disk took are kept, and only the others are made."""
     output = tmp_path / "out"
     shutil.copytree(small_sweep.output / "tokens", output / "tokens")
     arguments = ("--harvest.store", str(small_disk))

@@ -13,7 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from conftest import core_bytes
+from conftest import HANGS, core_bytes
 from s3_server import CLIENT_GIVES_UP_S, Burst, Share
 
 from dmsae_ray.activations.dataset import ActivationDataset
@@ -54,16 +54,22 @@ def dataset_of(sweep) -> ActivationDataset:
     return ActivationDataset(folder)
 
 
-def attribute_in_group(loop: dict) -> None:
-    """A Ray Train worker that does the attribution phase; rank 1 may send a shard twice, and kill the actor once."""
+@ray.remote(num_cpus=0.5)
+def attribute_in_group(rank: int, loop: dict) -> int:
+    """A worker that does the attribution phase: how many shards were its own. Rank 1 may send a shard twice, and kill
+    the actor once.
+    """
     from dmsae_ray.lm.model import LanguageModel
 
     torch.set_num_threads(1)
-    rank = ray.train.get_context().get_world_rank()
     sae = MatryoshkaSAE.load(Path(loop["sae"]))[0]
     lm = LanguageModel.load("tiny", "blocks.2.hook_resid_post")
     batches = list(ActivationDataset(loop["dataset"]).held_out("attribution").first_tokens(4096).batches(4))
-    torch.distributed.barrier()
+    (Path(loop["out"]) / f"ready-{rank}").touch()
+    end = time.monotonic() + HANGS
+    while len(list(Path(loop["out"]).glob("ready-*"))) < loop["workers"]:
+        assert time.monotonic() < end, "a worker never came"
+        time.sleep(0.01)
     settings, aggregator, ledger = AttributionSettings(), loop["aggregator"], tuple(loop["ledger"])
     trouble = loop["trouble"] and rank == 1
 
@@ -78,8 +84,7 @@ def attribute_in_group(loop: dict) -> None:
             ray.get(aggregator.give.remote(ledger, rank, 0, again))
             ray.kill(aggregator, no_restart=False)
 
-    ours = score_shards(sae, lm, batches, loop["scale"], settings, aggregator, ledger, rank, on_shard)
-    (Path(loop["out"]) / f"worker-{rank}").write_text(str(ours))
+    return score_shards(sae, lm, batches, loop["scale"], settings, aggregator, ledger, rank, on_shard)
 
 
 def attribute_with(
@@ -91,21 +96,17 @@ def attribute_with(
     batches = list(dataset.held_out("attribution").first_tokens(4096).batches(4))
     aggregator = Aggregator.remote(settings)
     ledger = [str(out / "ledger"), len(batches), "test"]
-    ray.train.torch.TorchTrainer(
-        attribute_in_group,
-        train_loop_config={
-            "sae": str(sae),
-            "dataset": dataset.store.url,
-            "scale": dataset.manifest.scale,
-            "aggregator": aggregator,
-            "ledger": ledger,
-            "out": str(out),
-            "trouble": trouble,
-        },
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
-        run_config=ray.train.RunConfig(name="attribution", storage_path=str(out / "train")),
-    ).fit()
-    counts = [int((out / f"worker-{rank}").read_text()) for rank in range(workers)]
+    loop = {
+        "sae": str(sae),
+        "dataset": dataset.store.url,
+        "scale": dataset.manifest.scale,
+        "aggregator": aggregator,
+        "ledger": ledger,
+        "out": str(out),
+        "workers": workers,
+        "trouble": trouble,
+    }
+    counts = ray.get([attribute_in_group.remote(rank, loop) for rank in range(workers)])
     return ray.get(aggregator.total.remote(tuple(ledger))), counts
 
 
