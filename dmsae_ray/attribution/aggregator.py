@@ -1,6 +1,7 @@
 """The actor that aggregates attribution across shards: a core is selected by what it comes to.
 
-One per chain, owned by its driver; Ray restarts it where it dies, and it goes on from the ledger's files.
+Not the statistic `attribution.aggregator`, which is in scores.py. One for each trial, whose chains share it; Ray
+restarts it where it dies, and it goes on from the ledger's files.
 """
 
 from __future__ import annotations

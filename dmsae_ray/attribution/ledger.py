@@ -25,8 +25,8 @@ FIRST_STAGE = 2
 class Ledger:
     """Attribution of one trained SAE.
 
-    shards: how many there are; stamp: identifies the SAE and settings, so that partial sums of another run are not
-    reused;
+    shards: how many there are; stamp: identifies the SAE (settings are in the chain's key), so that partial sums of
+    another one are not reused;
     patience_s: a shard dealt and not returned for so long is dealt to another worker too; enough: whether the partial
     sums of the first shards, in shard order, suffice, asked at the end of each stage but the last (None: all shards in
     one stage).

@@ -54,6 +54,7 @@ def scores(partials: Sequence[Partial], settings: ScoreSettings) -> torch.Tensor
     if settings.aggregator == "quantile":
         histogram = Histogram.merged([partial.histogram for partial in partials])
         return histogram.quantile(settings.quantile, candidates) * histogram.active(candidates) / tokens
+    assert settings.aggregator in ("mean_abs", "mean_signed"), settings.aggregator
     sums_P = torch.zeros(candidates, dtype=torch.float64)
     for partial in partials:
         sums_P += partial.signed_P if settings.aggregator == "mean_signed" else partial.absolute_P

@@ -1,4 +1,4 @@
-"""What the candidates of a chain are ranked by: attribution, or, in a placebo chain through the same slot, something
+"""What the candidates of a chain are ranked by: attribution, or, in a placebo chain, by something
 else.
 
 Candidates are latents 0..P-1 of an SAE (its core and first free group). Every criterion is a number per candidate of
@@ -8,15 +8,10 @@ Letters: R rows, D model dimension, F width, P candidates.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from dmsae_ray.sae.sae import MatryoshkaSAE
-
-if TYPE_CHECKING:
-    pass
 
 
 @torch.no_grad()

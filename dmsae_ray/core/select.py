@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 
 ROUNDING = 1e-12
 """Relative slack in `share >= tau`: nine of ten equal scores are a share of 0.9 whatever their last bit says."""

@@ -23,7 +23,9 @@ EMBEDDED = Path(__file__).parent / "embedded" / "documents.parquet"
 PACKED = (".gz", ".zst")
 TEXT = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv")
-SUFFIXES = (*TEXT, *ROWS, ".parquet")
+PACKABLE = (*TEXT, *ROWS)
+"""May be compressed as a whole."""
+SUFFIXES = (*PACKABLE, ".parquet")
 TAKES = f"{', '.join(SUFFIXES)} files (all but .parquet also as {' and '.join(PACKED)})"
 ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([._-].*)?", re.IGNORECASE
@@ -56,7 +58,7 @@ def is_packed(path: Path) -> bool:
 
 
 def can_read(path: Path) -> bool:
-    return suffix_of(path) in (SUFFIXES[:-1] if is_packed(path) else SUFFIXES)
+    return suffix_of(path) in (PACKABLE if is_packed(path) else SUFFIXES)
 
 
 def local_files(source: str) -> list[Path]:

@@ -26,7 +26,7 @@ class Chain:
         self.at_step: int | None = None
         """the training step under way; None outside of training"""
         self.rates: dict[str, float] = {}
-        """tokens/s of the phases beside training, as last measured: what is said of one before it has done anything"""
+        """tokens/s of the phases beside training, as last measured: shown until a phase has a new one"""
         self._began: tuple[float, float] | None = None
         """when it first did something, and the done share of the chain then"""
         self.say(phase="starting")

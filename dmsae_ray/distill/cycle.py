@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from dmsae_ray.lm.model import LanguageModel
 
 OPEN_AT = 0.5
-"""Share of the last attribution of a cycle after which reading for the next one starts: late, since a stream that waits
-costs some CPU.
+"""Share of a cycle's last attribution (that of the last of the chains in lockstep) after which reading for the next
+cycle starts: late, since a stream that waits costs some CPU.
 """
 
 
@@ -119,8 +119,8 @@ class Cycle:
     # -- evaluate ------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, sae: MatryoshkaSAE) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
-        """Held-out metrics, each latent's density [F] and, if cores are selected by it, what each candidate's removal
-        costs.
+        """Held-out metrics, each latent's density [F] and, with selection.by reconstruction, what each candidate's
+        removal costs (else None).
 
         Saves the SAE with its densities.
         """
@@ -128,7 +128,8 @@ class Cycle:
         plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
         removal = plan.config.selection.by == "reconstruction"
         batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
-        # A rank without a batch tallies one in which nothing counts: all ranks must add up the same sums.
+        # A rank without a batch tallies one of length 1, BOS alone, in which no row counts: all ranks must add up the
+        # same sums.
         mine = batches[self.rank.number :: self.rank.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
         began = time.monotonic()
         for done, (ids_NT, lengths_N) in enumerate(mine, 1):

@@ -31,7 +31,9 @@ class Start:
     path: Path
     """core file; of another chain, there once that chain is finished"""
     number: int
-    """number of the chain's first cycle: what a core has been through is counted on, and no draw is made twice"""
+    """number of the chain's first cycle: counting goes on from the chain that the core comes from, so that no draw is
+    made twice
+    """
     fields: dict
     """what decides the core, part of the chain's own fields"""
     chain: ChainPlan | None = None
@@ -55,7 +57,7 @@ class ChainPlan:
 
     @property
     def label(self) -> str:
-        """Name on screen and in MLflow; the controls of a single run of the command bear what makes them controls."""
+        """Name on screen and in MLflow. In the plain grid, too, it says what makes a chain a control."""
         if self.arm == BASE:
             return self.config.chain_label(self.seed, self.k)
         source = self.start.chain if self.start else None
@@ -148,7 +150,7 @@ class ChainPlan:
         from dmsae_ray.core.select import count_of
 
         size = self.config.selection.size
-        assert not isinstance(size, str), "a share of the attribution is no number of latents"
+        assert not isinstance(size, str), "size tau is selected by share, not by number"
         return count_of(size, candidates)
 
     def twin(self) -> ChainPlan | None:

@@ -30,7 +30,7 @@ from dmsae_ray.sae.step_report import Diverged
 
 
 def train_chains(loop: dict) -> None:
-    """What every Ray Train worker runs. loop: plans (ChainPlans of one order of data), lease (the right to write),
+    """What every Ray Train worker runs. loop: plans (ChainPlans with one lockstep_key), lease (the right to write),
     aggregator and board (actor handles).
     """
     # Failed ones are left out: a worker group may have been started again after the failure was written.
@@ -74,24 +74,24 @@ class Worker:
         try:
             for chain in self.chains:
                 chain.tidy()
-            for cycle in range(max(chain.plan.cycles for chain in self.chains) if self.chains else 0):
-                members = [chain for chain in self.chains if chain.cycle == cycle < chain.plan.cycles]
-                if members:
-                    self.run_cycle(members)
+            for number in range(max(chain.plan.cycles for chain in self.chains) if self.chains else 0):
+                chains = [chain for chain in self.chains if chain.cycle == number < chain.plan.cycles]
+                if chains:
+                    self.run_cycle(chains)
         finally:
             if self._opened is not None:
                 self._opened.close()
         for chain in self.chains:
             chain.say(phase="done", fraction=1.0)
 
-    def run_cycle(self, members: list[Chain]) -> None:
-        """Train all members' SAEs, then finish the cycle of one after the other."""
+    def run_cycle(self, chains: list[Chain]) -> None:
+        """Train all chains' SAEs, then finish the cycle of one after the other."""
         cycles = []
-        for chain in members:
+        for chain in chains:
             with self.failing(chain):
                 cycles.append(Cycle(chain, self.dataset, self.lm))
         self.rank.comm.wait_for_all()  # models load at different speeds
-        with self.failing(*members):
+        with self.failing(*chains):
             self.train(cycles)
         left = self._left(cycles)
         for cycle in left:
@@ -105,46 +105,48 @@ class Worker:
         """Those whose chains have not failed."""
         return [cycle for cycle in cycles if cycle.chain in self.chains]
 
-    def train(self, members: list[Cycle]) -> None:
-        """Every batch of the cycle, read once: each member that does not have it yet takes its step on it."""
-        if not members:
+    def train(self, cycles: list[Cycle]) -> None:
+        """Every batch of the cycle, read once. Cycles may go on from different steps: each takes its step on those
+        batches that it does not have yet.
+        """
+        if not cycles:
             return
-        start, steps = min(cycle.training.first for cycle in members), members[0].plan.steps
-        batches = self._batches(members[0].training.order, start, steps)
+        start, steps = min(cycle.training.first for cycle in cycles), cycles[0].plan.steps
+        batches = self._batches(cycles[0].training.order, start, steps)
         token_index_B = torch.from_numpy(batches.order.token_index(self.rank.number, self.rank.world)).to(
             self.rank.device
         )
         since = time.monotonic()
         for step, x_BD in enumerate(batches, start):
             waited = time.monotonic() - since
-            for cycle in [cycle for cycle in members if cycle.training.first <= step]:
+            for cycle in [cycle for cycle in cycles if cycle.training.first <= step]:
                 with self.failing(cycle.chain):
                     try:
                         cycle.step(step, x_BD, token_index_B, waited)
                     except Diverged as error:  # all ranks come here together
                         cycle.chain.at_step = step - error.behind
                         raise self._diverged(error, cycle, batches, step - error.behind) from error
-            members = self._left(members)
-            if not members:
+            cycles = self._left(cycles)
+            if not cycles:
                 return
-            taking = [cycle for cycle in members if cycle.training.first <= step]
-            due = members[0].training.checkpoint_due(step)
-            # Rows are counted for those that trained on them, so before another member takes its first batch.
-            if due or any(cycle.training.first == step + 1 for cycle in members):
+            taking = [cycle for cycle in cycles if cycle.training.first <= step]
+            due = cycles[0].training.checkpoint_due(step)
+            # Before another cycle takes its first batch: the rows so far count for those that trained on them.
+            if due or any(cycle.training.first == step + 1 for cycle in cycles):
                 self.count_rows(batches, taking)
             if due:
                 for cycle in taking:
                     cycle.training.checkpoint(step + 1)
             since = time.monotonic()
 
-    def count_rows(self, batches: Batches, members: list[Cycle]) -> None:
-        """Add the digest of the rows given since the last call to the members that trained on them. All ranks call it
+    def count_rows(self, batches: Batches, cycles: list[Cycle]) -> None:
+        """Add the digest of the rows given since the last call to the cycles that trained on them. All ranks call it
         together.
         """
         # Two halves, since a sum of signed 64-bit integers over ranks must not overflow.
         halves = torch.tensor([batches.digest >> 32, batches.digest & 0xFFFFFFFF], device=self.rank.device)
         high, low = self.rank.comm.all_reduce_sum(halves).tolist()
-        for cycle in members:
+        for cycle in cycles:
             cycle.training.count(((high << 32) + low) & MASK)
         batches.digest = 0
 
@@ -159,7 +161,7 @@ class Worker:
             self._opened = self.stream.open(plan.order(self.dataset, cycle), min(starts.values()), plan.steps)
 
     def _batches(self, order: Order, start: int, stop: int) -> Batches:
-        """Those opened ahead; opened anew where a chain that failed since would have begun earlier."""
+        """The batches opened ahead, or new ones if the chain that would have begun earliest has failed since."""
         if self._opened is None or (self._opened.order, self._opened.start) != (order, start):
             if self._opened is not None:
                 self._opened.close()
@@ -167,7 +169,7 @@ class Worker:
         return self._opened
 
     def open_next(self, cycle: int) -> None:
-        """The same for the cycle after this one, once."""
+        """Start reading for the cycle after this one; later calls do nothing."""
         number = self.chains[0].plan.number(cycle)
         if self._opened is None or self._opened.order.cycle == number:
             self.open(cycle + 1)

@@ -32,10 +32,11 @@ from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.ownership import scratch
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show.mlflow.chain_runs import TrackedChain
-from dmsae_ray.show.mlflow.run_store import RunStore, TrackingError
-from dmsae_ray.show.mlflow.tracker import MlflowTracker, NotTracked
+from dmsae_ray.show.mlflow.run_store import RunStore
+from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
+from dmsae_ray.show.tracking import NotTracked, Tracker, TrackingError
 
 
 def run(command: SweepCommand) -> int:
@@ -201,7 +202,7 @@ class Sweep:
 
     # -- chains --------------------------------------------------------------------------------------------------------
 
-    def chains(self, plans: list[ChainPlan], tracker) -> None:
+    def chains(self, plans: list[ChainPlan], tracker: Tracker) -> None:
         """Run what is not finished, with live lines and MLflow kept up to date from the side.
 
         In waves: first what needs no other chain, then what needed those (placebos their twins' sizes, transfers their
@@ -247,7 +248,7 @@ class Sweep:
         except TrackingError as error:
             return error
 
-    def tracker(self, plans: list[ChainPlan], store: RunStore | TrackingError) -> MlflowTracker | NotTracked:
+    def tracker(self, plans: list[ChainPlan], store: RunStore | TrackingError) -> Tracker:
         if isinstance(store, TrackingError):
             return NotTracked(self.config.track.uri, str(store))
         return MlflowTracker(

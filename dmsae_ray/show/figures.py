@@ -1,4 +1,4 @@
-"""Figures of a sweep, drawn with matplotlib's Agg.
+"""Figures of a sweep for MLflow, drawn with matplotlib's Agg; those of the page are in page/.
 
 Colours are readable without red-green vision (cividis, Okabe-Ito).
 """

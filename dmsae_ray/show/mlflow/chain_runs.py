@@ -13,7 +13,8 @@ from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.show import figures
 from dmsae_ray.show.mlflow.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
-from dmsae_ray.show.mlflow.run_store import Point, RunStore, TrackingError, now_ms
+from dmsae_ray.show.mlflow.run_store import Point, RunStore, now_ms
+from dmsae_ray.show.tracking import TrackingError
 
 
 class TrackedChain(NamedTuple):

@@ -37,6 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 from dmsae_ray.files import replacing  # noqa: E402
 from dmsae_ray.secret_url import SecretUrl, scrub  # noqa: E402
 from dmsae_ray.show.mlflow.own_database import artifacts_of, default_uri, follow_move, no_stray_folder, own_database  # noqa: E402
+from dmsae_ray.show.tracking import TrackingError  # noqa: E402
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -59,10 +60,6 @@ TAG_LENGTH = 1000
 
 
 T = TypeVar("T")
-
-
-class TrackingError(ValueError):
-    """The store cannot be used; the message names it and says what to do."""
 
 
 class Point(NamedTuple):

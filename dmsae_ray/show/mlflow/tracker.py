@@ -36,7 +36,8 @@ from dmsae_ray.show import figures
 from dmsae_ray.show.columns import chain_row, summary
 from dmsae_ray.show.mlflow.chain_runs import ChainRuns, SweepRun, TrackedChain
 from dmsae_ray.show.mlflow.measurements import flatten
-from dmsae_ray.show.mlflow.run_store import STORE_ERRORS, Point, RunStore, TrackingError, now_ms, one_line
+from dmsae_ray.show.mlflow.run_store import STORE_ERRORS, Point, RunStore, now_ms, one_line
+from dmsae_ray.show.tracking import TrackingError
 
 logger = logging.getLogger(__name__)
 
@@ -229,22 +230,6 @@ class MlflowTracker:
             self._store.client.log_text(run_id, pandas.DataFrame(columns).to_json(orient="split", index=False), file)
         else:
             self._store.client.log_table(run_id, columns, file)
-
-
-class NotTracked:
-    """In an MlflowTracker's place where the store cannot be used: nothing is logged, and it is said why."""
-
-    def __init__(self, uri: SecretUrl | None, why: str):
-        self.uri, self.why_not = uri or SecretUrl(""), why
-
-    def sync(self) -> bool:
-        return False
-
-    def log_results(self, *results: Any) -> bool:
-        return False
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Nothing was opened."""
 
 
 def matrix_csv(labels: list[str], matrix: list[list[float | None]]) -> str:

@@ -29,8 +29,9 @@ from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
 from dmsae_ray.show.mlflow import run_store
 from dmsae_ray.show.mlflow.chain_runs import TrackedChain
 from dmsae_ray.show.mlflow.own_database import follow_move
-from dmsae_ray.show.mlflow.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore, TrackingError
+from dmsae_ray.show.mlflow.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore
 from dmsae_ray.show.mlflow.tracker import MlflowTracker
+from dmsae_ray.show.tracking import TrackingError
 
 CYCLES, STEPS = 2, 40
 CONFIG = {
