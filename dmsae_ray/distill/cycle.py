@@ -43,6 +43,9 @@ OPEN_AT = 0.5
 cycle starts: late, since a stream that waits costs some CPU.
 """
 
+PHASES = {"train": (0.0, 0.85), "calibrate": (0.86, 0.86), "evaluate": (0.87, 0.9), "attribute": (0.9, 1.0)}
+"""Where each phase begins and ends within a cycle, as far as progress is shown."""
+
 
 class Cycle:
     """A cycle that has begun; it is over when `finish` returns."""
@@ -77,8 +80,12 @@ class Cycle:
         training, steps, self.chain.at_step = self.training, self.plan.steps, step
         if (report := training.step(step, x_BD, token_index_B, waited)) is not None:
             training.log(report)
-            rate, within = training.tokens_per_s, 0.85 * (step + 1) / steps
-            self.chain.say(phase="train", step=step + 1, steps=steps, tokens_per_s=rate, within=within)
+            self._say("train", (step + 1) / steps, training.tokens_per_s, step=step + 1, steps=steps)
+
+    def _say(self, phase: str, done: float = 0.0, rate: float | None = None, **values: int) -> None:
+        """Tell how far the cycle is. done: share of the phase; rate: its tokens/s."""
+        begin, end = PHASES[phase]
+        self.chain.say(phase=phase, within=begin + (end - begin) * done, tokens_per_s=rate, **values)
 
     def finish(self, together: int, open_next: Callable[[], None] | None) -> None:
         """Set the threshold, evaluate, attribute, and choose the next core.
@@ -106,7 +113,7 @@ class Cycle:
 
     def _calibrate(self, sae: MatryoshkaSAE) -> None:
         """Set the SAE's threshold on the rows held back."""
-        self.chain.say(phase="calibrate", within=0.86)
+        self._say("calibrate")
         rows_ND = self.dataset.calibration_rows()
         settings = sae_settings(self.plan.config, self.plan.k, self.dataset.manifest.d)
 
@@ -124,7 +131,7 @@ class Cycle:
 
         Saves the SAE with its densities.
         """
-        self.chain.say(phase="evaluate", within=0.87, tokens_per_s=self.chain.rates.get("evaluate"))
+        self._say("evaluate", rate=self.chain.rates.get("evaluate"))
         plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
         removal = plan.config.selection.by == "reconstruction"
         batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
@@ -145,9 +152,7 @@ class Cycle:
             )
             read = done * self.rank.world * evaluate.sequences_per_batch * plan.config.model.context
             self.chain.rates["evaluate"] = read / (time.monotonic() - began)
-            self.chain.say(
-                phase="evaluate", within=0.87 + 0.03 * done / len(mine), tokens_per_s=self.chain.rates["evaluate"]
-            )
+            self._say("evaluate", done / len(mine), self.chain.rates["evaluate"])
         self.rank.comm.wait_for_all()
         tally.reduce(self.rank.comm)
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
@@ -188,12 +193,11 @@ class Cycle:
             ray.get(aggregator.begin.remote(ledger))
         self.rank.comm.wait_for_all()  # rank 0 had an SAE to save
         began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
-        self.chain.say(phase="attribute", within=0.9, tokens_per_s=self.chain.rates.get("attribute"))
+        self._say("attribute", rate=self.chain.rates.get("attribute"))
 
         def on_shard(done: int) -> None:
-            within = min(1.0, 0.9 + 0.1 * done * self.rank.world / len(batches))
             self.chain.rates["attribute"] = done * self.rank.world * tokens / (time.monotonic() - began)
-            self.chain.say(phase="attribute", within=within, tokens_per_s=self.chain.rates["attribute"])
+            self._say("attribute", min(1.0, done * self.rank.world / len(batches)), self.chain.rates["attribute"])
             if open_next is not None and done * self.rank.world >= OPEN_AT * len(batches):
                 open_next()
 
