@@ -44,7 +44,8 @@ def ray_head(
         *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]),
         f"--temp-dir={folder}",
     ]
-    of_head = environment(**env, **variables)
+    # Ray runs workers at niceness 15 by default: beside other work on the machine a test would stand still.
+    of_head = environment(**env, RAY_worker_niceness="0", **variables)
     del of_head["RAY_ADDRESS"]  # it starts what others are to find
     log = Path(folder) / "head.log"
     end = time.monotonic() + 600

@@ -105,6 +105,7 @@ def test_worker_trial_and_command_are_killed_and_the_sweep_goes_on_to_the_same_n
     with frozen(worker):
         first = Standing.of(cycles(output)[0])
         assert 0 < first.checkpoint < 32 and not first.saved and victim.alive
+        assert worker.nice() == psutil.Process(victim.process.pid).nice(), "it waits behind everybody else's work"
         worker.kill()
     # The trial that drives its successor: the workers end with it, and begin again with the next.
     victim.wait_for(lambda: at_work(0, first) and worker.pid not in [other.pid for other in trainers(victim)])

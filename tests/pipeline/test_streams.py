@@ -24,6 +24,7 @@ BUDGET_MB = 64
 def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")  # as a sweep's own cluster has it
         for name, value in QUIET.items():
             patch.setenv(name, value)
         here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}

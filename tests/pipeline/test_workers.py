@@ -40,6 +40,7 @@ def cluster(s3):
     """Started after the S3 server, whose keys the cluster's processes have from their environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")  # as a sweep's own cluster has it
         # Workers import the loop below from this file, and the package from this checkout.
         here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
         ray.init(
