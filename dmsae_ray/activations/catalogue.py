@@ -56,10 +56,14 @@ class Identity:
 
     def store(self, hook: str) -> Store:
         """Where a hook's dataset lies, or will."""
-        config = self.config
-        if config.harvest.dataset is not None and hook == config.model.hook:
-            return Store(config.harvest.dataset)
-        return Store(config.harvest.store or config.home / "data").child(self.key(hook))
+        return dataset_store(self.config, hook, self.key(hook))
+
+
+def dataset_store(config: Config, hook: str, key: str) -> Store:
+    """Where the dataset of a hook with this key lies, or will."""
+    if config.harvest.dataset is not None and hook == config.model.hook:
+        return Store(config.harvest.dataset)
+    return Store(config.harvest.store or config.home / "data").child(key)
 
 
 def remember(config: Config) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dmsae_ray.activations.catalogue import dataset_store
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config
 from dmsae_ray.config_checks import problem_lines
 from dmsae_ray.core.core import Core
@@ -120,10 +120,7 @@ class SavedSweep:
 
     def dataset(self) -> ActivationDataset:
         """The activations that it was trained on. Raises ValueError if they are not there any more."""
-        harvest = self.config.harvest
-        if harvest.dataset is not None:
-            return ActivationDataset(Store(harvest.dataset))
-        return ActivationDataset(Store(harvest.store or self.config.home / "data").child(self.plans[0].dataset_key))
+        return ActivationDataset(dataset_store(self.config, self.config.model.hook, self.plans[0].dataset_key))
 
     @staticmethod
     def open(folder: Path, needs: tuple[str, ...] = ()) -> SavedSweep:
