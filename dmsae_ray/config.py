@@ -104,7 +104,9 @@ class ModelConfig(Section):
     """The language model and the place in it whose activations are studied."""
 
     name: ModelName = "tiny"
-    """`tiny` (shipped with the package), a local folder, or a hub id such as google/gemma-2-2b"""
+    """`tiny` (shipped with the package), a local folder, a GGUF file or a folder with one (it is converted once,
+    into the output folder), or a hub id such as google/gemma-2-2b
+    """
     revision: str | None = None
     """revision of a hub model; a run takes the commit that it stands for at its beginning"""
     bos_token: str | None = None

@@ -26,6 +26,7 @@ FOLDERS = {
     "tokens": rf"{KEY}",
     "chains": rf"{KEY}",
     "pairs": rf"{KEY}\.json",
+    "models": rf"[\w.-]+-{KEY}",
     "sweeps": rf"[A-Za-z0-9][\w.-]*-{KEY}",
     "ray": r"\d+",
     "logs": r"(sweep|harvest|report|evaluate)-\d{8}-\d{6}\.(log|all|ray)",
@@ -41,6 +42,7 @@ FILES = {
         r"chain\.json|failed\.json|cycle_\d\d+|cycle_\d\d+/(checkpoint\.pt|curve\.jsonl|(sae|scores|core)\.safetensors|record\.json|"
         r"evaluation-\d+\.json|attribution|attribution/[0-9a-f]+-\d{5,}\.safetensors)"
     ),
+    "models": r"[\w.-]+\.(json|safetensors|jinja|model|txt)",
     # What Ray Tune and Ray Train write there is theirs to name: below these, everything is.
     "ray": rf"\.validate_storage_marker|(tune|{KEY}-\d+(-[0-9a-f]+)?)(/.*)?",
 }
@@ -59,6 +61,18 @@ def mark(home: Path) -> None:
     if not (home / MARKER).is_file():
         refuse_strangers(home)
         write_json(home / MARKER, {"format_version": 1, "what": "an output folder of dmsae_ray"})
+
+
+def make_home(home: Path) -> None:
+    """Raises ValueError if the folder can neither be made nor written to."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output folder {home}: cannot be made ({error.strerror}); give --output a folder you may write to"
+        ) from error
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise ValueError(f"output folder {home}: no permission to write; give --output a folder you may write to")
 
 
 def refuse_strangers(home: Path) -> None:
@@ -122,7 +136,7 @@ def ours_in(home: Path, kind: str) -> list[Path]:
 
 def temporaries(home: Path) -> list[Path]:
     """What killed writers left under temporary names, wherever ours write; nothing else is looked at."""
-    ours = [folder for kind in ("data", "tokens", "chains", "sweeps") for folder in ours_in(home, kind)]
+    ours = [folder for kind in ("data", "tokens", "chains", "models", "sweeps") for folder in ours_in(home, kind)]
     single = [
         path for path in [*home.iterdir(), *ours_in(home, "pairs")] if re.fullmatch(rf"[\w.-]+{TEMPORARY}", path.name)
     ]

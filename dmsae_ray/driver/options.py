@@ -112,6 +112,11 @@ class HarvestCommand(Command):
     """verify, delete what is bad, and make only that again"""
 
 
+def only_looks(command: Config) -> bool:
+    """Whether the command makes nothing: it says what is there, or removes some of it."""
+    return isinstance(command, SweepCommand) and (command.status or command.clean)
+
+
 def load(command: type[Config], argv: list[str]) -> Config:
     """Configuration from `--config` and the command line. Of a flag given twice the last counts, so that a script's can
     be overridden.

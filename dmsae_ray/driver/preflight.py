@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ from dmsae_ray.distill.plan import ChainPlan, check_twins
 from dmsae_ray.driver.stage_memory import check_memory
 from dmsae_ray.lm.model import ModelInfo, layer_of
 from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
-from dmsae_ray.ownership import refuse_strangers
+from dmsae_ray.ownership import make_home, refuse_strangers
 from dmsae_ray.sae.ops import native
 
 MARGIN = 1.2
@@ -130,14 +129,7 @@ def disk_bytes(config: Config, d: int) -> int:
 def check_disk(config: Config, info: ModelInfo) -> None:
     """The output folder can be written and has room. Raises ValueError."""
     home = config.home
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"output folder {home}: cannot be made ({error.strerror}); give --output a folder you may write to"
-        ) from error
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise ValueError(f"output folder {home}: no permission to write; give --output a folder you may write to")
+    make_home(home)
     if config.harvest.store:
         Store(config.harvest.store)  # a URL that pyarrow cannot open ends here
     used = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())

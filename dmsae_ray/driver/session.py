@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.config import Config
-from dmsae_ray.driver.options import Command, load
+from dmsae_ray.driver.model_folder import with_model_folder
+from dmsae_ray.driver.options import Command, load, only_looks
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
 from dmsae_ray.stop import INTERRUPTED, stoppable
@@ -30,7 +31,8 @@ def door(command: type[Command], interrupted: str) -> Callable[[Callable[..., in
         @functools.wraps(work)
         def main(argv: list[str] | None = None) -> int:
             try:
-                return work(load(command, sys.argv[1:] if argv is None else argv))
+                options = load(command, sys.argv[1:] if argv is None else argv)
+                return work(with_model_folder(options, make=not only_looks(options)))
             except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return BAD_INPUT

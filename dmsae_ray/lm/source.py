@@ -59,10 +59,13 @@ def local_folder(name: str) -> Path | None:
         return None
     if not folder.exists():
         raise ValueError(
-            f"model.name {name}: no such folder; give `tiny`, a model folder or a hub id such as google/gemma-2-2b"
+            f"model.name {name}: no such folder; give `tiny`, a model folder, a GGUF file or a hub id such as "
+            "google/gemma-2-2b"
         )
     if not folder.is_dir():
-        raise ValueError(f"model.name {name}: a file; give the folder that holds config.json, tokenizer and weights")
+        raise ValueError(
+            f"model.name {name}: a file; give the folder that holds config.json, tokenizer and weights, or a .gguf file"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.name {name}: no config.json in {folder}; give a folder as save_pretrained writes it")
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
