@@ -32,6 +32,8 @@ SAY_SECONDS = 3.0
 """Shortest time between two lines of progress: thousands of shards would fill the screen."""
 PLANS_PER_TASK = 8
 """Shards an actor is given at a time: within these, one is written while the next is computed."""
+ROUNDS = 4
+"""Tasks of an actor, at least, where there are so many shards: few large ones would leave actors idle at the end."""
 
 
 class Harvest:
@@ -130,7 +132,7 @@ class Harvest:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # every shard is told of when it is finished, not with all others of its task
-        per_task = max(1, min(PLANS_PER_TASK, len(missing) // actors))
+        per_task = max(1, min(PLANS_PER_TASK, len(missing) // (ROUNDS * actors)))
         tasks = [
             json.dumps([plan.to_dict() for plan in missing[i : i + per_task]]) for i in range(0, len(missing), per_task)
         ]
@@ -144,7 +146,8 @@ class Harvest:
             },
             batch_size=1,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(tasks)))),
+            # No task waits behind another at its actor: of the last ones the next free actor takes each.
+            compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(tasks))), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=harvest.gpus_per_actor,
         )
