@@ -53,10 +53,25 @@ def superfluous(config: Config) -> list[Superfluous]:
     found += [Superfluous(folder, "data") for folder in ours_in(home, "data") if folder.name not in datasets]
     # Token sequences serve to make shards: those of other configurations can be made again.
     found += [Superfluous(folder, "tokens") for folder in ours_in(home, "tokens") if folder.name != identity.tokens_key]
+    found += [Superfluous(folder, "models") for folder in unused_models(config)]
     kept = kept_pairs(config)
     return found + [
         Superfluous(path, "pairs") for path in ours_in(home, "pairs") if kept is not None and path.name not in kept
     ]
+
+
+def unused_models(config: Config) -> list[Path]:
+    """Converted models, and what killed conversions left, that neither this configuration nor a sweep with results in
+    the output folder names.
+    """
+    named = {Path(config.model.name).name}
+    for folder in ours_in(config.home, "sweeps"):
+        try:
+            named.add(Path(str((read_yaml(folder / "config.yaml").get("model") or {}).get("name"))).name)
+        except (OSError, ValueError) as error:
+            print(f"kept all of {config.home / 'models'}: which one {folder} needs cannot be told ({error})")
+            return []
+    return [folder for folder in ours_in(config.home, "models") if folder.name not in named]
 
 
 def kept_pairs(config: Config) -> set[str] | None:

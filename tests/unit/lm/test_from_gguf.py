@@ -142,6 +142,21 @@ def test_an_output_folder_that_moved_keeps_its_model(file, tmp_path):
     assert info_of(moved.model).d == D
 
 
+def test_cleaning_keeps_the_models_that_something_names(file, tmp_path, capsys):
+    output = tmp_path / "out"
+    files = [file, *(write_gguf(tmp_path / f"{seed}.gguf", seed) for seed in (1, 2))]
+    kept, swept, unused = (Path(configured(one, output)[0].model.name) for one in files)
+    results = output / "sweeps" / "old-0123456789ab"
+    results.mkdir(parents=True)
+    (results / "config.yaml").write_text(f"model: {{name: {swept}}}\n")
+    (results / "chains.json").write_text("[]")
+    halfway = output / "models" / f"{unused.name}.tmp-1-abcdef"
+    halfway.mkdir()
+    assert main(["--clean", "--model.name", str(file), "--model.hook", HOOK, "--output", str(output)]) == 0
+    assert "2 removed" in capsys.readouterr().out
+    assert ours_in(output, "models") == sorted([kept, swept])
+
+
 def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(file, tmp_path, monkeypatch):
     monkeypatch.setattr("dmsae_ray.lm.from_gguf.write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
