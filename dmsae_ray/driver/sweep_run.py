@@ -25,7 +25,7 @@ from dmsae_ray.driver.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.evaluation.references import references_path
+from dmsae_ray.evaluation.references import cycle_seconds, read_references, references_path
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.identity import fields_key
 from dmsae_ray.lock import Lease, Superseded
@@ -35,7 +35,7 @@ from dmsae_ray.show.mlflow.chain_runs import TrackedChain
 from dmsae_ray.show.mlflow.run_store import RunStore
 from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.terminal.console import terminal_console
-from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard
+from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration
 from dmsae_ray.show.tracking import NotTracked, Tracker, TrackingError
 
 
@@ -216,6 +216,7 @@ class Sweep:
         )
         if not left:
             return
+        self.say_what_a_cycle_takes(left[0])
         import ray
 
         from dmsae_ray.distill.failure import write_failure
@@ -237,6 +238,19 @@ class Sweep:
                 missing = [chain.label for chain in plan.needs() if not chain.finished()]
                 write_failure(plan, self.lease, "error", f"not begun: it needs {' and '.join(missing)}, not finished")
                 ray.get(board.update.remote(plan.label, phase="failed", message="what it needs failed"))
+
+    def say_what_a_cycle_takes(self, plan: ChainPlan) -> None:
+        """Known before the first chain begins, so that whoever asked for too much can lower it; the progress lines say
+        what training takes, and each record keeps the seconds of its phases.
+        """
+        expected = cycle_seconds(self.config, read_references(plan.references, self.config.evaluate))
+        if expected is not None:
+            evaluation, attribution = (duration(seconds) for seconds in expected)
+            self.say(
+                f"a cycle, besides training: about {evaluation} of evaluation (evaluate.tokens "
+                f"{self.config.evaluate.tokens:,}) and {attribution} of attribution (attribution.tokens "
+                f"{self.config.attribution.tokens:,}) for one worker"
+            )
 
     # -- say -----------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ loaded.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.files import write_json
 from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.secret_url import SecretUrl
+
+KINDS = 3
+"""Reference losses: clean, zero and mean."""
 
 
 def measure_references(config: Config, dataset: ActivationDataset, folder: Path) -> None:
@@ -36,7 +40,9 @@ def references_of(
     """Measure them here."""
     sequences = dataset.held_out("evaluation").first_tokens(evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(evaluate.sequences_per_batch))
-    return reference_losses(lm, batches, torch.tensor(dataset.manifest.mean), dataset.manifest.max_norm)
+    began = time.monotonic()
+    losses = reference_losses(lm, batches, torch.tensor(dataset.manifest.mean), dataset.manifest.max_norm)
+    return losses | {"seconds": time.monotonic() - began}
 
 
 def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
@@ -51,7 +57,7 @@ def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
 def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, float]:
     """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept,
     and rows beyond max_norm, as a splice keeps them)."""
-    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    sums, tokens = torch.zeros(KINDS, dtype=torch.float64), 0
     for ids_NT, lengths_N in batches:
         rows_NT = lm.rows(ids_NT, lengths_N)
         cut = lm.cut(ids_NT)
@@ -63,6 +69,20 @@ def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None =
         ]
         sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
     return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
+
+
+def cycle_seconds(config: Config, references: dict[str, float]) -> tuple[float, float] | None:
+    """What a cycle's evaluation and its attribution will take one worker on a device like that of the references; None
+    if these say no time.
+
+    In units of running the model on from the hook: a reference is one, each prefix of an SAE is one, and scores are
+    three, since a gradient costs two.
+    """
+    if "seconds" not in references:
+        return None
+    per_token = references["seconds"] / (KINDS * references["tokens"])
+    prefixes = len(config.sae.prefix_fractions) + 2  # the groups, the rest, and the core alone
+    return per_token * prefixes * config.evaluate.tokens, per_token * 3 * config.attribution.tokens
 
 
 def references_path(dataset_folder: Path, evaluate) -> Path:
