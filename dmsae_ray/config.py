@@ -386,18 +386,20 @@ class SweepConfig(Section):
     data_seed: int | None = Field(None, ge=0)
     """seed of the order of data; empty: the chain's own seed"""
     data: Literal["shared", "disjoint"] = "shared"
-    """`shared`: every chain reads all shards; `disjoint`: chains of different seeds read different shards, since
-    agreement on shared data overstates reproducibility
+    """`shared`: every chain reads all shards; `disjoint`: chains of different seeds train on, and are attributed on,
+    different documents, since agreement on shared data overstates reproducibility. Evaluation text is the same for all
     """
     parts: int | None = Field(None, ge=2)
-    """with data disjoint: how many parts the shards are dealt to, seed s taking part s modulo parts; empty: as many as
-    seeds. A larger number leaves room for seeds added later
+    """to how many parts documents are dealt when they are harvested, by the hash of their text; harvest.tokens are
+    those of all parts together. With data disjoint seed s takes part s modulo parts, with data shared every chain reads
+    all of them. Another number is another dataset: set it before the harvest where an arm is to have data disjoint,
+    larger than needed where seeds may be added later; empty: as many as seeds with data disjoint, else nothing is dealt
     """
 
     @property
     def n_parts(self) -> int:
-        """Parts that the shards are dealt to."""
-        return 1 if self.data == "shared" else self.parts or len(self.seeds)
+        """Parts that documents are dealt to."""
+        return self.parts or (len(self.seeds) if self.data == "disjoint" else 1)
 
     @field_validator("seeds", "k")
     @classmethod
@@ -410,7 +412,7 @@ class SweepConfig(Section):
 
 
 ARM_SECTIONS = ("sae", "train", "attribution", "selection")
-ARM_SWEEP_FIELDS = ("data", "data_seed", "parts")
+ARM_SWEEP_FIELDS = ("data", "data_seed")
 
 
 class ArmConfig(Section):
@@ -418,7 +420,7 @@ class ArmConfig(Section):
 
     fields: dict[str, Any] = {}
     """what differs, by dotted name, such as {selection.by: random, selection.size: match}: fields of sae, train,
-    attribution and selection, and sweep.data, sweep.data_seed, sweep.parts
+    attribution and selection, and sweep.data, sweep.data_seed
     """
     seeds: tuple[int, ...] = ()
     """seeds; empty: those of the sweep"""
@@ -616,9 +618,9 @@ class Config(BaseSettings):
         for field, value in arm.fields.items():
             section, _, rest = field.partition(".")
             tree[section][rest] = value
-        if tree["sweep"]["data"] == "shared" and "sweep.parts" not in arm.fields:
-            tree["sweep"]["parts"] = None
+        parts = self.sweep.n_parts
         tree["sweep"] |= {
+            "parts": parts if parts > 1 else None,  # those of the one dataset that all arms read
             "seeds": arm.seeds or self.sweep.seeds,
             "k": arm.k or self.sweep.k,
             "cycles": arm.cycles or self.sweep.cycles,

@@ -89,21 +89,20 @@ def _rows(config: Config) -> Iterator[str]:
 def _parts(config: Config) -> Iterator[str]:
     harvest, seeds, parts = config.harvest, config.sweep.seeds, config.sweep.n_parts
     if config.sweep.data == "disjoint":
+        if parts == 1:
+            yield f"sweep.data disjoint with one seed, {seeds[0]}: set sweep.parts, of which it takes one"
         if len({seed % parts for seed in seeds}) < len(seeds):
             enough = next(n for n in itertools.count(parts) if len({seed % n for seed in seeds}) == len(seeds))
             yield (
                 f"sweep.seeds {list(seeds)}: with sweep.data disjoint two of them would take the same of {parts} parts "
                 f"(seed modulo sweep.parts); set sweep.parts to {enough}"
             )
-        shards = harvest.tokens // harvest.rows_per_shard
-        if (shards // parts) * (harvest.rows_per_shard // harvest.rows_per_group) < config.train.lanes:
-            yield (
-                f"sweep.data disjoint: {shards} full shards (harvest.tokens / harvest.rows_per_shard) dealt to {parts} "
-                f"parts leave less than one row group for each of {config.train.lanes} lanes; lower "
-                "harvest.rows_per_shard or raise harvest.tokens"
-            )
-    elif config.sweep.parts is not None:
-        yield "sweep.parts has a meaning only with sweep.data disjoint"
+    if parts > 1 and harvest.tokens // parts < harvest.rows_per_group * config.train.lanes:
+        yield (
+            f"sweep.parts {parts}: of harvest.tokens {harvest.tokens} each part has {harvest.tokens // parts}, less "
+            f"than one row group for each lane (harvest.rows_per_group x train.lanes = "
+            f"{harvest.rows_per_group * config.train.lanes}); raise harvest.tokens, or lower harvest.rows_per_group"
+        )
 
 
 def _choices(config: Config) -> Iterator[str]:
@@ -134,7 +133,13 @@ def _arms(config: Config) -> Iterator[str]:
             "sae.core and study.arms are both given: arms are compared with chains that began without a core; leave "
             "one empty"
         )
-    for name in config.study.arms:
+    for name, arm in config.study.arms.items():
+        if arm.fields.get("sweep.data") == "disjoint" and config.sweep.n_parts == 1:
+            yield (
+                f"study.arms.{name}: sweep.data disjoint: documents are dealt to parts when they are harvested, for "
+                f"all arms: set sweep.parts to {max(2, len(arm.seeds or config.sweep.seeds))}"
+            )
+            continue
         try:
             config.of_arm(name)
         except ValidationError as error:

@@ -40,6 +40,7 @@ def dataset_fields(
     )
     corpus |= {"chat_template": chat_template} if chat_template else {}
     model = config.model.model_dump(mode="json", include={"dtype", "context"}) | {"hook": hook or config.model.hook}
+    parts = config.sweep.n_parts
     return {
         "format": DATASET_FORMAT,
         "model_fingerprint": model_fingerprint,
@@ -47,7 +48,7 @@ def dataset_fields(
         "corpus": corpus,
         "model": model,
         "harvest": harvest,
-    }
+    } | ({"sweep": {"parts": parts}} if parts > 1 else {})
 
 
 def chain_fields(config: Config, seed: int, k: int, dataset_key: str) -> dict[str, Any]:

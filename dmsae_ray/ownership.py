@@ -35,9 +35,9 @@ FOLDERS = {
 FILES = {
     "data": (
         r"manifest\.json|references-[\w.-]+\.json|shards|shards/(train-\d{5,}|calibration)\.parquet|"
-        r"tokens|tokens/(attribution|evaluation)\.safetensors"
+        r"tokens|tokens/(attribution(-\d+)?|evaluation)\.safetensors"
     ),
-    "tokens": r"(train|attribution|evaluation)\.safetensors",
+    "tokens": r"((train|attribution)(-\d+)?|calibration|evaluation)\.safetensors",
     "chains": (
         r"chain\.json|failed\.json|cycle_\d\d+|cycle_\d\d+/(checkpoint\.pt|curve\.jsonl|(sae|scores|core)\.safetensors|record\.json|"
         r"evaluation-\d+\.json|attribution|attribution/[0-9a-f]+-\d{5,}\.safetensors)"

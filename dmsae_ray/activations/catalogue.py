@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset, read_held_out
@@ -11,7 +12,7 @@ from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
-from dmsae_ray.corpus.split import HELD_OUT
+from dmsae_ray.corpus.split import Deal
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.identity import fields_key
 from dmsae_ray.lm.source import info_of, tokenizer_of
@@ -41,12 +42,13 @@ class Identity:
         """Names the token sequences, which all hooks share. How many are wanted is no part of it: more of them begin
         with the same.
         """
-        fields = self.fields("")
+        fields, deal = self.fields(""), Deal.of(self.config)
         return fields_key(
             {name: fields[name] for name in ("format", "corpus", "corpus_fingerprint", "model_fingerprint")}
             | {
                 "context": fields["model"]["context"],
             }
+            | ({"deal": asdict(deal)} if deal.parts > 1 else {})
         )
 
     @property
@@ -98,25 +100,25 @@ def _find(config: Config, identity: Identity, hook: str, say: Callable[[str], No
         return None
     dataset = ActivationDataset(store)
     dataset.expect(identity.fields(hook))
-    needed = {entry.file for entry in dataset.entries()} | {f"tokens/{split}.safetensors" for split in HELD_OUT}
+    splits = Deal.of(config).held_out
+    needed = {entry.file for entry in dataset.entries()} | {f"tokens/{split}.safetensors" for split in splits}
     if not given and not needed <= store.sizes("shards").keys() | store.sizes("tokens").keys():
         return None
     dataset.verify()
-    held_out = {split: dataset.held_out(split) for split in HELD_OUT}
+    held_out = {split: dataset.held_out(split) for split in splits}
     wanted = held_out_tokens(config)
     short = {
-        split: wanted[split]
-        for split in HELD_OUT
-        if held_out[split].tokens < wanted[split] and not held_out[split].ends
+        split: wanted[split] for split in splits if held_out[split].tokens < wanted[split] and not held_out[split].ends
     }
     if short and not given:  # the corpus has more than was read of it
         say(
             "tokens: reading on in the corpus, for "
             f"{' and '.join(f'{tokens:,} tokens of {split}' for split, tokens in short.items())}"
         )
-        prepare_tokens(config.corpus, tokenizer_of(config.model), config.model.context, identity.tokens, short, say)
+        deal, tokenizer = Deal.of(config), tokenizer_of(config.model)
+        prepare_tokens(config.corpus, tokenizer, config.model.context, identity.tokens, short, say, deal)
         _store_held_out(identity.tokens, store, tuple(short))
-        held_out = {split: dataset.held_out(split) for split in HELD_OUT}
+        held_out = {split: dataset.held_out(split) for split in splits}
     check_held_out(config, held_out)
     return dataset
 

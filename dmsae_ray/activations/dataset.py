@@ -1,7 +1,9 @@
 """A dataset of shards: its manifest, and the checks before anyone trains on it.
 
 Layout of its store: `manifest.json` (written last), `shards/train-00000.parquet` ..., `shards/calibration.parquet`,
-`tokens/{attribution,evaluation}.safetensors`. Letters: N rows, D model dimension.
+`tokens/{attribution,evaluation}.safetensors`; where documents are dealt to parts, training shards are listed part by
+part, as many for each, and `tokens/attribution-0.safetensors` ... are each part's own. Letters: N rows, D model
+dimension.
 """
 
 from __future__ import annotations
@@ -103,6 +105,16 @@ class Manifest:
     def row_bytes(self) -> int:
         return 2 * self.d
 
+    @property
+    def parts(self) -> int:
+        """Parts that documents were dealt to; no document's text is in two of them."""
+        return self.fields.get("sweep", {}).get("parts", 1)
+
+    def shards_of(self, part: int) -> range:
+        """Training shards that a part's documents became, by their place in `shards`."""
+        each = len(self.shards) // self.parts
+        return range(part * each, (part + 1) * each)
+
     def save(self, store: Store) -> None:
         store.write("manifest.json", json.dumps(asdict(self), indent=1).encode())
 
@@ -172,7 +184,7 @@ class ActivationDataset:
             yield read_rows(self.store, entry, m.rows_per_group, m.d, m.dtype)
 
     def held_out(self, split: str) -> TokenSequences:
-        """The token sequences of the attribution or evaluation split."""
+        """The token sequences of one of the splits that are not trained on."""
         return read_held_out(self.store, split)
 
     def expect(self, asked: dict) -> None:

@@ -23,7 +23,7 @@ from dmsae_ray.causes import causes
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import hub_commits, ignored
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
-from dmsae_ray.corpus.split import HELD_OUT
+from dmsae_ray.corpus.split import Deal
 from dmsae_ray.files import remove_leftovers
 from dmsae_ray.lm.source import local_folder, tokenizer_of
 from dmsae_ray.ownership import ours_in
@@ -51,18 +51,19 @@ class Harvest:
         for line in ignored(config.corpus):
             say(line)
         reserve = h.outlier_reserve if h.outlier_norm else 0.0
-        rows = rows_for_plan(
-            h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, config.model.context, reserve
-        )
-        wanted = {"train": rows} | held_out_tokens(config)
+        self.deal = Deal.of(config)
+        rows = rows_for_plan(h, self.deal, config.model.context, reserve)
+        wanted = rows | held_out_tokens(config)
         sequences = prepare_tokens(
-            config.corpus, tokenizer_of(config.model), config.model.context, self.tokens, wanted, say
+            config.corpus, tokenizer_of(config.model), config.model.context, self.tokens, wanted, say, self.deal
         )
         check_held_out(config, sequences)
         # Not of longer sequences that another configuration left here: the same configuration is the same shards.
-        rows_N = sequences["train"].first_tokens(rows).rows
         self.plans = plan_shards(
-            rows_N, h.tokens, h.calibration_tokens, h.rows_per_shard, h.rows_per_group, h.seed, reserve
+            {split: sequences[split].first_tokens(tokens).rows for split, tokens in rows.items()},
+            h,
+            self.deal,
+            reserve,
         )
         self.targets = [Target(hook, self.identity.store(hook), self._about(hook)) for hook in config.hooks]
         self.entries = {target.hook: self._finished(target) for target in self.targets}
@@ -100,7 +101,9 @@ class Harvest:
         self.say(
             f"harvest: {sum(p.rows for p in self.plans):,} tokens of {self.config.model.name} at "
             f"{', '.join(self.config.hooks)} into "
-            f"{len(self.plans)} shards" + (f", {kept} kept from before" if kept else "")
+            f"{len(self.plans)} shards"
+            + (f", documents dealt to {self.deal.parts} parts" if self.deal.parts > 1 else "")
+            + (f", {kept} kept from before" if kept else "")
         )
         if missing and actors < (self.config.harvest.actors or 0):
             self.say(
@@ -141,7 +144,7 @@ class Harvest:
             fn_constructor_kwargs={
                 "config": self.config,
                 "targets": self.targets,
-                "tokens": str(self.tokens / "train.safetensors"),
+                "tokens": str(self.tokens),
                 "calibration": self.plans[0],
             },
             batch_size=1,
@@ -169,7 +172,7 @@ class Harvest:
         entries, store, config = self.entries[target.hook], target.store, self.config
         training = [entries[plan.name] for plan in self.plans if plan.name != "calibration"]
         calibration = entries["calibration"]
-        _store_held_out(self.tokens, store, HELD_OUT)
+        _store_held_out(self.tokens, store, self.deal.held_out)
         if store.size("manifest.json") is not None:
             known = ActivationDataset(store)
             if known.manifest.shards != training or known.manifest.calibration != calibration:

@@ -53,11 +53,13 @@ class ShardMaker:
     """
 
     def __init__(self, config: Config, targets: list[Target], tokens: str, calibration: ShardPlan):
-        """calibration: plan of the shard whose median norm the bound on outliers is a multiple of, in every shard."""
+        """tokens: folder of the splits' token sequences. calibration: plan of the shard whose median norm the bound on
+        outliers is a multiple of, in every shard.
+        """
         torch.set_num_threads(config.harvest.threads)
         self.config, self.targets, self.calibration = config, targets, calibration
         self.lm = LanguageModel.of(config.model, "cuda" if config.harvest.gpus_per_actor else "cpu")
-        self.sequences = TokenSequences.load(Path(tokens))
+        self._tokens, self._sequences = Path(tokens), dict[str, TokenSequences]()
         self._writers = {target.hook: ShardWriter() for target in targets}
         self._bounds: dict[str, float] = {}
         self._pool = ThreadPoolExecutor(1)
@@ -108,7 +110,7 @@ class ShardMaker:
         filled; what a hook's shard holds does not depend on the other hooks. Raises ValueError if they do not suffice.
         """
         harvest, found = self.config.harvest, {}
-        rows, positions = self.rows(plan.name, plan.sequences, hooks)
+        rows, positions = self.rows(plan, plan.sequences, hooks)
         bounds = {hook: self._bound(plan, hook, rows[hook]) for hook in hooks}
         spare: list[tuple[dict[str, torch.Tensor], dict[str, int]]] = []
         for hook in hooks:
@@ -118,7 +120,7 @@ class ShardMaker:
             while len(kept_RD) < plan.rows and first < len(plan.spare):
                 if used == len(spare):
                     part = plan.spare[first : first + harvest.sequences_per_forward]
-                    spare.append(self.rows(plan.name, part, hooks))
+                    spare.append(self.rows(plan, part, hooks))
                 more, none_of_more = spare[used]
                 more_RD, dropped_of_more = drop(more[hook], bounds[hook])
                 kept_RD, dropped = torch.cat([kept_RD, more_RD]), dropped + dropped_of_more
@@ -157,22 +159,25 @@ class ShardMaker:
         return self._bounds[hook]
 
     def rows(
-        self, name: str, sequences: Sequence[int], hooks: list[str]
+        self, plan: ShardPlan, chosen: Sequence[int], hooks: list[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """All rows of these sequences at each hook, [R, D] as stored, and the positions that are none (bos, padding).
-        name: the shard's.
+        """All rows of these sequences of the plan's split at each hook, [R, D] as stored, and the positions that are
+        none (bos, padding).
 
         Raises ValueError naming the token if a value does not fit the stored dtype.
         """
         dtype, per_forward = DTYPES[self.config.harvest.dtype], self.config.harvest.sequences_per_forward
         found: dict[str, list[torch.Tensor]] = {hook: [] for hook in hooks}
         real, positions, pending = 0, 0, None
-        for first in range(0, len(sequences), per_forward):
-            picked = np.array(sequences[first : first + per_forward])
+        if plan.split not in self._sequences:
+            self._sequences[plan.split] = TokenSequences.load(self._tokens / f"{plan.split}.safetensors")
+        sequences, name = self._sequences[plan.split], plan.name
+        for first in range(0, len(chosen), per_forward):
+            picked = np.array(chosen[first : first + per_forward])
             # The last batch is padded with copies of its first sequence: the forward shape never changes.
             shape = np.concatenate([picked, np.repeat(picked[:1], per_forward - len(picked))])
-            ids_NT = torch.from_numpy(self.sequences.ids[shape].astype(np.int64))
-            lengths_N = torch.from_numpy(self.sequences.lengths[shape].astype(np.int64))
+            ids_NT = torch.from_numpy(sequences.ids[shape].astype(np.int64))
+            lengths_N = torch.from_numpy(sequences.lengths[shape].astype(np.int64))
             lengths_N[len(picked) :] = 0
             keep_NT = self.lm.rows(ids_NT, lengths_N)
             index_R = keep_NT.flatten().nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Preparing a corpus: its documents become three files of token sequences, one for each split, in bounded memory."""
+"""Preparing a corpus: its documents become files of token sequences, one for each split, in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dmsae_ray.corpus.documents import Document
 from dmsae_ray.corpus.encode import EncodedDocument, encode
 from dmsae_ray.corpus.mixture import interleave, load_parts, whole_weights
 from dmsae_ray.corpus.packing import PACKINGS
-from dmsae_ray.corpus.split import SPLITS, split_of
+from dmsae_ray.corpus.split import UNDEALT, Deal, of_part
 from dmsae_ray.corpus.token_file import MANY, TokenFileWriter
 from dmsae_ray.corpus.tokens import TokenSequences, pad_id_of
 from dmsae_ray.files import remove_leftovers
@@ -32,6 +32,7 @@ def prepare_tokens(
     folder: Path,
     wanted: Mapping[str, int] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    deal: Deal = UNDEALT,
 ) -> dict[str, TokenSequences]:
     """The splits as token sequences in the corpus's order, mapped from disk; made there if missing, damaged or too
     short.
@@ -41,13 +42,14 @@ def prepare_tokens(
     wanted: split -> tokens: only these splits are made, each of the first documents that give it so many, and no
     document is read after the last that is needed; None: all splits, of the whole corpus. A longer split begins with a
     shorter one, so that what was computed on the first tokens stays what it was.
+    deal: which splits there are.
     tokenizer: a transformers tokenizer with a BOS token. A file's metadata say how many documents and tokens each part
     of the corpus gave to that split, and whether the corpus has no more. `say` gets a line of progress every
     SAY_SECONDS.
 
     Raises ValueError if the corpus cannot be read, a split is empty, the tokenizer has no BOS or the disk is full.
     """
-    wanted = dict.fromkeys(SPLITS, MANY) if wanted is None else wanted
+    wanted = dict.fromkeys(deal.splits, MANY) if wanted is None else wanted
     paths = {split: folder / f"{split}.safetensors" for split in wanted}
     lacking = {split: wanted[split] for split, path in paths.items() if not _enough(path, wanted[split], say)}
     if lacking:
@@ -59,7 +61,7 @@ def prepare_tokens(
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         try:
-            _write(corpus, tokenizer, context, {split: paths[split] for split in lacking}, lacking, say)
+            _write(corpus, tokenizer, context, {split: paths[split] for split in lacking}, lacking, say, deal)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -72,19 +74,36 @@ def prepare_tokens(
 
 def held_out_tokens(config: Config) -> dict[str, int]:
     """Tokens of each held-out split that something in a configuration looks at."""
-    return {"attribution": config.attribution.tokens, "evaluation": max(config.evaluate.tokens, config.features.tokens)}
+    return {
+        split: max(config.evaluate.tokens, config.features.tokens)
+        if split == "evaluation"
+        else config.attribution.tokens
+        for split in Deal.of(config).held_out
+    }
 
 
 def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None:
     """Raises ValueError if attribution or evaluation asks for more tokens than its split has."""
-    for split, field, wanted in (
-        ("attribution", "attribution.tokens", config.attribution.tokens),
-        ("evaluation", "evaluate.tokens", config.evaluate.tokens),
-    ):
+    deal = Deal.of(config)
+    asked = [
+        ("attribution", "attribution", "", config.attribution.tokens),
+        ("evaluation", "evaluate", "", config.evaluate.tokens),
+        *(
+            (
+                of_part("attribution", part),
+                "attribution",
+                f" of part {part} of sweep.parts {deal.parts}",
+                config.attribution.tokens,
+            )
+            for part in range(deal.parts if deal.parts > 1 else 0)
+        ),
+    ]
+    for split, section, part, wanted in asked:
         if (have := sequences[split].tokens) < wanted:
+            whole = split.partition("-")[0]
             raise ValueError(
-                f"{field} {wanted}: the corpus's {split} split has only {have}; ask for fewer or raise "
-                f"corpus.{split}_share"
+                f"{section}.tokens {wanted}: the corpus's {whole} split{part} has only {have}; ask for fewer or raise "
+                f"corpus.{whole}_share"
             )
 
 
@@ -103,21 +122,25 @@ def _enough(path: Path, wanted: int, say: Callable[[str], None]) -> bool:
 class _Tally:
     """What documents gave, and which splits have yet to be filled."""
 
-    def __init__(self, corpus: CorpusConfig, wanted: Mapping[str, int]):
-        self.corpus, self.lacking = corpus, dict(wanted)
-        self.given = {split: np.zeros((len(corpus.parts), 2), dtype=np.int64) for split in SPLITS}
-        """documents and tokens of each part, int64 [parts, 2]"""
+    def __init__(self, corpus: CorpusConfig, wanted: Mapping[str, int], deal: Deal):
+        self.corpus, self.lacking, self.deal = corpus, dict(wanted), deal
+        self.given = {split: np.zeros((len(corpus.parts), 2), dtype=np.int64) for split in deal.splits}
+        """documents and tokens of each source of the mixture, int64 [sources, 2]"""
         self.documents = self.replaced = 0
+        self.taken = np.zeros(2, dtype=np.int64)
+        """documents and tokens, each document counted once"""
 
-    def split(self, document: Document) -> str:
+    def splits(self, document: Document) -> list[str]:
+        """Those that it belongs to and that are not yet full."""
         whole = document.text if document.whole is None else document.whole
-        return split_of(whole, self.corpus.attribution_share, self.corpus.evaluation_share)
+        splits = self.deal.splits_of(whole, self.corpus.attribution_share, self.corpus.evaluation_share)
+        return [split for split in splits if split in self.lacking]
 
     def needed(self, documents: Iterator[Document]) -> Iterator[Document]:
         """Documents of splits that are not yet full: others are not worth a tokenizer's time."""
         for document in documents:
             self.documents += 1
-            if self.split(document) in self.lacking:
+            if self.splits(document):
                 yield document
             elif not self.lacking:
                 return
@@ -130,13 +153,14 @@ def _write(
     paths: dict[str, Path],
     wanted: Mapping[str, int],
     say: Callable[[str], None],
+    deal: Deal,
 ) -> None:
     """These splits, each of as many documents as it needs."""
     packers = {
         split: PACKINGS[corpus.packing](context, tokenizer.bos_token_id, pad_id_of(tokenizer)) for split in paths
     }
     kept, shortest = next(iter(packers.values())).kept, next(iter(packers.values())).shortest
-    tally, rows = _Tally(corpus, wanted), dict.fromkeys(paths, 0)
+    tally, rows = _Tally(corpus, wanted, deal), dict.fromkeys(paths, 0)
     # The order of a mixture counts every document's tokens, so there nothing can be passed over.
     parts = [documents if corpus.mixture else tally.needed(documents) for documents in load_parts(corpus)]
     weights = whole_weights([part.weight for part in corpus.parts])
@@ -144,28 +168,30 @@ def _write(
         interleave([encode(part, tokenizer) for part in parts], weights, lambda document: kept(len(document.ids))),
         corpus.documents,
     )
-    largest = _metadata(corpus, "attribution", np.full_like(tally.given["train"], MANY), ends=False)
+    longest = max(deal.splits, key=len)
+    largest = _metadata(corpus, longest, np.full_like(tally.given[longest], MANY), ends=False)
     with ExitStack() as stack:
         files = {split: stack.enter_context(TokenFileWriter(path, context, largest)) for split, path in paths.items()}
         start = said = time.monotonic()
         for part, document in documents:
-            split = tally.split(document.document)
+            splits = tally.splits(document.document)
             tally.documents += bool(corpus.mixture)  # else counted where they are passed over
-            if split not in tally.lacking:
+            if not splits:
                 continue
-            sequences = packers[split].add(document.ids)
-            sequences.append_to(files[split])
-            rows[split] += sequences.tokens
-            tally.given[split][part] += 1, kept(len(document.ids))
+            for split in splits:
+                sequences = packers[split].add(document.ids)
+                sequences.append_to(files[split])
+                rows[split] += sequences.tokens
+                tally.given[split][part] += 1, kept(len(document.ids))
+                if rows[split] >= wanted[split]:
+                    del tally.lacking[split]
+            tally.taken += 1, kept(len(document.ids))
             tally.replaced += _note(document, tally.replaced, say)
             if (now := time.monotonic()) - said >= SAY_SECONDS:
-                said = now
-                count, tokens = np.sum([*tally.given.values()], axis=(0, 1)).tolist()
+                said, (count, tokens) = now, tally.taken.tolist()
                 say(f"tokens: {count:,} documents, {tokens:,} tokens, {tokens / (now - start):,.0f} tokens/s")
-            if rows[split] >= wanted[split]:
-                del tally.lacking[split]
-                if not tally.lacking:
-                    break
+            if not tally.lacking:
+                break
         for split in tally.lacking:  # the corpus ended: what is left of its last document
             packers[split].rest().append_to(files[split])
         for split, file in files.items():
@@ -180,6 +206,7 @@ def _write(
                     )
                     + ", so there is no sequence; give more or longer documents, cut long ones by "
                     "corpus.piece_characters, or set other corpus.attribution_share and corpus.evaluation_share"
+                    + (", or lower sweep.parts" if deal.parts > 1 else "")
                 )
         for split, file in files.items():
             file.finish(_metadata(corpus, split, tally.given[split], ends=split in tally.lacking))

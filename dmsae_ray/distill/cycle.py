@@ -182,7 +182,7 @@ class Cycle:
     def _attribute(self, sae: MatryoshkaSAE, open_next: Callable[[], None] | None) -> Attribution:
         """Score shards until the aggregator has all it asks for, then ask it for the scores."""
         config = self.plan.config.attribution
-        batches = list(self._sequences("attribution", config.tokens).batches(config.sequences_per_shard))
+        batches = list(self._sequences(self.plan.attribution_split, config.tokens).batches(config.sequences_per_shard))
         # Partial sums belong to these weights: every rank holds the same.
         stamp = hashlib.sha256(
             sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()

@@ -71,6 +71,20 @@ def grid(config: Config, arm: str, dataset: SecretUrl | str, dataset_key: str) -
     ]
 
 
+def read_more_often(plans: list[ChainPlan], dataset: ActivationDataset) -> str | None:
+    """A line if chains on disjoint data, compared with chains on all of it, pass over theirs more often."""
+    m, apart = dataset.manifest, [plan.config.train for plan in plans if plan.part is not None]
+    rows, read = m.rows // m.parts, max((train.tokens for train in apart), default=0)
+    if len(apart) == len(plans) or read <= rows:
+        return None
+    round_ = m.rows_per_group * apart[0].lanes
+    return (
+        f"warning: sweep.data disjoint: a cycle reads {read:,} rows, one of {m.parts} parts has {rows:,}: disjoint "
+        f"chains read each row {read / rows:.2g} times, chains on shared data {read / m.rows:.2g} times, and differ in "
+        f"that as well; harvest.tokens {-(-read // round_) * round_ * m.parts} or more gives one pass"
+    )
+
+
 def check_start(path: Path, manifest: Manifest) -> None:
     """A core file fits the activations. Raises ValueError."""
     from dmsae_ray.core.core import Core

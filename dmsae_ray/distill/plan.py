@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmsae_ray.config import Config
+from dmsae_ray.corpus.split import of_part
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.draws import INIT, SELECTION
 from dmsae_ray.identity import chain_fields, fields_key
@@ -170,17 +171,19 @@ class ChainPlan:
 
         return steps_of(self.config)
 
-    def units(self, dataset: ActivationDataset) -> list[Unit]:
-        """The row groups this chain trains on: all, or those of its part's shards.
+    @property
+    def part(self) -> int | None:
+        """The part of the documents that this chain trains on; None: all of them."""
+        return self.fields["part"] and self.fields["part"]["part"]
 
-        Parts are whole shards, so that no sequence is in two, and full ones, so that all parts are of one size.
-        """
-        parts = self.config.sweep.n_parts
-        if parts == 1:
-            return dataset.units()
-        size = dataset.manifest.rows // self.config.harvest.rows_per_shard // parts
-        part = self.seed % parts
-        return dataset.units(range(part * size, (part + 1) * size))
+    @property
+    def attribution_split(self) -> str:
+        """The split whose text decides the chain's cores."""
+        return "attribution" if self.part is None else of_part("attribution", self.part)
+
+    def units(self, dataset: ActivationDataset) -> list[Unit]:
+        """The row groups this chain trains on: all, or those of its part's shards."""
+        return dataset.units(None if self.part is None else dataset.manifest.shards_of(self.part))
 
     def order(self, dataset: ActivationDataset, cycle: int) -> Order:
         from dmsae_ray.activations.order import Order

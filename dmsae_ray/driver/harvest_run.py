@@ -12,7 +12,7 @@ from dmsae_ray.activations.rowgroup import REPAIR
 from dmsae_ray.activations.store import Missing, StoreError
 from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.config import Config
-from dmsae_ray.corpus.split import HELD_OUT
+from dmsae_ray.corpus.split import Deal
 from dmsae_ray.driver.options import HarvestCommand
 from dmsae_ray.driver.preflight import preflight
 from dmsae_ray.driver.session import session
@@ -74,7 +74,7 @@ def verify(config: Config, say: Screen, repair: bool) -> int:
                 say(f"bad: {error}")
                 if repair:
                     store.delete(entry.file)
-        for split in HELD_OUT:
+        for split in Deal.of(config).held_out:
             try:
                 dataset.held_out(split)
             except ValueError as error:

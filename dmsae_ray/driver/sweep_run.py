@@ -18,7 +18,7 @@ from dmsae_ray.activations.outliers import notes
 from dmsae_ray.cluster.connection import Capacity
 from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.config import Config
-from dmsae_ray.distill.grid import plan_chains, planned
+from dmsae_ray.distill.grid import plan_chains, planned, read_more_often
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import SweepCommand
 from dmsae_ray.driver.preflight import check_needs, preflight, without_kernels
@@ -110,6 +110,8 @@ class Sweep:
                 raise store
             dataset = self.dataset(harvest=train)
             plans = plan_chains(self.config, dataset)
+            if line := read_more_often(plans, dataset):
+                self.say(line)
             folder = sweep_folder(self.config, plans)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "config.yaml") as temporary:

@@ -41,6 +41,7 @@ from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits, _blocks, _views
 from dmsae_ray.cluster.connection import QUIET
 from dmsae_ray.corpus.prepare import prepare_tokens
+from dmsae_ray.corpus.split import UNDEALT
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lm.model import load_tokenizer
 
@@ -297,16 +298,9 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
         tokenizer = load_tokenizer(config.model.name)
         sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, home / "tokens")["train"]
         harvest = config.harvest
-        plans = plan_shards(
-            sequences.rows,
-            harvest.tokens,
-            harvest.calibration_tokens,
-            harvest.rows_per_shard,
-            harvest.rows_per_group,
-            0,
-        )[1:]
+        plans = plan_shards({"train": sequences.rows}, harvest, UNDEALT)[1:]
         target = Target(config.model.hook, Store(home / "data"), {"dataset": "bench"})
-        maker = ShardMaker(config, [target], str(home / "tokens" / "train.safetensors"), plans[0])
+        maker = ShardMaker(config, [target], str(home / "tokens"), plans[0])
         bare = bare_forward(maker, sequences, device)
 
         def halves(plan: ShardPlan) -> list[ShardPlan]:

@@ -28,11 +28,17 @@ def write(
 
 
 def make_dataset(
-    folder, shards: int = 2, rows: int = 32, per_group: int = PER_GROUP, last: int | None = None, key: str = "key"
+    folder,
+    shards: int = 2,
+    rows: int = 32,
+    per_group: int = PER_GROUP,
+    last: int | None = None,
+    key: str = "key",
+    parts: int = 1,
 ):
-    """shards of so many rows, the last one of `last` rows, and a calibration shard."""
+    """shards of so many rows, the last one of each part of `last` rows, and a calibration shard."""
     store = Store(folder)
-    sizes = [*[rows] * (shards - 1), rows if last is None else last]
+    sizes = [*[rows] * (shards // parts - 1), rows if last is None else last] * parts
     entries = [
         write(store, f"shards/train-{i:05d}.parquet", some_rows(size, seed=i), per_group, key)
         for i, size in enumerate(sizes)
@@ -52,7 +58,7 @@ def make_dataset(
         positions=NOTHING,
         shards=entries,
         calibration=calibration,
-        fields=FIELDS,
+        fields=FIELDS | ({"sweep": {"parts": parts}} if parts > 1 else {}),
         **statistics_of(read_rows(store, calibration, per_group, D, "float16")),
     ).save(store)
     return ActivationDataset(store)

@@ -88,7 +88,10 @@ def test_folders_of_versions_without_a_mark_are_ours_and_so_are_copies_of_their_
     assert marked(old)
     for name in (
         "data/0123456789ab/shards/train-00000.parquet",
+        "data/0123456789ab/tokens/attribution-1.safetensors",
         "tokens/0123456789ab/train.safetensors",
+        "tokens/0123456789ab/train-0.safetensors",
+        "tokens/0123456789ab/calibration.safetensors",
         "chains/0123456789ab/chain.json",
     ):
         put(copy / name)

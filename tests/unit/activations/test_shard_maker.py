@@ -21,7 +21,8 @@ from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardWriter, inspect
 from dmsae_ray.activations.shard_maker import ShardMaker, Target, drop, median_norm
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
 from dmsae_ray.activations.store import Store
-from dmsae_ray.config import Config
+from dmsae_ray.config import Config, HarvestConfig
+from dmsae_ray.corpus.split import UNDEALT
 from dmsae_ray.corpus.tokens import TokenSequences
 
 T, BOS, PAD, PER_FORWARD, PER_GROUP = 24, 2, 0, 4, 128
@@ -71,21 +72,33 @@ def make(maker, targets, plans) -> dict[str, dict[str, ShardEntry]]:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    sequences, path = sequences_of(), tmp_path_factory.mktemp("tokens") / "train.safetensors"
-    sequences.save(path)
-    return sequences, path
+    sequences, folder = sequences_of(), tmp_path_factory.mktemp("tokens")
+    sequences.save(folder / "train.safetensors")
+    return sequences, folder
+
+
+def planned(tokens, groups, reserve=0.0):
+    """The shards of so many row groups of these sequences."""
+    harvest = HarvestConfig.model_construct(
+        tokens=groups * PER_GROUP,
+        calibration_tokens=100,
+        rows_per_shard=2 * PER_GROUP,
+        rows_per_group=PER_GROUP,
+        seed=0,
+    )
+    return plan_shards({"train": tokens[0].rows}, harvest, UNDEALT, reserve)
 
 
 @pytest.fixture(scope="module")
 def maker(tokens, tmp_path_factory):
-    calibration = plan_shards(tokens[0].rows, 5 * PER_GROUP, 100, 2 * PER_GROUP, PER_GROUP, seed=0)[0]
+    calibration = planned(tokens, 5)[0]
     return ShardMaker(configured(), [target_of(tmp_path_factory.mktemp("first"), POST)], str(tokens[1]), calibration)
 
 
 @pytest.fixture(scope="module")
 def plans(tokens):
     """A calibration shard, two full ones and one of a single row group."""
-    return plan_shards(tokens[0].rows, 5 * PER_GROUP, 100, 2 * PER_GROUP, PER_GROUP, seed=0)
+    return planned(tokens, 5)
 
 
 def files_of(target):
@@ -199,7 +212,7 @@ def bounded(maker, plans, factor, **harvest):
 
 
 def spared(tokens, reserve):
-    return plan_shards(tokens[0].rows, 3 * PER_GROUP, 100, 2 * PER_GROUP, PER_GROUP, seed=0, reserve=reserve)
+    return planned(tokens, 3, reserve)
 
 
 def test_one_bound_holds_in_every_shard_whoever_makes_which_first(maker, tokens, tmp_path):
@@ -313,9 +326,7 @@ def one_sequence(tmp_path):
 def test_a_value_that_does_not_fit_names_the_token_and_nothing_is_written(tmp_path, one_sequence, value, why):
     ids, plan = one_sequence
     target = target_of(tmp_path, PRE)
-    maker = ShardMaker(
-        configured(model_with(tmp_path / "model", value)), [target], str(tmp_path / "train.safetensors"), plan
-    )
+    maker = ShardMaker(configured(model_with(tmp_path / "model", value)), [target], str(tmp_path), plan)
     with pytest.raises(ValueError) as error:
         make(maker, [target], [plan])
     message, piece = str(error.value), maker.lm.tokenizer.decode(ids[1:10])
@@ -328,7 +339,7 @@ def test_a_value_that_does_not_fit_is_an_outlier_where_those_are_left_out(tmp_pa
     ids, plan = one_sequence
     plan = replace(plan, rows=T - 2)
     target, config = target_of(tmp_path, PRE), configured(model_with(tmp_path / "model", 1e4), outlier_norm=10.0)
-    maker = ShardMaker(config, [target], str(tmp_path / "train.safetensors"), plan)
+    maker = ShardMaker(config, [target], str(tmp_path), plan)
     (entry,) = (of[PRE] for of in make(maker, [target], [plan]).values())
     assert entry.positions["outlier"] == 1 and entry.positions["unused"] == 0
     assert torch.isfinite(rows_in(target, plan, "float16")).all()
@@ -340,7 +351,7 @@ def test_bfloat16_holds_what_float16_cannot(tmp_path, one_sequence):
     maker = ShardMaker(
         configured(model_with(tmp_path / "model", 1e4), dtype="bfloat16"),
         [target],
-        str(tmp_path / "train.safetensors"),
+        str(tmp_path),
         plan,
     )
     make(maker, [target], [plan])

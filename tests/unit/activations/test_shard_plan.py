@@ -9,13 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
+from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
+from dmsae_ray.config import HarvestConfig
+from dmsae_ray.corpus.split import UNDEALT, Deal
 
 ROWS_N = np.random.default_rng(0).integers(4, 29, size=400).astype(np.int32)
 
 
 def plans_of(rows_N=ROWS_N, tokens=2048, calibration=256, per_shard=512, per_group=64, seed=1, reserve=0.0):
-    return plan_shards(rows_N, tokens, calibration, per_shard, per_group, seed, reserve)
+    harvest = harvest_of(tokens, calibration, per_shard, per_group, seed)
+    return plan_shards({"train": rows_N}, harvest, UNDEALT, reserve)
+
+
+def harvest_of(tokens=2048, calibration=256, per_shard=512, per_group=64, seed=1):
+    return HarvestConfig(
+        tokens=tokens, calibration_tokens=calibration, rows_per_shard=per_shard, rows_per_group=per_group, seed=seed
+    )
 
 
 @settings(deadline=None)
@@ -74,7 +83,7 @@ def test_a_corpus_that_is_too_small_says_how_much_it_has():
         ValueError, match=r"harvest\.tokens 2048 \+ harvest\.calibration_tokens 256.*gives only 900 rows; ask for fewer"
     ):
         plans_of(np.full(100, 9))
-    with pytest.raises(ValueError, match="gives only 0 rows"):
+    with pytest.raises(ValueError, match="training split gives only 0 rows"):
         plans_of(np.zeros(0, dtype=np.int32))
     enough = np.full(100, 24)
     plans_of(enough)
@@ -85,3 +94,49 @@ def test_a_corpus_that_is_too_small_says_how_much_it_has():
         len(plans[0].spare) == 1
         and sum(len(plan.spare) for plan in plans) + sum(len(plan.sequences) for plan in plans) == 100
     )
+
+
+# -- parts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts, tokens, reserve", [(2, 2048, 0.0), (3, 2000, 0.05), (4, 1100, 0.5)])
+def test_every_part_has_as_many_shards_and_rows_of_its_own_split(parts, tokens, reserve):
+    deal = Deal(parts, 0.2)
+    rows = {split: np.random.default_rng(place).integers(4, 29, 400) for place, split in enumerate(deal.splits)}
+    plans = plan_shards(rows, harvest_of(tokens), deal, reserve)
+    assert plans[0].split == plans[0].name == "calibration" and plans[0].rows == 256
+    each = (len(plans) - 1) // parts
+    assert [plan.name for plan in plans[1:]] == [f"train-{i:05d}" for i in range(parts * each)]
+    assert [plan.number for plan in plans] == list(range(len(plans))), "no two permute their rows alike"
+    assert [plan.split for plan in plans[1:]] == [f"train-{part}" for part in range(parts) for _ in range(each)]
+    sizes = [plan.rows for plan in plans[1:]]
+    assert sizes == sizes[:each] * parts and sum(sizes[:each]) == tokens // parts // 64 * 64
+    for split in ("calibration", *deal.training):
+        taken = [s for plan in plans if plan.split == split for s in plan.sequences + plan.spare]
+        assert len(taken) == len(set(taken))
+
+
+def test_a_part_that_is_too_small_is_named_with_what_it_lacks():
+    deal, rows = Deal(2, 0.2), {"calibration": np.full(40, 10), "train-0": np.full(200, 10), "train-1": np.full(99, 10)}
+    with pytest.raises(
+        ValueError,
+        match=r"dealt to sweep\.parts 2: the corpus's train-1 text gives only 990 rows, for 2 shard.* with 1024 in all",
+    ):
+        plan_shards(rows, harvest_of(), deal)
+    assert plan_shards(rows | {"train-1": np.full(104, 10)}, harvest_of(), deal)
+
+
+@pytest.mark.parametrize("deal", [UNDEALT, Deal(3, 0.2)])
+def test_rows_asked_for_suffice_whatever_the_sequences(deal):
+    """As many rows of every split as are asked for, in sequences of at most the context's, always make the shards."""
+    context = 40
+    for seed in range(20):
+        wanted, rng = rows_for_plan(harvest_of(), deal, context, 0.1), np.random.default_rng(seed)
+        rows = {}
+        for split, tokens in wanted.items():
+            drawn = rng.integers(1, context, tokens)
+            rows[split] = drawn[: int(np.searchsorted(np.cumsum(drawn), tokens)) + 1]
+        plans = plan_shards(rows, harvest_of(), deal, 0.1)
+        for plan in plans:
+            assert rows[plan.split][list(plan.spare)].sum() >= plan.rows * 0.1

@@ -15,7 +15,7 @@ import pytest
 from dmsae_ray.corpus.documents import check_source, corpus_fingerprint, load_documents
 from dmsae_ray.corpus.hub_text import hub_rows
 from dmsae_ray.corpus.local_files import EMBEDDED, is_hub
-from dmsae_ray.corpus.split import SPLITS, split_of
+from dmsae_ray.corpus.split import SPLITS, UNDEALT, Deal, split_of
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,32 @@ def test_split_shares_and_nesting():
     assert all(b == "attribution" for a, b in zip(small, larger, strict=True) if a == "attribution")
     assert all(b != "train" or a == "train" for a, b in zip(small, larger, strict=True))
     assert {split_of(name, 0.0, 0.0) for name in names} == {"train"}
+
+
+def test_parts_are_dealt_by_text_evenly_whatever_the_split():
+    # Frozen values: another rule would move documents between parts of data that were harvested.
+    deal = Deal(3, 0.2)
+    assert [deal.splits_of(f"document {i}", 0.2, 0.2) for i in range(6)] == [
+        ("attribution", "attribution-0"),
+        ("train-1",),
+        ("train-2",),
+        ("evaluation",),
+        ("train-1",),
+        ("attribution", "attribution-1"),
+    ]
+    names = [f"text {i}" for i in range(6000)]
+    found = [deal.splits_of(name, 0.1, 0.1) for name in names]
+    for name, splits in zip(names, found, strict=True):
+        split = split_of(name, 0.1, 0.1)
+        (whole,) = UNDEALT.splits_of(name, 0.1, 0.1)
+        assert whole == split and (splits[0].partition("-")[0] == split or split == "train"), "held out as ever"
+        assert set(splits) <= set(deal.splits)
+    counts = {split: sum(split in splits for splits in found) for split in deal.splits}
+    assert abs(counts["calibration"] / 4800 - 0.2) < 0.02 and counts["evaluation"] + counts["attribution"] < 1400
+    for part in range(3):
+        assert abs(counts[f"train-{part}"] / 3840 - 1 / 3) < 0.03
+        assert abs(counts[f"attribution-{part}"] / counts["attribution"] - 1 / 3) < 0.08
+    assert sum(counts[f"attribution-{part}"] for part in range(3)) == counts["attribution"]
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0)])

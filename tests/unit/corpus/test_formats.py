@@ -347,7 +347,7 @@ def test_more_held_out_tokens_are_read_for_a_finished_dataset_and_its_key_and_fi
 
     config, said = configuration(), []
     work = Harvest(config, said.append)
-    maker = ShardMaker(config, work.targets, str(work.tokens / "train.safetensors"), work.plans[0])
+    maker = ShardMaker(config, work.targets, str(work.tokens), work.plans[0])
     plans = {"plans": [json.dumps([plan.to_dict() for plan in work.plans])]}
     for plan, row in zip(work.plans, maker(plans), strict=True):
         for hook, entry in json.loads(row["entries"][0]).items():

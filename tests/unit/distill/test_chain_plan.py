@@ -7,6 +7,7 @@ import torch
 from plans import configured, plans_of
 from shards import make_dataset
 
+from dmsae_ray.distill.grid import read_more_often
 from dmsae_ray.distill.mapping import attribution_settings
 from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.identity import chain_fields, dataset_fields, fields_key
@@ -20,25 +21,12 @@ def files_of(plan, dataset) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shards, last", [(4, 32), (5, 32), (6, 32), (6, 16), (7, 8)])
+@pytest.mark.parametrize("each, last", [(1, 32), (2, 32), (2, 16), (3, 8)])
 @pytest.mark.parametrize("seeds, parts", [("0,1", None), ("0,1,2", None), ("5,1", 3), ("0,1", 4)])
-def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, shards, last, seeds, parts):
-    """Also where the last shard is not full: a chain that had fewer rows than the others would be another
-    experiment.
-    """
+def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, each, last, seeds, parts):
+    """Also where the last shard of each is not full."""
     n = parts or seeds.count(",") + 1
-    if (shards - (last < 32)) // n == 0:
-        with pytest.raises(ValueError, match="less than one row group for each of 4 lanes"):
-            configured(
-                "--sweep.data",
-                "disjoint",
-                "--sweep.seeds",
-                seeds,
-                *(["--sweep.parts", str(parts)] if parts else []),
-                tokens=32 * (shards - 1) + last,
-            )
-        return
-    dataset = make_dataset(tmp_path / "d", shards=shards, last=last)
+    dataset = make_dataset(tmp_path / "d", shards=n * each, last=last, parts=n)
     plans = plans_of(
         dataset, "--sweep.data", "disjoint", "--sweep.seeds", seeds, *(["--sweep.parts", str(parts)] if parts else [])
     )
@@ -46,30 +34,45 @@ def test_disjoint_parts_share_no_shard_and_are_equal(tmp_path, shards, last, see
     taken = [unit for some in units for unit in some]
     assert len(taken) == len(set(taken)) and {len(some) for some in units} == {len(units[0])}
     files = [files_of(plan, dataset) for plan in plans]
-    assert len({file for some in files for file in some}) == sum(len(some) for some in files), (
-        "no shard, so no sequence, in two parts"
-    )
+    assert len({file for some in files for file in some}) == sum(len(some) for some in files), "no shard in two parts"
     all_units, size = dataset.units(), len(units[0])
+    assert n * size == len(all_units), "nothing is left over"
     for plan, some in zip(plans, units, strict=True):
         part = plan.seed % n
         assert some == all_units[part * size : (part + 1) * size], "seed modulo parts"
         assert plan.order(dataset, cycle=0).n_units == size
+        assert plan.attribution_split == f"attribution-{part}"
 
 
 def test_sparsities_of_a_seed_share_its_part_and_shared_data_is_all(tmp_path):
-    dataset = make_dataset(tmp_path / "d", shards=4)
+    dataset = make_dataset(tmp_path / "d", shards=4, parts=2)
     some = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.k", "4,8")
     assert [(plan.seed, plan.k) for plan in some] == [(0, 4), (1, 4), (0, 8), (1, 8)]
     assert some[0].units(dataset) == some[2].units(dataset) != some[1].units(dataset)
-    assert all(plan.units(dataset) == dataset.units() for plan in plans_of(dataset))
+    for shared in (plans_of(dataset), plans_of(dataset, "--sweep.parts", "2")):
+        assert all(plan.units(dataset) == dataset.units() for plan in shared)
+        assert {plan.attribution_split for plan in shared} == {"attribution"}
 
 
 def test_a_seed_added_later_takes_a_part_of_its_own_where_parts_leave_room(tmp_path):
-    dataset = make_dataset(tmp_path / "d", shards=4)
+    dataset = make_dataset(tmp_path / "d", shards=4, parts=4)
     before = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.parts", "4")
     after = plans_of(dataset, "--sweep.data", "disjoint", "--sweep.parts", "4", "--sweep.seeds", "0,1,2")
     assert [plan.key for plan in after[:2]] == [plan.key for plan in before]
     assert not set(files_of(after[2], dataset)) & {file for plan in before for file in files_of(plan, dataset)}
+
+
+def test_disjoint_chains_that_read_their_rows_more_often_than_others_are_told_of(tmp_path):
+    """640 rows a cycle: 5 passes over all 128 rows, 10 over a half of them."""
+    dataset = make_dataset(tmp_path / "d", shards=4, parts=2)
+    shared, apart = plans_of(dataset, "--sweep.parts", "2"), plans_of(dataset, "--sweep.data", "disjoint")
+    said = read_more_often(shared + apart, dataset)
+    assert "one of 2 parts has 64: disjoint chains read each row 10 times" in said
+    assert "on shared data 5 times" in said and "harvest.tokens 1280 or more" in said
+    assert read_more_often(shared, dataset) is read_more_often(apart, dataset) is None, "nothing unlike is compared"
+    enough = ("--train.tokens", "64")
+    both = plans_of(dataset, "--sweep.parts", "2", *enough) + plans_of(dataset, "--sweep.data", "disjoint", *enough)
+    assert read_more_often(both, dataset) is None
 
 
 def refused(*argv, tokens=4 * 32) -> str:
@@ -85,21 +88,16 @@ def test_two_seeds_of_one_part_are_refused_with_a_number_that_helps():
     message = refused("--sweep.data", "disjoint", "--sweep.seeds", "0,4,6", "--sweep.parts", "4", tokens=40 * 32)
     assert "the same of 4 parts" in message and "set sweep.parts to 5" in message
     configured("--sweep.data", "disjoint", "--sweep.seeds", "0,4,6", "--sweep.parts", "5", tokens=40 * 32)
+    message = refused("--sweep.data", "disjoint", "--sweep.seeds", "3")
+    assert "sweep.data disjoint with one seed, 3: set sweep.parts" in message
 
 
-def test_too_few_shards_for_the_parts_are_refused():
-    assert "3 full shards (harvest.tokens / harvest.rows_per_shard) dealt to 4 parts" in refused(
-        "--sweep.data", "disjoint", "--sweep.parts", "4", tokens=4 * 32 - 1
-    )
-    # Two groups of 16 rows in a shard are no group for each of four lanes.
-    assert "less than one row group for each of 4 lanes" in refused(
-        "--sweep.data", "disjoint", "--harvest.rows_per_group", "16", "--train.batch", "64", tokens=3 * 32
-    )
-    configured("--sweep.data", "disjoint", "--harvest.rows_per_group", "16", "--train.batch", "64", tokens=4 * 32)
-
-
-def test_parts_of_shared_data_are_refused():
-    assert "sweep.parts has a meaning only with sweep.data disjoint" in refused("--sweep.parts", "2")
+def test_too_few_rows_for_the_parts_are_refused():
+    message = refused("--sweep.data", "disjoint", "--sweep.parts", "4", tokens=4 * 32 - 1)
+    assert "sweep.parts 4: of harvest.tokens 127 each part has 31, less than one row group for each lane" in message
+    # Chains on shared data read all parts, but each part is made in whole row groups.
+    assert "each part has 31" in refused("--sweep.parts", "4", tokens=4 * 32 - 1)
+    configured("--sweep.data", "disjoint", "--sweep.parts", "4", tokens=4 * 32)
 
 
 # -- keys
@@ -160,8 +158,14 @@ def test_a_dataset_s_key_is_the_same_wherever_and_with_whatever_it_is_made():
         ["--model.context", "64"],
         ["--model.dtype", "bfloat16"],
         ["--model.hook", "blocks.1.hook_resid_post"],
+        ["--sweep.parts", "2"],
+        ["--sweep.data", "disjoint"],
     ):
         assert dataset_key(*argv) != same, argv
+    dealt = dataset_key("--sweep.parts", "3")
+    assert (
+        dataset_key("--sweep.data", "disjoint", "--sweep.seeds", "0,1,2") == dealt != dataset_key("--sweep.parts", "2")
+    )
 
 
 def test_a_further_hook_has_the_key_it_has_alone():

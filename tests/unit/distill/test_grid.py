@@ -16,7 +16,7 @@ from dmsae_ray.driver.options import SweepCommand, load
 STUDY = """
 name: study
 harvest: {tokens: 655_360}
-sweep: {seeds: [0, 1], k: [16, 32], cycles: 3}
+sweep: {seeds: [0, 1], k: [16, 32], cycles: 3, parts: 2}
 study:
   arms:
     random: {fields: {selection.by: random, selection.size: match}, seeds: [0], k: [16]}
@@ -81,6 +81,19 @@ def test_an_arm_is_the_same_chain_as_the_command_with_its_fields(tmp_path):
     assert arm.key == alone["seed0-k16-random"].key, "a control that was run alone is not run again"
 
 
+def test_all_arms_read_one_dataset_of_as_many_parts(tmp_path):
+    plans = plans_of(tmp_path)
+    assert {plan.config.sweep.n_parts for plan in plans.values()} == {2}
+    assert {label: plan.part for label, plan in plans.items() if plan.part is not None} == {
+        "seed0-k16-disjoint": 0,
+        "seed1-k16-disjoint": 1,
+    }
+    shared = STUDY.replace(", parts: 2}", ", data: disjoint}").replace("sweep.data: disjoint", "sweep.data: shared")
+    parts = {label: plan.part for label, plan in plans_of(tmp_path, shared.replace("[100]", "[100, 101]")).items()}
+    assert parts["seed0-k16"] == 0 and parts["seed1-k32"] == 1 and parts["seed101-k16-plain"] == 1
+    assert parts["seed0-k16-disjoint"] is None, "the name of the arm is only a name: it reads all parts"
+
+
 def test_what_a_chain_needs_is_what_must_be_finished_before_it(tmp_path):
     plans = plans_of(tmp_path)
     needs = {label: [chain.label for chain in plan.needs()] for label, plan in plans.items() if plan.needs()}
@@ -111,7 +124,13 @@ def test_a_transfer_draws_what_its_source_never_drew(tmp_path):
         ),
         ("sweep.data: disjoint", "sweep.cycles: 2", "sweep.cycles cannot differ in an arm"),
         ("sweep.data: disjoint", "sae.depth: 2", "study.arms.disjoint: sae.depth: no such field"),
-        ("sweep.data: disjoint", "sweep.parts: 3", "sweep.parts has a meaning only with sweep.data disjoint"),
+        ("sweep.data: disjoint", "sweep.parts: 3", "sweep.parts cannot differ in an arm"),
+        (
+            ", parts: 2}",
+            "}",
+            "study.arms.disjoint: sweep.data disjoint: documents are dealt to parts when they are harvested, for all "
+            "arms: set sweep.parts to 2",
+        ),
         ("    plain:", "    base:", "an arm cannot be called base"),
         ("    plain:", "    Plain Ones:", "study.arms"),
         ("core: distilled", "core: all", "study.arms.transfer.core"),
