@@ -185,9 +185,10 @@ class SAEConfig(Section):
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
     core_budget: Literal["counted", "exempt"] = "counted"
     """with core_gate relu: whether active core pairs count against k [D]"""
-    core_transfer: Literal["frozen", "init"] = "frozen"
+    core_transfer: Literal["frozen", "init", "random"] = "frozen"
     """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained
-    like all others
+    like all others; `random`, a control: in their place, as many frozen rows of the same norms but random directions,
+    which have the activations' covariance and are drawn anew in every cycle
     """
     core_decoder_init: Literal["encoder", "random"] = "encoder"
     """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
@@ -312,7 +313,8 @@ class SelectionConfig(Section):
     size: Literal["tau", "match"] | Annotated[float, Field(gt=0, le=1)] = "tau"
     """how many are selected: `tau`, the fewest that carry attribution.tau of the attribution (by attribution only); a
     share of the candidates, such as 0.5; or `match`, in every cycle as many as the finished chain in the same output
-    folder that selects by attribution and tau and has all other fields, seed and k in common (not by attribution)
+    folder that selects by attribution and tau, hands on its cores (no random rows) and has all other fields, seed and k
+    in common (by attribution only with sae.core_transfer random)
     """
 
     @model_validator(mode="after")
@@ -321,11 +323,6 @@ class SelectionConfig(Section):
             raise ValueError(
                 f"selection.by {self.by} has no share of the attribution to reach: set selection.size to a share of "
                 "the candidates, such as 0.5, or to match for the sizes of the chain that selects by attribution"
-            )
-        if self.by == "attribution" and self.size == "match":
-            raise ValueError(
-                "selection.size match takes the sizes of the chain that selects by attribution, and would be that "
-                "chain once more: set selection.by, or leave selection.size at tau"
             )
         return self
 
@@ -652,16 +649,16 @@ class Config(BaseSettings):
     def chain_label(self, seed: int, k: int) -> str:
         """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains
         of an output folder, what makes it a control."""
-        controls = [self.selection.by] * (self.selection.by != "attribution") + ["init"] * (
-            self.sae.core_transfer == "init"
-        )
+        transfer = {"frozen": [], "init": ["init"], "random": ["random-rows"]}[self.sae.core_transfer]
+        controls = [self.selection.by] * (self.selection.by != "attribution") + transfer
         return "-".join([f"seed{seed}-k{k}", *controls])
 
-    def by_attribution(self) -> Config:
-        """The same experiment with cores selected by attribution and tau: its chains are those that placebos are
-        matched to.
+    def distilled(self) -> Config:
+        """The same experiment with cores selected by attribution and tau and, where random rows stand in their place,
+        frozen: its chains are those that placebos are matched to.
         """
-        return self.model_copy(update={"selection": SelectionConfig()})
+        sae = self.sae.model_copy(update={"core_transfer": "frozen"} if self.sae.core_transfer == "random" else {})
+        return self.model_copy(update={"selection": SelectionConfig(), "sae": sae})
 
 
 def _dump_json(value: Any) -> str:

@@ -107,7 +107,12 @@ def _parts(config: Config) -> Iterator[str]:
 
 
 def _choices(config: Config) -> Iterator[str]:
-    harvest, attribution, corpus = config.harvest, config.attribution, config.corpus
+    harvest, attribution, corpus, selection = config.harvest, config.attribution, config.corpus, config.selection
+    if selection.by == "attribution" and selection.size == "match" and config.sae.core_transfer != "random":
+        yield (
+            "selection.size match takes the sizes of the chain that selects by attribution, and would be that chain "
+            "once more: set selection.by, or sae.core_transfer to random, or leave selection.size at tau"
+        )
     if config.selection.by == "reconstruction" and attribution.candidates == "all":
         yield (
             "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.draws import INIT, SELECTION
+from dmsae_ray.draws import INIT, SELECTION, SLOT
 from dmsae_ray.identity import chain_fields, fields_key
 from dmsae_ray.secret_url import SecretUrl
 
@@ -131,6 +131,10 @@ class ChainPlan:
         """Seed of the order in which `selection.by: random` takes the candidates."""
         return self._draw(cycle, SELECTION)
 
+    def slot_seed(self, cycle: int) -> int:
+        """Seed of the random rows that stand in the core's place with `sae.core_transfer: random`."""
+        return self._draw(cycle, SLOT)
+
     def _draw(self, cycle: int, purpose: int) -> int:
         import numpy as np
 
@@ -157,7 +161,7 @@ class ChainPlan:
         """The chain that `selection.size: match` takes the core sizes from."""
         if self.config.selection.size != "match":
             return None
-        return replace(self, config=self.config.by_attribution(), arm=BASE)
+        return replace(self, config=self.config.distilled(), arm=BASE)
 
     def needs(self) -> list[ChainPlan]:
         """Chains that must be finished before this one begins."""
@@ -214,5 +218,5 @@ def check_twins(twins: dict[str, tuple[ChainFolder, int]]) -> None:
         raise ValueError(
             "selection.size match: core sizes are taken from the chain that selects by attribution and has all else "
             f"in common, {', '.join(short)}. Finish it first: the same command with --selection.by attribution "
-            "--selection.size tau"
+            "--selection.size tau, and --sae.core_transfer frozen in place of random"
         )

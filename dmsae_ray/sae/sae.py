@@ -36,9 +36,9 @@ def active(p: Tensor, theta: Tensor) -> Tensor:
 class MatryoshkaSAE(nn.Module):
     """p = (x - b_dec) @ W_enc^T + b_enc;  z = p where p > theta, 0 elsewhere;  x_hat = z @ W_dec + b_dec.
 
-    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` the core's encoder rows
-    are a buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc begins with the
-    core's. Everything but the buffer is trained.
+    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` or `random` the core's
+    encoder rows are a buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc
+    begins with the core's. Everything but the buffer is trained.
     """
 
     W_enc_core: Tensor
@@ -107,7 +107,7 @@ class MatryoshkaSAE(nn.Module):
     @property
     def n_frozen(self) -> int:
         """Latents, the first ones, whose encoder rows are not trained: the core, or none."""
-        return self.core_size if self.core_transfer == "frozen" else 0
+        return 0 if self.core_transfer == "init" else self.core_size
 
     @property
     def flat(self) -> Tensor:

@@ -30,7 +30,9 @@ class SAESettings:
     core_budget: str = "counted"
     """with core_gate relu: whether active core pairs count against k (`counted`) or not (`exempt`)"""
     core_transfer: str = "frozen"
-    """the core's encoder rows are not trained (`frozen`), or only start the core latents (`init`)"""
+    """the core's encoder rows are not trained (`frozen`), nor are the random ones in their place (`random`), or they
+    only start the core latents (`init`)
+    """
     core_decoder_init: str = "encoder"
     """a core latent's decoder row starts as its encoder row's direction (`encoder`) or at random (`random`)"""
     auxk_alpha: float = 1 / 32
@@ -90,7 +92,7 @@ class SAESettings:
         for name, choices in (
             ("core_gate", ("batchtopk", "relu")),
             ("core_budget", ("counted", "exempt")),
-            ("core_transfer", ("frozen", "init")),
+            ("core_transfer", ("frozen", "init", "random")),
             ("core_decoder_init", ("encoder", "random")),
             ("screen", ("auto", "bf16", "fp32")),
             ("kernels", ("auto", "compiled", "torch")),
