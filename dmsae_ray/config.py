@@ -181,6 +181,11 @@ class SAEConfig(Section):
     """latents, core included"""
     prefix_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
     """sizes of the prefix groups as shares of the free latents; the rest is the last group [D]"""
+    prefixes: Literal["fixed", "sampled"] = "fixed"
+    """what has to reconstruct by itself in training: core and the first groups (`fixed`), or as many prefixes of sizes
+    drawn log-uniformly anew in every step (`sampled`: ordered latents); the groups stay what is measured, and the first
+    one candidates [D]
+    """
     core_gate: Literal["batchtopk", "relu"] = "batchtopk"
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
     core_budget: Literal["counted", "exempt"] = "counted"
@@ -190,8 +195,14 @@ class SAEConfig(Section):
     like all others; `random`, a control: in their place, as many frozen rows of the same norms but random directions,
     which have the activations' covariance and are drawn anew in every cycle
     """
-    core_decoder_init: Literal["encoder", "random"] = "encoder"
-    """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
+    core_decoder_init: Literal["encoder", "random", "kept"] = "encoder"
+    """a core latent's decoder row starts as its encoder row's direction, at random, or (`kept`) as that of the SAE in
+    which the core was selected [D]
+    """
+    decoder: Literal["learned", "frozen_random"] = "learned"
+    """`learned`: decoder rows are trained; `frozen_random`, a control: they stay as they are drawn; core_decoder_init
+    kept then lets a core's members keep the rows that were drawn while they were free
+    """
     core: Place | None = None
     """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain
     Matryoshka SAE
@@ -224,6 +235,11 @@ class TrainConfig(Section):
     """Adam's epsilon"""
     clip: float = Field(1.0, gt=0)
     """largest norm of the whole gradient"""
+    l2: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """adds so much times the summed squares of the trained encoder rows to the loss: in the gradient, before clip and
+    Adam, as arXiv 2603.04198 does. The paper penalises decoder rows as well, which have norm 1 here; biases are not
+    penalised, and the logged loss is without it [D]
+    """
     warmup_steps: int = Field(1000, ge=0)
     """steps of linear warm-up, at most warmup_share of the run"""
     warmup_share: float = Field(0.05, ge=0, lt=1)

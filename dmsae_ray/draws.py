@@ -14,6 +14,7 @@ SHARD_ROWS = 202
 INIT = 301
 SELECTION = 302
 SLOT = 303
+PREFIXES = 304
 # Comparisons, from compare.seed; they are alone there, so that their numbers may be small.
 COVARIANCE_NULL = 0
 DENSITY_NULL = 1

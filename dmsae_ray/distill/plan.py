@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.draws import INIT, SELECTION, SLOT
+from dmsae_ray.draws import INIT, PREFIXES, SELECTION, SLOT
 from dmsae_ray.identity import chain_fields, fields_key
 from dmsae_ray.secret_url import SecretUrl
 
@@ -134,6 +134,10 @@ class ChainPlan:
     def slot_seed(self, cycle: int) -> int:
         """Seed of the random rows that stand in the core's place with `sae.core_transfer: random`."""
         return self._draw(cycle, SLOT)
+
+    def prefix_seed(self, cycle: int) -> int:
+        """Seed of the prefixes that `sae.prefixes: sampled` draws in every step of a cycle."""
+        return self._draw(cycle, PREFIXES)
 
     def _draw(self, cycle: int, purpose: int) -> int:
         import numpy as np
