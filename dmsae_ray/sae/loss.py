@@ -36,12 +36,12 @@ from dmsae_ray.sae.auxk import add_aux, find_dead
 from dmsae_ray.sae.gate import gate
 from dmsae_ray.sae.ops.choose import pairs_on
 from dmsae_ray.sae.ops.pairs import Pairs
-from dmsae_ray.sae.prefixes import Prefixes
 from dmsae_ray.sae.ranks.collective import Alone, Collective
 from dmsae_ray.sae.ranks.exchange import all_pairs, all_rows, order_of
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen, faster_screen
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.training_prefixes import Prefixes
 
 
 @dataclass(frozen=True)

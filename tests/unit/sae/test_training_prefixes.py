@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from dmsae_ray.sae.prefixes import Prefixes
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.training_prefixes import Prefixes
 
 CORE, WIDTH = 7, 207
 
