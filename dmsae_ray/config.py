@@ -183,16 +183,28 @@ class SAEConfig(Section):
     """latents, core included"""
     prefix_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
     """sizes of the prefix groups as shares of the free latents; the rest is the last group [D]"""
+    prefixes: Literal["fixed", "sampled"] = "fixed"
+    """what has to reconstruct by itself in training: core and the first groups (`fixed`), or as many prefixes of sizes
+    drawn log-uniformly anew in every step (`sampled`: ordered latents); the groups stay what is measured, and the first
+    one candidates [D]
+    """
     core_gate: Literal["batchtopk", "relu"] = "batchtopk"
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate [D]"""
     core_budget: Literal["counted", "exempt"] = "counted"
     """with core_gate relu: whether active core pairs count against k [D]"""
-    core_transfer: Literal["frozen", "init"] = "frozen"
+    core_transfer: Literal["frozen", "init", "random"] = "frozen"
     """`frozen`: the core's encoder rows are not trained; `init`: they start the core latents, which are then trained
-    like all others
+    like all others; `random`, a control: in their place, as many frozen rows of the same norms but random directions,
+    which have the activations' covariance and are drawn anew in every cycle
     """
-    core_decoder_init: Literal["encoder", "random"] = "encoder"
-    """a core latent's decoder row starts as its encoder row's direction, or at random [D]"""
+    core_decoder_init: Literal["encoder", "random", "kept"] = "encoder"
+    """a core latent's decoder row starts as its encoder row's direction, at random, or (`kept`) as that of the SAE in
+    which the core was selected [D]
+    """
+    decoder: Literal["learned", "frozen_random"] = "learned"
+    """`learned`: decoder rows are trained; `frozen_random`, a control: they stay as they are drawn; core_decoder_init
+    kept then lets a core's members keep the rows that were drawn while they were free
+    """
     core: Place | None = None
     """core file that cycle 0 is trained on, such as a consensus.safetensors; empty: none, cycle 0 trains a plain
     Matryoshka SAE
@@ -225,6 +237,11 @@ class TrainConfig(Section):
     """Adam's epsilon"""
     clip: float = Field(1.0, gt=0)
     """largest norm of the whole gradient"""
+    l2: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """adds so much times the summed squares of the trained encoder rows to the loss: in the gradient, before clip and
+    Adam, as arXiv 2603.04198 does. The paper penalises decoder rows as well, which have norm 1 here; biases are not
+    penalised, and the logged loss is without it [D]
+    """
     warmup_steps: int = Field(1000, ge=0)
     """steps of linear warm-up, at most warmup_share of the run"""
     warmup_share: float = Field(0.05, ge=0, lt=1)
@@ -314,7 +331,8 @@ class SelectionConfig(Section):
     size: Literal["tau", "match"] | Annotated[float, Field(gt=0, le=1)] = "tau"
     """how many are selected: `tau`, the fewest that carry attribution.tau of the attribution (by attribution only); a
     share of the candidates, such as 0.5; or `match`, in every cycle as many as the finished chain in the same output
-    folder that selects by attribution and tau and has all other fields, seed and k in common (not by attribution)
+    folder that selects by attribution and tau, hands on its cores (no random rows) and has all other fields, seed and k
+    in common (by attribution only with sae.core_transfer random)
     """
 
     @model_validator(mode="after")
@@ -323,11 +341,6 @@ class SelectionConfig(Section):
             raise ValueError(
                 f"selection.by {self.by} has no share of the attribution to reach: set selection.size to a share of "
                 "the candidates, such as 0.5, or to match for the sizes of the chain that selects by attribution"
-            )
-        if self.by == "attribution" and self.size == "match":
-            raise ValueError(
-                "selection.size match takes the sizes of the chain that selects by attribution, and would be that "
-                "chain once more: set selection.by, or leave selection.size at tau"
             )
         return self
 
@@ -656,16 +669,16 @@ class Config(BaseSettings):
     def chain_label(self, seed: int, k: int) -> str:
         """A chain's name on screen and in MLflow: its place in the grid and, since controls lie beside the plain chains
         of an output folder, what makes it a control."""
-        controls = [self.selection.by] * (self.selection.by != "attribution") + ["init"] * (
-            self.sae.core_transfer == "init"
-        )
+        transfer = {"frozen": [], "init": ["init"], "random": ["random-rows"]}[self.sae.core_transfer]
+        controls = [self.selection.by] * (self.selection.by != "attribution") + transfer
         return "-".join([f"seed{seed}-k{k}", *controls])
 
-    def by_attribution(self) -> Config:
-        """The same experiment with cores selected by attribution and tau: its chains are those that placebos are
-        matched to.
+    def distilled(self) -> Config:
+        """The same experiment with cores selected by attribution and tau and, where random rows stand in their place,
+        frozen: its chains are those that placebos are matched to.
         """
-        return self.model_copy(update={"selection": SelectionConfig()})
+        sae = self.sae.model_copy(update={"core_transfer": "frozen"} if self.sae.core_transfer == "random" else {})
+        return self.model_copy(update={"selection": SelectionConfig(), "sae": sae})
 
 
 def _dump_json(value: Any) -> str:

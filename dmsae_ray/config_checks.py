@@ -33,6 +33,16 @@ def _sae(config: Config) -> Iterator[str]:
             f"sae.width {sae.width} x sae.prefix_fractions[0] {sae.prefix_fractions[0]:g} leaves the first group "
             "without a latent: widen the SAE or raise the fraction"
         )
+    if sae.decoder == "frozen_random" and sae.core_decoder_init == "encoder":
+        yield (
+            "sae.decoder frozen_random with sae.core_decoder_init encoder: a core's decoder rows would be trained "
+            "encoder rows; set sae.core_decoder_init to kept (a member keeps its random row) or random"
+        )
+    if sae.core_decoder_init == "kept" and sae.core_transfer == "random":
+        yield (
+            "sae.core_decoder_init kept with sae.core_transfer random: random encoder rows have no decoder rows to "
+            "keep; use encoder or random"
+        )
     for k in config.sweep.k:
         if not 1 <= k <= sae.width:
             yield (
@@ -106,7 +116,12 @@ def _parts(config: Config) -> Iterator[str]:
 
 
 def _choices(config: Config) -> Iterator[str]:
-    harvest, attribution, corpus = config.harvest, config.attribution, config.corpus
+    harvest, attribution, corpus, selection = config.harvest, config.attribution, config.corpus, config.selection
+    if selection.by == "attribution" and selection.size == "match" and config.sae.core_transfer != "random":
+        yield (
+            "selection.size match takes the sizes of the chain that selects by attribution, and would be that chain "
+            "once more: set selection.by, or sae.core_transfer to random, or leave selection.size at tau"
+        )
     if config.selection.by == "reconstruction" and attribution.candidates == "all":
         yield (
             "selection.by reconstruction measures the latents of core and first group only: set attribution.candidates "

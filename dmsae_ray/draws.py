@@ -13,6 +13,8 @@ SHARD_ROWS = 202
 # Chains, from the chain's seed and the number of the cycle.
 INIT = 301
 SELECTION = 302
+SLOT = 303
+PREFIXES = 304
 # Comparisons, from compare.seed; they are alone there, so that their numbers may be small.
 COVARIANCE_NULL = 0
 DENSITY_NULL = 1

@@ -17,6 +17,11 @@ sequences.
 ORDER_OF_SUMS = {"parallel", "micro_batch"}
 """Fields of `train` that, like the number of workers, change the order of sums and nothing else."""
 
+ADDED: dict[str, dict[str, object]] = {"sae": {"decoder": "learned", "prefixes": "fixed"}, "train": {"l2": 0.0}}
+"""Fields that came later, by section, with the value that stands for what was before them: a chain with that value
+keeps the key that it had.
+"""
+
 
 def fields_key(fields: dict[str, Any]) -> str:
     """Twelve hex digits that stand for these fields."""
@@ -70,11 +75,19 @@ def chain_fields(config: Config, seed: int, k: int, dataset_key: str) -> dict[st
         "data_seed": config.data_seed_of(seed),
         "part": part,
         "k": k,
-        "sae": config.sae.model_dump(mode="json", exclude={"core"}),
+        "sae": config.sae.model_dump(mode="json", exclude={"core"} | _as_before(config, "sae")),
         "train": config.train.model_dump(
-            mode="json", exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"}
+            mode="json",
+            exclude=ORDER_OF_SUMS | {"checkpoint_steps", "log_steps", "screen"} | _as_before(config, "train"),
         ),
         "attribution": config.attribution.model_dump(mode="json"),
         "selection": config.selection.model_dump(mode="json"),
         "evaluate": config.evaluate.model_dump(mode="json"),
+    }
+
+
+def _as_before(config: Config, section: str) -> set[str]:
+    """Fields of the section that came later and say nothing new."""
+    return {
+        name for name, before in ADDED.get(section, {}).items() if getattr(getattr(config, section), name) == before
     }

@@ -31,7 +31,8 @@ def next_core(
 ) -> Core:
     """The core that this cycle hands on.
 
-    previous: the core inside `sae` (its member i is latent i there), None if there is none. ids_C: the selected latent
+    previous: the core inside `sae` (its member i is latent i there; with core_transfer `random` rows that no cycle has
+    selected yet), None if there is none. ids_C: the selected latent
     ids, ascending; scores_N: fp64 attribution of all candidates; by: what the ids were selected by. Raises ValueError
     if the previous core belongs to another model, hook or scale.
     """
@@ -46,10 +47,8 @@ def next_core(
     ids_C = torch.as_tensor(ids_C, dtype=torch.int64).cpu()
     scores_N = torch.as_tensor(scores_N).cpu()
     assert ids_C.numel() == 0 or int(ids_C.max()) < scores_N.shape[0] <= W_enc_FD.shape[0], "selected without a score"
-    selected = tuple(
-        (*previous.selected[latent], cycle) if previous is not None and latent < old_size else (cycle,)
-        for latent in ids_C.tolist()
-    )
+    members = () if previous is None or sae.core_transfer == "random" else previous.selected
+    selected = tuple((*members[latent], cycle) if latent < len(members) else (cycle,) for latent in ids_C.tolist())
     return Core(
         W_enc_CD=W_enc_FD[ids_C],
         W_dec_CD=sae.W_dec.detach().cpu()[ids_C],

@@ -21,6 +21,7 @@ from dmsae_ray.attribution.shards import score_shards
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.drift import decoder_drift
 from dmsae_ray.core.next_core import next_core
+from dmsae_ray.core.random_rows import random_rows
 from dmsae_ray.core.score_file import save_scores
 from dmsae_ray.core.select import carried, jaccard
 from dmsae_ray.corpus.tokens import TokenSequences
@@ -61,12 +62,14 @@ class Cycle:
         self.folder = self.plan.folder.cycle(self.number)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.core = self._incoming_core()
-        """that the SAE is trained on; None: it is empty"""
+        """that the SAE is trained on, or whose place random rows take; None: it is empty"""
         if self.core is not None and abs(self.core.scale - self.scale) > 1e-12 * self.scale:
             raise ValueError(
                 f"{self.folder.path}: the core was made at scale {self.core.scale!r}, the activations have "
                 f"{self.scale!r}"
             )
+        if self.core is not None and self.plan.config.sae.core_transfer == "random":
+            self.core = random_rows(self.core, dataset.calibration_rows(), self.plan.slot_seed(self.number))
         self.training = Training(self.plan, self.number, self.core, dataset, self.rank)
 
     def _incoming_core(self) -> Core | None:
@@ -253,7 +256,9 @@ class Cycle:
             kept=kept,
             entered=new.size - kept,
             left=core_in - kept,
-            decoder_drift=None if self.core is None else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
+            decoder_drift=None
+            if self.core is None or sae.core_transfer == "random"  # no member's row was there to come back
+            else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
             jaccard=jaccard(kept, core_in, new.size) if self.core is not None else None,
             origins=origins,
             **trained,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import of_part
 from dmsae_ray.distill.folder import ChainFolder
-from dmsae_ray.draws import INIT, SELECTION
+from dmsae_ray.draws import INIT, PREFIXES, SELECTION, SLOT
 from dmsae_ray.identity import chain_fields, fields_key
 from dmsae_ray.secret_url import SecretUrl
 
@@ -132,6 +132,14 @@ class ChainPlan:
         """Seed of the order in which `selection.by: random` takes the candidates."""
         return self._draw(cycle, SELECTION)
 
+    def slot_seed(self, cycle: int) -> int:
+        """Seed of the random rows that stand in the core's place with `sae.core_transfer: random`."""
+        return self._draw(cycle, SLOT)
+
+    def prefix_seed(self, cycle: int) -> int:
+        """Seed of the prefixes that `sae.prefixes: sampled` draws in every step of a cycle."""
+        return self._draw(cycle, PREFIXES)
+
     def _draw(self, cycle: int, purpose: int) -> int:
         import numpy as np
 
@@ -158,7 +166,7 @@ class ChainPlan:
         """The chain that `selection.size: match` takes the core sizes from."""
         if self.config.selection.size != "match":
             return None
-        return replace(self, config=self.config.by_attribution(), arm=BASE)
+        return replace(self, config=self.config.distilled(), arm=BASE)
 
     def needs(self) -> list[ChainPlan]:
         """Chains that must be finished before this one begins."""
@@ -217,5 +225,5 @@ def check_twins(twins: dict[str, tuple[ChainFolder, int]]) -> None:
         raise ValueError(
             "selection.size match: core sizes are taken from the chain that selects by attribution and has all else "
             f"in common, {', '.join(short)}. Finish it first: the same command with --selection.by attribution "
-            "--selection.size tau"
+            "--selection.size tau, and --sae.core_transfer frozen in place of random"
         )

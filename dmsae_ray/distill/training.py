@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -55,10 +55,9 @@ class Training:
     ):
         """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
         self.plan, self.comm, self.lease, self.folder = plan, rank.comm, rank.lease, plan.folder.cycle(cycle)
-        settings = sae_settings(plan.config, plan.k, dataset.manifest.d)
-        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(
-            rank.device
-        )
+        settings = replace(sae_settings(plan.config, plan.k, dataset.manifest.d), prefix_seed=plan.prefix_seed(cycle))
+        rows = (None, None) if core is None else (core.W_enc_CD, core.W_dec_CD)
+        sae = MatryoshkaSAE.init(settings, rows[0], plan.init_seed(cycle), core_W_dec_CD=rows[1]).to(rank.device)
         self.trainer = Trainer(
             sae, settings, rank.comm, _averaging(sae, settings, rank.comm)
         )  # which may hold only a part of it

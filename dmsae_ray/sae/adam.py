@@ -36,27 +36,41 @@ class Adam:
         self.mean = torch.zeros_like(sae.flat)
         self.square = torch.zeros_like(sae.flat)
         self.steps = 0
+        self.trains_decoder = settings.decoder == "learned"
+        """else its rows, and their state, stay as they are; the rows' gradient is made and not used"""
 
     @torch.no_grad()
     def update(self, gradient: Tensor, lr: float) -> float:
         """Apply a gradient laid out like `sae.flat`; returns the norm of the whole one, before clipping. If that is not
         finite, nothing is changed."""
+        self.penalise(gradient)
         squares, parallel_F = self.squares(gradient)
         norm = math.sqrt(squares.item())
         if math.isfinite(norm):
             self.apply(gradient, parallel_F, min(1.0, self.settings.clip / (norm + 1e-6)), lr)
         return norm
 
-    def squares(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def penalise(self, gradient: Tensor) -> None:
+        """Add the gradient of l2 times the summed squares of the trained encoder rows, in place. (Those of decoder rows
+        are constant.)
+        """
+        if self.settings.l2:
+            self.sae.views(gradient)[0].add_(self.sae.W_enc.detach(), alpha=2 * self.settings.l2)
+
+    def squares(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sum of squares (0-dim, float64) of the gradient without what is parallel to decoder rows, and that as factors
-        of them [F].
+        of them [F]; without the decoder, and None, where that is not trained.
         """
         W_enc, b_enc, W_dec, b_dec = self.sae.views(gradient)
-        squares, parallel_F = self.ops.gradient_squares(W_dec, self.sae.W_dec.detach())
+        squares, parallel_F = torch.zeros((), dtype=torch.float64, device=b_dec.device), None
+        if self.trains_decoder:
+            squares, parallel_F = self.ops.gradient_squares(W_dec, self.sae.W_dec.detach())
         squares = squares + self.ops.gradient_squares(W_enc, None)[0] + b_enc.double().square().sum()
         return self.latents.all_reduce_sum(squares) + b_dec.double().square().sum(), parallel_F
 
-    def apply(self, gradient: Tensor, parallel_F: Tensor, clip: float | Tensor, lr: float, **where: Tensor) -> None:
+    def apply(
+        self, gradient: Tensor, parallel_F: Tensor | None, clip: float | Tensor, lr: float, **where: Tensor
+    ) -> None:
         """The pass that changes weights and state. where: `go` of `TritonPairs.adam`."""
         sae, ops, settings = self.sae, self.ops, self.settings
         self.steps += 1
@@ -72,6 +86,8 @@ class Adam:
             TRAINED, sae.views(sae.flat), sae.views(gradient), sae.views(self.mean), sae.views(self.square), strict=True
         ):
             decoder = name == "W_dec"
+            if decoder and not self.trains_decoder:
+                continue
             ops.adam(
                 W,
                 g,

@@ -41,6 +41,7 @@ from dmsae_ray.sae.ranks.exchange import all_pairs, all_rows, order_of
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.screen import Screen, faster_screen
 from dmsae_ray.sae.settings import SAESettings
+from dmsae_ray.sae.training_prefixes import Prefixes
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,15 @@ class LossModule(nn.Module):
     """
 
     def __init__(
-        self, sae: MatryoshkaSAE, settings: SAESettings, comm: Collective = Alone(), latent_ids_F: Tensor | None = None
+        self,
+        sae: MatryoshkaSAE,
+        settings: SAESettings,
+        comm: Collective = Alone(),
+        latent_ids_F: Tensor | None = None,
+        core_size: int | None = None,
     ) -> None:
         """latent_ids_F: with parallel `latent`, and only then, the latents that this rank's SAE has of the whole one,
-        ascending.
+        ascending. core_size: of the whole one; None: that of `sae`.
 
         Raises native.NotBuilt if compiled kernels are asked for and cannot be had.
         """
@@ -109,15 +115,24 @@ class LossModule(nn.Module):
         if screen == "auto":
             screen = faster_screen(str(device), torch.get_num_threads(), sae.d)
         self.screen = Screen(sae, self.ops, screen)
+        self.prefixes = Prefixes(
+            settings, sae.core_size if core_size is None else core_size, sae.group_ends, latent_ids_F
+        )
         self.flat = nn.Parameter(sae.flat)
         self._S_RGD: Tensor | None = None
         self._gradient: Tensor | None = None
 
     def forward(
-        self, x_BD: Tensor, silent_F: Tensor, token_index_B: Tensor | None = None, guess: float | None = None
+        self,
+        x_BD: Tensor,
+        silent_F: Tensor,
+        token_index_B: Tensor | None = None,
+        guess: float | None = None,
+        step: int = 0,
     ) -> tuple[Tensor, Outcome]:
         """This rank's loss, with its gradient attached to `flat`, and the outcome. Arguments as for `compute`."""
-        loss, gradient, outcome = self.compute(x_BD, silent_F, token_index_B, guess, torch.empty_like(self.flat.data))
+        gradient = torch.empty_like(self.flat.data)
+        loss, gradient, outcome = self.compute(x_BD, silent_F, token_index_B, guess, gradient, step=step)
         return _WithGradient.apply(loss, gradient, self.flat), outcome
 
     @torch.no_grad()
@@ -129,12 +144,14 @@ class LossModule(nn.Module):
         guess: float | Tensor | None = None,
         gradient: Tensor | None = None,
         dead_at_most: int | None = None,
+        step: int = 0,
     ) -> tuple[Tensor, Tensor, Outcome]:
         """The loss of the rows that this rank computes with, its gradient [P], and the outcome.
 
         x_BD: this rank's rows. silent_F: tokens since each latent last fired, before this batch. token_index_B, guess:
         see `gate`.
         gradient: where to put it, by default a buffer that the next call overwrites. dead_at_most: see `find_dead`.
+        step: number of the training step, which decides the sampled prefixes.
         """
         sae, settings, comm, ops = self.sae, self.settings, self.comm, self.ops
         b_enc_F, b_dec_D = sae.b_enc.detach(), sae.b_dec.detach()
@@ -155,7 +172,7 @@ class LossModule(nn.Module):
             gradient = self._gradient
         grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = sae.views(gradient)
         loss_rec, residual_BD, fired_F = self._reconstruction(
-            x_BD, centred_BD, pairs, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec
+            x_BD, centred_BD, pairs, self.prefixes.ends(step), grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec
         )
 
         fired_F = self.rows.all_reduce_max(fired_F.to(torch.int8))
@@ -205,6 +222,7 @@ class LossModule(nn.Module):
         x_BD: Tensor,
         centred_BD: Tensor,
         pairs: Pairs,
+        group_ends: list[int],
         grad_W_enc: Tensor,
         grad_b_enc: Tensor,
         grad_W_dec: Tensor,
@@ -213,7 +231,7 @@ class LossModule(nn.Module):
         """The reconstruction loss, the residual [B, D] and which latents fired [F]; fills the gradients, but for what
         reaches b_dec through the encoder."""
         sae, ops = self.sae, self.ops
-        n_rows, n_groups = len(x_BD), len(sae.group_ends)
+        n_rows, n_groups = len(x_BD), len(group_ends)
         scale = 2 / (n_groups**2 * n_rows)
         piece = min(self.settings.micro_batch or n_rows, n_rows)
         starts = range(0, n_rows, piece)
@@ -226,7 +244,7 @@ class LossModule(nn.Module):
             x_RD, centred_RD, some = x_BD[start : start + piece], centred_BD[start : start + piece], pairs
             if pair_starts is not None:
                 some = _rows_of(pairs, start, start + len(x_RD), pair_starts[index], pair_starts[index + 1])
-            S_RGD, gradient_N, loss_R = self._decode(x_RD, some, piece)
+            S_RGD, gradient_N, loss_R = self._decode(x_RD, some, group_ends, piece)
             start_F1, order_N = ops.by_latent(some.latent_N, sae.width)
             ops.weight_gradients(
                 S_RGD,
@@ -235,7 +253,7 @@ class LossModule(nn.Module):
                 gradient_N,
                 start_F1,
                 order_N,
-                sae.group_ends,
+                group_ends,
                 sae.n_frozen,
                 scale,
                 grad_W_enc,
@@ -256,21 +274,23 @@ class LossModule(nn.Module):
                 residual_BD[start : start + piece] = S_RGD[:, -1]
         return loss_rec / (n_groups**2 * n_rows), residual_BD, fired_F
 
-    def _decode(self, x_RD: Tensor, pairs: Pairs, most_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _decode(
+        self, x_RD: Tensor, pairs: Pairs, group_ends: list[int], most_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """S [R, G, D] from all ranks' latents, gradients of the pairs' activations [N], squared errors [R]; see
         `TorchPairs.decode`.
         """
-        sae, ops = self.sae, self.ops
-        W_dec_FD, b_dec_D = sae.W_dec.detach(), sae.b_dec.detach()
+        ops, d = self.ops, self.sae.d
+        W_dec_FD, b_dec_D = self.sae.W_dec.detach(), self.sae.b_dec.detach()
         if self.latents.world > 1:
-            S_RGD = self.latents.all_reduce_sum(ops.group_sums(W_dec_FD, pairs, sae.group_ends))
+            S_RGD = self.latents.all_reduce_sum(ops.group_sums(W_dec_FD, pairs, group_ends))
             S_RGD.cumsum_(dim=1)
             loss_R = ops.errors(x_RD, b_dec_D, S_RGD)
-            return S_RGD, ops.along_errors(S_RGD, W_dec_FD, pairs, sae.group_ends), loss_R
+            return S_RGD, ops.along_errors(S_RGD, W_dec_FD, pairs, group_ends), loss_R
         if self._S_RGD is None or len(self._S_RGD) != most_rows:
-            self._S_RGD = x_RD.new_empty(most_rows, len(sae.group_ends), sae.d)
+            self._S_RGD = x_RD.new_empty(most_rows, len(group_ends), d)
         S_RGD = self._S_RGD[: len(x_RD)]
-        gradient_N, loss_R = ops.decode(x_RD, b_dec_D, W_dec_FD, pairs, sae.group_ends, S_RGD)
+        gradient_N, loss_R = ops.decode(x_RD, b_dec_D, W_dec_FD, pairs, group_ends, S_RGD)
         return S_RGD, gradient_N, loss_R
 
 

@@ -36,9 +36,9 @@ def active(p: Tensor, theta: Tensor) -> Tensor:
 class MatryoshkaSAE(nn.Module):
     """p = (x - b_dec) @ W_enc^T + b_enc;  z = p where p > theta, 0 elsewhere;  x_hat = z @ W_dec + b_dec.
 
-    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` the core's encoder rows
-    are a buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc begins with the
-    core's. Everything but the buffer is trained.
+    x is a residual-stream vector divided by the dataset's scale. With core_transfer `frozen` or `random` the core's
+    encoder rows are a buffer, W_enc_core, outside optimiser and clip; with `init` that buffer has no rows, and W_enc
+    begins with the core's. Everything but the buffer is trained.
     """
 
     W_enc_core: Tensor
@@ -107,7 +107,7 @@ class MatryoshkaSAE(nn.Module):
     @property
     def n_frozen(self) -> int:
         """Latents, the first ones, whose encoder rows are not trained: the core, or none."""
-        return self.core_size if self.core_transfer == "frozen" else 0
+        return 0 if self.core_transfer == "init" else self.core_size
 
     @property
     def flat(self) -> Tensor:
@@ -132,14 +132,18 @@ class MatryoshkaSAE(nn.Module):
 
     @staticmethod
     def init(
-        settings: SAESettings, core_W_enc_CD: Tensor | None, seed: int, dtype: torch.dtype = torch.float32
+        settings: SAESettings,
+        core_W_enc_CD: Tensor | None,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        core_W_dec_CD: Tensor | None = None,
     ) -> MatryoshkaSAE:
         """Start of a cycle: random unit decoder rows, free encoder rows equal to theirs, biases 0, the core's rows
         copied.
 
         Drawn from a generator of its own, so that nothing but `seed` decides it, and alike for every core_transfer.
-        b_dec becomes the geometric median of the first batch in the first training step. Raises ValueError if the core
-        does not fit.
+        b_dec becomes the geometric median of the first batch in the first training step. core_W_dec_CD: the core's unit
+        decoder rows; only core_decoder_init `kept` uses them. Raises ValueError if the core does not fit.
         """
         core_size = 0 if core_W_enc_CD is None else len(core_W_enc_CD)
         if core_size >= settings.width:
@@ -165,6 +169,9 @@ class MatryoshkaSAE(nn.Module):
                     raise ValueError("the core has an encoder row that is zero or not finite")
                 if settings.core_decoder_init == "encoder":
                     sae.W_dec[:core_size] = unit_rows(core_CD)
+                elif settings.core_decoder_init == "kept":
+                    assert core_W_dec_CD is not None, "whoever has the core's encoder rows has its decoder rows"
+                    sae.W_dec[:core_size] = core_W_dec_CD
         return sae
 
     def encoder(self, upto: int | None = None) -> Tensor:

@@ -25,14 +25,24 @@ class SAESettings:
     """tokens in a global batch, over all workers"""
     prefix_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
     """sizes of the prefix groups as shares of the free latents; the rest is the last group"""
+    prefixes: str = "fixed"
+    """prefixes that must reconstruct: those of the groups (`fixed`), or as many `sampled` anew in every step"""
+    prefix_seed: int = 0
+    """seed of the sampled ones"""
     core_gate: str = "batchtopk"
     """`batchtopk`: core latents compete like all others; `relu`: the core is exempt from the gate"""
     core_budget: str = "counted"
     """with core_gate relu: whether active core pairs count against k (`counted`) or not (`exempt`)"""
     core_transfer: str = "frozen"
-    """the core's encoder rows are not trained (`frozen`), or only start the core latents (`init`)"""
+    """the core's encoder rows are not trained (`frozen`), nor are the random ones in their place (`random`), or they
+    only start the core latents (`init`)
+    """
     core_decoder_init: str = "encoder"
-    """a core latent's decoder row starts as its encoder row's direction (`encoder`) or at random (`random`)"""
+    """a core latent's decoder row starts as its encoder row's direction (`encoder`), at random (`random`) or as that of
+    the SAE in which the core was selected (`kept`)
+    """
+    decoder: str = "learned"
+    """decoder rows are trained (`learned`), or stay as they start, at random (`frozen_random`)"""
     auxk_alpha: float = 1 / 32
     """weight of the loss that revives dead latents"""
     auxk_k: int | None = None
@@ -47,6 +57,8 @@ class SAESettings:
     """Adam's epsilon"""
     clip: float = 1.0
     """largest norm of the whole gradient"""
+    l2: float = 0.0
+    """weight of the trained encoder rows' summed squares in the loss"""
     warmup_steps: int = 1000
     """steps of linear warm-up; the first step has learning rate 0"""
     decay_steps: int = 0
@@ -78,7 +90,7 @@ class SAESettings:
         for name in ("d", "width", "k", "batch", "dead_window_tokens"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("warmup_steps", "decay_steps", "total_steps", "threshold_start_step", "auxk_alpha"):
+        for name in ("warmup_steps", "decay_steps", "total_steps", "threshold_start_step", "auxk_alpha", "l2"):
             if getattr(self, name) < 0:
                 problems.append(f"{name} {getattr(self, name)} must not be negative")
         for name in ("lr", "eps", "clip"):
@@ -88,10 +100,12 @@ class SAESettings:
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
         for name, choices in (
+            ("prefixes", ("fixed", "sampled")),
             ("core_gate", ("batchtopk", "relu")),
             ("core_budget", ("counted", "exempt")),
-            ("core_transfer", ("frozen", "init")),
-            ("core_decoder_init", ("encoder", "random")),
+            ("core_transfer", ("frozen", "init", "random")),
+            ("core_decoder_init", ("encoder", "random", "kept")),
+            ("decoder", ("learned", "frozen_random")),
             ("screen", ("auto", "bf16", "fp32")),
             ("kernels", ("auto", "compiled", "torch")),
             ("parallel", ("ddp", "gather", "latent")),
@@ -107,6 +121,8 @@ class SAESettings:
         fractions = self.prefix_fractions
         if not fractions or min(fractions) <= 0 or sum(fractions) >= 1:
             problems.append(f"prefix_fractions {fractions} must all be above 0 and together below 1")
+        if self.decoder == "frozen_random" and self.core_decoder_init == "encoder":
+            problems.append("decoder frozen_random needs core_decoder_init kept or random: encoder rows are trained")
         if self.decay_steps > self.total_steps:
             problems.append(f"decay_steps {self.decay_steps} exceeds total_steps {self.total_steps}")
         if problems:

@@ -227,9 +227,10 @@ def launch_step(
     """The outcome, `Numbers` [13] and what the next step gets. Asks the device for nothing."""
     settings, loss = trainer.settings, trainer.loss
     _, gradient, outcome = loss.compute(
-        x_BD, before.silent_F, token_index_B, GUESS * before.bounds_R.min(), None, dead_places
+        x_BD, before.silent_F, token_index_B, GUESS * before.bounds_R.min(), None, dead_places, step
     )
     total = outcome.loss_rec + settings.auxk_alpha * outcome.loss_aux.double()
+    trainer.adam.penalise(gradient)
     squares, parallel_F = trainer.adam.squares(gradient)
     norm = squares.sqrt()
     n_dead = outcome.dead_F.sum() if settings.auxk_alpha else torch.zeros_like(squares)

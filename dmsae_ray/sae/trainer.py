@@ -74,9 +74,8 @@ class Trainer:
         self.model = model
         self.loss: LossModule
         if model is None:
-            self.loss = LossModule(
-                sae, settings, comm, None if self._shard is None else self._shard.ids_N.to(sae.b_dec.device)
-            )
+            ids_N = None if self._shard is None else self._shard.ids_N.to(sae.b_dec.device)
+            self.loss = LossModule(sae, settings, comm, ids_N, self._core_size)
         else:
             self.loss = model.module
         self.adam = Adam(sae, settings, self.loss.ops, self.loss.screen, self.loss.latents)
@@ -154,9 +153,9 @@ class Trainer:
         """Gradient and update: the outcome, the two parts of the loss over the global batch, the gradient's norm."""
         guess = GUESS * min(self._bounds, default=0.0) or None
         if self.model is None:
-            _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess)
+            _, gradient, outcome = self.loss.compute(x_BD, self.silent_F, token_index_B, guess, step=self.steps_done)
         else:
-            loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess)
+            loss, outcome = self.model(x_BD, self.silent_F, token_index_B, guess, self.steps_done)
         parts = torch.stack([outcome.loss_rec.double(), outcome.loss_aux.double()])
         loss_rec, loss_aux = (self.loss.rows.all_reduce_sum(parts) / self.loss.rows.world).tolist()
         self.check(self.loss_of(loss_rec, loss_aux))

@@ -34,8 +34,9 @@ CASES = {
     "counted": {"core_gate": "relu", "k": 3, "kernels": "torch"},
     "exempt": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 24, "auxk_k": 1},
     "init": {"core_transfer": "init", "dead_window_tokens": 24},
+    "sampled": {"prefixes": "sampled", "prefix_seed": 6, "dead_window_tokens": 24, "l2": 1e-3},
 }
-STEPS = {"batchtopk": 20, "micro": 12, "counted": 6, "exempt": 12, "init": 10}
+STEPS = {"batchtopk": 20, "micro": 12, "counted": 6, "exempt": 12, "init": 10, "sampled": 6}
 FLOAT32_STEPS = 50
 HANDOVERS = (("ddp", "latent", "gather"), ("latent", "gather", "ddp"), ("gather", "ddp", "latent"))
 """Runs that begin with two ranks in one mode, go on with four in another and end with one in a third; each does as many

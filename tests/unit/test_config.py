@@ -241,6 +241,9 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
         ["--train.checkpoint_steps", "7"],
         ["--train.parallel", "latent"],
         ["--train.micro_batch", "64"],
+        ["--sae.decoder", "learned"],
+        ["--sae.prefixes", "fixed"],
+        ["--train.l2", "0"],
     ):
         assert key(*argv) == same, argv
     for argv in (
@@ -252,6 +255,10 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
         ["--sweep.data", "disjoint"],
         ["--selection.size", "0.5"],
         ["--sae.core_transfer", "init"],
+        ["--sae.core_transfer", "random"],
+        ["--sae.decoder", "frozen_random", "--sae.core_decoder_init", "kept"],
+        ["--train.l2", "1e-6"],
+        ["--sae.prefixes", "sampled"],
         ["--selection.by", "norm", "--selection.size", "match"],
         ["--attribution.aggregator", "quantile"],
         ["--attribution.until_jaccard", "0.9"],
@@ -259,6 +266,28 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
         ["--attribution.outlier_norm", "5"],
     ):
         assert key(*argv) != same, argv
+
+
+def test_keys_of_chains_that_finished_before_a_field_came_are_theirs_for_good():
+    """Of the shipped quickstart, as it has been since chains are named so (format 4)."""
+    config = load(SweepCommand, ["--config", str(CONFIGS / "quickstart.yaml")])
+    assert [fields_key(chain_fields(config, 0, 16, "d")), fields_key(chain_fields(config, 1, 40, "d"))] == [
+        "805a15db62ea",
+        "8c51d8c626f9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["--sae.decoder", "frozen_random"], "set sae.core_decoder_init to kept"),
+        (["--sae.core_decoder_init", "kept", "--sae.core_transfer", "random"], "use encoder or random"),
+        (["--train.l2", "-1"], "greater than or equal to 0"),
+    ],
+)
+def test_controls_in_training_that_contradict_themselves_are_named(argv, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        load(SweepCommand, argv)
 
 
 def test_output_folder_is_absolute_and_lasting(monkeypatch, tmp_path):

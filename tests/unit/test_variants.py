@@ -97,6 +97,14 @@ def test_the_core_s_encoder_rows_move_only_where_they_are_not_frozen(dataset):
     assert sae.group_ends == start(frozen).group_ends, "candidates and prefixes are those of a frozen core"
 
 
+def test_random_rows_in_the_core_s_place_are_frozen_too(dataset):
+    plan = plan_of(dataset, "--sae.core_transfer", "random")
+    sae, _ = trained(plan, dataset)
+    assert torch.equal(sae.encoder_rows()[:3], CORE_CD), "whatever rows are given, see core/random_rows.py"
+    seeds = {draw(cycle) for cycle in range(4) for draw in (plan.slot_seed, plan.init_seed, plan.selection_seed)}
+    assert len(seeds) == 12, "other rows in every cycle"
+
+
 def test_the_core_s_decoder_rows_start_where_they_are_told_to(dataset):
     encoder, random = start(plan_of(dataset)), start(plan_of(dataset, "--sae.core_decoder_init", "random"))
     torch.testing.assert_close(encoder.W_dec[:3], torch.nn.functional.normalize(CORE_CD, dim=1))

@@ -38,6 +38,9 @@ COUNTED = 1024
 LONGEST_ROW = 1 << 14
 """One program holds a row."""
 
+KEPT_ENDS = 64
+"""Lists of prefix ends kept on the device; sampled ones are new in every step."""
+
 FLAT = 1024
 """A vector is updated as rows of so many numbers."""
 
@@ -289,10 +292,13 @@ class TritonPairs(TorchPairs):
         return _found(state, 0)
 
     def _group_ends(self, group_ends: list[int], device: torch.device) -> Tensor:
-        """On the device, sent there once."""
+        """On the device, sent there once, without waiting for it."""
         key = (*group_ends, device)
         if key not in self._ends:
-            self._ends[key] = torch.tensor(group_ends, dtype=torch.int32, device=device)
+            if len(self._ends) >= KEPT_ENDS:
+                self._ends.clear()
+            ends = torch.tensor(group_ends, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self._ends[key] = ends.to(device, non_blocking=True)
         return self._ends[key]
 
     def decode(self, x_BD, b_dec_D, W_dec_FD, pairs: Pairs, group_ends, S_BGD) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,10 @@ WORDS = {
     ("sae.core_gate", "relu"): "core outside the gate",
     ("sae.core_budget", "exempt"): "the core's latents count towards no budget",
     ("sae.core_transfer", "init"): "the core only starts latents, nothing is frozen",
+    ("sae.core_transfer", "random"): "frozen random encoder rows in the core's place",
+    ("sae.prefixes", "sampled"): "prefixes of sizes drawn anew in every step",
+    ("sae.decoder", "frozen_random"): "decoder rows stay as they are drawn",
+    ("sae.core_decoder_init", "kept"): "core latents keep their decoder rows",
     ("sweep.data", "disjoint"): "every seed on data of its own",
 }
 """Fields of an arm in plain words; all others are named as they are."""

@@ -172,6 +172,10 @@ def test_a_matched_core_has_the_size_of_its_twin_s_in_the_same_cycle(dataset, tm
     finish(plans_of(dataset, *argv)[0], [0, 1, 5, 6])
     match = (*argv, "--selection.by", "frequency", "--selection.size", "match")
     assert [chosen(dataset, *match, cycle=cycle)[0] for cycle in range(3)] == [[], [1], [0, 1, 2, 3, 4]]
+    random_rows = (*argv, "--sae.core_transfer", "random", "--selection.size", "match")
+    assert [chosen(dataset, *random_rows, cycle=cycle)[0] for cycle in range(3)] == [[], [0], [0, 1, 2, 3, 4]], (
+        "by attribution, the size that of the chain which hands its cores on"
+    )
     with pytest.raises(ValueError, match="core of 6 latents cannot be selected from 5"):
         chosen(dataset, *match, cycle=3)
     with pytest.raises(
@@ -200,6 +204,7 @@ def test_controls_have_keys_and_labels_of_their_own(dataset):
         (["--selection.by", "norm", "--selection.size", "match", "--sae.core_transfer", "init"], "seed0-k4-norm-init"),
         (["--selection.size", "0.5"], "seed0-k4"),
         (["--sae.core_transfer", "init"], "seed0-k4-init"),
+        (["--sae.core_transfer", "random"], "seed0-k4-random-rows"),
     ):
         plan = plans_of(dataset, *argv)[0]
         assert plan.label == label and plan.key not in keys

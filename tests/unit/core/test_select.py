@@ -191,6 +191,14 @@ def test_a_core_that_only_starts_latents_carries_their_trained_rows():
     assert torch.equal(core1.W_enc_CD, sae1.W_enc[[1, 5]]) and not torch.equal(core1.W_enc_CD[0], core0.W_enc_CD[1])
 
 
+def test_random_rows_in_the_core_s_place_have_no_past():
+    core0 = next_core(None, make_sae(torch.zeros(0, 4)), torch.tensor([1, 3]), SCORES_N, DENSITY_F, cycle=0, **SOURCE)
+    sae1 = make_sae(core0.W_enc_CD, seed=1, core_transfer="random")
+    core1 = next_core(core0, sae1, torch.tensor([1, 5]), SCORES_N, DENSITY_F, cycle=1, **SOURCE)
+    assert core1.selected == ((1,), (1,)), "what stood there was selected by no earlier cycle"
+    assert torch.equal(core1.W_enc_CD[0], core0.W_enc_CD[1]), "yet it was frozen while it stood there"
+
+
 @pytest.mark.parametrize("change", [{"scale": 2.1}, {"hook": "other"}, {"model": "other"}])
 def test_a_core_from_another_source_is_refused(change):
     core0 = next_core(None, make_sae(torch.zeros(0, 4)), torch.tensor([1]), SCORES_N, DENSITY_F, cycle=0, **SOURCE)

@@ -64,6 +64,7 @@ def test_values_arrive_under_their_names():
     worked_out = {"warmup_steps": 5, "dead_window_tokens": 640, "decay_steps": 20, "total_steps": 100}
     for name, value in ({"k": 7, "d": 24, "beta1": 0.8, "beta2": 0.7} | worked_out).items():
         assert found.pop(name) == value, name
+    assert found.pop("prefix_seed") == 0, "the chain's cycle decides it"
     for name, value in found.items():
         assert name == "threshold_start_step" or value == given[name], name
     assert score_settings(config) == ScoreSettings("quantile", 0.8, 0.6, 0.9)

@@ -75,11 +75,14 @@ class ReferenceTrainer:
         auxk_k=None,
         clip=1.0,
         frozen=True,
+        trains_decoder=True,
+        l2=0.0,
     ):
         self.parameters = {name: tensor.clone() for name, tensor in parameters.items()}
         self.group_ends, self.core_size, self.k, self.lr, self.clip = group_ends, core_size, k, lr, clip
         self.core_gate, self.core_budget = core_gate, core_budget
         self.n_frozen = core_size if frozen else 0
+        self.trains_decoder, self.l2 = trains_decoder, l2
         self.dead_window, self.warmup, self.decay, self.total = dead_window, warmup, decay, total
         self.auxk_alpha, self.auxk_k = auxk_alpha, auxk_k or parameters["b_dec"].numel() // 2
         self.silent = torch.zeros(len(parameters["b_enc"]), dtype=torch.int64)
@@ -116,9 +119,12 @@ class ReferenceTrainer:
         if self.steps == 0:
             self.parameters["b_dec"] = reference_median(x_BD)
         gradients, loss, mask, smallest = self.gradients(x_BD)
+        gradients["W_enc"][self.n_frozen :] += 2 * self.l2 * self.parameters["W_enc"][self.n_frozen :]
         W_dec = self.parameters["W_dec"]
         unit = W_dec / (W_dec.norm(dim=1, keepdim=True) + 1e-6)
         gradients["W_dec"] -= (gradients["W_dec"] * unit).sum(dim=1, keepdim=True) * unit
+        if not self.trains_decoder:
+            gradients["W_dec"].zero_()
         norm = sum(gradient.pow(2).sum() for gradient in gradients.values()).sqrt()
         shrink = min(1.0, float(self.clip / (norm + 1e-6)))
         lr = self.lr

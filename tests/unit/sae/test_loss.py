@@ -73,6 +73,8 @@ def reference_of(sae, settings):
         settings.aux_latents,
         settings.clip,
         settings.core_transfer == "frozen",
+        settings.decoder == "learned",
+        settings.l2,
     )
 
 

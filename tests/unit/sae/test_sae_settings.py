@@ -48,6 +48,8 @@ def test_learning_rate_warms_up_from_zero_and_decays_to_one_step_above_zero():
         ("auxk_k", 0),
         ("threshold_beta", 1.0),
         ("core_decoder_init", "zero"),
+        ("decoder", "frozen_random"),
+        ("l2", -1e-3),
         ("core_budget", "free"),
         ("core_transfer", "thaw"),
         ("parallel", "pipeline"),

@@ -30,6 +30,7 @@ SETTINGS = SAESettings(
 )
 
 INIT = dataclasses.replace(SETTINGS, core_transfer="init")
+FROZEN_DECODER = {"decoder": "frozen_random", "core_decoder_init": "random"}
 
 
 def batches(count, settings=SETTINGS, dtype=torch.float32):
@@ -58,11 +59,14 @@ def assert_same(a, b):
         assert a == b
 
 
+@pytest.mark.parametrize("variant", [{}, FROZEN_DECODER, {"l2": 0.03}], ids=["plain", "frozen decoder", "l2"])
 @pytest.mark.parametrize("core_transfer", ["frozen", "init"])
 @pytest.mark.parametrize("seed", range(12))
-def test_whole_updates_are_those_of_the_reference(seed, core_transfer):
+def test_whole_updates_are_those_of_the_reference(seed, core_transfer, variant):
     sae, settings, _, _, generator = random_case(seed, core_transfer)
-    settings = dataclasses.replace(settings, clip=[1.0, 0.05][seed % 2], threshold_start_step=1, threshold_beta=0.8)
+    settings = dataclasses.replace(
+        settings, clip=[1.0, 0.05][seed % 2], threshold_start_step=1, threshold_beta=0.8, **variant
+    )
     reference = reference_of(sae, settings)
     trainer = Trainer(sae, settings)
     values = []
@@ -84,6 +88,20 @@ def test_whole_updates_are_those_of_the_reference(seed, core_transfer):
         torch.testing.assert_close(
             ours, reference.parameters[name], rtol=0, atol=1e-9, msg=lambda text: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_sampled_prefixes_are_what_has_to_reconstruct(kernels):
+    sae, settings, _, _, generator = random_case(4)
+    settings = dataclasses.replace(settings, kernels=kernels, prefixes="sampled", prefix_seed=8)
+    reference, trainer, seen = reference_of(sae, settings), Trainer(sae, settings), set()
+    for step in range(9):
+        x_BD = torch.randn(settings.batch, settings.d, dtype=torch.float64, generator=generator)
+        reference.group_ends = trainer.loss.prefixes.ends(step)
+        seen.add(tuple(reference.group_ends))
+        assert trainer.step(x_BD, log=True).loss == pytest.approx(reference.update(x_BD)[0], rel=1e-9)
+    assert len(seen) > 2 and {len(ends) for ends in seen} == {len(sae.group_ends)}
+    torch.testing.assert_close(sae.W_dec.detach(), reference.parameters["W_dec"], rtol=0, atol=1e-9)
 
 
 def test_first_step_only_moves_b_dec_to_the_geometric_median():
@@ -128,6 +146,46 @@ def test_core_encoder_stays_where_it_is_frozen_and_everything_else_moves(setting
         assert not torch.equal(after[name], before[name])
     assert not torch.equal(after["W_dec"][:3], before["W_dec"][:3])
     torch.testing.assert_close(after["W_dec"].norm(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_frozen_decoder_rows_stay_to_the_bit_and_are_no_part_of_the_norm(kernels):
+    learned, frozen = (
+        new_trainer(settings=dataclasses.replace(SETTINGS, kernels=kernels, **more))
+        for more in ({"core_decoder_init": "random"}, FROZEN_DECODER)
+    )
+    before = frozen.sae.W_dec.detach().clone()
+    assert torch.equal(before, learned.sae.W_dec), "both start alike"
+    reports = [[trainer.step(x_BD, log=True) for x_BD in batches(12)] for trainer in (learned, frozen)]
+    assert torch.equal(frozen.sae.W_dec, before) and not torch.equal(learned.sae.W_dec, before)
+    torch.testing.assert_close(before.norm(dim=1), torch.ones(24))
+    assert reports[1][0].loss == reports[0][0].loss and reports[1][0].grad_norm < reports[0][0].grad_norm
+    assert not frozen.sae.views(frozen.adam.square)[2].any() and frozen.sae.W_enc.isfinite().all()
+    assert frozen.threshold > 0 and frozen.sae.theta.item() == frozen.threshold
+
+
+def test_a_core_keeps_its_decoder_rows_where_that_is_asked_for():
+    core_CD = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
+    rows_CD = torch.nn.functional.normalize(core_CD.flip(1), dim=1)
+    kept, random = (
+        MatryoshkaSAE.init(dataclasses.replace(SETTINGS, core_decoder_init=how), core_CD, 0, core_W_dec_CD=rows_CD)
+        for how in ("kept", "random")
+    )
+    assert torch.equal(kept.W_dec[:3], rows_CD) and torch.equal(kept.W_dec[3:], random.W_dec[3:])
+    assert torch.equal(kept.encoder_rows(), random.encoder_rows())
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_the_penalty_draws_encoder_rows_in_and_nothing_else(kernels):
+    plain, small, large = (
+        new_trainer(settings=dataclasses.replace(SETTINGS, kernels=kernels, l2=l2)) for l2 in (0.0, 1e-3, 0.1)
+    )
+    reports = [[trainer.step(x_BD, log=True) for x_BD in batches(12)] for trainer in (plain, small, large)]
+    assert reports[0][0].loss == reports[2][0].loss, "what is logged is the loss without the penalty"
+    norms = [trainer.sae.W_enc.norm(dim=1).mean().item() for trainer in (plain, small, large)]
+    assert norms[0] > norms[1] > norms[2]
+    assert torch.equal(large.sae.W_enc_core, plain.sae.W_enc_core), "frozen rows are not penalised"
+    torch.testing.assert_close(large.sae.W_dec.norm(dim=1), torch.ones(24))
 
 
 def test_a_core_that_is_trained_starts_as_a_frozen_one_and_is_a_core_all_the_same():

@@ -427,6 +427,7 @@ CASES = {
     "budget exempt, many dead": {"core_gate": "relu", "core_budget": "exempt", "dead_window_tokens": 16, "auxk_k": 2},
     "no AuxK": {"auxk_alpha": 0.0, "dead_window_tokens": 16, "screen": "fp32"},
     "micro-batches": {"micro_batch": 7},
+    "decoder frozen, penalty, sampled": {**test_step.FROZEN_DECODER, "l2": 0.01, "prefixes": "sampled"},
 }
 
 
