@@ -33,7 +33,7 @@ FOLDERS = {
 """What each folder of an output folder holds."""
 FILES = {
     "data": (
-        r"manifest\.json|references-[\w.-]+\.json|shards|shards/(train-\d{5,}|calibration)\.parquet|"
+        r"manifest\.json|references-[\w.-]+\.json|loss-gradients-\d+\.safetensors|shards|shards/(train-\d{5,}|calibration)\.parquet|"
         r"tokens|tokens/(attribution|evaluation)\.safetensors"
     ),
     "tokens": r"(train|attribution|evaluation)\.safetensors",
