@@ -34,7 +34,8 @@ FOLDERS = {
 """What each folder of an output folder holds."""
 FILES = {
     "data": (
-        r"manifest\.json|references-[\w.-]+\.json|shards|shards/(train-\d{5,}|calibration)\.parquet|"
+        r"manifest\.json|references-[\w.-]+\.json|loss-gradients-\d+\.safetensors|"
+        r"shards|shards/(train-\d{5,}|calibration)\.parquet|"
         r"tokens|tokens/(attribution(-\d+)?|evaluation)\.safetensors"
     ),
     "tokens": r"((train|attribution)(-\d+)?|calibration|evaluation)\.safetensors",

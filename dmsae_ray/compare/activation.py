@@ -41,10 +41,12 @@ class Standardised:
     """fp32, a latent's activations side by side; zeros where it is silent"""
     alive_N: torch.Tensor
     """whether it is active on some of the rows, bool"""
+    fires_NR: torch.Tensor
+    """on which rows it is active, bool"""
 
     def take(self, index_C: torch.Tensor | slice) -> Standardised:
         """Those of the latents at these indices."""
-        return Standardised(self.z_NR[index_C], self.alive_N[index_C])
+        return Standardised(self.z_NR[index_C], self.alive_N[index_C], self.fires_NR[index_C])
 
 
 def standardised(latents: MeasuredLatents, rows_RD: torch.Tensor) -> Standardised:
@@ -52,10 +54,15 @@ def standardised(latents: MeasuredLatents, rows_RD: torch.Tensor) -> Standardise
     z_NR = torch.empty(latents.size, rows_RD.shape[0], dtype=torch.float32)
     for part_RD, part_NR in zip(rows_RD.split(PART), z_NR.split(PART, dim=1), strict=True):
         part_NR.copy_(latents.activations(part_RD).T)
-    alive_N = z_NR.any(dim=1)
+    return standardised_values(z_NR)
+
+
+def standardised_values(z_NR: torch.Tensor) -> Standardised:
+    """z_NR: fp32, 0 where a latent is silent; changed in place."""
+    fires_NR = z_NR != 0
     z_NR -= z_NR.mean(dim=1, keepdim=True)
     z_NR /= z_NR.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return Standardised(z_NR, alive_N)
+    return Standardised(z_NR, fires_NR.any(dim=1), fires_NR)
 
 
 def agreement(left: Standardised, right: Standardised, matching: Matching) -> Agreement:

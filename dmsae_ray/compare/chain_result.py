@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dmsae_ray.compare.course import CycleCore
 from dmsae_ray.compare.measured_latents import MeasuredLatents
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ChainResult:
     """latent ids, int64, of cycle 0's candidates by score descending"""
     start_has_core: bool = False
     """whether cycle 0 was itself given a core, so that it is not what a plain Matryoshka SAE gives"""
+    course: tuple[CycleCore, ...] = ()
+    """the cores that its cycles selected, in order"""
 
     def __post_init__(self) -> None:
         if len(self.core_ids_C) != self.core.size or self.core.W_enc_CD.shape[1] != self.sae.W_dec_ND.shape[1]:

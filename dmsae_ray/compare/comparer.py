@@ -12,13 +12,18 @@ import torch
 
 from dmsae_ray.compare.activation import ROWS, Standardised, agreement, standardised
 from dmsae_ray.compare.chain_result import ChainResult
+from dmsae_ray.compare.course import ROWS as COURSE_ROWS
+from dmsae_ray.compare.course import Course
 from dmsae_ray.compare.covariance import CovarianceNull, Gaussian
 from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
 from dmsae_ray.compare.density import FreeDraws, matched_density_null
+from dmsae_ray.compare.functional import LossRows
+from dmsae_ray.compare.functional_pair import FunctionalComparer, Uses
 from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc, shared_pairs
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult, unavailable
 from dmsae_ray.compare.pair import NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
 from dmsae_ray.compare.pairing import paired
+from dmsae_ray.compare.subspace import RandomSubspaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +34,25 @@ class Side:
     rows_RD: torch.Tensor
     """held-out rows, raw units"""
     covariance: CovarianceNull
+    loss_rows: LossRows | None
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What its latents are used for."""
+        result = self.result
+        return Uses(
+            result.core_latents(),
+            self.core_activations,
+            result.core.scores_C.numpy(),
+            self.start,
+            self.free,
+            self.loss_rows,
+        )
+
+    @cached_property
+    def course_fires(self) -> tuple[torch.Tensor, ...]:
+        """On which rows the members of each cycle's core are active, bool [C, R] each."""
+        return tuple(cycle.fires(self.rows_RD[:COURSE_ROWS]) for cycle in self.result.course)
 
     @cached_property
     def core_activations(self) -> Standardised:
@@ -65,16 +89,29 @@ class Comparer:
     used.
     """
 
-    def __init__(self, rows_RD: torch.Tensor, settings: CompareSettings, gaussian: Gaussian | None = None):
-        """gaussian: directions of the rows' covariance; None: taken from these rows."""
+    def __init__(
+        self,
+        rows_RD: torch.Tensor,
+        settings: CompareSettings,
+        gaussian: Gaussian | None = None,
+        loss_rows: LossRows | None = None,
+    ):
+        """gaussian: directions of the rows' covariance; None: taken from these rows. loss_rows: None: effects on the
+        loss are not compared.
+        """
         self.rows_RD, self.settings = rows_RD[:ROWS], settings
         self.covariance = CovarianceNull(
             gaussian or Gaussian.of_rows(rows_RD), settings.draws, settings.cosine, settings.seed
         )
+        self.loss_rows, directions = loss_rows, self.covariance.gaussian
+        self.functional = FunctionalComparer(
+            RandomSubspaces(directions, settings.draws, settings.seed), settings.cosine, settings.draws, settings.seed
+        )
+        self.course = Course(directions, settings.cosine, settings.seed)
 
     def side(self, result: ChainResult) -> Side:
         """A chain, ready for its pairs; whoever holds it decides how long what was prepared stays in memory."""
-        return Side(result, self.rows_RD, self.covariance)
+        return Side(result, self.rows_RD, self.covariance, self.loss_rows)
 
     def pair(self, side_a: Side, side_b: Side) -> PairResult:
         """Compare two chains. Cores with fewer than SMALLEST_CORE members give a result without core scores.
@@ -89,6 +126,7 @@ class Comparer:
             about(pairing)
             | {"size_a": size[0], "size_b": size[1], "activation_rows": len(self.rows_RD)}
             | self._dictionaries(a, b)
+            | {"course": self.course.of(a.course, b.course, side_a.course_fires, side_b.course_fires)}
         )
         if min(size) < SMALLEST_CORE:
             reason = (
@@ -106,6 +144,7 @@ class Comparer:
                 activation_left_out=None,
                 reason=reason,
                 nulls={name: unavailable(reason, size) for name in NULLS},
+                functional=None,
             )
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)
         active = agreement(side_a.core_activations, side_b.core_activations, decoder)
@@ -121,6 +160,14 @@ class Comparer:
             activation_left_out=active.left_out,
             reason=None,
             nulls=self._nulls(side_a, side_b),
+            functional=self.functional.pair(
+                side_a.uses,
+                side_b.uses,
+                encoder,
+                decoder,
+                b.core.density_C.numpy(),
+                a.no_start() or b.no_start(),
+            ),
         )
 
     def _check(self, a: ChainResult, b: ChainResult) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from dmsae_ray.compare.course import CoursePoint
+from dmsae_ray.compare.functional import Functional, FunctionalNull
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult
 from dmsae_ray.compare.pairing import Differs, Pairing
 
@@ -90,6 +92,10 @@ class PairResult:
     """of the cores: `covariance`, `matched_density` and `cycle0`"""
     dictionary_nulls: dict[str, DictionaryNull]
     """of pw_mcc_dictionary, by the same names"""
+    functional: Functional | None
+    """what the cores' latents are used for; None where the cores have no scores"""
+    course: tuple[CoursePoint, ...]
+    """the cores after each cycle; empty where the chains' cycles were not trained on the same numbers of tokens"""
 
     @property
     def mmcs(self) -> float | None:
@@ -102,7 +108,8 @@ class PairResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; tuples become lists."""
-        plain = dataclasses.asdict(self) | {"differences": list(self.differences)}
+        plain = dataclasses.asdict(self)
+        plain |= {"differences": list(self.differences), "course": list(plain["course"])}
         for null in (*plain["nulls"].values(), *plain["dictionary_nulls"].values()):
             null["size"] = list(null["size"])
         return plain
@@ -111,11 +118,15 @@ class PairResult:
     def from_dict(plain: dict[str, Any]) -> PairResult:
         """The inverse of to_dict. Raises ValueError on missing or unknown fields."""
         _check_fields(PairResult, plain)
-        read = {
+        read: dict[str, Any] = {
             field: {name: _null(kind, null) for name, null in plain[field].items()}
             for field, kind in (("nulls", NullResult), ("dictionary_nulls", DictionaryNull))
         }
-        return PairResult(**plain | read | {"differences": tuple(plain["differences"])})
+        read |= {"differences": tuple(plain["differences"]), "functional": _functional(plain["functional"])}
+        for point in plain["course"]:
+            _check_fields(CoursePoint, point)
+        read["course"] = tuple(CoursePoint(**point) for point in plain["course"])
+        return PairResult(**plain | read)
 
 
 def about(pairing: Pairing) -> dict[str, Any]:
@@ -139,6 +150,15 @@ def about(pairing: Pairing) -> dict[str, Any]:
 def _null(kind: type, plain: dict[str, Any]) -> Any:
     _check_fields(kind, plain)
     return kind(**plain | {"size": tuple(plain["size"])})
+
+
+def _functional(plain: dict[str, Any] | None) -> Functional | None:
+    if plain is None:
+        return None
+    _check_fields(Functional, plain)
+    for null in plain["nulls"].values():
+        _check_fields(FunctionalNull, null)
+    return Functional.from_dict(plain)
 
 
 def _check_fields(kind: type, plain: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dmsae_ray.compare.functional_summary import course_summary, functional_summary
 from dmsae_ray.compare.interval import Spread, spread
 from dmsae_ray.compare.pair import NULLS, PairResult
 
@@ -49,6 +50,10 @@ class GroupSummary:
     """of the cores, by name"""
     dictionary_nulls: dict[str, Spread | None]
     """mean PW-MCC of whole dictionaries under each null, where available"""
+    functional: dict[str, Any]
+    """what latents are used for, see `functional_summary`"""
+    course: dict[str, Any]
+    """agreement after each cycle, see `course_summary`"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; scores stand beside the counts."""
@@ -68,6 +73,8 @@ class GroupSummary:
                 for name, null in self.nulls.items()
             },
             "dictionary_nulls": _plain(self.dictionary_nulls),
+            "functional": self.functional,
+            "course": self.course,
         }
 
 
@@ -145,6 +152,8 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
         scores={name: over(getattr, name, members) for name in SCORES},
         nulls={name: null_summary(name) for name in NULLS},
         dictionary_nulls={name: over(dictionary, name, members) for name in NULLS},
+        functional=functional_summary(members, seed),
+        course=course_summary(members, seed),
     )
 
 

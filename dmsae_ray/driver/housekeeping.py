@@ -81,8 +81,9 @@ def kept_pairs(config: Config) -> set[str] | None:
     None if that cannot be told of one of them: then all are kept.
     """
     home, plans = config.home, planned(config)
+    data = home / "data"
     names = pair_names(
-        config.compare, Identity(config).key(config.model.hook), [(plan.folder, plan.cycles) for plan in plans]
+        config.compare, data / Identity(config).key(config.model.hook), [(plan.folder, plan.cycles) for plan in plans]
     )
     for folder in ours_in(home, "sweeps"):
         try:
@@ -95,7 +96,7 @@ def kept_pairs(config: Config) -> set[str] | None:
             there = [(chain, cycles) for chain, cycles in lasting if chain.path.is_dir()]
             compare = CompareConfig(**read_yaml(folder / "config.yaml").get("compare") or {})
             for rows in {dataset_of(chain.path) for chain, _ in there}:
-                names |= pair_names(compare, rows, there)
+                names |= pair_names(compare, data / rows, there)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"kept all of {home / 'pairs'}: what {folder} needs of it cannot be told ({error})")
             return None

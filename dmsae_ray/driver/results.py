@@ -83,9 +83,11 @@ class Results:
     """by name of each part that could not be made, or not all of it: why"""
 
     def means(self) -> dict[str, float]:
-        """The numbers without the ends of their intervals."""
+        """The numbers without the ends of their intervals, and without those after each cycle, which make a curve."""
         return {
-            name: value for name, value in self.numbers.items() if not name.endswith((".min", ".max", ".low", ".high"))
+            name: value
+            for name, value in self.numbers.items()
+            if not name.endswith((".min", ".max", ".low", ".high")) and ".course." not in name
         }
 
 

@@ -25,6 +25,7 @@ from dmsae_ray.driver.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.evaluation.loss_gradients import gradients_path
 from dmsae_ray.evaluation.references import cycle_seconds, read_references, references_path
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.identity import fields_key
@@ -177,8 +178,8 @@ class Sweep:
     # -- harvest -------------------------------------------------------------------------------------------------------
 
     def dataset(self, harvest: bool) -> ActivationDataset:
-        """The activations and their reference losses; Ray is started only if something is missing. Raises ValueError if
-        there are none and none may be harvested."""
+        """The activations, their reference losses and the loss's gradients; Ray is started only if something is
+        missing. Raises ValueError if there are none and none may be harvested."""
         hook = self.config.model.hook
         dataset = find_datasets(self.config, (hook,), self.say)[hook]
         if dataset is None and not harvest:
@@ -200,6 +201,11 @@ class Sweep:
 
             self.cluster.connect()
             measure_references(self.config, dataset, folder)
+        if not gradients_path(folder, self.config).exists():
+            from dmsae_ray.evaluation.loss_gradients import measure_gradients
+
+            self.cluster.connect()
+            measure_gradients(self.config, dataset, folder)
         return dataset
 
     # -- chains --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from pathlib import Path
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
+from dmsae_ray.compare.course import ROWS as COURSE_ROWS
+from dmsae_ray.compare.course import CycleCore
 from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.pair import CompareSettings, PairResult
 from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sample
@@ -26,13 +28,14 @@ from dmsae_ray.core.score_file import load_scores
 from dmsae_ray.core.select import rank
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.evaluation.loss_gradients import gradients_path, read_gradients
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.identity import fields_key
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""
 KEPT_BYTES = 4 << 30
 """Chains up to this size together stay in memory between their pairs; two always do."""
@@ -66,9 +69,7 @@ def compare_chains(
     while True:
         pairs = pairs_within([identity(plan) for plan in chains.values()])
         try:
-            return _comparison(
-                config.compare, dataset, chains, pairs, config.home / "pairs", folder / "comparison.json", say, failed
-            )
+            return _comparison(config, dataset, chains, pairs, folder / "comparison.json", say, failed)
         except DamagedChain as error:  # the others are compared without it
             del chains[error.label]
             failed.append({"label": error.label, "reason": str(error)})
@@ -103,20 +104,21 @@ def compare_across(
         for plan in plans
         if not plan.finished()
     ]
-    return _comparison(config.compare, dataset, sides[0] | sides[1], pairs, config.home / "pairs", path, say, failed)
+    return _comparison(config, dataset, sides[0] | sides[1], pairs, path, say, failed)
 
 
 def _comparison(
-    config: CompareConfig,
+    whole: Config,
     dataset: ActivationDataset,
     chains: dict[str, ChainPlan],
     pairs: list[Pairing],
-    kept: Path,
     path: Path,
     say: Callable[[str], None],
     failed: list[dict],
 ) -> dict:
-    keys = {}
+    config, keys = whole.compare, {}
+    measured = gradients_path(whole.home / "data" / dataset.manifest.key, whole)
+    gradients = measured if measured.exists() else None
     for label, plan in chains.items():
         try:
             keys[label] = key_of(plan)
@@ -127,6 +129,7 @@ def _comparison(
             "format": FORMAT_VERSION,
             "settings": config.model_dump(mode="json"),
             "rows": dataset.manifest.key,
+            "gradients": _stamp(gradients),
             "chains": keys,
             "arms": {label: plan.arm for label, plan in chains.items()},
             "failed": failed,
@@ -138,7 +141,7 @@ def _comparison(
     if config.pairs == "sample":
         assert config.sample is not None, "the configuration asks for both or none"
         pairs = sample(pairs, config.sample, config.seed)
-    results, seconds = _results(config, dataset, chains, keys, pairs, kept, say)
+    results, seconds = _results(config, dataset, gradients, chains, keys, pairs, whole.home / "pairs", say)
     comparison = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -157,6 +160,7 @@ def _comparison(
 def _results(
     config: CompareConfig,
     dataset: ActivationDataset,
+    gradients: Path | None,
     chains: dict[str, ChainPlan],
     keys: dict[str, str],
     pairs: list[Pairing],
@@ -165,7 +169,10 @@ def _results(
 ) -> tuple[list[PairResult], list[float]]:
     """The pairs' results and the seconds that each took, when it was computed."""
     settings, rows = settings_of(config), dataset.manifest.key
-    files = {pair: kept / f"{_pair_key(settings, rows, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
+    files = {
+        pair: kept / f"{_pair_key(settings, rows, _stamp(gradients), keys[pair.a.label], keys[pair.b.label])}.json"
+        for pair in pairs
+    }
     known = {pair: found for pair, file in files.items() if (found := known_from(file, say)) is not None}
     missing = [pair for pair in pairs if pair not in known]
     if missing:
@@ -173,8 +180,10 @@ def _results(
         say(f"compare: {len(missing)} pairs of cores, {settings.draws} draws of each null{again}")
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
-        comparer = Comparer(dataset.calibration_rows(), settings)
-        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(
+        loss_rows = None if gradients is None else read_gradients(gradients)
+        comparer = Comparer(dataset.calibration_rows(), settings, loss_rows=loss_rows)
+        effect_rows = 0 if loss_rows is None else len(loss_rows.x_MD)
+        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD), effect_rows))(
             lambda label: comparer.side(_read(chains[label], label))
         )
         said = start = time.perf_counter()
@@ -200,17 +209,37 @@ def settings_of(config: CompareConfig) -> CompareSettings:
     return CompareSettings(draws=config.draws, cosine=config.cosine, max_latents=config.max_latents, seed=config.seed)
 
 
-def _pair_key(settings: CompareSettings, rows: str, a: str, b: str) -> str:
-    return fields_key({"format": FORMAT_VERSION, "settings": vars(settings), "rows": rows, "a": a, "b": b})
+def _stamp(gradients: Path | None) -> str | None:
+    """Stands for the rows that effects on the loss are compared on; the dataset, named beside it, decides the rest."""
+    return None if gradients is None else gradients.name
 
 
-def pair_names(config: CompareConfig, rows: str, chains: list[tuple[ChainFolder, int]]) -> set[str]:
-    """Names of the files in `pairs` that a comparison of these chains, (folder, cycles) each, may ask for. rows: key of
-    the dataset.
+def _pair_key(settings: CompareSettings, rows: str, gradients: str | None, a: str, b: str) -> str:
+    return fields_key(
+        {
+            "format": FORMAT_VERSION,
+            "settings": vars(settings),
+            "rows": rows,
+            "gradients": gradients,
+            "a": a,
+            "b": b,
+        }
+    )
+
+
+def pair_names(config: CompareConfig, data: Path, chains: list[tuple[ChainFolder, int]]) -> set[str]:
+    """Names of the files in `pairs` that a comparison of these chains, (folder, cycles) each, may ask for. data: the
+    dataset's folder in the output folder, named by its key.
     """
     settings = settings_of(config)
     keys = [key_of_folder(folder, cycles) for folder, cycles in chains if len(folder.records()) >= cycles]
-    return {f"{_pair_key(settings, rows, a, b)}.json" for a in keys for b in keys}
+    measured: list[str | None] = [path.name for path in data.glob("loss-gradients-*.safetensors")]
+    return {
+        f"{_pair_key(settings, data.name, gradients, a, b)}.json"
+        for gradients in measured or [None]
+        for a in keys
+        for b in keys
+    }
 
 
 def key_of(plan: ChainPlan) -> str:
@@ -237,13 +266,18 @@ def unfinished(plan: ChainPlan) -> str:
     return "not finished" if failure is None else failure.reason
 
 
-def _kept_chains(plans: Sequence[ChainPlan], rows: int) -> int:
+def _kept_chains(plans: Sequence[ChainPlan], rows: int, effect_rows: int) -> int:
+    """How many chains stay in memory. rows: that activations are compared on, and effects."""
     largest = 1
     for plan in plans:
         record = plan.folder.records()[plan.cycles - 1]
         sae = plan.folder.cycle(0).sae
         size = sae.stat().st_size if sae.exists() else 0  # what is missing is said where it is read
-        largest = max(largest, 2 * size + LATENTS_ENCODED * record.core_out * 4 * rows)
+        # fp32 and whether it is active; of each cycle's core the latter alone.
+        encoded = record.core_out * (
+            LATENTS_ENCODED * (5 * rows + 5 * effect_rows) + plan.cycles * min(rows, COURSE_ROWS)
+        )
+        largest = max(largest, 2 * size + encoded)
     return max(2, KEPT_BYTES // largest)
 
 
@@ -263,7 +297,9 @@ def identity(plan: ChainPlan, label: str | None = None) -> ChainIdentity:
 
 
 def chain_result(plan: ChainPlan, label: str | None = None) -> ChainResult:
-    """What comparison needs of one chain: its last core and SAE, and cycle 0's SAE and candidates by score."""
+    """What comparison needs of one chain: its last core and SAE, cycle 0's SAE and candidates by score, and the core of
+    every cycle.
+    """
     last, first = plan.folder.cycle(plan.cycles - 1), plan.folder.cycle(0)
     core = Core.load(last.core)
     sae, stored = MatryoshkaSAE.load(last.sae)
@@ -276,4 +312,15 @@ def chain_result(plan: ChainPlan, label: str | None = None) -> ChainResult:
         start=MeasuredLatents.of(start, stored_at_start["density"], core.scale),
         start_ids_N=rank(load_scores(first.scores)).ids_N,
         start_has_core=start.core_size > 0,
+        course=course_of(plan),
     )
+
+
+def course_of(plan: ChainPlan) -> tuple[CycleCore, ...]:
+    """The core of every cycle, with the tokens that the chain was trained on until then."""
+    course, tokens = [], 0
+    for cycle, record in enumerate(plan.folder.records()[: plan.cycles]):
+        tokens += record.tokens
+        exempt = record.core_in if plan.config.sae.core_gate == "relu" else 0
+        course.append(CycleCore.of(Core.load(plan.folder.cycle(cycle).core), tokens, exempt))
+    return tuple(course)

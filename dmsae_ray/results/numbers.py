@@ -7,6 +7,9 @@
     consistency.<arm>.<differs>.<metric>.low, .high     its interval over seeds, where there is one
     consistency.<arm>.<differs>.nulls.<null>.<metric>   what that metric would be by chance
     consistency.<arm>.<differs>.k<k>.<metric>           mean over the pairs of that one k: like with like
+    consistency.<arm>.<differs>.functional.<measure>    firing, effect, importance, subspace: what latents are used for;
+                                                        beyond.<measure>: share of the pairs beyond chance
+    consistency.<arm>.<differs>.course.<cycle>.<metric> cores after that cycle; `tokens` trained on till then
     consensus.<name>                                    features found in several chains
     rediscovery.<arm>.<whose>.<metric>                  features found in SAEs that never had a core
 
@@ -19,6 +22,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
+
+from dmsae_ray.compare.functional import MEASURES
 
 METRICS = (
     "l0",
@@ -84,6 +89,13 @@ def consistency_numbers(comparison: dict[str, Any]) -> dict[str, float]:
         if pair["k_a"] == pair["k_b"]:
             for score in ("pw_mcc", "overlap", "activation"):
                 _take(of_one_k, f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}.{score}", pair[score])
+            for measure in MEASURES:
+                value = (pair.get("functional") or {}).get(measure)
+                _take(
+                    of_one_k,
+                    f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}.functional.{measure}",
+                    value,
+                )
     return found | {name: sum(some) / len(some) for name, some in of_one_k.items()}
 
 

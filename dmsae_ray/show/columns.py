@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dmsae_ray.compare.functional import MEASURES as FUNCTIONAL
+from dmsae_ray.compare.functional import NULLS as FUNCTIONAL_NULLS
 from dmsae_ray.compare.pair import NULLS
 from dmsae_ray.compare.rediscovery import SETS as REDISCOVERED
 from dmsae_ray.compare.summary import NULL_NUMBERS, SCORES
@@ -129,6 +131,12 @@ def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
         columns[f"{null} dictionary"] = [
             ((pair.get("dictionary_nulls") or {}).get(null) or {}).get("mean") for pair in pairs
         ]
+    for name in FUNCTIONAL:
+        columns[f"functional {name}"] = [(pair.get("functional") or {}).get(name) for pair in pairs]
+    for null, measures in FUNCTIONAL_NULLS.items():
+        for name in ("available", *(number for measure in measures for number in (measure, f"{measure}_bar"))):
+            found = [(pair.get("functional") or {}).get("nulls", {}).get(null, {}) for pair in pairs]
+            columns[f"functional {null} {name}"] = [one.get(name) for one in found]
     return columns
 
 
@@ -192,6 +200,10 @@ def group_columns(comparison: dict[str, Any]) -> dict[str, list[Any]]:
         found = [group["nulls"][null] for group in groups.values()]
         columns |= {f"{null} {name}": [one[name] for one in found] for name in ("available", "above")}
         columns |= {f"{null} {name}": [(one[name] or {}).get("mean") for one in found] for name in NULL_NUMBERS}
+    for name in FUNCTIONAL:
+        used = [group.get("functional") or {} for group in groups.values()]
+        columns[f"functional {name}"] = [(one.get(name) or {}).get("mean") for one in used]
+        columns[f"functional {name} beyond chance"] = [one.get("beyond", {}).get(name) for one in used]
     return columns
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dmsae_ray.compare.course import NUMBERS as COURSE
 from dmsae_ray.core.score_file import coverage_ranks
 from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.show.mlflow.run_store import Point
@@ -72,6 +73,17 @@ def curve_points(path: Path, after: int, ms: int) -> Iterator[Point]:
         for name, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 yield Point(f"train/{name}", value, step, ms)
+
+
+def course_points(comparison: dict[str, Any], ms: int) -> Iterator[Point]:
+    """Agreement after each cycle, a mean over the pairs of a group, as `course/<group>.<number>` with step = cycle."""
+    for name, group in comparison.get("summary", {}).get("groups", {}).items():
+        # MLflow takes no ~ in a metric's name.
+        place = name.replace("/", ".").replace("~", " vs ")
+        for cycle, point in (group.get("course") or {}).items():
+            for number in COURSE:
+                if point.get(number):
+                    yield Point(f"course/{place}.{number}", point[number]["mean"], int(cycle), ms)
 
 
 def coverage_points(share_P: np.ndarray, core_size: int, ms: int) -> Iterator[Point]:

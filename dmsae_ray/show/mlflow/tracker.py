@@ -35,7 +35,7 @@ from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show import figures
 from dmsae_ray.show.columns import chain_row, summary
 from dmsae_ray.show.mlflow.chain_runs import ChainRuns, SweepRun, TrackedChain
-from dmsae_ray.show.mlflow.measurements import flatten
+from dmsae_ray.show.mlflow.measurements import course_points, flatten
 from dmsae_ray.show.mlflow.run_store import STORE_ERRORS, Point, RunStore, now_ms, one_line
 from dmsae_ray.show.tracking import TrackingError
 
@@ -218,6 +218,7 @@ class MlflowTracker:
         ]
         # MLflow takes no ~ in a metric's name, and groups charts by what stands before a slash.
         points += [Point(f"results/{name.replace('~', ' vs ')}", value, step, now) for name, value in numbers.items()]
+        points += course_points(comparison, now) if comparison else []
         self._store.append(run_id, points)
         self._store.tag(run_id, "times", str(step + 1))
         self._store.tag(run_id, "results", stamp)

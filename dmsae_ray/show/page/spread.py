@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,3 +58,18 @@ def over_seeds(values: Iterable[tuple[int, float | None]]) -> Spread | None:
     ends = interval.over_seeds(means_S, range(seeds), range(seeds), seed=0)
     assert ends is not None, "there are seeds enough"
     return Spread(mean, *ends, f"{interval.COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)
+
+
+def ends(spread: dict[str, Any], scored: int) -> dict[str, Any]:
+    """A spread of comparison.json as a row's `mean`, `low`, `high`, and in `what` what these are; scored: pairs that it
+    is over.
+    """
+    if scored == 1:
+        return {"mean": spread["mean"], "low": None, "high": None, "what": "one pair"}
+    low, high = spread["interval"] or (spread["min"], spread["max"])
+    return {
+        "mean": spread["mean"],
+        "low": low,
+        "high": high,
+        "what": "95 % interval" if spread["interval"] else "range of pairs",
+    }

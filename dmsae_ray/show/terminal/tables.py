@@ -16,6 +16,7 @@ from rich.text import Text
 from dmsae_ray.files import replacing
 from dmsae_ray.show.columns import ChainRow, null_of, null_value
 from dmsae_ray.show.terminal.console import WIDTH
+from dmsae_ray.show.terminal.functional_lines import functional_lines
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -253,6 +254,8 @@ def report(
                 Text(GROUPS_NOTE, style="dim"),
                 pairs_note(comparison),
             ]
+        if (used := functional_lines(comparison.get("summary", {}).get("groups", {}))) is not None:
+            parts.append(used)
     if consensus is not None and consensus["groups"]:
         parts += [Text(""), consensus_text(consensus)]
     if expectations:

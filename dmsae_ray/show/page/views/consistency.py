@@ -13,8 +13,10 @@ import plotly.graph_objects as go
 from dmsae_ray.show.page.artifacts import Artifacts, unique
 from dmsae_ray.show.page.chart import Chart, Choice, figure, plain
 from dmsae_ray.show.page.numerals import shown
+from dmsae_ray.show.page.spread import ends
 from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, View
+from dmsae_ray.show.page.views.functional_parts import functional_parts
 
 LEAD = (
     "How far do the cores of two chains agree, beside what chance would give? A number alone says nothing here: "
@@ -95,6 +97,7 @@ def view(artifacts: Artifacts) -> View:
             )
         parts.append(_groups(artifacts.comparison) or Note("No group of pairs has a score."))
         parts.append(_pairs(pairs))
+        parts += functional_parts(artifacts.comparison)
     return View("consistency", "Consistency", LEAD, parts)
 
 
@@ -224,7 +227,7 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
             "group": key,
             "score": words,
             **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")},
-            **_ends(group[name], group["scored"]),
+            **ends(group[name], group["scored"]),
         }
         for key, group in comparison.get("summary", {}).get("groups", {}).items()
         for name, words in names.items()
@@ -247,18 +250,6 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
         "in their place."
     )
     return Table("table-groups", caption, columns, rows) if rows else None
-
-
-def _ends(spread: dict[str, Any], scored: int) -> dict[str, Any]:
-    if scored == 1:
-        return {"mean": spread["mean"], "low": None, "high": None, "what": "one pair"}
-    low, high = spread["interval"] or (spread["min"], spread["max"])
-    return {
-        "mean": spread["mean"],
-        "low": low,
-        "high": high,
-        "what": "95 % interval" if spread["interval"] else "range of pairs",
-    }
 
 
 def _beats(pair: dict[str, Any], nulls: Sequence[str]) -> bool | None:
