@@ -19,6 +19,7 @@ from dmsae_ray.cluster.connection import Capacity
 from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import plan_chains, planned
+from dmsae_ray.distill.mapping import steps_of
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.driver.options import SweepCommand
 from dmsae_ray.driver.preflight import check_needs, preflight, without_kernels
@@ -31,7 +32,7 @@ from dmsae_ray.identity import fields_key
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.ownership import scratch
 from dmsae_ray.secret_url import SecretUrl
-from dmsae_ray.show.mlflow.chain_runs import TrackedChain
+from dmsae_ray.show.mlflow.chain_runs import Data, TrackedChain
 from dmsae_ray.show.mlflow.run_store import RunStore
 from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.terminal.console import terminal_console
@@ -68,6 +69,8 @@ class Finished:
     results: Results
     store: SecretUrl
     """MLflow tracking URI"""
+    compare: str | None
+    """where its page compares the chains, behind the server's address"""
     untracked: str | None
     """why not all of it is in MLflow; None if it is"""
 
@@ -80,7 +83,7 @@ class Finished:
         """The tables, and where everything is."""
         terminal_console(say.stream).print(self.results.tables)
         say(f"everything lies in {self.config.home}; this sweep's results in {self.folder}")
-        say(f"look at {self.folder / PAGE}; {look(self.config, self.store)}")
+        say(f"look at {self.folder / PAGE}; {look(self.config, self.store, self.compare)}")
         if self.untracked is not None:
             say(f"error: {self.untracked}")
 
@@ -120,7 +123,7 @@ class Sweep:
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
-            tracker = self.tracker(plans, store)
+            tracker = self.tracker(plans, dataset, store)
             try:
                 tracker.sync()
                 if train:
@@ -137,7 +140,9 @@ class Sweep:
                 except TrackingError as error:
                     self.say(f"warning: {error}")
                 raise
-            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri, tracker.why_not)
+            finished = Finished(
+                self.config, dataset, plans, folder, results, tracker.uri, tracker.page, tracker.why_not
+            )
             try:
                 tracker.close("FINISHED" if finished.done else "FAILED")
             except TrackingError as error:  # the tables are shown all the same
@@ -248,9 +253,11 @@ class Sweep:
         except TrackingError as error:
             return error
 
-    def tracker(self, plans: list[ChainPlan], store: RunStore | TrackingError) -> Tracker:
+    def tracker(self, plans: list[ChainPlan], dataset: ActivationDataset, store: RunStore | TrackingError) -> Tracker:
         if isinstance(store, TrackingError):
             return NotTracked(self.config.track.uri, str(store))
+        manifest = dataset.manifest
+        data = Data(f"{manifest.model} {manifest.hook}", manifest.key, str(dataset.store), manifest.rows, manifest.d)
         return MlflowTracker(
             self.config.track.uri,
             self.config.home,
@@ -269,6 +276,8 @@ class Sweep:
                     plan.arm,
                     plan.stage,
                     plan.config.section_dict(),
+                    steps_of(plan.config),
+                    data,
                 )
                 for plan in plans
             ],
@@ -299,10 +308,11 @@ def listed(plan: ChainPlan) -> dict:
     }
 
 
-def look(config: Config, store: SecretUrl) -> str:
+def look(config: Config, store: SecretUrl, compare: str | None) -> str:
     """How to look at the runs."""
     if store.reveal().startswith(("http:", "https:")):
-        return f"MLflow: {store} in a browser"
+        at = str(store).partition("?")[0].rstrip("/")
+        return f"MLflow: {at}/{compare}" if compare else f"MLflow: {store} in a browser"
     ui = f"python -m dmsae_ray.ui --output {shlex.quote(str(config.home))}"
     return f"MLflow: {ui} (or make ui), or mlflow server --backend-store-uri {shlex.quote(str(store))}"
 
