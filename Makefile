@@ -19,7 +19,7 @@ help:
 	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
 	@echo "make real              SmolLM2-135M on prose, both from packages; make real ARGS='--corpus.source FOLDER' on your own text"
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
-	@echo "make ui                open MLflow on the quickstart's results"
+	@echo "make ui                MLflow on the quickstart: its chains, and their comparison"
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
 	@echo "make bench             time the training step against other systems' (jobs/bench/bench_step.md)"
 

@@ -9,7 +9,8 @@ import sys
 
 from dmsae_ray.config import Config
 from dmsae_ray.driver.options import HarvestCommand, load
-from dmsae_ray.show.mlflow.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move
+from dmsae_ray.show.mlflow.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move, last_sweep
+from dmsae_ray.show.mlflow.views import places
 
 HOST = "127.0.0.1"
 
@@ -22,14 +23,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"this configuration logs to {config.track.uri}: open that server's address in a browser")
             return 0
         port = free_port(os.environ.get("MLFLOW_PORT", "5000"))
-        place = runs_of(config)
+        there = runs_of(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for what, place in there.items():
+        print(f"{what + ':':<9}http://{HOST}:{port}/{place}")
     print(
-        f"MLflow: http://{HOST}:{port}/{place} (experiment {config.track.experiment} of {config.home}; Ctrl-C ends it)",
-        flush=True,
+        f"(MLflow on the last sweep in {config.home}, experiment {config.track.experiment}; Ctrl-C ends it)", flush=True
     )
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # no jobs of ours: eight processes less
     # Named from its own folder: MLflow would make folders of what is quoted in a URL.
     os.chdir(config.home)
     os.execv(
@@ -69,8 +72,8 @@ def free_port(name: str) -> int:
     return int(name)
 
 
-def runs_of(config: Config) -> str:
-    """Where the experiment's runs are, in MLflow's page. Raises ValueError if there are none."""
+def runs_of(config: Config) -> dict[str, str]:
+    """Where the last sweep is in MLflow's page, by what is to be seen there. Raises ValueError if there is none."""
     database = database_of(config.home)
     if not database.exists():
         raise ValueError(
@@ -80,6 +83,7 @@ def runs_of(config: Config) -> str:
     try:
         follow_move(database, config.home)
         experiment = experiment_id(config.home, config.track.experiment)
+        sweep = None if experiment is None else last_sweep(config.home, experiment)
     except (OSError, sqlite3.Error) as error:
         raise ValueError(f"{database}: cannot be read ({error})") from error
     if experiment is None:
@@ -87,7 +91,11 @@ def runs_of(config: Config) -> str:
             f"{database}: has no experiment {config.track.experiment!r}; give --track.experiment the name of one "
             "that it has"
         )
-    return f"#/experiments/{experiment}/runs"
+    if sweep is None:
+        raise ValueError(f"{database}: has no sweep yet; run python -m dmsae_ray.sweep, or python -m dmsae_ray.report")
+    if not sweep.shared:
+        return {"runs": f"#/experiments/{experiment}/runs (its views: python -m dmsae_ray.report logs them)"}
+    return places(experiment, sweep.key, sweep.home, sweep.run_id)._asdict()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dmsae_ray.driver.options import SweepCommand
 from dmsae_ray.driver.preflight import check_needs, preflight, without_kernels
 from dmsae_ray.driver.results import PAGE, Results, write_results
 from dmsae_ray.driver.session import session
+from dmsae_ray.driver.tracked import open_store, tracker_of
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.loss_gradients import gradients_path
 from dmsae_ray.evaluation.references import cycle_seconds, read_references, references_path
@@ -32,12 +33,9 @@ from dmsae_ray.identity import fields_key
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.ownership import scratch
 from dmsae_ray.secret_url import SecretUrl
-from dmsae_ray.show.mlflow.chain_runs import TrackedChain
-from dmsae_ray.show.mlflow.run_store import RunStore
-from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration
-from dmsae_ray.show.tracking import NotTracked, Tracker, TrackingError
+from dmsae_ray.show.tracking import Tracker, TrackingError
 
 
 def run(command: SweepCommand) -> int:
@@ -69,6 +67,8 @@ class Finished:
     results: Results
     store: SecretUrl
     """MLflow tracking URI"""
+    compare: str | None
+    """where its page compares the chains, behind the server's address"""
     untracked: str | None
     """why not all of it is in MLflow; None if it is"""
 
@@ -81,7 +81,7 @@ class Finished:
         """The tables, and where everything is."""
         terminal_console(say.stream).print(self.results.tables)
         say(f"everything lies in {self.config.home}; this sweep's results in {self.folder}")
-        say(f"look at {self.folder / PAGE}; {look(self.config, self.store)}")
+        say(f"look at {self.folder / PAGE}; {look(self.config, self.store, self.compare)}")
         if self.untracked is not None:
             say(f"error: {self.untracked}")
 
@@ -106,7 +106,7 @@ class Sweep:
         with self.cluster:
             if self.unfinished:
                 self.cluster.reach()  # before hours of tokenising
-            store = self.store()
+            store = open_store(self.config)
             if train and isinstance(store, TrackingError):
                 raise store
             dataset = self.dataset(harvest=train)
@@ -123,7 +123,7 @@ class Sweep:
             write_json(folder / "chains.json", [listed(plan) for plan in plans])
             if train:
                 self.prepare(plans)
-            tracker = self.tracker(plans, store)
+            tracker = tracker_of(self.config, sweep_key(plans), plans, dataset, store)
             try:
                 tracker.sync()
                 if train:
@@ -140,7 +140,9 @@ class Sweep:
                 except TrackingError as error:
                     self.say(f"warning: {error}")
                 raise
-            finished = Finished(self.config, dataset, plans, folder, results, tracker.uri, tracker.why_not)
+            finished = Finished(
+                self.config, dataset, plans, folder, results, tracker.uri, tracker.page, tracker.why_not
+            )
             try:
                 tracker.close("FINISHED" if finished.done else "FAILED")
             except TrackingError as error:  # the tables are shown all the same
@@ -260,43 +262,6 @@ class Sweep:
                 f"{self.config.attribution.tokens:,}) for one worker"
             )
 
-    # -- say -----------------------------------------------------------------------------------------------------------
-
-    def store(self) -> RunStore | TrackingError:
-        """Where the runs are logged, or why that cannot be opened: known before hours of work."""
-        track = self.config.track
-        try:
-            return RunStore(track.uri, self.config.home, track.experiment)
-        except TrackingError as error:
-            return error
-
-    def tracker(self, plans: list[ChainPlan], store: RunStore | TrackingError) -> Tracker:
-        if isinstance(store, TrackingError):
-            return NotTracked(self.config.track.uri, str(store))
-        return MlflowTracker(
-            self.config.track.uri,
-            self.config.home,
-            self.config.track.experiment,
-            sweep_key(plans),
-            self.config.name,
-            self.config.section_dict(),
-            [
-                TrackedChain(
-                    plan.key,
-                    plan.label,
-                    plan.folder.path,
-                    plan.seed,
-                    plan.k,
-                    plan.cycles,
-                    plan.arm,
-                    plan.stage,
-                    plan.config.section_dict(),
-                )
-                for plan in plans
-            ],
-            store,
-        )
-
 
 def sweep_key(plans: list[ChainPlan]) -> str:
     chains = sorted([plan.arm, plan.key, plan.cycles] for plan in plans)
@@ -321,10 +286,11 @@ def listed(plan: ChainPlan) -> dict:
     }
 
 
-def look(config: Config, store: SecretUrl) -> str:
+def look(config: Config, store: SecretUrl, compare: str | None) -> str:
     """How to look at the runs."""
     if store.reveal().startswith(("http:", "https:")):
-        return f"MLflow: {store} in a browser"
+        at = str(store).partition("?")[0].rstrip("/")
+        return f"MLflow: {at}/{compare}" if compare else f"MLflow: {store} in a browser"
     ui = f"python -m dmsae_ray.ui --output {shlex.quote(str(config.home))}"
     return f"MLflow: {ui} (or make ui), or mlflow server --backend-store-uri {shlex.quote(str(store))}"
 

@@ -24,6 +24,8 @@ from dmsae_ray.ownership import KEY
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.yaml_file import read_yaml
 
+ADDRESSES = ("models:/", "runs:/")
+"""How the address of a core in an MLflow store begins."""
 DESCRIPTION = ("config.yaml", "chains.json")
 """Files of a results folder that say what the sweep was."""
 
@@ -196,10 +198,21 @@ def load_sae(path: str | Path) -> tuple[MatryoshkaSAE, dict[str, Any]]:
     return MatryoshkaSAE.load(path / "sae.safetensors" if path.is_dir() else path)
 
 
-def load_core(path: str | Path) -> Core:
-    """The core in `core.safetensors` or `consensus.safetensors`, or in the cycle's folder that holds it.
+def load_core(path: str | Path, store: str | Path | None = None) -> Core:
+    """The core in `core.safetensors` or `consensus.safetensors`, in the cycle's folder that holds it, or at an address
+    in an MLflow store.
 
-    Raises ValueError naming the file if it is none.
+        load_core("models:/quickstart-consensus@current", store="~/dmsae_ray/quickstart")
+        load_core("runs:/<id of a chain's run>/core")
+
+    store: for an address alone: a tracking URI, or a sweep's output folder; None: $MLFLOW_TRACKING_URI. Raises
+    ValueError naming the file or the address if there is none.
     """
+    if str(path).startswith(ADDRESSES):
+        from dmsae_ray.show.mlflow.core_model import fetch_core
+
+        return fetch_core(str(path), store)
+    if store is not None:
+        raise ValueError(f"{path}: is a file, and no address of a store's ({' or '.join(ADDRESSES)}); leave out store=")
     path = Path(path).expanduser()
     return Core.load(path / "core.safetensors" if path.is_dir() else path)

@@ -20,6 +20,8 @@ class Tracker(Protocol):
     """where the runs are"""
     why_not: str | None
     """why nothing is logged; None if it is"""
+    page: str | None
+    """where the chains are compared, behind the address of the store's server; None: not known"""
 
     def sync(self) -> bool:
         """Log what is new on disk, and say whether all of it is logged. Never raises on account of the store."""
@@ -43,6 +45,7 @@ class NotTracked:
     def __init__(self, uri: SecretUrl | None, why: str):
         self.uri = uri or SecretUrl("")
         self.why_not: str | None = why
+        self.page: str | None = None
 
     def sync(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,14 @@ from chromium import launched
 from conftest import HANGS, environment, free_port, results, run_command
 from playwright.sync_api import expect
 
+import dmsae_ray
+
 
 class Server:
     """`mlflow server` on a database of its own."""
+
+    printed = ""
+    """address that the command which logged to it printed"""
 
     def __init__(self, folder: Path):
         port = free_port()
@@ -91,6 +97,7 @@ def server(study, tmp_path_factory):
     server = Server(folder)
     run = run_command(folder / "out", "--track.uri", server.url)
     assert run.code == 0 and "ray: " not in run.out, run.out
+    (server.printed,) = re.findall(r"MLflow: (http\S+)", run.out)
     yield server, folder / "out"
     server.stop()
 
@@ -109,6 +116,12 @@ def tags_of(run: dict) -> dict[str, str]:
 
 def metrics_of(run: dict) -> dict[str, float]:
     return {metric["key"]: metric["value"] for metric in run["data"]["metrics"]}
+
+
+def dataset_of(output: Path) -> str:
+    """Key of the dataset that the chains were trained on."""
+    (key,) = {json.loads(path.read_text())["fields"]["dataset"] for path in output.glob("chains/*/chain.json")}
+    return key
 
 
 def test_runs_are_found_by_stage_arm_seed_and_k(server, experiment):
@@ -131,13 +144,13 @@ def test_runs_are_found_by_stage_arm_seed_and_k(server, experiment):
         ]
         assert run["info"]["status"] == "FINISHED"
         metrics = metrics_of(run)
-        assert metrics["cycle/fvu"] == pytest.approx(row["fvu"]) and metrics["cycle/core_size"] == row["core_out"]
-        assert metrics["cycle/prefix.0.kl"] == pytest.approx(row["prefixes"][1 if row["core_in"] else 0]["kl"])
-    # What the compare view lines up: the same cycle of the plain grid, over seeds.
-    found = here.runs(experiment, "tags.arm = 'base' and tags.stage = 'distill' and tags.k = '8' and tags.cycle = '1'")
-    assert sorted(found) == ["seed0-k8 cycle 1", "seed1-k8 cycle 1"]
+        assert metrics["sae/fvu"] == pytest.approx(row["fvu"]) and metrics["core/size"] == row["core_out"]
+        assert len(metrics) < 40
+        assert [one["dataset"]["digest"] for one in run["inputs"]["dataset_inputs"]] == [dataset_of(output)]
+    found = here.runs(experiment, "tags.arm = 'base' and tags.stage = 'distill' and tags.k = '8'")
+    assert sorted(found) == ["seed0-k8", "seed1-k8"]
     params = [{param["key"]: param["value"] for param in run["data"]["params"]} for run in found.values()]
-    assert {one["seed"] for one in params} == {"0", "1"} and {one["cycle"] for one in params} == {"1"}
+    assert {one["seed"] for one in params} == {"0", "1"}
     placebo = {p["key"]: p["value"] for p in chains["seed0-k8-random"]["data"]["params"]}
     assert placebo["selection.by"] == "random", "an arm's run has the arm's own parameters"
 
@@ -193,17 +206,40 @@ def test_tables_pictures_and_the_page_are_there_and_equal_the_files(server, expe
     )
 
 
-def test_the_compare_view_of_its_page_shows_both_seeds(server, experiment):
-    here, _ = server
+def test_a_core_is_read_through_the_server(server, experiment):
+    here, output = server
+    (run,) = here.runs(experiment, "tags.chain = 'seed0-k8' and tags.`dmsae.kind` = 'chain'").values()
+    want = dmsae_ray.load_sweep(results(output)).chains["seed0-k8"].core()
+    for end in ("core", "cycle_01/core.safetensors"):
+        found = dmsae_ray.load_core(f"runs:/{run['info']['run_id']}/{end}", store=here.url)
+        assert found.fingerprint == want.fingerprint
+
+
+def test_the_printed_address_shows_all_cores_with_size_and_agreement(server, experiment):
+    """In the first screen, and the list of chains beside it has them as columns."""
+    here, output = server
     chains = here.runs(experiment, "tags.arm = 'base' and tags.`dmsae.kind` = 'chain'")
-    ids = [run["info"]["run_id"] for run in chains.values()]
+    assert here.printed.startswith(f"{here.url}/#/experiments/{experiment}/runs?") and len(chains) == 2
     with launched() as browser:
-        page, errors = browser.new_page(viewport={"width": 1500, "height": 1000}), []
+        page, errors = browser.new_page(viewport={"width": 1400, "height": 900}), []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"{here.url}/#/experiments/{experiment}/runs")
-        expect(page.get_by_text("small", exact=True).first).to_be_visible(timeout=600_000)
-        page.goto(f"{here.url}/#/compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([experiment])}")
-        for label in chains:
-            expect(page.get_by_text(label, exact=True).first).to_be_visible(timeout=600_000)
-        expect(page.get_by_text("cycle/core_size").first).to_be_attached(timeout=600_000)
+        page.set_default_timeout(600_000)
+        page.goto(here.printed)
+        for chart in ("core/size", "agreement/pw_mcc"):
+            expect(page.get_by_text(chart, exact=True).first).to_be_in_viewport(timeout=600_000)
+        for label, run in chains.items():
+            expect(page.get_by_text(label, exact=True).first).to_be_in_viewport(timeout=600_000)
+            metrics = metrics_of(run)
+            for name in ("core/size", "agreement/pw_mcc"):
+                bar = page.locator(".bartext", has_text=f"{metrics[name]:.2f}").first
+                expect(bar).to_be_in_viewport(timeout=600_000)
+        page.goto(here.printed.replace("-compare&compareRunsMode=CHART", "-chains"))
+        page.reload()
+        for column in ("seed", "k", "arm", "core/size", "agreement/pw_mcc", "sae/l0"):
+            expect(page.locator(".ag-header-cell", has_text=column).first).to_be_visible(timeout=600_000)
+        for label, run in chains.items():
+            row = page.locator(".ag-row", has_text=label)
+            expect(row.first).to_be_in_viewport(timeout=600_000)
+            cell = page.locator(f".ag-row:has-text('{label}') [col-id='metrics.`core/size`']").first
+            expect(cell).to_have_text(f"{metrics_of(run)['core/size']:g}", timeout=600_000)
         assert errors == []

@@ -1,4 +1,4 @@
-"""One chain's runs in MLflow: the chain run and a run per cycle below it, brought up to what lies on disk."""
+"""One chain's run in MLflow, brought up to what lies on disk."""
 
 from __future__ import annotations
 
@@ -8,13 +8,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dmsae_ray.core.core import Core
 from dmsae_ray.core.score_file import coverage
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.record import CycleRecord
-from dmsae_ray.show import figures
-from dmsae_ray.show.mlflow.measurements import began_ms, coverage_points, curve_points, cycle_points, ended_ms, flatten
+from dmsae_ray.show.figures import OKABE_ITO
+from dmsae_ray.show.mlflow.core_model import log_core
+from dmsae_ray.show.mlflow.measurements import (
+    began_ms,
+    coverage_points,
+    curve_points,
+    curve_rows,
+    cycle_points,
+    ended_ms,
+    flatten,
+)
 from dmsae_ray.show.mlflow.run_store import Point, RunStore, now_ms
 from dmsae_ray.show.tracking import TrackingError
+
+COLOURS = OKABE_ITO[:6]
+"""Without the yellow, which is too light for lines on white, and the black"""
+LAYOUT = "2"
+"""What a finished run holds. One that was logged by an earlier version is filled up once; what it has stays."""
+OF_THE_SWEEP = {"name", "output", "sweep", "study", "compare", "features", "cluster", "track"}
+"""Sections that decide nothing of a chain: parameters of the sweep's run alone."""
+
+
+class Data(NamedTuple):
+    """The rows that a chain reads."""
+
+    name: str
+    """model and hook"""
+    key: str
+    source: str
+    """where they lie, without secrets"""
+    rows: int
+    d: int
 
 
 class TrackedChain(NamedTuple):
@@ -32,23 +61,28 @@ class TrackedChain(NamedTuple):
     """distill, transfer or plain"""
     config: dict[str, Any]
     """the configuration of the chain's arm as plain types"""
+    steps: int
+    """training steps of a cycle"""
+    data: Data
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """What a chain's runs need to know of the sweep they are in."""
+    """What a chain's run needs to know of the sweep it is in."""
 
     run_id: str
     key: str
     label: str
+    words: str
+    """description of every run of it: where its page and its chains are"""
 
 
-class ChainRuns:
+class ChainRun:
     """One chain of one sweep. A chain that has not started has no run yet. After an error it must be made anew: what it
     remembers to have read may not have been logged."""
 
-    def __init__(self, store: RunStore, sweep: SweepRun, chain: TrackedChain):
-        self._store, self._sweep, self._chain = store, sweep, chain
+    def __init__(self, store: RunStore, sweep: SweepRun, chain: TrackedChain, place: int):
+        self._store, self._sweep, self._chain, self._place = store, sweep, chain, place
         self._folder = ChainFolder(Path(chain.folder))
         self._settled = False
         """done and logged: nothing on disk can change it any more"""
@@ -56,6 +90,15 @@ class ChainRuns:
         """by cycle: size and time of curve.jsonl when it was last read"""
         self._step: dict[int, int] = {}
         """by cycle: last step taken from curve.jsonl"""
+
+    @property
+    def label(self) -> str:
+        return self._chain.label
+
+    @property
+    def run_id(self) -> str | None:
+        """None if the chain has no run yet."""
+        return self._store.known(self._sweep.key, "chain", self._chain.key)
 
     def update(self, unfinished: str) -> None:
         """Log what is new. unfinished: status of what is neither done nor failed, RUNNING or KILLED."""
@@ -66,28 +109,39 @@ class ChainRuns:
             return
         records = self._folder.records()[: self._chain.cycles]
         done = len(records) == self._chain.cycles
-        run_id = self._open_chain(began_ms(records[0]) if records else None)
-        if done and self._store.status(run_id) == "FINISHED":
+        run_id, store = self._open(began_ms(records[0]) if records else None), self._store
+        if done and store.status(run_id) == "FINISHED" and store.get_tag(run_id, "dmsae.layout") == LAYOUT:
             self._settled = True
             return
         if not done:
-            self._store.set_status(run_id, unfinished if failure is None else "FAILED")
-        reason = None if done or failure is None else failure.text()
-        self._store.tag(run_id, "failed", reason)
-        fields = (description or {}).get("fields", {})
-        self._store.params(run_id, dict(flatten(self._chain.config)) | dict(flatten({"chain": fields})))
-        for number, record in enumerate(records):
-            self._finish_cycle(run_id, number, record)
-        self._store.append(run_id, [point for record in records for point in cycle_points(record)])
+            store.set_status(run_id, unfinished if failure is None else "FAILED")
+        store.tag(run_id, "failed", None if done or failure is None else failure.text())
+        store.params(run_id, self._params(description or {}))
+        points = [point for number, record in enumerate(records) for point in self._curve(number, ended_ms(record))]
+        if not done:
+            points += self._curve(len(records), now_ms())
+        points += [point for record in records for point in cycle_points(record)]
         if done:
-            self._log_coverage(run_id, records)
-            self._store.set_status(run_id, "FINISHED", ended_ms(records[-1]))
-            self._settled = True
-        else:
-            failed_here = failure is not None and failure.cycle == len(records)
-            self._open_cycle(
-                run_id, len(records), "FAILED" if failed_here else unfinished, reason if failed_here else None
-            )
+            points += self._coverage(records)
+        store.append(run_id, points)
+        self._files(run_id, len(records))
+        if done:
+            self._finish(run_id, records[-1])
+
+    def _finish(self, run_id: str, last: CycleRecord) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag  # when run_store has told MLflow how
+
+        chain, store = self._chain, self._store
+        profile = json.dumps({"num_rows": chain.data.rows, "num_elements": chain.data.rows * chain.data.d})
+        source = json.dumps({"uri": chain.data.source})
+        rows = Dataset(chain.data.name, chain.data.key, "local", source, profile=profile)
+        store.client.log_inputs(run_id, [DatasetInput(rows, [InputTag("mlflow.data.context", "training")])])
+        core = Core.load(self._folder.cycle(last.cycle).core)
+        if core.size:
+            log_core(store, run_id, core, "core", self._tags(), last.cycle)
+        store.set_status(run_id, "FINISHED", ended_ms(last))
+        store.tag(run_id, "dmsae.layout", LAYOUT)
+        self._settled = True
 
     def _description(self) -> dict[str, Any] | None:
         path = self._folder.path / "chain.json"
@@ -111,84 +165,54 @@ class ChainRuns:
             "k": str(chain.k),
         }
 
-    def _open_chain(self, start_ms: int | None) -> str:
+    def _params(self, description: dict[str, Any]) -> dict[str, object]:
+        """What decides the chain: its place in the grid, its own fields, the sections of its arm."""
         chain = self._chain
-        return self._store.open(
-            self._sweep.key, "chain", chain.key, chain.label, self._tags(), self._sweep.run_id, start_ms
-        )
+        own = {name: value for name, value in description.get("fields", {}).items() if not isinstance(value, dict)}
+        sections = {name: section for name, section in chain.config.items() if name not in OF_THE_SWEEP}
+        place = {"seed": chain.seed, "k": chain.k, "arm": chain.arm, "stage": chain.stage}
+        return place | dict(flatten({"chain": own})) | dict(flatten(sections))
 
-    def _cycle_run(self, chain_run: str, number: int, start_ms: int | None) -> str:
+    def _open(self, start_ms: int | None) -> str:
         chain = self._chain
-        run_id = self._store.open(
-            self._sweep.key,
-            "cycle",
-            f"{chain.key}/{number}",
-            f"{chain.label} cycle {number}",
-            self._tags() | {"cycle": str(number)},
-            chain_run,
-            start_ms,
-        )
-        self._store.params(
-            run_id,
-            {
-                "chain": chain.label,
-                "arm": chain.arm,
-                "stage": chain.stage,
-                "seed": chain.seed,
-                "k": chain.k,
-                "cycle": number,
-            },
-        )
+        # The place makes seed 2 stand before seed 10: MLflow orders tags as text.
+        tags = self._tags() | {"dmsae.place": f"{self._place:05d}", "mlflow.note.content": self._sweep.words}
+        tags |= {"mlflow.runColor": COLOURS[self._place % len(COLOURS)]}
+        run_id = self._store.open(self._sweep.key, "chain", chain.key, chain.label, tags, self._sweep.run_id, start_ms)
+        for name, value in tags.items():  # an earlier version's run lacks some
+            self._store.tag(run_id, name, value)
         return run_id
 
-    def _new_curve(self, number: int, ms: int) -> list[Point]:
-        """The training curve beyond what was taken before; a file that did not change is not read again."""
+    def _curve(self, number: int, ms: int) -> list[Point]:
+        """The training curve of a cycle beyond what was taken before; a file that did not change is not read again."""
         path = self._folder.cycle(number).curve
         if not path.exists():
             return []
         stat = path.stat()
         if self._read.get(number) == (stat.st_size, stat.st_mtime_ns):
             return []
-        points = list(curve_points(path, self._step.get(number, -1), ms))
-        self._step[number] = max((point.step for point in points), default=self._step.get(number, -1))
+        points: list[Point] = []
+        for step, row in curve_rows(path, self._step.get(number, -1), self._chain.steps):
+            points += curve_points(row, number * self._chain.steps + step, ms)
+            self._step[number] = step
         self._read[number] = stat.st_size, stat.st_mtime_ns
         return points
 
-    def _open_cycle(self, chain_run: str, number: int, status: str, reason: str | None) -> None:
-        """A cycle that is under way, interrupted or failed; one that has not logged anything has no run."""
-        if not self._folder.cycle(number).curve.exists() and reason is None:
-            return
-        run_id = self._cycle_run(chain_run, number, None)
-        self._store.set_status(run_id, status)
-        self._store.tag(run_id, "failed", reason)
-        self._store.append(run_id, self._new_curve(number, now_ms()))
+    def _coverage(self, records: Sequence[CycleRecord]) -> list[Point]:
+        """Of the last cycle: where all chains' curves can be laid over one another."""
+        last = records[-1]
+        path = self._folder.cycle(last.cycle).scores
+        if not path.exists():  # it may have been cleaned away since
+            return []
+        return list(coverage_points(coverage(path), last.core_out, ended_ms(last)))
 
-    def _finish_cycle(self, chain_run: str, number: int, record: CycleRecord) -> None:
-        run_id = self._cycle_run(chain_run, number, began_ms(record))
-        if self._store.status(run_id) == "FINISHED":
-            return
-        files = self._folder.cycle(number)
-        self._store.tag(run_id, "failed", None)
-        points = [*self._new_curve(number, ended_ms(record)), *cycle_points(record)]
-        if files.scores.exists():
-            points += coverage_points(coverage(files.scores), record.core_out, ended_ms(record))
-        self._store.append(run_id, points)
-        for path in (files.core, files.scores, files.record):
-            if path.exists():  # scores may have been cleaned away since
-                self._store.client.log_artifact(run_id, str(path))
-        self._store.set_status(run_id, "FINISHED", ended_ms(record))
-
-    def _log_coverage(self, run_id: str, records: Sequence[CycleRecord]) -> None:
-        paths = [self._folder.cycle(number).scores for number in range(len(records))]
-        curves = [
-            (n, coverage(path), records[n].core_out, records[n].coverage)
-            for n, path in enumerate(paths)
-            if path.exists()
-        ]
-        if curves:
-            config = self._chain.config
-            tau = config.get("attribution", {}).get("tau") if config.get("selection", {}).get("size") == "tau" else None
-            figure = figures.coverage_curves(
-                f"{self._chain.label}: attribution carried by the best candidates", curves, tau
-            )
-            self._store.client.log_figure(run_id, figure, "coverage.png")
+    def _files(self, run_id: str, cycles: int) -> None:
+        """The files of the finished cycles, each cycle's once."""
+        kept = int(self._store.get_tag(run_id, "dmsae.cycles") or 0)
+        for number in range(kept, cycles):
+            files = self._folder.cycle(number)
+            for path in (files.core, files.scores, files.curve, files.record):
+                if path.exists():
+                    self._store.client.log_artifact(run_id, str(path), files.path.name)
+        if cycles > kept:
+            self._store.tag(run_id, "dmsae.cycles", str(cycles))

@@ -6,6 +6,7 @@ Letters: P candidates.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import numpy as np
 from dmsae_ray.compare.course import NUMBERS as COURSE
 from dmsae_ray.core.score_file import coverage_ranks
 from dmsae_ray.distill.record import CycleRecord
+from dmsae_ray.show.mlflow.chain_metrics import of_curve, of_cycle
 from dmsae_ray.show.mlflow.run_store import Point
 
-COVERAGE_POINTS = 200
+COVERAGE_POINTS = 60
 """points of a coverage curve in MLflow; all of it lies in scores.safetensors"""
-NOT_MEASURED = {"format_version", "chain", "cycle", "generation", "seed", "k", "finished_at"}
-"""fields of record.json that identify the cycle"""
+CURVE_POINTS = 50
+"""points that a cycle's training curve has in MLflow at most, its last step besides; all of it lies in curve.jsonl"""
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -42,37 +44,36 @@ def ended_ms(record: CycleRecord) -> int:
 
 
 def cycle_points(record: CycleRecord) -> Iterator[Point]:
-    """Every number of a completion record as `cycle/<name>`, with step = cycle; a prefix's as
-    `cycle/prefix.<name>.<number>`. Other lists count by their length."""
-    measured = {key: value for key, value in record.to_json().items() if key not in (*NOT_MEASURED, "prefixes")}
-    prefixes = {prefix["name"]: prefix for prefix in record.prefixes}
-    for name, value in flatten(measured | {"prefix": prefixes}):
-        if isinstance(value, list):
-            value = len(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            name = "core_size" if name == "core_out" else name
-            yield Point(f"cycle/{name}", value, record.cycle, ended_ms(record))
+    """The measurements of a finished cycle; step = cycle."""
+    for name, value in of_cycle(record):
+        yield Point(name, value, record.cycle, ended_ms(record))
 
 
-def curve_points(path: Path, after: int, ms: int) -> Iterator[Point]:
-    """Points of curve.jsonl beyond step `after`, as `train/<name>`.
+def curve_rows(path: Path, after: int, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Steps beyond `after` of a curve.jsonl with their rows, of every stride of steps the first that was logged, and
+    the last of all `steps`.
 
     A line that does not parse was cut by a crash, or is being written: the training that owns the file logs its step
     again. Steps that were trained twice after a crash count once, the first time.
     """
     if not path.exists():
         return
+    stride = max(1, math.ceil(steps / CURVE_POINTS))
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if not isinstance(row, dict) or row.get("step", -1) <= after:
-            continue
-        after = step = row.pop("step")
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield Point(f"train/{name}", value, step, ms)
+        step = row.get("step", -1) if isinstance(row, dict) else -1
+        if step > after and (step // stride > after // stride or step == steps - 1):
+            after = step
+            yield step, row
+
+
+def curve_points(row: dict[str, Any], step: int, ms: int) -> Iterator[Point]:
+    """A line of curve.jsonl; step: in the whole chain."""
+    for name, value in of_curve(row):
+        yield Point(name, value, step, ms)
 
 
 def course_points(comparison: dict[str, Any], ms: int) -> Iterator[Point]:

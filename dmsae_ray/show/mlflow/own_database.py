@@ -8,11 +8,22 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import sqlalchemy
 
+from dmsae_ray.show.mlflow.views import view_tag
+
 NAME = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns that hold where artifacts lie."""
 
 
 def database_of(output: Path) -> Path:
@@ -71,9 +82,11 @@ def follow_move(database: Path, output: Path) -> str | None:
             if not connection.execute("select 1 from sqlite_master where name = 'experiments'").fetchone():
                 return None  # MLflow has yet to make its tables
             roots = [root for (root,) in connection.execute("select distinct artifact_location from experiments")]
+            tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+            there = [(table, column) for table, column in PLACES if table in tables]
             old = [root for root in roots if root and root != here and root.rstrip("/").endswith(f"/{ARTIFACTS}")]
             for root in old:
-                for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                for table, column in there:
                     connection.execute(
                         f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or "
                         f"substr({column}, 1, ?) = ?",
@@ -91,3 +104,34 @@ def experiment_id(output: Path, name: str) -> str | None:
     ) as connection:
         found = connection.execute("select experiment_id from experiments where name = ?", (name,)).fetchone()
     return None if found is None else str(found[0])
+
+
+class LastSweep(NamedTuple):
+    """The sweep that was logged last, by its tags and its run."""
+
+    key: str
+    home: str
+    run_id: str
+    shared: bool
+    """whether MLflow's page has views of it; earlier versions wrote none"""
+
+
+def last_sweep(output: Path, experiment: str) -> LastSweep | None:
+    """Of this output folder's database: the sweep that was opened or logged last; None if there is none."""
+    tag = "(select value from tags where tags.run_uuid = runs.run_uuid and key = ?)"
+    query = (
+        f"select {tag}, {tag}, run_uuid from runs where experiment_id = ? and lifecycle_stage = 'active' and "
+        f"{tag} = 'sweep' order by coalesce(end_time, 9e18) desc, start_time desc limit 1"
+    )
+    with contextlib.closing(
+        sqlite3.connect(f"{database_of(output).as_uri()}?mode=ro", uri=True, timeout=60)
+    ) as connection:
+        found = connection.execute(query, ("dmsae.sweep", "dmsae.home", int(experiment), "dmsae.kind")).fetchone()
+        if found is None:
+            return None
+        key, home, run_id = found
+        view = (view_tag(key, home, "chains"), int(experiment))
+        shared = connection.execute(
+            "select 1 from experiment_tags where key = ? and experiment_id = ?", view
+        ).fetchone()
+    return LastSweep(key, home, run_id, shared is not None)

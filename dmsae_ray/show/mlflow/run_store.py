@@ -126,6 +126,9 @@ class RunStore:
         """last logged step of (run id, metric)"""
         self._metrics: dict[str, set[str]] = {}
         """metrics that a run had when it was read"""
+        self._experiment_tags: dict[str, str] = {}
+        self._made: set[str] = set()
+        """runs that did not exist before"""
         try:
             self.home = home_id(output)
             database = own_database(self.uri.reveal(), output)
@@ -174,8 +177,9 @@ class RunStore:
     def _open(self) -> tuple[MlflowClient, str]:
         uri = self.uri.reveal()
         with no_stray_folder(uri):
-            client = MlflowClient(tracking_uri=uri)
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             experiment = self._find_experiment(client)
+        self._experiment_tags = dict(client.get_experiment(experiment).tags)
         # A store that can be read alone would show itself after hours.
         client.set_experiment_tag(experiment, "dmsae.opened", str(now_ms()))
         return client, experiment
@@ -196,6 +200,7 @@ class RunStore:
         """Read which runs there are; forgets what was believed before. Of duplicates, the oldest counts."""
         for known in (self._runs, self._status, self._tags, self._params, self._metrics, self._last):
             known.clear()
+        self._made.clear()
         token = None
         while True:
             page = self.client.search_runs(
@@ -237,11 +242,16 @@ class RunStore:
             start_ms = now_ms() if start_ms is None else start_ms
             run = self.client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
             self._remember(run)
+            self._made.add(run.info.run_id)
         return self._runs[sweep, kind, key]
 
     def known(self, sweep: str, kind: str, key: str) -> str | None:
         """Id of the run with these tags, None if there is none that is known."""
         return self._runs.get((sweep, kind, key))
+
+    def made_here(self, run_id: str) -> bool:
+        """Whether `open` made the run since the store was read: nothing of it can be there that we did not log."""
+        return run_id in self._made
 
     def status(self, run_id: str) -> str:
         return self._status[run_id]
@@ -281,6 +291,12 @@ class RunStore:
         else:
             self.client.log_batch(run_id, tags=[RunTag(key, value)])
             self._tags[run_id][key] = value
+
+    def experiment_tag(self, key: str, value: str) -> None:
+        """Set a tag of the experiment; does nothing if it has it so already."""
+        if self._experiment_tags.get(key) != value:
+            self.client.set_experiment_tag(self.experiment_id, key, value)
+            self._experiment_tags[key] = value
 
     def get_tag(self, run_id: str, key: str) -> str | None:
         return self._tags[run_id].get(key)

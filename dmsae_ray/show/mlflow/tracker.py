@@ -4,14 +4,14 @@ The sweep driver is the only writer: it reads what the chains left (chain.json, 
 cores and scores) and logs what the store does not hold yet. Workers never touch MLflow, so a crash loses nothing, a
 later sync catches up, and deleting the store only means that it is filled again.
 
-    experiment
-      sweep run            parameters, comparison: tables, matrix, summary numbers
-        chain run          parameters, each cycle's measurements (step = cycle), coverage of the attribution as a figure
-          cycle run        training curves (step = optimiser step), measurements, coverage (step = rank), core, scores
-                             and record
+    experiment             two shared views of each sweep: the list of its chains and their comparison
+      sweep run            parameters, comparison: tables, matrix, summary numbers; the page; the consensus as a model
+        chain run          parameters, measurements of each cycle (step = cycle), agreement with its seed partners,
+                           training curves (step = optimiser step through all cycles), coverage (step = rank); its data
+                           as an input, its core as a model, every cycle's core, scores, curve and record as files
 
 A run is found by its tags `dmsae.home` (output folder), `dmsae.sweep` (sweep key), `dmsae.kind` and `dmsae.key` (sweep
-key | chain key | chain key/cycle). A chain that a second sweep reuses gets runs of its own there, since an MLflow run
+key | chain key). A chain that a second sweep reuses gets runs of its own there, since an MLflow run
 has one parent; the folder stays the only truth. A run becomes FINISHED last, so FINISHED means that all of it is
 logged.
 """
@@ -31,18 +31,24 @@ from typing import Any
 
 import pandas
 
+from dmsae_ray.core.core import Core
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show import figures
 from dmsae_ray.show.columns import chain_row, summary
-from dmsae_ray.show.mlflow.chain_runs import ChainRuns, SweepRun, TrackedChain
+from dmsae_ray.show.mlflow.chain_metrics import of_pairs
+from dmsae_ray.show.mlflow.chain_runs import LAYOUT, ChainRun, SweepRun, TrackedChain
+from dmsae_ray.show.mlflow.core_model import log_core, register
 from dmsae_ray.show.mlflow.measurements import course_points, flatten
 from dmsae_ray.show.mlflow.run_store import STORE_ERRORS, Point, RunStore, now_ms, one_line
+from dmsae_ray.show.mlflow.views import places, shared_views
 from dmsae_ray.show.tracking import TrackingError
 
 logger = logging.getLogger(__name__)
 
 CLOSE_WAITS = (1, 4)
 """Seconds between the tries to close the runs of a store that is away."""
+
+CONSENSUS = "consensus.safetensors"
 
 Columns = dict[str, list[Any]]
 """A table as columns of plain values."""
@@ -68,6 +74,7 @@ class MlflowTracker:
         store: RunStore | None = None,
     ):
         self.why_not: str | None = None
+        self.page: str | None = None
         self._store = store or RunStore(uri, Path(output), experiment)
         self.uri = self._store.uri
         self._key, self._label, self._config = sweep_key, sweep_label, config_dict
@@ -77,7 +84,7 @@ class MlflowTracker:
         """None until the store was read, and again after a sync that was cut short: what was under way may or may not
         have arrived
         """
-        self._chain_runs: list[ChainRuns] = []
+        self._chain_runs: list[ChainRun] = []
         self._results: tuple[dict[str, Any] | None, dict[str, Columns], dict[str, float], tuple[Path, ...]] | None = (
             None
         )
@@ -179,8 +186,13 @@ class MlflowTracker:
         store.set_status(run_id, "RUNNING")
         store.params(run_id, dict(flatten(self._config)))
         store.client.log_dict(run_id, self._config, "config.json")
-        sweep = SweepRun(run_id, self._key, self._label)
-        self._chain_runs = [ChainRuns(store, sweep, chain) for chain in self._chains]
+        there = places(store.experiment_id, self._key, store.home, run_id)
+        self.page, words = there.compare, there.words(self._label)
+        store.tag(run_id, "mlflow.note.content", words)
+        for name, state in shared_views(self._key, store.home).items():
+            store.experiment_tag(name, state)
+        sweep = SweepRun(run_id, self._key, self._label, words)
+        self._chain_runs = [ChainRun(store, sweep, chain, place) for place, chain in enumerate(self._chains)]
         return sweep
 
     def _log_results(
@@ -194,7 +206,7 @@ class MlflowTracker:
         """Everything once for each results that differ from the last."""
         rows = [chain_row(chain.label, chain.folder, chain.cycles) for chain in self._chains]
         stamp = hashlib.sha256(
-            json.dumps([comparison, tables, numbers], sort_keys=True, default=str).encode()
+            json.dumps([LAYOUT, comparison, tables, numbers], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
         client = self._store.client
         if self._store.get_tag(run_id, "results") == stamp:
@@ -220,8 +232,26 @@ class MlflowTracker:
         points += [Point(f"results/{name.replace('~', ' vs ')}", value, step, now) for name, value in numbers.items()]
         points += course_points(comparison, now) if comparison else []
         self._store.append(run_id, points)
+        self._log_agreement(comparison, step, now)
+        self._log_consensus(run_id, files)
         self._store.tag(run_id, "times", str(step + 1))
         self._store.tag(run_id, "results", stamp)
+
+    def _log_agreement(self, comparison: dict[str, Any] | None, step: int, now: int) -> None:
+        """On each chain's run: how far its core agrees with its seed partners'."""
+        pairs = comparison["pairs"] if comparison else []
+        for chain in self._chain_runs:
+            points = [Point(name, value, step, now) for name, value in of_pairs(chain.label, pairs)]
+            if points and chain.run_id:
+                self._store.append(chain.run_id, points)
+
+    def _log_consensus(self, run_id: str, files: tuple[Path, ...]) -> None:
+        """The consensus core as a model of the sweep's run, and as a version of the sweep's registered model."""
+        for path in files:
+            if path.name == CONSENSUS:
+                core, tags = Core.load(path), {"stage": "consensus", "sweep": self._label}
+                model = log_core(self._store, run_id, core, "consensus", tags, core.cycle)
+                register(self._store, f"{self._label}-consensus", model, run_id, core)
 
     def _log_table(self, run_id: str, columns: dict[str, list[Any]], file: str) -> None:
         """Log a table for MLflow's table view. log_table adds rows to a table that is there, so one that is there is

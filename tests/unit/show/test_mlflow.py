@@ -12,22 +12,27 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from records import cycle_record
 from safetensors.numpy import save_file
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from dmsae_ray import load_core
 from dmsae_ray import sweep as sweep_
+from dmsae_ray.core.core import Core
 from dmsae_ray.distill.failure import write_failure
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.record import RECORD_VERSION
 from dmsae_ray.lock import Lease
 from dmsae_ray.show.columns import chain_columns, chain_row, pair_columns
 from dmsae_ray.show.mlflow import run_store
-from dmsae_ray.show.mlflow.chain_runs import TrackedChain
+from dmsae_ray.show.mlflow.chain_runs import Data, TrackedChain
+from dmsae_ray.show.mlflow.measurements import COVERAGE_POINTS, CURVE_POINTS, curve_rows
 from dmsae_ray.show.mlflow.own_database import follow_move
 from dmsae_ray.show.mlflow.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Point, RunStore
 from dmsae_ray.show.mlflow.tracker import MlflowTracker
@@ -78,6 +83,31 @@ def write_curve(folder, cycle, first, last, torn=False):
             file.write('{"step": 9')
 
 
+def core_of(size, cycle=0):
+    """A core of this many latents of length 4."""
+    W_CD = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
+    W_CD /= W_CD.norm(dim=1, keepdim=True)
+    ones, ids = torch.ones(size), torch.arange(size)
+    return Core(
+        W_CD,
+        W_CD,
+        0 * ones,
+        torch.zeros(4),
+        ones,
+        ones / 2,
+        ids,
+        0.1,
+        2.0,
+        "hook",
+        "model",
+        cycle,
+        0,
+        16,
+        0 * ids + cycle,
+        ((cycle,),) * size,
+    )
+
+
 def write_cycle(folder, cycle, core_in, core_out, curve=True):
     path = folder / f"cycle_{cycle:02d}"
     if curve:
@@ -88,7 +118,7 @@ def write_cycle(folder, cycle, core_in, core_out, curve=True):
         {"ids": ids_P, "scores": scores_P, "curve": np.cumsum(np.sort(scores_P)[::-1]) / scores_P.sum()},
         path / "scores.safetensors",
     )
-    save_file({"W_enc": np.zeros((core_out, 4), dtype=np.float32)}, path / "core.safetensors")
+    core_of(core_out, cycle).save(path / "core.safetensors")
     record = cycle_record(
         cycle=cycle,
         core_in=core_in,
@@ -171,6 +201,8 @@ def sweep(output, request):
             "base",
             "distill",
             CONFIG,
+            STEPS + 1,
+            Data("model hook", "0123456789ab", "/data/0123456789ab", 1000, 4),
         )
         for seed in (0, 1)
     ]
@@ -207,6 +239,10 @@ def rows_in(output):
         ]
 
 
+def artifacts_of(tracker, run, folder=None):
+    return {entry.path for entry in tracker._store.client.list_artifacts(run.info.run_id, folder)}
+
+
 def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     key, (make, (first, second)) = request.node.name, sweep
     finish(first)
@@ -215,42 +251,36 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert tracker.sync()
     runs = runs_of(tracker, key)
     top, chain = runs["sweep", ""], runs["chain", "-0"]
-    assert set(runs) == {
-        ("sweep", ""),
-        ("chain", "-0"),
-        ("chain", "-1"),
-        *(("cycle", f"-0/{n}") for n in range(2)),
-        ("cycle", "-1/0"),
-    }
+    assert set(runs) == {("sweep", ""), ("chain", "-0"), ("chain", "-1")}
     assert chain.data.tags["mlflow.parentRunId"] == top.info.run_id
-    cycle = runs["cycle", "-0/1"]
-    assert cycle.data.tags["mlflow.parentRunId"] == chain.info.run_id
-    assert {name: cycle.data.tags[name] for name in ("seed", "k", "cycle", "chain", "stage")} == {
+    assert {name: chain.data.tags[name] for name in ("seed", "k", "chain", "stage", "arm")} == {
         "seed": "0",
         "k": "16",
-        "cycle": "1",
         "chain": "seed0-k16",
         "stage": "distill",
+        "arm": "base",
     }
     assert top.data.params["sae.width"] == "2048" and len(top.data.params["sae.note"]) == PARAM_LENGTH
-    assert chain.data.params["chain.data_seed"] == "0"
-    assert steps_of(tracker, cycle, "train/loss") == [0, 10, 20, 30, 40]
-    assert "train/threshold" not in cycle.data.metrics
-    assert cycle.data.metrics["cycle/core_size"] == 70 and cycle.data.metrics["cycle/jaccard"] == 0.7
-    assert steps_of(tracker, chain, "cycle/core_size") == [0, 1] and steps_of(tracker, chain, "cycle/jaccard") == [1]
-    ranks = steps_of(tracker, cycle, "attribution/coverage")
-    assert len(ranks) <= 200 and 70 in ranks and ranks[0] == 1 and ranks[-1] == 700
-    assert cycle.data.metrics["attribution/coverage"] == pytest.approx(1.0)
-    client = tracker._store.client
-    assert {entry.path for entry in client.list_artifacts(cycle.info.run_id)} == {
-        "core.safetensors",
-        "scores.safetensors",
-        "record.json",
-    }
-    assert [entry.path for entry in client.list_artifacts(chain.info.run_id)] == ["coverage.png"]
-    assert (cycle.info.status, chain.info.status) == ("FINISHED", "FINISHED")
-    assert cycle.info.end_time - cycle.info.start_time == 30_000
-    assert runs["chain", "-1"].info.status == runs["cycle", "-1/0"].info.status == top.info.status == "RUNNING"
+    params = chain.data.params
+    assert (params["chain.data_seed"], params["seed"], params["k"], params["arm"]) == ("0", "0", "16", "base")
+    assert params["sae.width"] == "2048" and "sweep.cycles" not in params
+    # Training goes on through the cycles; what is measured has the cycle as its step.
+    assert steps_of(tracker, chain, "train/loss") == [*range(0, 41, 10), *range(41, 82, 10)]
+    assert {name for name in chain.data.metrics if name.startswith("train/")} == {"train/loss", "train/fvu"}
+    assert chain.data.metrics["core/size"] == 70 and chain.data.metrics["core/jaccard"] == 0.7
+    assert steps_of(tracker, chain, "core/size") == [0, 1] and steps_of(tracker, chain, "core/jaccard") == [1]
+    ranks = steps_of(tracker, chain, "attribution/coverage")
+    assert len(ranks) <= COVERAGE_POINTS and 70 in ranks and ranks[0] == 1 and ranks[-1] == 700
+    assert chain.data.metrics["attribution/coverage"] == pytest.approx(1.0)
+    assert len(chain.data.metrics) < 30
+    assert artifacts_of(tracker, chain) == {"cycle_00", "cycle_01"}
+    files = {"core.safetensors", "scores.safetensors", "record.json", "curve.jsonl"}
+    assert artifacts_of(tracker, chain, "cycle_01") == {f"cycle_01/{name}" for name in files}
+    (data,) = chain.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("model hook", "0123456789ab")
+    assert json.loads(data.dataset.source) == {"uri": "/data/0123456789ab"}
+    assert (chain.info.status, runs["chain", "-1"].info.status, top.info.status) == ("FINISHED", "RUNNING", "RUNNING")
+    assert chain.info.end_time - chain.info.start_time == 90_000
 
     before, begin = rows_in(output), time.thread_time()
     assert tracker.sync()
@@ -260,7 +290,94 @@ def test_tree_metrics_and_artifacts_then_nothing_new(sweep, output, request):
     assert rows_in(output) == before
 
 
-def test_killed_driver_leaves_no_gap_and_no_duplicate(sweep, request):
+def test_a_long_curve_is_thinned_the_same_way_however_often_it_is_read(tmp_path):
+    """At most CURVE_POINTS points and the last step, whether it was read at once, in two pieces or after a crash."""
+    path, steps = tmp_path / "curve.jsonl", 1003
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(600)))
+    early = [step for step, _ in curve_rows(path, -1, steps)]
+    with open(path, "a") as file:
+        file.write('{"step": 6')
+        file.write("".join(f'\n{{"step": {step}, "loss": 1.0}}' for step in range(580, steps)))
+    whole = [step for step, _ in curve_rows(path, -1, steps)]
+    assert early + [step for step, _ in curve_rows(path, early[-1], steps)] == whole
+    assert whole[0] == 0 and whole[-1] == steps - 1 and CURVE_POINTS * 0.9 < len(whole) <= CURVE_POINTS + 1
+
+
+def test_a_core_is_read_by_every_address(sweep, output, request, monkeypatch):
+    key, (make, folders) = request.node.name, sweep
+    for folder in folders:
+        finish(folder)
+    consensus = output / "consensus.safetensors"
+    tracker, name = make(), f"sweep {request.node.name}-consensus"
+    for size, version in ((30, 1), (30, 1), (31, 2)):  # logged twice it is one version
+        core_of(size).save(consensus)
+        assert tracker.log_results(None, {}, {"times": float(version)}, [consensus])
+        for address in (f"models:/{name}@current", f"models:/{name}/{version}"):
+            assert load_core(address, store=output).fingerprint == core_of(size).fingerprint
+        tracker = make()
+    chain = runs_of(tracker, key)["chain", "-0"]
+    (model,) = chain.outputs.model_outputs
+    want = Core.load(folders[0] / "cycle_01" / "core.safetensors")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tracker.uri))
+    addresses = [f"models:/{model.model_id}", *(f"runs:/{chain.info.run_id}/{end}" for end in ("core", "cycle_01"))]
+    for address in addresses:
+        assert load_core(address).fingerprint == want.fingerprint, address
+    logged = tracker._store.client.get_logged_model(model.model_id)
+    assert (logged.name, logged.params["size"], logged.tags["seed"]) == ("core", "70", "0")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(str(tracker.uri))
+    try:
+        found = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert (found.metadata.signature.inputs.inputs[0].shape, found.metadata.signature.outputs.inputs[0].shape) == (
+        (-1, 4),
+        (-1, 70),
+    )
+    rows_RD = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    p_RC = (rows_RD / want.scale - want.b_dec_D) @ want.W_enc_CD.T + want.b_enc_C
+    np.testing.assert_allclose(found.predict(rows_RD.numpy()), p_RC * (p_RC > want.theta), rtol=1e-5)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(ValueError, match="give store= a sweep's output folder or a tracking URI"):
+        load_core(f"models:/{name}@current")
+    with pytest.raises(ValueError, match=r"models:/nothing@current: not found in sqlite"):
+        load_core("models:/nothing@current", store=output)
+    with pytest.raises(ValueError, match="has no mlflow.db"):
+        load_core("models:/nothing@current", store=folders[0])
+    with pytest.raises(ValueError, match="leave out store="):
+        load_core(folders[0] / "cycle_01", store=output)
+
+
+def test_a_store_of_an_earlier_version_is_filled_up_without_a_second_run(sweep, request):
+    """Its chain runs are finished and have other metrics, its cycles runs of their own: all stay."""
+    key, (make, (first, _)) = request.node.name, sweep
+    finish(first)
+    tracker = make(only=[0])
+    store = tracker._store
+    store.load()
+    top = store.open(key, "sweep", key, "sweep", {"stage": "sweep"}, None)
+    chain = store.open(key, "chain", f"{key}-0", "seed0-k16", {"seed": "0"}, top)
+    cycle = store.open(key, "cycle", f"{key}-0/0", "seed0-k16 cycle 0", {}, chain)
+    store.append(chain, [Point("cycle/core_size", 70, 1, 1_790_000_000_000)])
+    store.params(chain, {"chain.data_seed": 0})
+    for run in (cycle, chain, top):
+        store.set_status(run, "FINISHED")
+    for _ in range(2):
+        tracker = make(only=[0])
+        tracker.close()
+    runs = runs_of(tracker, key)
+    assert {name: run.info.run_id for name, run in runs.items()} == {
+        ("sweep", ""): top,
+        ("chain", "-0"): chain,
+        ("cycle", "-0/0"): cycle,
+    }
+    found = runs["chain", "-0"]
+    assert found.data.metrics["core/size"] == found.data.metrics["cycle/core_size"] == 70
+    assert found.data.tags["dmsae.place"] == "00000" and len(found.outputs.model_outputs) == 1
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_killed_driver_leaves_no_gap_and_no_duplicate(sweep, request, monkeypatch):
     key, (make, (first, _)) = request.node.name, sweep
     write_curve(first, 0, 0, 20, torn=True)
     killed = make(only=[0])
@@ -276,14 +393,27 @@ def test_killed_driver_leaves_no_gap_and_no_duplicate(sweep, request):
     assert tracker.sync()
     write_curve(first, 1, 20, STEPS)
     write_cycle(first, 1, 49, 70, curve=False)
+
+    def away(*_):
+        raise OSError("killed here")
+
+    monkeypatch.setattr(tracker._store.client, "log_outputs", away)  # between the model and its place in the run
+    assert not tracker.sync()
+    tracker = make(only=[0])
     tracker.close()
     after = runs_of(tracker, key)
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     assert all(after[name].info.run_id == run.info.run_id for name, run in before.items())
-    for n in range(CYCLES):
-        assert steps_of(tracker, after["cycle", f"-0/{n}"], "train/fvu") == [0, 10, 20, 30, 40]
-    assert steps_of(tracker, after["chain", "-0"], "cycle/l0") == [0, 1]
+    chain = after["chain", "-0"]
+    assert steps_of(tracker, chain, "train/fvu") == [*range(0, 41, 10), *range(41, 82, 10)]
+    assert steps_of(tracker, chain, "sae/l0") == [0, 1]
     assert not [run for run in after.values() if run.info.end_time is None]
+    store = tracker._store
+    models = store.client.search_logged_models(
+        [store.experiment_id], filter_string=f"source_run_id = '{chain.info.run_id}'"
+    )
+    assert [model.model_id for model in models] == [model.model_id for model in chain.outputs.model_outputs]
+    assert len(models) == 1
 
 
 def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
@@ -296,7 +426,7 @@ def test_interrupted_is_killed_and_resumed_finishes(sweep, output, request):
     assert runs_of(abandoned, f"{key}-abandoned")["sweep", ""].info.status == "KILLED"
     tracker.close("KILLED")
     killed = runs_of(tracker, key)
-    assert {run.info.status for run in killed.values()} == {"KILLED"} and ("cycle", "-0/0") in killed
+    assert {run.info.status for run in killed.values()} == {"KILLED"} and ("chain", "-0") in killed
     assert tracker.sync() and runs_of(tracker, key)["sweep", ""].info.status == "KILLED"
     tracker = make(only=[0])
     tracker.sync()
@@ -341,9 +471,8 @@ def test_failed_chain_says_why_until_it_is_mended(sweep, request):
     tracker = make(only=[1])
     tracker.close()
     runs = runs_of(tracker, key)
-    for name in (("chain", "-1"), ("cycle", "-1/0")):
-        assert runs[name].info.status == "FAILED"
-        assert runs[name].data.tags["failed"] == "cycle 0, step 25: loss is nan"
+    assert runs["chain", "-1"].info.status == "FAILED"
+    assert runs["chain", "-1"].data.tags["failed"] == "cycle 0, step 25: loss is nan"
     assert runs["sweep", ""].info.status == "FINISHED"
     (second / "failed.json").unlink()
     write_curve(second, 0, 30, STEPS)
@@ -352,7 +481,7 @@ def test_failed_chain_says_why_until_it_is_mended(sweep, request):
     make(only=[1]).close()
     runs = runs_of(tracker, key)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert "failed" not in runs["chain", "-1"].data.tags and "failed" not in runs["cycle", "-1/0"].data.tags
+    assert "failed" not in runs["chain", "-1"].data.tags
 
 
 def test_results_can_be_downloaded_and_are_replaced(sweep, output, request, tmp_path):
@@ -393,6 +522,13 @@ def test_results_can_be_downloaded_and_are_replaced(sweep, output, request, tmp_
         run.data.metrics["compare/matched_density_available"] == 0
         and "compare/share_above_matched_density" not in run.data.metrics
     )
+    chains = [run for (kind, _), run in runs_of(tracker, key).items() if kind == "chain"]
+    for chain in chains:
+        metrics = chain.data.metrics
+        assert (metrics["agreement/pw_mcc"], metrics["agreement/null"], metrics["agreement/cycle0"]) == (0.8, 0.3, 0.2)
+        assert metrics["agreement/partners"] == 1 and "agreement/null_density" not in metrics
+        assert "report.html" in chain.data.tags["mlflow.note.content"]
+    assert len(chains) == 2
     assert "tables/pairs.json" in run.data.tags["mlflow.loggedArtifacts"]
     before = rows_in(output)
     assert tracker.log_results(*results, [report])
@@ -417,8 +553,8 @@ def test_store_that_fails_is_warned_of_once_and_caught_up(sweep, request, caplog
         tracker.close()
     monkeypatch.setattr(tracker._store.client, "log_artifact", works)
     assert tracker.sync()
-    run = runs_of(tracker, key)["cycle", "-0/0"]
-    assert steps_of(tracker, run, "train/loss") == [0, 10, 20, 30, 40] and run.info.status == "FINISHED"
+    run = runs_of(tracker, key)["chain", "-0"]
+    assert steps_of(tracker, run, "core/size") == [0, 1] and run.info.status == "FINISHED"
     (first / "cycle_00" / "record.json").write_text("{")
     assert make().sync() is False
     assert "cycle_00/record.json" in caplog.text

@@ -5,7 +5,6 @@ import json
 import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from records import cycle_record
 from rich.console import Console
@@ -193,14 +192,6 @@ def test_a_matrix_of_one_arm():
 @pytest.mark.parametrize("n", [0, 5])
 def test_core_sizes_draw(n, tmp_path):
     figures.save(figures.core_sizes([ROW] * n + [EMPTY]), tmp_path / "sizes.png")
-
-
-def test_coverage_curves_draw(tmp_path):
-    curve_P = np.cumsum(np.full(50, 1 / 50))
-    figure = figures.coverage_curves("x", [(0, curve_P, 45, 0.3), (1, curve_P, 0, 0.0)], tau=0.9)
-    figures.save(figure, tmp_path / "coverage.png")
-    (core,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert (core.get_xdata()[0], core.get_ydata()[0]) == (45, 0.3), "a placebo's core lies below the line"
 
 
 def test_format_status():

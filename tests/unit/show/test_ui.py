@@ -7,15 +7,26 @@ import pytest
 from dmsae_ray import ui
 from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.show.mlflow.run_store import RunStore
+from dmsae_ray.show.mlflow.views import places, shared_views
 
 
 def test_the_address_is_that_of_the_runs_also_after_a_move(tmp_path):
     old, new = tmp_path / "old", tmp_path / "a%20b #?"
     old.mkdir()
-    experiment = RunStore(None, old, "dmsae_ray").experiment_id
+    store = RunStore(None, old, "dmsae_ray")
+    store.load()
+    config = load(HarvestCommand, ["--output", str(old)])
+    with pytest.raises(ValueError, match="has no sweep yet"):
+        ui.runs_of(config)
+    for key in ("first", "last"):
+        run = store.open(key, "sweep", key, key, {}, None, start_ms={"first": 1000, "last": 2000}[key])
+        store.set_status(run, "FINISHED", end_ms={"first": 5000, "last": 6000}[key])
+    assert "python -m dmsae_ray.report" in ui.runs_of(config)["runs"], "an earlier version wrote no views"
+    for name, state in shared_views("last", store.home).items():
+        store.experiment_tag(name, state)
     old.rename(new)
     config = load(HarvestCommand, ["--output", str(new)])
-    assert ui.runs_of(config) == f"#/experiments/{experiment}/runs" and not old.exists()
+    assert ui.runs_of(config) == places(store.experiment_id, "last", store.home, run)._asdict() and not old.exists()
     with pytest.raises(ValueError, match="no experiment 'another'"):
         ui.runs_of(load(HarvestCommand, ["--output", str(new), "--track.experiment", "another"]))
 
