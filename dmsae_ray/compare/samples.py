@@ -105,8 +105,8 @@ def difference(first: Sample, second: Sample) -> Difference:
         first, second = (sample.only(both.__contains__) for sample in (first, second))
         of_first, of_second = first.by_origin(), second.by_origin()
         paired = Sample(tuple(of_first[origin] - of_second[origin] for origin in of_first), tuple(of_first))
-        means = (float(np.mean(list(values.values()))) for values in (of_first, of_second))
-        return Difference(*means, paired.interval(), f"the same {_words(paired)}")
+        ours, theirs = (float(np.mean(list(values.values()))) for values in (of_first, of_second))
+        return Difference(ours, theirs, paired.interval(), f"the same {_words(paired)}")
     first, second, same_k = _at_common_k(first, second)
     seeds = first.seeds & second.seeds
     inside = [sample.only(lambda origin: seeds.issuperset(origin.seeds)) for sample in (first, second)]
@@ -117,8 +117,8 @@ def difference(first: Sample, second: Sample) -> Difference:
         found = _left_out_together(first, second)
         over = f"the same {_seeds(seeds)}: {_words(first)} against {_words(second)}"
     else:
-        ours, theirs = first.variance(), second.variance()
-        found = None if ours is None or theirs is None else (ours[0] + theirs[0], min(ours[1], theirs[1]))
+        one, other = first.variance(), second.variance()
+        found = None if one is None or other is None else (one[0] + other[0], min(one[1], other[1]))
         over = f"no seed in common: {_words(first)} against {_words(second)}"
     ends = None if found is None else interval.around(difference, *found)
     return Difference(first.mean, second.mean, ends, over + ("" if same_k else ", at different k"))
