@@ -488,7 +488,9 @@ class StudyConfig(Section):
     """arms by name, such as {random: {fields: {selection.by: random, selection.size: match}, seeds: [0, 1], k: [16]}}
     """
     expect: tuple[ExpectConfig, ...] = ()
-    """expected outcomes, each {claim, value, above, below}; the report says which were met"""
+    """expected outcomes, each {claim, value, above, below}; the report says which were met, missed, or are open: a 95 %
+    interval decides, where there are four seeds or more
+    """
 
     @field_validator("arms")
     @classmethod
@@ -508,8 +510,8 @@ class CompareConfig(Section):
     consensus: float = Field(0.5, gt=0, le=1)
     """a feature is in the consensus core if at least this share of the seeds, and at least two, have it [D]"""
 
-    draws: int = Field(200, ge=20)
-    """draws of each null distribution"""
+    draws: int = Field(200, ge=100)
+    """draws of each null distribution; fewer than a hundred carry no 99th percentile, by which agreement is judged"""
     cosine: float = Field(0.7, gt=0, lt=1)
     """a latent is shared if encoder and decoder cosine both reach this"""
     max_latents: int = Field(8192, ge=1)

@@ -19,7 +19,7 @@ PREFIXES = 304
 COVARIANCE_NULL = 0
 DENSITY_NULL = 1
 DICTIONARY_NULL = 2
-INTERVAL = 3
+# 3 was the resampling of seeds, which is no more.
 MMCS_NULL = 4
 REDISCOVERY_NULL = 5
 SUBSPACE_NULL = 7

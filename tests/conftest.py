@@ -24,7 +24,7 @@ attribution: {tokens: 4096, sequences_per_shard: 4}
 evaluate: {tokens: 4096}
 features: {tokens: 2048, contexts: 3, spread: 1, most: 12}
 sweep: {seeds: [0, 1], k: [8], cycles: 2}
-compare: {draws: 50}
+compare: {draws: 100}
 """
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmsae_ray.compare.interval import wilson
+from dmsae_ray.compare.interval import of_share
 from dmsae_ray.compare.match import cosines, hungarian, shared_pairs
 from dmsae_ray.core.core import Core
 
 SEEDS_IN_CONSENSUS = 2
 """A feature that one seed alone has is no agreement, however small the share asked for."""
 ROUNDING = 1e-12
-"""Slack in `in_seeds / seeds >= share`."""
+"""Slack in `in_seeds / seeds >= share`, and where a cosine is worked out twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +52,16 @@ class Feature:
     """in the order of the chains"""
     in_seeds: int
     """different seeds among them: chains of one seed are not independent"""
-    reproducibility: float
-    """in_seeds / seeds"""
-    interval: tuple[float, float]
-    """95 % interval of that share (Wilson)"""
     elsewhere: float | None
-    """share of the *other* seeds that have it: a feature is found in some seed to begin with. None where there is no
-    other
+    """its reproducibility: share of the *other* seeds that have it, since a feature is found in some seed to begin
+    with. None where there is no other
     """
+    interval: tuple[float, float] | None
+    """95 % interval of that share, for a latent of any one seed's core (`interval.of_share`)"""
     cosine: float | None
     """mean decoder cosine over pairs of members; None for a single one"""
+    smallest_cosine: float | None
+    """smallest encoder or decoder cosine over pairs of members; None for a single one"""
     score: float
     """mean share of its chain's total core score"""
     density: float
@@ -108,10 +108,10 @@ class Consensus:
             ],
             "in_chains": len(feature.members),
             "in_seeds": feature.in_seeds,
-            "reproducibility": feature.reproducibility,
-            "interval": list(feature.interval),
             "elsewhere": feature.elsewhere,
+            "interval": None if feature.interval is None else list(feature.interval),
             "cosine": feature.cosine,
+            "smallest_cosine": feature.smallest_cosine,
             "score": feature.score,
             "density": feature.density,
             "in_core": feature.in_core,
@@ -121,8 +121,9 @@ class Consensus:
 def find_consensus(chains: Sequence[NamedCore], cosine: float = 0.7, share: float = 0.5) -> Consensus:
     """Features of these chains, and the core of those that at least `share` of the seeds, and at least two, have.
 
-    Two latents are linked if both matchings of their cores name them and both cosines reach `cosine`, as in `overlap`.
-    Raises ValueError if the cores are of different models, hooks or scales, or are not selected by the same.
+    Two latents are linked if both matchings of their cores name them and both cosines reach `cosine`, as in `overlap`;
+    a feature's members all reach `cosine` to each other, by encoder and by decoder. Raises ValueError if the cores are
+    of different models, hooks or scales, or are not selected by the same.
     """
     _check(chains)
     seeds = len({chain.seed for chain in chains})
@@ -137,9 +138,12 @@ def find_consensus(chains: Sequence[NamedCore], cosine: float = 0.7, share: floa
 
 
 def group(chains: Sequence[NamedCore], cosine: float) -> list[tuple[Member, ...]]:
-    """All latents of the cores, grouped. Links are taken from the surest (by their smaller cosine) to the least sure,
-    each joining two groups unless some chain would then be in one twice: of two near-copies in a chain the nearer one
-    joins, the other stays alone."""
+    """All latents of the cores, grouped by complete linkage. Links are taken from the surest (by their smaller cosine)
+    to the least sure, each joining two groups if every latent of the one reaches `cosine` to every latent of the other,
+    by encoder and by decoder: else a chain of small steps would be one feature whose ends have nothing in common. Two
+    that are no matched pair count as well: a matching names one partner among near-copies, but the direction is one.
+    No chain is in a group twice: of two near-copies in a chain the nearer one joins, the other stays alone.
+    """
     groups = {
         Member(place, index): [Member(place, index)]
         for place, chain in enumerate(chains)
@@ -148,6 +152,8 @@ def group(chains: Sequence[NamedCore], cosine: float) -> list[tuple[Member, ...]
     for left, right in links(chains, cosine):
         first, second = groups[left], groups[right]
         if first is second or {member.chain for member in first} & {member.chain for member in second}:
+            continue
+        if _smallest_across(chains, first, second) < cosine - ROUNDING:
             continue
         first += second
         for member in second:
@@ -172,19 +178,35 @@ def links(chains: Sequence[NamedCore], cosine: float) -> list[tuple[Member, Memb
     return [(left, right) for _, _, left, right in sorted(found)]
 
 
+def _rows(chains: Sequence[NamedCore], members: Sequence[Member], name: str) -> torch.Tensor:
+    """The members' rows of W_enc_CD or W_dec_CD, [G, D]."""
+    return torch.stack([getattr(chains[member.chain].core, name)[member.index] for member in members])
+
+
+def _smallest_across(chains: Sequence[NamedCore], first: Sequence[Member], second: Sequence[Member]) -> float:
+    """Smallest encoder or decoder cosine of a latent of the one to a latent of the other."""
+    return min(
+        float(cosines(_rows(chains, first, name), _rows(chains, second, name)).min())
+        for name in ("W_enc_CD", "W_dec_CD")
+    )
+
+
 def _feature(
     chains: Sequence[NamedCore], members: tuple[Member, ...], shares: list[torch.Tensor], seeds: int, share: float
 ) -> Feature:
     in_seeds = len({chains[member.chain].seed for member in members})
-    W_dec_GD = torch.stack([chains[member.chain].core.W_dec_CD[member.index] for member in members])
-    cosine_GG = cosines(W_dec_GD, W_dec_GD)
+    pairs = np.triu_indices(len(members), 1)
+    encoder_P, decoder_P = (
+        cosines(rows_GD, rows_GD)[pairs]
+        for rows_GD in (_rows(chains, members, name) for name in ("W_enc_CD", "W_dec_CD"))
+    )
     return Feature(
         members=members,
         in_seeds=in_seeds,
-        reproducibility=in_seeds / seeds,
-        interval=wilson(in_seeds, seeds),
         elsewhere=(in_seeds - 1) / (seeds - 1) if seeds > 1 else None,
-        cosine=float(cosine_GG[np.triu_indices(len(members), 1)].mean()) if len(members) > 1 else None,
+        interval=of_share(in_seeds - 1, seeds - 1) if seeds > 1 else None,
+        cosine=float(decoder_P.mean()) if len(members) > 1 else None,
+        smallest_cosine=float(min(encoder_P.min(), decoder_P.min())) if len(members) > 1 else None,
         score=float(np.mean([float(shares[member.chain][member.index]) for member in members])),
         density=float(np.mean([float(chains[member.chain].core.density_C[member.index]) for member in members])),
         in_core=in_seeds >= SEEDS_IN_CONSENSUS and in_seeds >= share * seeds * (1 - ROUNDING),

@@ -12,12 +12,12 @@ from dmsae_ray.compare.interval import spread
 from dmsae_ray.compare.pair import PairResult
 
 
-def functional_summary(members: Sequence[PairResult], seed: int) -> dict[str, Any]:
+def functional_summary(members: Sequence[PairResult]) -> dict[str, Any]:
     """Spreads of the measures, of what chance gives for them, and, under `nulls`, of every null's numbers over the
     pairs for which it is available.
 
     `beyond`: by measure, the share of pairs beyond chance, of those that have such a null; None if none has. Empty
-    where no pair was scored. seed: of the resampling.
+    where no pair was scored.
     """
     found = [pair.functional for pair in members]
     scored = [one for one in found if one is not None]
@@ -25,7 +25,7 @@ def functional_summary(members: Sequence[PairResult], seed: int) -> dict[str, An
         return {}
 
     def over(values: Sequence[float | None]) -> dict[str, Any] | None:
-        return _spread(members, values, seed)
+        return _spread(members, values)
 
     def of(name: str) -> list[float | None]:
         return [None if one is None else getattr(one, name) for one in found]
@@ -47,10 +47,10 @@ def functional_summary(members: Sequence[PairResult], seed: int) -> dict[str, An
     }
 
 
-def course_summary(members: Sequence[PairResult], seed: int) -> dict[str, Any]:
+def course_summary(members: Sequence[PairResult]) -> dict[str, Any]:
     """By cycle: `tokens` trained on until then, `pairs`, and a spread of each of `course.NUMBERS`.
 
-    Over pairs whose cycles end at the same numbers of tokens, those that most pairs have. seed: of the resampling.
+    Over pairs whose cycles end at the same numbers of tokens, those that most pairs have.
     """
     ends = Counter(tuple(point.tokens for point in pair.course) for pair in members if pair.course)
     if not ends:
@@ -59,7 +59,7 @@ def course_summary(members: Sequence[PairResult], seed: int) -> dict[str, Any]:
     alike = [pair for pair in members if tuple(point.tokens for point in pair.course) == common]
     return {
         str(cycle): {"tokens": tokens, "pairs": len(alike)}
-        | {name: _spread(alike, [getattr(pair.course[cycle], name) for pair in alike], seed) for name in NUMBERS}
+        | {name: _spread(alike, [getattr(pair.course[cycle], name) for pair in alike]) for name in NUMBERS}
         for cycle, tokens in enumerate(common)
     }
 
@@ -69,6 +69,6 @@ def _beyond(scored: Sequence[Functional], measure: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _spread(members: Sequence[PairResult], values: Sequence[float | None], seed: int) -> dict[str, Any] | None:
-    one = spread(values, [pair.seed_a for pair in members], [pair.seed_b for pair in members], seed)
+def _spread(members: Sequence[PairResult], values: Sequence[float | None]) -> dict[str, Any] | None:
+    one = spread(values, [pair.seed_a for pair in members], [pair.seed_b for pair in members])
     return None if one is None else one.to_dict()

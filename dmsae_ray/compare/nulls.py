@@ -24,7 +24,7 @@ class NullResult:
     mean: float | None
     """mean PW-MCC over draws"""
     p99: float | None
-    """99th percentile of PW-MCC over draws; the value itself where there is one draw"""
+    """99th percentile of PW-MCC over draws (`percentile`); the value itself where there is one draw"""
     overlap_mean: float | None
     """mean overlap over draws"""
     overlap_p99: float | None
@@ -35,8 +35,8 @@ class NullResult:
     """mean activation agreement over `activation_draws`; None for directions of the covariance, which have no
     activations
     """
-    activation_p99: float | None
-    """its 99th percentile; the value itself where there is one draw"""
+    activation_p95: float | None
+    """its 95th percentile: twenty draws carry no higher one; the value itself where there is one draw"""
     activation_draws: int
     """draws whose activations were compared"""
     draws: int
@@ -80,6 +80,18 @@ def drawn(value: float | None) -> float:
     return value
 
 
+def percentile(draws: Sequence[float], percent: int) -> float | None:
+    """The value that a further draw exceeds in at most 100 - `percent` of 100 times, whatever the draws' distribution:
+    between the (n + 1) p-th smallest of n and the next (Weibull, 1939). None where n draws are too few to say so; the
+    value itself of one, which is no draw but the one set that there is.
+    """
+    if len(draws) == 1:
+        return float(draws[0])
+    if (len(draws) + 1) * (100 - percent) < 100:
+        return None
+    return float(np.quantile(draws, percent / 100, method="weibull"))
+
+
 def over_draws(
     scores: Sequence[float],
     overlaps: Sequence[float],
@@ -97,12 +109,12 @@ def over_draws(
         available=reason is None,
         reason=reason,
         mean=float(np.mean(scores)),
-        p99=float(np.quantile(scores, 0.99)),
+        p99=percentile(scores, 99),
         overlap_mean=float(np.mean(overlaps)),
-        overlap_p99=float(np.quantile(overlaps, 0.99)),
+        overlap_p99=percentile(overlaps, 99),
         mmcs_mean=mmcs_mean,
         activation_mean=float(np.mean(known)) if known else None,
-        activation_p99=float(np.quantile(known, 0.99)) if known else None,
+        activation_p95=percentile(known, 95),
         activation_draws=len(known),
         draws=len(scores),
         size=size,

@@ -16,7 +16,7 @@ import torch
 
 from dmsae_ray.compare.consensus import Consensus, NamedCore
 from dmsae_ray.compare.density import Densities, too_far
-from dmsae_ray.compare.interval import spread
+from dmsae_ray.compare.interval import COSINE, SHARE, spread
 from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.draws import REDISCOVERY_NULL
 
@@ -29,6 +29,9 @@ SETS = ("consensus", "cores", "matched", "matched_consensus")
 """Which features: consensus core, all cores' latents, free latents as dense as these, free latents as dense as the
 consensus's members.
 """
+
+EXCESS = {"consensus": "matched_consensus", "cores": "matched"}
+"""Which of them are also given less the latents that they are read against."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +202,9 @@ def _together(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
-def summarise_rediscovery(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+def summarise_rediscovery(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per arm, and per arm and k: each set's `found` and `mmcs` over plain SAEs, and how far cores and consensus exceed
-    free latents as dense, with intervals by resampling the plain SAEs' seeds (below four the values themselves).
+    free latents as dense, with intervals over the plain SAEs' seeds (below four the values themselves).
     Matched latents count where available.
 
     Keys: `plain`, `plain/k16`, ...
@@ -210,14 +213,14 @@ def summarise_rediscovery(rows: Sequence[dict[str, Any]], seed: int) -> dict[str
     for row in rows:
         for name in (row["arm"], f"{row['arm']}/k{row['k']}"):
             groups.setdefault(name, []).append(row)
-    return {name: _group(members, seed) for name, members in groups.items()}
+    return {name: _group(members) for name, members in groups.items()}
 
 
-def _group(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
     seeds = [row["seed"] for row in rows]
 
-    def over(values: list[float | None]) -> dict | None:
-        found = spread(values, seeds, seeds, seed)
+    def over(values: list[float | None], within: tuple[float, float] | None = None) -> dict | None:
+        found = spread(values, seeds, seeds, within)
         return None if found is None else found.to_dict()
 
     def value(row: dict[str, Any], name: str, number: str) -> float | None:
@@ -227,13 +230,16 @@ def _group(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         own, other = value(row, name, number), value(row, null, number)
         return None if own is None or other is None else own - other
 
-    numbers = ("found", "mmcs")
+    numbers = {"found": SHARE, "mmcs": COSINE}
     return {
         "saes": len(rows),
         "seeds": len(set(seeds)),
-        **{name: {number: over([value(row, name, number) for row in rows]) for number in numbers} for name in SETS},
+        **{
+            name: {number: over([value(row, name, number) for row in rows], numbers[number]) for number in numbers}
+            for name in SETS
+        },
         "excess": {
             name: {number: over([excess(row, name, null, number) for row in rows]) for number in numbers}
-            for name, null in (("consensus", "matched_consensus"), ("cores", "matched"))
+            for name, null in EXCESS.items()
         },
     }

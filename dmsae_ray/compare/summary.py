@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dmsae_ray.compare.functional_summary import course_summary, functional_summary
-from dmsae_ray.compare.interval import Spread, spread
+from dmsae_ray.compare.interval import COSINE, SHARE, Spread
 from dmsae_ray.compare.pair import NULLS, PairResult
+from dmsae_ray.compare.samples import Origin, Sample
 
-SCORES = ("pw_mcc", "overlap", "mmcs", "activation", "pw_mcc_dictionary")
+RANGES = {"pw_mcc": COSINE, "overlap": SHARE, "mmcs": COSINE, "activation": COSINE, "pw_mcc_dictionary": COSINE}
+SCORES = tuple(RANGES)
 """What is measured of a pair."""
-NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99")
+EXCESSES = ("pw_mcc", "overlap", "activation")
+"""Which of them are also given less a null's mean."""
+NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p95")
 """What is drawn of a null of cores."""
 
 
@@ -23,7 +27,7 @@ class NullSummary:
     available: int
     """pairs for which it is"""
     above: float | None
-    """share of these pairs whose PW-MCC exceeds the null's 99th percentile"""
+    """share of these pairs, as far as the null has one, whose PW-MCC exceeds its 99th percentile"""
     excess: dict[str, Spread | None]
     """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 at the same
     size
@@ -95,9 +99,8 @@ class Summary:
         return {"available": self.available, "reason": self.reason, "groups": groups}
 
 
-def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None, seed: int = 0) -> Summary:
-    """Agreement by group. of: how many pairs each group had before sampling; None: all were compared. seed: of the
-    resampling.
+def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None) -> Summary:
+    """Agreement by group. of: how many pairs each group had before sampling; None: all were compared.
 
     One chain alone has no agreement: not available, never 1.
     """
@@ -105,7 +108,7 @@ def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None, 
     groups = {}
     for name in names:
         members = [pair for pair in pairs if pair.group == name]
-        groups[name] = _group(members, len(members) if of is None else of[name], seed)
+        groups[name] = _group(members, len(members) if of is None else of[name])
     reason = None
     if not pairs:
         reason = "fewer than two chains finished: agreement needs two"
@@ -114,47 +117,68 @@ def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None, 
     return Summary(available=reason is None, reason=reason, groups=groups)
 
 
-def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
+def samples_of(members: Sequence[PairResult]) -> dict[str, Sample]:
+    """All that is measured of the pairs of a group, by name: `pw_mcc`, `nulls.covariance.p99`,
+    `nulls.cycle0.excess.pw_mcc`, `dictionary_nulls.covariance`. A null's numbers are those of scored pairs for which it
+    is available.
+    """
     scored = [pair for pair in members if pair.pw_mcc is not None]
+    found = {name: _sample(members, [getattr(pair, name) for pair in members], RANGES[name]) for name in SCORES}
+    for null in NULLS:
+        judged = [pair for pair in scored if pair.nulls[null].available]
+        for score in EXCESSES:
+            found[f"nulls.{null}.excess.{score}"] = _sample(judged, [_excess(pair, null, score) for pair in judged])
+        for number in NULL_NUMBERS:
+            found[f"nulls.{null}.{number}"] = _sample(
+                judged,
+                [getattr(pair.nulls[null], number) for pair in judged],
+                SHARE if number.startswith("overlap") else COSINE,
+            )
+        found[f"dictionary_nulls.{null}"] = _sample(members, [_dictionary_null(pair, null) for pair in members], COSINE)
+    return found
 
-    def over(value: Callable[[PairResult, str], float | None], what: str, among: list[PairResult]) -> Spread | None:
-        return spread(
-            [value(pair, what) for pair in among],
-            [pair.seed_a for pair in among],
-            [pair.seed_b for pair in among],
-            seed,
-        )
+
+def _sample(
+    pairs: Sequence[PairResult], values: Sequence[float | None], within: tuple[float, float] | None = None
+) -> Sample:
+    known = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
+    return Sample(
+        tuple(value for _, value in known),
+        tuple(Origin.of(pair.seed_a, pair.seed_b, pair.k_a, pair.k_b) for pair, _ in known),
+        within,
+    )
+
+
+def _group(members: list[PairResult], of: int) -> GroupSummary:
+    scored = [pair for pair in members if pair.pw_mcc is not None]
+    spreads = {name: sample.spread() for name, sample in samples_of(members).items()}
 
     def null_summary(name: str) -> NullSummary:
         judged = [pair for pair in scored if pair.nulls[name].available]
+        above = [verdict for pair in judged if (verdict := _is_above(pair, name)) is not None]
         return NullSummary(
             available=len(judged),
-            above=sum(_is_above(pair, name) for pair in judged) / len(judged) if judged else None,
-            excess={
-                score: over(lambda pair, score: _excess(pair, name, score), score, judged)
-                for score in ("pw_mcc", "overlap", "activation")
-            },
-            numbers={
-                number: over(lambda pair, number: getattr(pair.nulls[name], number), number, judged)
-                for number in NULL_NUMBERS
-            },
+            above=sum(above) / len(above) if above else None,
+            excess={score: spreads[f"nulls.{name}.excess.{score}"] for score in EXCESSES},
+            numbers={number: spreads[f"nulls.{name}.{number}"] for number in NULL_NUMBERS},
         )
-
-    def dictionary(pair: PairResult, name: str) -> float | None:
-        null = pair.dictionary_nulls[name]
-        return null.mean if null.available else None
 
     return GroupSummary(
         pairs=len(members),
         of=of,
         scored=len(scored),
         seeds=len({seed for pair in scored for seed in (pair.seed_a, pair.seed_b)}),
-        scores={name: over(getattr, name, members) for name in SCORES},
+        scores={name: spreads[name] for name in SCORES},
         nulls={name: null_summary(name) for name in NULLS},
-        dictionary_nulls={name: over(dictionary, name, members) for name in NULLS},
-        functional=functional_summary(members, seed),
-        course=course_summary(members, seed),
+        dictionary_nulls={name: spreads[f"dictionary_nulls.{name}"] for name in NULLS},
+        functional=functional_summary(members),
+        course=course_summary(members),
     )
+
+
+def _dictionary_null(pair: PairResult, name: str) -> float | None:
+    null = pair.dictionary_nulls[name]
+    return null.mean if null.available else None
 
 
 def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:
@@ -162,11 +186,11 @@ def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:
     return getattr(pair.nulls[name], f"core_{score}_same_size") if name == "cycle0" else getattr(pair, score)
 
 
-def _is_above(pair: PairResult, name: str) -> bool:
-    """Whether the cores' PW-MCC exceeds the null's 99th percentile."""
+def _is_above(pair: PairResult, name: str) -> bool | None:
+    """Whether the cores' PW-MCC exceeds the null's 99th percentile; None where its draws are too few to carry one."""
     own, p99 = _at_null_size(pair, name, "pw_mcc"), pair.nulls[name].p99
-    assert own is not None and p99 is not None, "cores that were scored have an available null's numbers"
-    return own > p99
+    assert own is not None, "cores that were scored have an available null's numbers"
+    return None if p99 is None else own > p99
 
 
 def _excess(pair: PairResult, name: str, score: str) -> float | None:

@@ -17,10 +17,12 @@ from rich.console import Group
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.outliers import write_data
+from dmsae_ray.compare.samples import Sample
 from dmsae_ray.config import Config
 from dmsae_ray.distill.plan import BASE, ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.ownership import ours_in
+from dmsae_ray.results.behind_numbers import samples_by_name
 from dmsae_ray.results.comparison import compare_chains
 from dmsae_ray.results.consensus import write_consensus
 from dmsae_ray.results.evaluation import write_evaluation
@@ -122,7 +124,14 @@ def write_results(
         "consensus", lambda: agreed(config, base, plans, folder, say), files=["consensus.json", "consensus.safetensors"]
     )
     numbers = make("numbers", lambda: numbered(evaluation, comparison, consensus, folder), files=["numbers.json"]) or {}
-    judged = make("expectations", lambda: judge_all(config, numbers, folder), files=["expectations.json"]) or []
+    judged = (
+        make(
+            "expectations",
+            lambda: judge_all(config, numbers, samples_by_name(evaluation, comparison, consensus), folder),
+            files=["expectations.json"],
+        )
+        or []
+    )
     make(
         "picture",
         lambda: picture(comparison, folder),
@@ -192,8 +201,10 @@ def numbered(
     return numbers
 
 
-def judge_all(config: Config, numbers: dict[str, float], folder: Path) -> list[dict[str, Any]]:
-    judged = judge(config.study.expect, numbers)
+def judge_all(
+    config: Config, numbers: dict[str, float], samples: dict[str, Sample], folder: Path
+) -> list[dict[str, Any]]:
+    judged = judge(config.study.expect, numbers, samples)
     write_json(folder / "expectations.json", judged)
     return judged["expectations"]
 

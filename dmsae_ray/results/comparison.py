@@ -36,7 +36,11 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
 
 FORMAT_VERSION = 3
-"""Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""
+"""Raised when a pair of the same cores would give other numbers or fields: what was compared before is then compared
+again.
+"""
+SUMMARY_VERSION = 1
+"""Raised when the same pairs would be summed up in another way; the pairs themselves are kept."""
 KEPT_BYTES = 4 << 30
 """Chains up to this size together stay in memory between their pairs; two always do."""
 QUIET_S = 30.0
@@ -126,7 +130,7 @@ def _comparison(
             raise DamagedChain(label, plan.folder.path, error) from error
     key = fields_key(
         {
-            "format": FORMAT_VERSION,
+            "format": [FORMAT_VERSION, SUMMARY_VERSION],
             "settings": config.model_dump(mode="json"),
             "rows": dataset.manifest.key,
             "gradients": _stamp(gradients),
@@ -150,7 +154,7 @@ def _comparison(
         "failed": failed,
         "sample": config.sample,
         "pairs": [result.to_dict() for result in results],
-        "summary": summarise(results, of, seed=config.seed).to_dict(),
+        "summary": summarise(results, of).to_dict(),
         "seconds_per_pair": sum(seconds) / len(seconds) if seconds else None,
     }
     write_json(path, comparison)

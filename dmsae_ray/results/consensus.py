@@ -19,7 +19,8 @@ from dmsae_ray.results.comparison import key_of
 from dmsae_ray.results.parts import known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Raised when the same cores and SAEs would give other features, numbers or fields."""
 
 
 def write_consensus(
@@ -60,7 +61,7 @@ def write_consensus(
         **consensus.to_dict(),
         "rediscovery": rows,
         "rediscovery_left_out": left_out,
-        "rediscovery_summary": summarise_rediscovery(rows, seed=compare.seed),
+        "rediscovery_summary": summarise_rediscovery(rows),
     }
     write_json(path, found)
     return found

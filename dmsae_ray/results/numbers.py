@@ -13,7 +13,7 @@
     consensus.<name>                                    features found in several chains
     rediscovery.<arm>.<whose>.<metric>                  features found in SAEs that never had a core
 
-Arms of one k are compared with the grid by the numbers of that k.
+An expectation that names two of them compares both over the seeds and k that they have in common.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from dmsae_ray.compare.functional import MEASURES
 
+OF_ONE_K = ("pw_mcc", "overlap", "activation")
+"""Scores of a pair that also have a number for each k alone."""
 METRICS = (
     "l0",
     "core_l0",
@@ -62,21 +64,25 @@ def evaluation_numbers(rows: list[dict[str, Any]]) -> Iterator[tuple[str, float]
     chains: dict[str, int] = defaultdict(int)
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
+        chains[row["arm"]] += row["last"]
+    for _, name, value in evaluation_values(rows):
+        values[name].append(value)
+    yield from ((f"chains.{arm}", float(count)) for arm, count in chains.items() if count)
+    yield from ((name, sum(some) / len(some)) for name, some in values.items())
+
+
+def evaluation_values(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, float]]:
+    """Every value of every chain's last cycle: (its row, the name of the number that is its mean, value)."""
+    for row in rows:
         if not row["last"]:
             continue
-        chains[row["arm"]] += 1
-        place = f"evaluation.{row['arm']}.k{row['k']}"
-        for metric in METRICS:
-            _take(values, f"{place}.{metric}", row.get(metric))
-        for name, value in (row.get("decoder_drift") or {}).items():
-            _take(values, f"{place}.decoder_drift.{name}", value)
-        for name in ("split_half_spearman", "split_half_jaccard"):
-            _take(values, f"{place}.{name}", row.get("attribution", {}).get(name))
+        place, attribution = f"evaluation.{row['arm']}.k{row['k']}", row.get("attribution", {})
+        named = [(metric, row.get(metric)) for metric in METRICS]
+        named += [(f"decoder_drift.{name}", value) for name, value in (row.get("decoder_drift") or {}).items()]
+        named += [(name, attribution.get(name)) for name in ("split_half_spearman", "split_half_jaccard")]
         for prefix in row.get("prefixes") or ():
-            for metric, value in prefix.items():
-                _take(values, f"{place}.prefix.{prefix['name']}.{metric}", value)
-    yield from ((f"chains.{arm}", float(count)) for arm, count in chains.items())
-    yield from ((name, sum(some) / len(some)) for name, some in values.items())
+            named += [(f"prefix.{prefix['name']}.{metric}", value) for metric, value in prefix.items()]
+        yield from ((row, f"{place}.{name}", value) for name, value in named if _is_number(value))
 
 
 def consistency_numbers(comparison: dict[str, Any]) -> dict[str, float]:
@@ -87,15 +93,13 @@ def consistency_numbers(comparison: dict[str, Any]) -> dict[str, float]:
     of_one_k: dict[str, list[float]] = defaultdict(list)
     for pair in comparison.get("pairs", ()):
         if pair["k_a"] == pair["k_b"]:
-            for score in ("pw_mcc", "overlap", "activation"):
-                _take(of_one_k, f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}.{score}", pair[score])
-            for measure in MEASURES:
-                value = (pair.get("functional") or {}).get(measure)
-                _take(
-                    of_one_k,
-                    f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}.functional.{measure}",
-                    value,
-                )
+            stem = f"consistency.{pair['group'].replace('/', '.')}.k{pair['k_a']}"
+            functional = pair.get("functional") or {}
+            values = {score: pair[score] for score in OF_ONE_K}
+            values |= {f"functional.{measure}": functional.get(measure) for measure in MEASURES}
+            for name, value in values.items():
+                if _is_number(value):
+                    of_one_k[f"{stem}.{name}"].append(value)
     return found | {name: sum(some) / len(some) for name, some in of_one_k.items()}
 
 
@@ -129,10 +133,9 @@ def _spreads(place: str, tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
                 yield from zip((f"{where}.low", f"{where}.high"), value["interval"], strict=True)
         elif isinstance(value, dict):
             yield from _spreads(where, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif _is_number(value):
             yield where, value
 
 
-def _take(values: dict[str, list[float]], name: str, value: Any) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        values[name].append(value)
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

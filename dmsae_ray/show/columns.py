@@ -122,7 +122,7 @@ def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
         "overlap_p99",
         "mmcs_mean",
         "activation_mean",
-        "activation_p99",
+        "activation_p95",
         "density_gap",
     ]
     for null in NULLS:
@@ -156,19 +156,22 @@ def evaluation_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def expectation_columns(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """expectations.json."""
-    return {
-        name: [entry[name] for entry in entries]
-        for name in ("claim", "outcome", "value_name", "value", "relation", "bound_name", "bound", "why")
-    }
+    names = ("claim", "outcome", "by", "value_name", "value", "relation", "bound_name", "bound", "over", "why")
+    columns = {name: [entry[name] for entry in entries] for name in names}
+    for place, end in enumerate(("low", "high")):
+        columns[f"interval {end}"] = [None if one["interval"] is None else one["interval"][place] for one in entries]
+    return columns
 
 
 def feature_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
     """The groups of consensus.json."""
     groups = consensus["groups"] if consensus else []
-    names = ("id", "in_seeds", "in_chains", "reproducibility", "elsewhere", "cosine", "score", "density", "in_core")
+    names = ("id", "in_seeds", "in_chains", "elsewhere", "cosine", "smallest_cosine", "score", "density", "in_core")
     columns: dict[str, list[Any]] = {name: [group[name] for group in groups] for name in names}
     for place, end in enumerate(("low", "high")):
-        columns[f"reproducibility {end}"] = [group["interval"][place] for group in groups]
+        columns[f"elsewhere {end}"] = [
+            None if group["interval"] is None else group["interval"][place] for group in groups
+        ]
     columns["members"] = [
         " ".join(f"{member['chain']}.{member['latent']}" for member in group["members"]) for group in groups
     ]

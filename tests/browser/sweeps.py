@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dmsae_ray.compare.interval import of_share
+
 CYCLES = 4
 GROUPS = 5
 WORDS = [
@@ -312,11 +314,12 @@ def features(
                 "in_seeds": in_seeds,
                 "n_chains": len(chains),
                 "n_seeds": seeds,
-                "reproducibility": in_seeds / seeds,
-                "interval": [max(0.0, in_seeds / seeds - 0.2), min(1.0, in_seeds / seeds + 0.2)],
+                "elsewhere": (in_seeds - 1) / (seeds - 1) if seeds > 1 else None,
+                "interval": list(of_share(in_seeds - 1, seeds - 1)) if seeds > 1 else None,
                 "score": float(rng.exponential(0.03)),
                 "density": float(10 ** rng.uniform(-4, -0.5)),
-                "cosine": float(rng.uniform(0.7, 1)) if len(members) > 1 else None,
+                "cosine": float(rng.uniform(0.8, 1)) if len(members) > 1 else None,
+                "smallest_cosine": float(rng.uniform(0.7, 0.8)) if len(members) > 1 else None,
                 "partners": [
                     {
                         "chain": chain,
@@ -358,9 +361,10 @@ def consensus(
                 ],
                 "in_chains": len(members),
                 "in_seeds": in_seeds,
-                "reproducibility": in_seeds / len(seeds),
-                "interval": [max(0.0, in_seeds / len(seeds) - 0.2), min(1.0, in_seeds / len(seeds) + 0.1)],
-                "cosine": float(rng.uniform(0.7, 0.95)) if len(members) > 1 else None,
+                "elsewhere": (in_seeds - 1) / (len(seeds) - 1) if len(seeds) > 1 else None,
+                "interval": list(of_share(in_seeds - 1, len(seeds) - 1)) if len(seeds) > 1 else None,
+                "cosine": float(rng.uniform(0.8, 0.95)) if len(members) > 1 else None,
+                "smallest_cosine": float(rng.uniform(0.7, 0.8)) if len(members) > 1 else None,
                 "score": float(rng.exponential(0.03)),
                 "density": float(10 ** rng.uniform(-3, -0.5)),
                 "in_core": in_seeds > 1 and in_seeds >= len(seeds) / 2,
@@ -408,6 +412,9 @@ EXPECTATIONS = {
             "bound_name": "largest covariance p99",
             "bound": 0.3036571,
             "outcome": "hit",
+            "by": "interval",
+            "interval": [0.1613, 0.2205],
+            "over": "the same 6 pairs of seeds 0 to 3 at k 16",
             "why": None,
         },
         {
@@ -418,6 +425,22 @@ EXPECTATIONS = {
             "bound_name": "cycle-0 sets",
             "bound": 0.5315189,
             "outcome": "miss",
+            "by": "means",
+            "interval": None,
+            "over": "the same 1 pair of seeds 0, 1 at k 16",
+            "why": "means only: no interval below four seeds in common, or where all are equal",
+        },
+        {
+            "claim": "Half of the loss comes back",
+            "value_name": "loss recovered",
+            "value": 0.51,
+            "relation": "above",
+            "bound_name": None,
+            "bound": 0.5,
+            "outcome": "open",
+            "by": "interval",
+            "interval": [0.48, 0.54],
+            "over": None,
             "why": None,
         },
         {
@@ -428,6 +451,9 @@ EXPECTATIONS = {
             "bound_name": None,
             "bound": None,
             "outcome": "not available",
+            "by": None,
+            "interval": None,
+            "over": None,
             "why": "the arm “random” did not run",
         },
     ],

@@ -44,7 +44,7 @@ def by(features, key):
 
 
 def test_all_features_are_listed_by_reproducibility(page, features):
-    assert ids(page) == by(features, "reproducibility")
+    assert ids(page) == by(features, "elsewhere")
     expect(page.locator("#feature-count")).to_have_text("1000 features")
 
 
@@ -66,7 +66,7 @@ def test_filters(page, features):
     page.select_option("#feature-chain", "seed2-k16")
     assert set(ids(page)) == {f["id"] for f in features if "seed2-k16" in f["chains"]}
     page.locator("#feature-least").fill("0.75")
-    wanted = {f["id"] for f in features if "seed2-k16" in f["chains"] and f["reproducibility"] >= 0.75}
+    wanted = {f["id"] for f in features if "seed2-k16" in f["chains"] and f["elsewhere"] >= 0.75}
     assert set(ids(page)) == wanted
     expect(page.locator("#feature-count")).to_have_text(f"{len(wanted)} of 1000 features")
     expect(page.locator("#feature-least-shown")).to_have_text("75 %")
@@ -116,7 +116,15 @@ def test_detail_is_the_artifact(sweep, features):
         ]
         assert facts == [
             feature[name]
-            for name in ("reproducibility", "score", "density", "cosine", "max_activation", "mean_loss_change")
+            for name in (
+                "elsewhere",
+                "score",
+                "density",
+                "cosine",
+                *(["smallest_cosine"] if feature["partners"] else []),
+                "max_activation",
+                "mean_loss_change",
+            )
         ]
         contexts = detail.locator(".contexts .context").evaluate_all(
             "(texts) => texts.map((text) => [...text.children].map((one) => [one.textContent, "

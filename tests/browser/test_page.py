@@ -107,6 +107,7 @@ def test_contrast(open_page, scheme):
         "tbody td",
         ".outcome-hit td:nth-child(2)",
         ".outcome-miss td:nth-child(2)",
+        ".outcome-open td:nth-child(2)",
         ".outcome-not-available td:nth-child(2)",
         ".missing",
         ".facts dt",

@@ -42,7 +42,16 @@ def test_summary(sweep, artifact):
     assert [number(row["Value"]) for row in shown] == [row["value"] for row in expected]
     assert [number(row["Bound"]) for row in shown] == [row["bound"] for row in expected]
     outcomes = page.locator("#table-expectations tbody td:nth-child(2)").all_inner_texts()
-    assert outcomes == ["✓ hit", "✗ miss", "– not available"]
+    assert outcomes == ["✓ hit", "✗ miss, by means alone", "○ open", "– not available"]
+    assert [row["Low and high are"] for row in shown] == [
+        "95 % interval of the difference",
+        "means only",
+        "95 % interval",
+        "–",
+    ]
+    assert [[number(row["Low"]), number(row["High"])] for row in shown] == [
+        row["interval"] or [None, None] for row in expected
+    ]
     assert [row["Chain"] for row in table(page, "table-failed")] == [row["label"] for row in comparison["failed"]]
     assert page.locator("#table-failed").inner_text().count("<of 300>") == 1
     assert {row["Arm"]: int(row["Chains"]) for row in table(page, "table-arms")} == {
@@ -131,6 +140,9 @@ def test_consensus(sweep, artifact):
     shown = table(page, "table-consensus")
     assert [row["Feature"] for row in shown] == [group["id"] for group in together]
     assert [float(row["Cosine"]) for row in shown] == [group["cosine"] for group in together]
+    assert [float(row["Smallest cosine"]) for row in shown] == [group["smallest_cosine"] for group in together]
+    assert [float(row["Reproducibility"]) for row in shown] == [(group["in_seeds"] - 1) / 3 for group in together]
+    assert [[float(row["Low"]), float(row["High"])] for row in shown] == [group["interval"] for group in together]
     assert [float(row["Density"]) for row in shown] == [group["density"] for group in together]
     shown = table(page, "table-rediscovery")
     sets = ("consensus", "matched_consensus", "cores", "matched")

@@ -60,7 +60,7 @@ def test_the_comparison_holds_scores_beside_their_nulls(small_sweep):
     (pair,) = json.loads(path.read_text())["pairs"]
     assert -1 <= pair["pw_mcc"] <= 1 and 0 <= pair["overlap"] <= 1
     assert set(pair["nulls"]) == {"covariance", "matched_density", "cycle0"}
-    assert pair["nulls"]["covariance"]["draws"] == 50
+    assert pair["nulls"]["covariance"]["draws"] == 100
 
 
 def test_mlflow_holds_the_tree_and_nothing_is_left_running(small_sweep):

@@ -234,7 +234,7 @@ def test_a_chain_s_key_depends_on_what_decides_its_numbers_and_on_nothing_else()
         ["--output", "/elsewhere"],
         ["--name", "other"],
         ["--cluster.concurrent", "1"],
-        ["--compare.draws", "50"],
+        ["--compare.draws", "150"],
         ["--cluster.workers", "2"],
         ["--cluster.object_store_mb", "64"],
         ["--train.screen", "fp32"],

@@ -169,11 +169,11 @@ def test_a_key_that_is_given_twice_is_an_error(tmp_path, text, words, command):
 def test_what_is_merged_in_may_be_overridden(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "train: &a {lr: 0.1, batch: 512}\nattribution: {tau: 0.5}\nharvest:\n  seed: 3\ncompare: {<<: {draws: 30, "
+        "train: &a {lr: 0.1, batch: 512}\nattribution: {tau: 0.5}\nharvest:\n  seed: 3\ncompare: {<<: {draws: 130, "
         "seed: 1}, seed: 2}\n"
     )
     config = load(SweepCommand, ["--config", str(path)])
-    assert (config.compare.draws, config.compare.seed, config.train.batch) == (30, 2, 512)
+    assert (config.compare.draws, config.compare.seed, config.train.batch) == (130, 2, 512)
 
 
 def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path):

@@ -25,7 +25,7 @@ from dmsae_ray.results.features.token_text import TokenText
 from dmsae_ray.sae.latents import Latents
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NEAR = 8
 """Tokens shown before and after one whose loss changes."""
 
@@ -162,11 +162,12 @@ def _about(feature: Feature, cores: Mapping[str, Core]) -> dict[str, Any]:
         "in_seeds": feature.in_seeds,
         "n_chains": feature.n_chains,
         "n_seeds": feature.n_seeds,
-        "reproducibility": feature.reproducibility,
+        "elsewhere": feature.elsewhere,
         "interval": None if feature.interval is None else list(feature.interval),
         "score": feature.score,
         "density": feature.density,
         "cosine": feature.cosine,
+        "smallest_cosine": feature.smallest_cosine,
         "representative": asdict(feature.representative),
         "partners": [
             asdict(member) | {"cosine": cosine} for member, cosine in zip(feature.members[1:], cosines, strict=True)

@@ -41,14 +41,18 @@ class Feature:
     """mean over members"""
     cosine: float | None
     """mean cosine between the members' decoder rows; None where there is one"""
+    smallest_cosine: float | None
+    """smallest cosine of two members, by encoder or by decoder; None where there is one"""
     n_chains: int
     """chains that it could have been found in"""
     n_seeds: int
     in_seeds: int
-    reproducibility: float | None
-    """share of the seeds in which it was found; None where chains were not compared"""
+    elsewhere: float | None
+    """its reproducibility: share of the other seeds in which it was found; None where there is no other, or chains were
+    not compared
+    """
     interval: tuple[float, float] | None
-    """of reproducibility; None where there is none"""
+    """of that share; None where there is none"""
 
     @property
     def representative(self) -> Member:
@@ -83,10 +87,11 @@ def roster_of(cores: Mapping[str, Core], consensus: dict | None) -> list[Feature
                         _share(member, core),
                         member.density,
                         None,
+                        None,
                         n_chains=len(cores),
                         n_seeds=len(seeds),
                         in_seeds=1,
-                        reproducibility=None,
+                        elsewhere=None,
                         interval=None,
                     )
                 )
@@ -120,10 +125,11 @@ def _group(group: dict, consensus: dict, cores: Mapping[str, Core]) -> Feature:
         group["score"],
         group["density"],
         group["cosine"],
+        group["smallest_cosine"],
         n_chains=len(consensus["chains"]),
         n_seeds=len(consensus["seeds"]),
         in_seeds=group["in_seeds"],
-        reproducibility=group["reproducibility"],
+        elsewhere=group["elsewhere"],
         interval=None if interval is None else tuple(interval),
     )
 

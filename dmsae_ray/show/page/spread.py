@@ -25,7 +25,7 @@ class Spread:
     high: float
     """upper end"""
     kind: str
-    """`95 % interval` of the mean by resampling seeds; below four seeds `range`; `one seed`"""
+    """`95 % interval` of the mean over seeds; `range` below four seeds, and where all are equal; `one seed`"""
     seeds: int
     """how many seeds"""
     chains: int
@@ -41,8 +41,10 @@ class Spread:
         return self.kind if self.seeds == 1 else f"{self.kind} over {self.seeds} seeds"
 
 
-def over_seeds(values: Iterable[tuple[int, float | None]]) -> Spread | None:
-    """values: (seed, number) of each chain; those without a number are left out. None if none has one."""
+def over_seeds(values: Iterable[tuple[int, float | None]], within: tuple[float, float] | None = None) -> Spread | None:
+    """values: (seed, number) of each chain; those without a number are left out. None if none has one. within: the
+    range that such a number has.
+    """
     by_seed: dict[int, list[float]] = {}
     for seed, value in values:
         if value is not None and np.isfinite(value):
@@ -51,12 +53,10 @@ def over_seeds(values: Iterable[tuple[int, float | None]]) -> Spread | None:
         return None
     means_S = np.array([np.mean(by_seed[seed]) for seed in sorted(by_seed)])
     mean, seeds, chains = float(means_S.mean()), len(means_S), sum(map(len, by_seed.values()))
-    if seeds < interval.SEEDS_FOR_INTERVAL:
+    ends = interval.over_seeds(means_S, range(seeds), range(seeds), within)
+    if ends is None:
         kind = "one seed" if seeds == 1 else "range"
         return Spread(mean, float(means_S.min()), float(means_S.max()), kind, seeds, chains)
-    # The same draws for every number: a page of the same folder is the same page.
-    ends = interval.over_seeds(means_S, range(seeds), range(seeds), seed=0)
-    assert ends is not None, "there are seeds enough"
     return Spread(mean, *ends, f"{interval.COVERAGE:.0%} interval".replace("%", " %"), seeds, chains)
 
 

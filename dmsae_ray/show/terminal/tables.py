@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,9 @@ from rich.text import Text
 from dmsae_ray.files import replacing
 from dmsae_ray.show.columns import ChainRow, null_of, null_value
 from dmsae_ray.show.terminal.console import WIDTH
+from dmsae_ray.show.terminal.empty_table import table_of
 from dmsae_ray.show.terminal.functional_lines import functional_lines
+from dmsae_ray.show.terminal.verdicts import EXPECTATIONS_NOTE, consensus_text, expectations_table
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -39,25 +40,9 @@ def rate(tokens_per_s: float | None) -> str:
     return f"{tokens_per_s / 1000:.1f}k" if tokens_per_s >= 1000 else f"{tokens_per_s:.0f}"
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """left, right: column names by alignment. Chains' labels are never broken; other columns give way first."""
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for name in left:
-        table.add_column(name, overflow="fold", no_wrap=name in ("chain", "a", "b"))
-    for name in right:
-        table.add_column(name, justify="right", overflow="fold")
-    return table
-
-
 def chains_table(rows: Sequence[ChainRow]) -> Table:
     """One line per chain."""
-    table = _table(
+    table = table_of(
         "Chains",
         ["chain", "core sizes"],
         ["jaccard", "L0", "core L0", "FVU", "loss rec.", "dead", "tokens/s", "status"],
@@ -91,7 +76,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
     """One line per pair of chains, each agreement beside its nulls. pairs: PairResults of comparison.json."""
     if not pairs:
         return Text("Pairs: consistency is not available; it needs two finished chains.", style="bold")
-    table = _table(
+    table = table_of(
         "Pairs of cores",
         ["a", "b", "differs"],
         ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle 0", "activ.", "MMCS", "dict. PW-MCC"],
@@ -154,7 +139,7 @@ def pairs_note(comparison: dict[str, Any]) -> Text:
 
 def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
     """One line per group of pairs: means over its pairs, with the interval over seeds where there is one."""
-    table = _table(
+    table = table_of(
         "Agreement by what differs",
         ["group"],
         ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."],
@@ -179,56 +164,13 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
 
 GROUPS_NOTE = (
     "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed "
-    "and k. Nulls are means over the pairs that have them. The interval resamples seeds; below four seeds there is "
-    "none."
+    "and k. Nulls are means over the pairs that have them. The interval, of 95 %, is over seeds; below four seeds "
+    "there is none."
 )
 
 
 def _mean(group: dict[str, Any], score: str) -> float | None:
     return (group.get(score) or {}).get("mean")
-
-
-def consensus_text(consensus: dict[str, Any]) -> Text:
-    """How many features recur, and how many are found where no core ever was."""
-    groups, seeds = consensus["groups"], len(consensus["seeds"])
-    repeated, everywhere = sum(g["in_seeds"] >= 2 for g in groups), sum(g["in_seeds"] == seeds for g in groups)
-    lines = [
-        f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in "
-        f"two seeds or more, {everywhere} in all; consensus core of {consensus['core_size']}."
-    ]
-    for arm, found in (consensus.get("rediscovery_summary") or {}).items():
-        shares = [
-            f"{found[whose]['found']['mean']:.0%} of {what}"
-            for whose, what in (
-                ("consensus", "the consensus core"),
-                ("matched_consensus", "free latents as dense as its members"),
-                ("cores", "all cores' latents"),
-                ("matched", "free latents as dense as these"),
-            )
-            if found[whose]["found"] is not None
-        ]
-        if shares and "/" not in arm:
-            lines.append(
-                f"Found again in {found['saes']} SAEs of arm {arm}, of other seeds and without a core: "
-                f"{', '.join(shares)}."
-            )
-    return Text("\n".join(lines))
-
-
-def expectations_table(entries: Sequence[dict[str, Any]]) -> Table:
-    """What was expected before the run, and what came."""
-    table = _table("Expected before the run", ["outcome", "claim"], ["value", "expected"])
-    for entry in entries:
-        bound = "" if entry["bound"] is None else f"{entry['relation']} {entry['bound']:.3g}"
-        style = {"hit": "green", "miss": "red"}.get(entry["outcome"])
-        cells = [
-            entry["outcome"],
-            entry["claim"],
-            "n/a" if entry["value"] is None else f"{entry['value']:.3g}",
-            bound or entry["why"],
-        ]
-        table.add_row(*map(Text, cells), style=style)
-    return table
 
 
 MANY_PAIRS = 20
@@ -259,7 +201,7 @@ def report(
     if consensus is not None and consensus["groups"]:
         parts += [Text(""), consensus_text(consensus)]
     if expectations:
-        parts += [Text(""), expectations_table(expectations)]
+        parts += [Text(""), expectations_table(expectations), Text(EXPECTATIONS_NOTE, style="dim")]
     if failed:
         lines = [f"  {name}: {reason}" for name, reason in failed.items()]
         words = [
@@ -278,7 +220,7 @@ def across_tables(
     names: tuple[str, str], comparison: dict[str, Any], ours: dict[str, float], theirs: dict[str, float]
 ) -> Group:
     """Two sweeps: how far their cores agree, and the numbers that both have."""
-    table = _table("Numbers of both sweeps", ["number"], [*names, "difference"])
+    table = table_of("Numbers of both sweeps", ["number"], [*names, "difference"])
     for name in (name for name in ours if name in theirs and name.startswith(SIDE_BY_SIDE)):
         table.add_row(name, f"{ours[name]:.4g}", f"{theirs[name]:.4g}", f"{ours[name] - theirs[name]:+.3g}")
     groups = comparison["summary"]["groups"]
@@ -292,12 +234,12 @@ def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
     """What `python -m dmsae_ray.evaluate` measured, a line per SAE: the whole one, then its prefixes. rows:
     evaluation-<tokens>.json.
     """
-    whole = _table(
+    whole = table_of(
         "SAEs on held-out text",
         ["chain", "cycle"],
         ["tokens", "core size", "L0", "core L0", "FVU", "loss rec.", "KL", "core expl.", "dead"],
     )
-    prefixes = _table(
+    prefixes = table_of(
         "Prefixes: core alone, if any, then core + groups 0..g", ["chain", "cycle"], ["FVU", "loss rec. (mean)", "KL"]
     )
     for row in rows:

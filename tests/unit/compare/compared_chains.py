@@ -14,7 +14,7 @@ from dmsae_ray.compare.pairing import pairs_within
 from dmsae_ray.core.core import Core
 
 D, WIDTH, ROWS = 16, 60, 512
-SETTINGS = CompareSettings(draws=20)
+SETTINGS = CompareSettings(draws=100)
 
 
 def rows(count=ROWS, seed=0, d=D) -> torch.Tensor:

@@ -26,7 +26,7 @@ from dmsae_ray.results.consensus import write_consensus
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 WIDTH, CANDIDATES = 48, 12
-COMPARE = CompareConfig(draws=20)
+COMPARE = CompareConfig(draws=100)
 
 
 def write_chain(plan, dataset, cycles=2):
@@ -101,7 +101,7 @@ def test_a_study_with_two_arms(tmp_path, dataset):
     placebo = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1", "--sweep.k", "4", *control, arm="random")
     order = chains(dataset, tmp_path / "out", "--sweep.seeds", "0", "--sweep.data_seed", "7", arm="order", write=False)
     found, said = run(base + placebo + order, dataset, tmp_path / "sweep")
-    assert said == ["compare: 9 pairs of cores, 20 draws of each null"]
+    assert said == ["compare: 9 pairs of cores, 100 draws of each null"]
     assert Counter(pair["group"] for pair in found["pairs"]) == {
         "base/seed": 2,
         "base/k": 2,
@@ -115,7 +115,7 @@ def test_a_study_with_two_arms(tmp_path, dataset):
     group = found["summary"]["groups"]["base/seed"]
     assert (group["pairs"], group["of"], group["pw_mcc"]["n"], group["pw_mcc"]["interval"]) == (2, 2, 2, None)
     for pair in found["pairs"]:
-        assert pair["activation_rows"] == 32 and pair["nulls"]["covariance"]["draws"] == 20
+        assert pair["activation_rows"] == 32 and pair["nulls"]["covariance"]["draws"] == 100
 
 
 def test_the_fields_that_identify_a_chain(tmp_path, dataset):
@@ -136,7 +136,7 @@ def test_what_was_compared_is_not_compared_again(tmp_path, dataset, monkeypatch)
     assert run(two, dataset, tmp_path / "sweep") == (first, [])
     three = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2")
     more, said = run([replace(plan, arm="plain") for plan in three], dataset, tmp_path / "next")
-    assert said == ["compare: 2 pairs of cores, 20 draws of each null, 1 more are known"]
+    assert said == ["compare: 2 pairs of cores, 100 draws of each null, 1 more are known"]
     changed = {"a", "b", "arm_a", "arm_b", "group"}
     assert {**first["pairs"][0], **dict.fromkeys(changed, 0)} == {**more["pairs"][0], **dict.fromkeys(changed, 0)}
     assert (more["pairs"][0]["a"], more["pairs"][0]["b"]) == (three[0].label + "-plain", three[1].label + "-plain")
@@ -147,7 +147,7 @@ def test_what_was_compared_is_not_compared_again(tmp_path, dataset, monkeypatch)
     assert said == [] and len(again["pairs"]) == 3
     monkeypatch.undo()
     # Other settings, other numbers.
-    other, said = run(two, dataset, tmp_path / "sweep", CompareConfig(draws=20, seed=1))
+    other, said = run(two, dataset, tmp_path / "sweep", CompareConfig(draws=100, seed=1))
     assert said and other["pairs"][0]["nulls"]["covariance"]["mean"] != first["pairs"][0]["nulls"]["covariance"]["mean"]
     assert other["pairs"][0]["pw_mcc"] == first["pairs"][0]["pw_mcc"]
 
@@ -167,12 +167,12 @@ def test_a_comparison_that_was_stopped_goes_on(tmp_path, dataset, monkeypatch):
         run(plans, dataset, tmp_path / "sweep")
     monkeypatch.undo()
     found, said = run(plans, dataset, tmp_path / "sweep")
-    assert said == ["compare: 2 pairs of cores, 20 draws of each null, 1 more are known"] and len(found["pairs"]) == 3
+    assert said == ["compare: 2 pairs of cores, 100 draws of each null, 1 more are known"] and len(found["pairs"]) == 3
 
 
 def test_a_sample_says_of_how_many(tmp_path, dataset):
     plans = chains(dataset, tmp_path / "out", "--sweep.seeds", "0,1,2,3")
-    found, _ = run(plans, dataset, tmp_path / "sweep", CompareConfig(draws=20, pairs="sample", sample=2))
+    found, _ = run(plans, dataset, tmp_path / "sweep", CompareConfig(draws=100, pairs="sample", sample=2))
     group = found["summary"]["groups"]["base/seed"]
     assert (len(found["pairs"]), group["pairs"], group["of"], found["sample"]) == (2, 2, 6, 2)
 

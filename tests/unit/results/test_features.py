@@ -90,9 +90,10 @@ def group(name: str, members: list[tuple[str, int, int]], score: float) -> dict:
         "members": [{"chain": c, "index": i, "latent": n, "score": -1.0, "density": -1.0} for c, i, n in members],
         "in_chains": len(members),
         "in_seeds": 1 + (len(members) > 2),
-        "reproducibility": 0.5 + 0.5 * (len(members) > 2),
+        "elsewhere": float(len(members) > 2),
         "interval": [0.25, 1.0],
         "cosine": 0.9 if len(members) > 1 else None,
+        "smallest_cosine": 0.8 if len(members) > 1 else None,
         "score": score,
         "density": 0.3,
         "in_core": len(members) > 2,
@@ -122,7 +123,7 @@ def make(tmp_path, lm, sequences, chains, consensus=CONSENSUS, **settings):
 
 def test_what_chains_share_comes_first_and_every_core_latent_once(tmp_path, lm, sequences, chains):
     content = make(tmp_path, lm, sequences, chains)
-    assert (content["format_version"], content["key"], content["left_out"]) == (1, "k", 0)
+    assert (content["format_version"], content["key"], content["left_out"]) == (2, "k", 0)
     counted = sum((sequences.ids[s, :n] != BOS).sum() for s, n in enumerate(sequences.lengths))
     assert content["tokens"] == sequences.tokens == counted
     features = content["features"]
@@ -143,19 +144,20 @@ def test_what_chains_share_comes_first_and_every_core_latent_once(tmp_path, lm, 
     assert (shared["chains"], shared["in_chains"]) == (["chain2", "chain1", "chain0"], 3)
     assert [
         shared[n]
-        for n in ("in_seeds", "n_chains", "n_seeds", "reproducibility", "interval", "score", "density", "cosine")
-    ] == [
-        2,
-        3,
-        2,
-        1.0,
-        [0.25, 1.0],
-        0.6,
-        0.3,
-        0.9,
-    ]
+        for n in (
+            "in_seeds",
+            "n_chains",
+            "n_seeds",
+            "elsewhere",
+            "interval",
+            "score",
+            "density",
+            "cosine",
+            "smallest_cosine",
+        )
+    ] == [2, 3, 2, 1.0, [0.25, 1.0], 0.6, 0.3, 0.9, 0.8]
     assert pair["representative"]["chain"] == "chain1" and alone["partners"] == [] and alone["cosine"] is None
-    assert silent["score"] == pytest.approx(0.2) and silent["reproducibility"] is silent["interval"] is None
+    assert silent["score"] == pytest.approx(0.2) and silent["elsewhere"] is silent["interval"] is None
     assert (silent["max_activation"], silent["mean_loss_change"], silent["contexts"], silent["effects"]) == (
         0.0,
         None,
@@ -171,8 +173,7 @@ def test_without_a_comparison_every_latent_stands_alone(tmp_path, lm, sequences,
     assert [f["score"] for f in content["features"]] == pytest.approx([0.8, 0.8, 0.5, 0.375, 0.2])
     assert content["left_out"] == 2 and {f["kind"] for f in content["features"]} == {"core"}
     assert all(
-        (f["n_chains"], f["n_seeds"], f["in_seeds"], f["reproducibility"]) == (3, 2, 1, None)
-        for f in content["features"]
+        (f["n_chains"], f["n_seeds"], f["in_seeds"], f["elsewhere"]) == (3, 2, 1, None) for f in content["features"]
     )
 
 

@@ -1,11 +1,9 @@
-"""Results as named numbers, and what was expected of them."""
+"""Results as named numbers."""
 
 from __future__ import annotations
 
 import pytest
 
-from dmsae_ray.config import ExpectConfig
-from dmsae_ray.results.expectations import judge
 from dmsae_ray.results.numbers import METRICS, numbers_of
 
 
@@ -110,29 +108,3 @@ def test_nothing_gives_no_number():
         "consensus.core_size": 0,
     }
     assert numbers_of([row(fvu=float("nan"))], None, None) == {"chains.base": 1}
-
-
-@pytest.mark.parametrize(
-    "bounds, outcomes",
-    [
-        ({"above": 0.4}, ["hit"]),
-        ({"above": 0.5}, ["miss"]),
-        ({"below": 0.6}, ["hit"]),
-        ({"below": 0.5}, ["miss"]),
-        ({"above": "null", "below": 0.4}, ["hit", "miss"]),
-        ({"above": "nul"}, ["not available"]),
-    ],
-)
-def test_an_expectation_is_hit_or_missed_by_its_numbers(bounds, outcomes):
-    entries = judge([ExpectConfig(claim="cores agree", value="agreement", **bounds)], {"agreement": 0.5, "null": 0.3})[
-        "expectations"
-    ]
-    assert [entry["outcome"] for entry in entries] == outcomes
-    assert all(entry["claim"] == "cores agree" and entry["value"] == 0.5 for entry in entries)
-    if "nul" in bounds.values():
-        assert entries[0]["bound"] is None and "no number nul in these results (there is null)" in entries[0]["why"]
-
-
-def test_a_value_that_does_not_exist_is_never_a_hit():
-    (entry,) = judge([ExpectConfig(claim="x", value="none", below=1e9)], {"one": 1.0})["expectations"]
-    assert entry["outcome"] == "not available" and entry["value"] is None and "no number none" in entry["why"]

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from dmsae_ray.show.page import write_page
 from dmsae_ray.show.page.arm_style import Style, words
@@ -84,11 +85,13 @@ def test_four_seeds_have_an_interval_of_the_mean():
     values = [(seed, float(rng.normal())) for seed in range(40)]
     spread = over_seeds(values)
     numbers = np.array([value for _, value in values])
-    error = 1.96 * numbers.std() / math.sqrt(len(numbers))
+    error = t.ppf(0.975, 39) * numbers.std(ddof=1) / math.sqrt(40)
     assert spread.words() == "95 % interval over 40 seeds"
-    assert (spread.mean - spread.low, spread.high - spread.mean) == pytest.approx((error, error), rel=0.15)
+    assert (spread.mean - spread.low, spread.high - spread.mean) == pytest.approx((error, error))
     assert over_seeds(values) == spread, "the same folder makes the same page"
-    assert over_seeds([(seed, 2.0) for seed in range(4)]).low == pytest.approx(2.0)
+    equal = over_seeds([(seed, 2.0) for seed in range(4)])
+    assert (equal.low, equal.high, equal.words()) == (2, 2, "range over 4 seeds"), "equal seeds say nothing of others"
+    assert over_seeds([(seed, seed / 10) for seed in range(4)], (0.0, 1.0)).low == 0
 
 
 def test_arms_that_share_a_colour_share_nothing_else():

@@ -66,13 +66,13 @@ function labelOf(feature) {
 
 // What the list's last column shows: what it is sorted by.
 const columns = {
-  reproducibility: ["Share", (feature) => number(feature.score, share(feature.score))],
+  elsewhere: ["Share", (feature) => number(feature.score, share(feature.score))],
   density: ["Density", (feature) => number(feature.density, percent(feature.density))],
   cosine: ["Cosine", (feature) => number(feature.cosine, share(feature.cosine))],
 };
 
 function showColumn(sort) {
-  const [heading, cell] = columns[sort] ?? columns.reproducibility;
+  const [heading, cell] = columns[sort] ?? columns.elsewhere;
   const place = document.getElementById("feature-column");
   if (place.textContent === heading) return;
   place.textContent = heading;
@@ -89,7 +89,7 @@ function listItem(feature) {
     number(feature.score, share(feature.score)),
   );
   const bar = element("span", { class: "meter", "aria-hidden": "true" });
-  bar.style.setProperty("--share", feature.reproducibility ?? 0);
+  bar.style.setProperty("--share", feature.elsewhere ?? 0);
   item.append(bar);
   return item;
 }
@@ -102,7 +102,7 @@ function applyFilters() {
     (feature) =>
       (!kind || feature.kind === kind) &&
       (!chain || feature.chains.includes(chain)) &&
-      (!least || (feature.reproducibility ?? 0) >= least) &&
+      (!least || (feature.elsewhere ?? 0) >= least) &&
       feature.words.includes(words),
   );
   showColumn(sort);
@@ -140,10 +140,10 @@ function featureDetail(feature) {
     element(
       "dl",
       { class: "facts" },
-      fact("Reproducibility", number(feature.reproducibility, share(feature.reproducibility)), `${interval}, ${seedsOf(feature)}, ${feature.in_chains} of ${feature.n_chains} chains`),
+      fact("Reproducibility", number(feature.elsewhere, share(feature.elsewhere)), ` of the other seeds${interval}; in ${seedsOf(feature)}, ${feature.in_chains} of ${feature.n_chains} chains`),
       fact("Attribution share", number(feature.score, share(feature.score)), " of its core"),
       fact("Density", number(feature.density, percent(feature.density)), feature.density >= DENSE ? " of tokens, so its strongest texts say little" : " of tokens"),
-      fact("Cosine of members", number(feature.cosine, share(feature.cosine))),
+      fact("Cosine of members", number(feature.cosine, share(feature.cosine)), ...(feature.smallest_cosine == null ? [] : [", smallest ", number(feature.smallest_cosine, share(feature.smallest_cosine))])),
       fact("Largest activation", number(feature.max_activation, significant(feature.max_activation))),
       fact("Loss without it", number(feature.mean_loss_change, signed(feature.mean_loss_change)), " nats per token of the texts below"),
       fact("Shown latent", `${feature.representative.latent} of ${feature.representative.chain}`),

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from dmsae_ray.compare.interval import COSINE, SHARE
 from dmsae_ray.show.page.arm_style import Style
 from dmsae_ray.show.page.artifacts import Artifacts, unique
 from dmsae_ray.show.page.chart import Chart, above_bars, figure, totals
@@ -16,7 +17,8 @@ from dmsae_ray.show.page.view import Note, Part, View
 
 LEAD = (
     "Which features do independent chains find again? Latents of different chains that name each other as best match, "
-    "by encoder and by decoder, form one feature. Its reproducibility is the share of seeds that have it in their core."
+    "and all point the same way, by encoder and by decoder, form one feature. Each is found in some seed to begin "
+    "with: its reproducibility is the share of the other seeds that have it in their core."
 )
 
 
@@ -73,12 +75,28 @@ def _groups(consensus: dict[str, Any], described: set[str]) -> Table | Note:
         Column("Feature", lambda group: group["id"]),
         Column("Seeds", lambda group: group["in_seeds"], "count", f"of {len(consensus['seeds'])}"),
         Column(
-            "Reproducibility", lambda group: group["reproducibility"], "share", help="share of seeds whose core has it"
+            "Reproducibility",
+            lambda group: group["elsewhere"],
+            "share",
+            help="share of the other seeds whose core has it",
+            why=lambda group: ONE_SEED,
         ),
-        Column("Low", lambda group: group["interval"][0], "share", help="lower end of the 95 % interval"),
-        Column("High", lambda group: group["interval"][1], "share", help="upper end of the 95 % interval"),
+        Column(
+            "Low",
+            lambda group: _end(group, 0),
+            "share",
+            help="lower end of its 95 % interval, for a latent of any one core",
+            why=lambda group: ONE_SEED,
+        ),
+        Column("High", lambda group: _end(group, 1), "share", help="upper end", why=lambda group: ONE_SEED),
         Column("Chains", lambda group: group["in_chains"], "count", f"of {len(consensus['chains'])}"),
         Column("Cosine", lambda group: group["cosine"], "share", help="mean decoder cosine of its members"),
+        Column(
+            "Smallest cosine",
+            lambda group: group["smallest_cosine"],
+            "share",
+            help="of any two members, by encoder or by decoder",
+        ),
         Column(
             "Attribution share",
             lambda group: group["score"],
@@ -89,11 +107,18 @@ def _groups(consensus: dict[str, Any], described: set[str]) -> Table | Note:
         Column("In consensus core", lambda group: group["in_core"], "yes_no"),
     ]
     caption = "Features found by more than one chain." + (
-        f" {alone} latents found by one chain alone are left out here." if alone else ""
+        f" {alone} latents found by one chain alone are left out here: an interval holds the truth for a latent that "
+        "is taken from one core, not for those picked because they were found again."
+        if alone
+        else ""
     )
     if described:
         caption += " Their contexts stand in the feature browser."
     return Table("table-consensus", caption, columns, rows)
+
+
+def _end(group: dict[str, Any], place: int) -> float | None:
+    return None if group["interval"] is None else group["interval"][place]
 
 
 SETS = {
@@ -151,8 +176,8 @@ def _rediscovery_summary(found: list[dict[str, Any]]) -> Table:
     rows = []
     for arm, name in unique((row["arm"], row["set"]) for row in found):
         members = [row for row in found if (row["arm"], row["set"]) == (arm, name)]
-        for measure, words in (("found", "found"), ("mmcs", "MMCS")):
-            spread = over_seeds((row["seed"], row[measure]) for row in members)
+        for measure, words, within in (("found", "found", SHARE), ("mmcs", "MMCS", COSINE)):
+            spread = over_seeds(((row["seed"], row[measure]) for row in members), within)
             if spread:
                 rows.append({"arm": arm, "set": name, "measure": words, "spread": spread})
     columns = [

@@ -36,8 +36,8 @@ class Score:
     """field of the pair: first chain read from the second"""
     ba: str
     """field of the pair, the other way round; the same where the measure is symmetric"""
-    p99: str
-    """field of a null: its 99th percentile"""
+    high: str
+    """field of a null: its 99th percentile, p95 where its draws carry no higher one"""
     mean: str
     """field of a null: its mean"""
     read: str
@@ -58,7 +58,7 @@ SCORES = (
         "activation",
         "activation",
         "activation",
-        "activation_p99",
+        "activation_p95",
         "activation_mean",
         "correlation of matched latents' activations",
     ),
@@ -102,10 +102,10 @@ def view(artifacts: Artifacts) -> View:
 
 
 def null_field(pairs: Sequence[dict[str, Any]], score: Score, null: str) -> str | None:
-    """What a null of this score is judged by: its 99th percentile if any pair has one, else its mean; None without
+    """What a null of this score is judged by: its high percentile if any pair has one, else its mean; None without
     either.
     """
-    for field in (score.p99, score.mean):
+    for field in (score.high, score.mean):
         if any(null_value(pair, null, field) is not None for pair in pairs):
             return field
     return None
@@ -142,6 +142,10 @@ def _matrix(comparison: dict[str, Any], ordered: Sequence[str]) -> Chart:
         figures,
         [Choice("Arm", list(groups)), Choice("Measure", [score.name for score in SCORES]), Choice("Show", modes)],
     )
+
+
+def _percentile(score: Score) -> str:
+    return score.high[-3:]
 
 
 def _no_null(pairs: Sequence[dict[str, Any]], score: Score, null: str) -> str:
@@ -182,7 +186,7 @@ def _heat(
     if null:
         widest = max(abs(v) for row in z for v in row if v is not None) or 1.0
         colours = {"colorscale": "RdBu", "zmin": -widest, "zmax": widest}
-        title = f"{score.name} − {'p99' if field == score.p99 else 'mean'}"
+        title = f"{score.name} − {_percentile(score) if field == score.high else 'mean'}"
     small = len(members) > CELLS_WITH_TEXT
     heat = go.Heatmap(
         x=[plain(label) for label in members],
@@ -212,8 +216,8 @@ def _hover(pair: dict[str, Any], a: str, b: str, score: Score, value: float | No
     for null, words in NULLS.items():
         found = pair["nulls"].get(null) or {}
         if found.get("available"):
-            mean, p99 = found.get(score.mean), found.get(score.p99)
-            lines.append(f"{words}: mean {shown(mean, 'share')}, p99 {shown(p99, 'share')}")
+            mean, high = found.get(score.mean), found.get(score.high)
+            lines.append(f"{words}: mean {shown(mean, 'share')}, {_percentile(score)} {shown(high, 'share')}")
         else:
             lines.append(f"{words}: n/a" + (f" ({plain(found['reason'])})" if found.get("reason") else ""))
     return "<br>".join(lines)
@@ -246,8 +250,8 @@ def _groups(comparison: dict[str, Any]) -> Table | None:
         Column("Seeds", lambda row: row["seeds"], "count"),
     ]
     caption = (
-        "Agreement by group. Intervals resample seeds, not pairs; below four seeds smallest and largest pair stand "
-        "in their place."
+        "Agreement by group. Intervals are over seeds, not over pairs, which share them; below four seeds smallest and "
+        "largest pair stand in their place."
     )
     return Table("table-groups", caption, columns, rows) if rows else None
 

@@ -13,7 +13,7 @@ LEAD = (
     "or better, once the feature is removed."
 )
 SORTS = {
-    "reproducibility": "Reproducibility",
+    "elsewhere": "Reproducibility",
     "score": "Attribution share",
     "density": "Density",
     "cosine": "Cosine",

@@ -176,7 +176,21 @@ HEADLINES: Sequence[Callable[[Artifacts], Headline | None]] = (
     _loss_headline,
 )
 
-SIGNS = {"hit": "✓ hit", "miss": "✗ miss", "not available": "– not available"}
+SIGNS = {"hit": "✓ hit", "miss": "✗ miss", "open": "○ open", "not available": "– not available"}
+
+
+BY_MEANS = ", by means alone"
+ENDS = "of the 95 % interval: of the value, or, where the bound is measured too, of value less bound"
+
+
+def _end(row: dict[str, Any], place: int) -> float | None:
+    return None if row["interval"] is None else row["interval"][place]
+
+
+def _interval_of(row: dict[str, Any]) -> str:
+    if row["interval"] is None:
+        return "means only" if row["by"] == "means" else "–"
+    return "95 % interval" if row["over"] is None else "95 % interval of the difference"
 
 
 def _expectations(artifacts: Artifacts) -> Table | Note:
@@ -184,19 +198,29 @@ def _expectations(artifacts: Artifacts) -> Table | Note:
         return Note(f"No expectations to check: {artifacts.reasons['expectations.json']}.")
     columns = [
         Column("Claim", lambda row: row["claim"], "prose"),
-        Column("Outcome", lambda row: SIGNS[row["outcome"]]),
+        Column("Outcome", lambda row: SIGNS[row["outcome"]] + (BY_MEANS if row["by"] == "means" else "")),
         Column("Quantity", lambda row: row["value_name"], "prose"),
         Column("Value", lambda row: row["value"], "nats", why=lambda row: row.get("why")),
         Column("Has to be", lambda row: row["relation"]),
         Column("Bound", lambda row: row["bound"], "nats", why=lambda row: row.get("why")),
         Column("which is", lambda row: row["bound_name"], "prose"),
+        Column("Low", lambda row: _end(row, 0), "nats", help=ENDS, why=lambda row: row.get("why")),
+        Column("High", lambda row: _end(row, 1), "nats", help=ENDS, why=lambda row: row.get("why")),
+        Column("Low and high are", _interval_of),
+        Column("Compared over", lambda row: row["over"], "prose"),
     ]
     if any(row.get("why") for row in artifacts.expectations):
         columns.append(Column("Remark", lambda row: row.get("why"), "prose"))
     counts = ", ".join(
         f"{sum(row['outcome'] == outcome for row in artifacts.expectations)} {outcome}" for outcome in SIGNS
     )
-    caption = f"What was expected, stated before the run, and what came out: {counts}."
+    by_means = sum(row["by"] == "means" for row in artifacts.expectations)
+    counts += f"; {by_means} of them{BY_MEANS}" if by_means else ""
+    caption = (
+        f"What was expected, stated before the run, and what came out: {counts}. A hit is a 95 % interval beyond the "
+        "bound, a miss one on the other side; open: it holds the bound. Where only means could be compared, hit or "
+        "miss says no more than which is larger."
+    )
     return Table(
         "table-expectations",
         caption,
