@@ -253,7 +253,9 @@ class Cycle:
             kept=kept,
             entered=new.size - kept,
             left=core_in - kept,
-            decoder_drift=None if self.core is None else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
+            decoder_drift=None
+            if self.core is None
+            else decoder_drift(self.core.W_dec_CD, self.training.began_CD, sae.W_dec[:core_in]),
             jaccard=jaccard(kept, core_in, new.size) if self.core is not None else None,
             origins=origins,
             **trained,

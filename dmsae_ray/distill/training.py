@@ -1,6 +1,6 @@
 """One SAE in training, fed with batches: its trainer, how far it is, its curve and its checkpoint.
 
-Letters: B tokens of this rank's batch, D model dimension.
+Letters: B tokens of this rank's batch, C core size, D model dimension.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class Training:
         """core: that the SAE begins with. Raises ValueError if a checkpoint cannot be read."""
         self.plan, self.comm, self.lease, self.folder = plan, rank.comm, rank.lease, plan.folder.cycle(cycle)
         settings = sae_settings(plan.config, plan.k, dataset.manifest.d)
-        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle)).to(
-            rank.device
-        )
+        sae = MatryoshkaSAE.init(settings, None if core is None else core.W_enc_CD, plan.init_seed(cycle))
+        self.began_CD = sae.W_dec[: sae.core_size].detach().clone()
+        """the core's decoder rows as training began with them, also where it goes on from a checkpoint"""
+        sae = sae.to(rank.device)
         self.trainer = Trainer(
             sae, settings, rank.comm, _averaging(sae, settings, rank.comm)
         )  # which may hold only a part of it

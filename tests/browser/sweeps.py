@@ -129,7 +129,12 @@ def evaluation_rows(
             "evaluation_tokens": 24693,
             "kl": 0.9 * fvu + rng.uniform(0, 0.01),
             "core_explained": 0.55 + rng.normal(0, 0.01) if before else None,
-            "decoder_drift": {"mean": 0.93 + 0.01 * cycle + float(rng.normal(0, 0.006)), "min": 0.61}
+            "decoder_drift": {
+                "mean": 0.93 + 0.01 * cycle + float(rng.normal(0, 0.006)),
+                "min": 0.61,
+                "before": 0.9,
+                "gap_closed": 0.3 + 0.1 * cycle,
+            }
             if cycle
             else None,
             "prefixes": _prefixes(rng, fvu, k, bool(before)),

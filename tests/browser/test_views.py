@@ -152,6 +152,9 @@ def test_cores(sweep, artifact):
     assert (jaccard["x"], jaccard["y"]) == ([1, 2, 3], [row["jaccard"] for row in chain[1:]])
     drift = next(trace for trace in traces(page, "chart-drift") if trace["meta"] == "seed1-k32")
     assert drift["y"] == [row["decoder_drift"]["mean"] for row in chain[1:]]
+    choose(page, "chart-drift", Show="gap closed")
+    closed = next(trace for trace in traces(page, "chart-drift") if trace["meta"] == "seed1-k32")
+    assert closed["y"] == [row["decoder_drift"]["gap_closed"] for row in chain[1:]]
     base = [row for row in rows if row["arm"] == "base"]
     *_, totals = traces(page, "chart-origins")
     assert totals["y"] == pytest.approx(
