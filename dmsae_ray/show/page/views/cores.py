@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def _drift(rows: Sequence[dict[str, Any]]) -> Chart | Note:
     for arm in arms:
         for words, name in DRIFT.items():
             title = words if name == "gap_closed" else "mean cosine"
-            made = lines(_of(rows, arm), lambda row, name=name: drift(row, name), title, "share", 0.1, 1.0)
+            made = lines(_of(rows, arm), partial(drift, name=name), title, "share", 0.1, 1.0)
             figures[arm, words] = made or "Not measured: these records are older than the measure."
     return Chart(
         "chart-drift",
