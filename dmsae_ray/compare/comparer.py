@@ -17,7 +17,7 @@ from dmsae_ray.compare.cycle0 import Ranked, cycle0_null
 from dmsae_ray.compare.density import FreeDraws, matched_density_null
 from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc, shared_pairs
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult, unavailable
-from dmsae_ray.compare.pair import NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
+from dmsae_ray.compare.pair import OWN_NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
 from dmsae_ray.compare.pairing import paired
 
 
@@ -105,7 +105,7 @@ class Comparer:
                 activation_pairs=None,
                 activation_left_out=None,
                 reason=reason,
-                nulls={name: unavailable(reason, size) for name in NULLS},
+                nulls={name: unavailable(reason, size) for name in OWN_NULLS},
             )
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)
         active = agreement(side_a.core_activations, side_b.core_activations, decoder)

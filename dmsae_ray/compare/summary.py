@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmsae_ray.compare.interval import Spread, spread
-from dmsae_ray.compare.pair import NULLS, PairResult
+from dmsae_ray.compare.pair import MATCHED_COMPUTE, NULLS, PairResult
 
 SCORES = ("pw_mcc", "overlap", "mmcs", "activation", "pw_mcc_dictionary")
 """What is measured of a pair."""
-NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99")
-"""What is drawn of a null of cores."""
+NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p99", "draws")
+"""What is drawn of a null of cores, and how often."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class NullSummary:
     above: float | None
     """share of these pairs whose PW-MCC exceeds the null's 99th percentile"""
     excess: dict[str, Spread | None]
-    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 at the same
-    size
+    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 and
+    matched compute at the same size
     """
     numbers: dict[str, Spread | None]
     """the null's own NULL_NUMBERS"""
@@ -119,7 +119,7 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
         )
 
     def null_summary(name: str) -> NullSummary:
-        judged = [pair for pair in scored if pair.nulls[name].available]
+        judged = [pair for pair in scored if name in pair.nulls and pair.nulls[name].available]
         return NullSummary(
             available=len(judged),
             above=sum(_is_above(pair, name) for pair in judged) / len(judged) if judged else None,
@@ -134,8 +134,8 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
         )
 
     def dictionary(pair: PairResult, name: str) -> float | None:
-        null = pair.dictionary_nulls[name]
-        return null.mean if null.available else None
+        null = pair.dictionary_nulls.get(name)
+        return null.mean if null is not None and null.available else None
 
     return GroupSummary(
         pairs=len(members),
@@ -149,8 +149,9 @@ def _group(members: list[PairResult], of: int, seed: int) -> GroupSummary:
 
 
 def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:
-    """The cores' score at the null's sizes: cycle 0 may have fewer candidates than a core has members."""
-    return getattr(pair.nulls[name], f"core_{score}_same_size") if name == "cycle0" else getattr(pair, score)
+    """The cores' score at the null's sizes: a plain SAE may have fewer candidates than a core has members."""
+    cut = name in ("cycle0", MATCHED_COMPUTE)
+    return getattr(pair.nulls[name], f"core_{score}_same_size") if cut else getattr(pair, score)
 
 
 def _is_above(pair: PairResult, name: str) -> bool:

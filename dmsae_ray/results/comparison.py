@@ -10,12 +10,13 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
-from dmsae_ray.compare.comparer import Comparer
+from dmsae_ray.compare.comparer import Comparer, Side
 from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.pair import CompareSettings, PairResult
 from dmsae_ray.compare.pairing import Pairing, pairs_across, pairs_within, sample
@@ -28,11 +29,12 @@ from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.identity import fields_key
+from dmsae_ray.results.matched_compute import with_matched_compute
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when the same cores would give other numbers or fields: what was compared before is then compared again."""
 KEPT_BYTES = 4 << 30
 """Chains up to this size together stay in memory between their pairs; two always do."""
@@ -138,7 +140,9 @@ def _comparison(
     if config.pairs == "sample":
         assert config.sample is not None, "the configuration asks for both or none"
         pairs = sample(pairs, config.sample, config.seed)
-    results, seconds = _results(config, dataset, chains, keys, pairs, kept, say)
+    sides = _Sides(config, dataset, chains)
+    results, seconds = _results(sides, keys, pairs, kept, say)
+    results = with_matched_compute(results, chains, lambda label: sides.load(label), config.cosine)
     comparison = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -154,17 +158,30 @@ def _comparison(
     return comparison
 
 
+@dataclass(frozen=True)
+class _Sides:
+    """The chains, ready for their pairs; rows and chains are read when the first pair asks."""
+
+    config: CompareConfig
+    dataset: ActivationDataset
+    chains: dict[str, ChainPlan]
+
+    @cached_property
+    def comparer(self) -> Comparer:
+        return Comparer(self.dataset.calibration_rows(), settings_of(self.config))
+
+    @cached_property
+    def load(self) -> Callable[[str], Side]:
+        """A chain by its label, kept in memory as long as there is room."""
+        room = _kept_chains(list(self.chains.values()), len(self.comparer.rows_RD))
+        return lru_cache(maxsize=room)(lambda label: self.comparer.side(_read(self.chains[label], label)))
+
+
 def _results(
-    config: CompareConfig,
-    dataset: ActivationDataset,
-    chains: dict[str, ChainPlan],
-    keys: dict[str, str],
-    pairs: list[Pairing],
-    kept: Path,
-    say: Callable[[str], None],
+    sides: _Sides, keys: dict[str, str], pairs: list[Pairing], kept: Path, say: Callable[[str], None]
 ) -> tuple[list[PairResult], list[float]]:
     """The pairs' results and the seconds that each took, when it was computed."""
-    settings, rows = settings_of(config), dataset.manifest.key
+    settings, rows = settings_of(sides.config), sides.dataset.manifest.key
     files = {pair: kept / f"{_pair_key(settings, rows, keys[pair.a.label], keys[pair.b.label])}.json" for pair in pairs}
     known = {pair: found for pair, file in files.items() if (found := known_from(file, say)) is not None}
     missing = [pair for pair in pairs if pair not in known]
@@ -173,10 +190,7 @@ def _results(
         say(f"compare: {len(missing)} pairs of cores, {settings.draws} draws of each null{again}")
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
-        comparer = Comparer(dataset.calibration_rows(), settings)
-        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD)))(
-            lambda label: comparer.side(_read(chains[label], label))
-        )
+        comparer, load = sides.comparer, sides.load
         said = start = time.perf_counter()
         for done, pair in enumerate(missing, 1):
             began = time.perf_counter()
@@ -258,7 +272,7 @@ def identity(plan: ChainPlan, label: str | None = None) -> ChainIdentity:
         data_seed=data_seed,
         part=None if part is None else (part["part"], part["parts"]),
         k=k,
-        rest=fields_key(fields),
+        rest=fields_key(fields | {"cycles": plan.cycles}),
     )
 
 

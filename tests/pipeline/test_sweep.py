@@ -66,7 +66,9 @@ def test_the_comparison_holds_scores_beside_their_nulls(small_sweep):
     (path,) = (small_sweep.output / "sweeps").glob("*/comparison.json")
     (pair,) = json.loads(path.read_text())["pairs"]
     assert -1 <= pair["pw_mcc"] <= 1 and 0 <= pair["overlap"] <= 1
-    assert set(pair["nulls"]) == {"covariance", "matched_density", "cycle0"}
+    assert set(pair["nulls"]) == {"covariance", "matched_density", "cycle0", "matched_compute"}
+    remedy = "on its 32,768 tokens: add an arm to study.arms"
+    assert remedy in pair["nulls"]["matched_compute"]["reason"] and "Plain is not available" in small_sweep.run.out
     assert pair["nulls"]["covariance"]["draws"] == 50
 
 

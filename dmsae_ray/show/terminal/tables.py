@@ -13,8 +13,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmsae_ray.compare.pair import MATCHED_COMPUTE
 from dmsae_ray.files import replacing
 from dmsae_ray.show.columns import ChainRow, null_of, null_value
+from dmsae_ray.show.terminal.consensus_text import consensus_text
 from dmsae_ray.show.terminal.console import WIDTH
 
 
@@ -38,8 +40,12 @@ def rate(tokens_per_s: float | None) -> str:
     return f"{tokens_per_s / 1000:.1f}k" if tokens_per_s >= 1000 else f"{tokens_per_s:.0f}"
 
 
+DENSITY = len("n/a (x3.1)")
+"""Room for what stands in the column of the density null where that is not available."""
+
+
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """left, right: column names by alignment. Chains' labels are never broken; other columns give way first."""
+    """left, right: column names by alignment. Labels and sizes are never broken; other columns give way first."""
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -50,7 +56,13 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for name in left:
         table.add_column(name, overflow="fold", no_wrap=name in ("chain", "a", "b"))
     for name in right:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(
+            name,
+            justify="right",
+            overflow="fold",
+            no_wrap=name == "sizes",
+            min_width=DENSITY if "density" in name else None,
+        )
     return table
 
 
@@ -93,7 +105,18 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
     table = _table(
         "Pairs of cores",
         ["a", "b", "differs"],
-        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle 0", "activ.", "MMCS", "dict. PW-MCC"],
+        [
+            "sizes",
+            "overlap",
+            "PW-MCC",
+            "covar. p99",
+            "density p99",
+            "cycle 0",
+            "plain",
+            "activ.",
+            "MMCS",
+            "dict.",
+        ],
     )
     for pair in pairs:
         sizes = "/".join("?" if pair.get(name) is None else str(pair[name]) for name in ("size_a", "size_b"))
@@ -110,6 +133,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
             number(above[0]),
             _density(pair),
             number(null_value(pair, "cycle0")),
+            number(_plain_saes(pair)),
             number(pair.get("activation")),
             number(_mmcs(pair)),
             number(pair.get("pw_mcc_dictionary")),
@@ -135,17 +159,31 @@ def _density(pair: dict[str, Any]) -> str:
     return "n/a" if gap is None else f"n/a (x{gap:.1f})"
 
 
+def _plain_saes(pair: dict[str, Any]) -> float | None:
+    """The mean of the matched-compute null; None if it is not available."""
+    null = null_of(pair, MATCHED_COMPUTE)
+    return null["mean"] if null.get("available") else None
+
+
 def pairs_note(comparison: dict[str, Any]) -> Text:
     """How to read the pairs, and how many chains they are over."""
     compared, failed = len(comparison["chains"]), comparison.get("failed", [])
     lines = []
     if comparison["pairs"]:
         lines.append(
-            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, "
-            "and distillation adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, "
-            "since the free latents nearest in density differ by a factor of G. Activ.: mean correlation of matched "
-            "latents' activations on held-out rows."
+            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns. "
+            "Distillation adds something where it also exceeds the same-size sets of cycle 0 and, since a chain reads "
+            "more tokens than its cycle 0, those of plain SAEs on as many (plain). n/a (xG): no null, since "
+            "the free latents nearest in density differ by a factor of G. Activ.: mean "
+            "correlation of matched latents' activations on held-out rows."
         )
+        nulls = [null_of(pair, MATCHED_COMPUTE) for pair in comparison["pairs"]]
+        draws = sorted({null["draws"] for null in nulls if null["available"]})
+        if draws:
+            lines.append(f"Plain: the mean of {' or '.join(map(str, draws))} pairs of plain SAEs.")
+        elif "reason" in nulls[0]:
+            pair = comparison["pairs"][0]
+            lines.append(f"Plain is not available; of {pair['a']} and {pair['b']}: {nulls[0]['reason']}.")
     lines.append(f"Compared: {compared} of {compared + len(failed)} chains" + ("." if not failed else "; failed:"))
     lines += [f"  {entry['label']}: {entry['reason']}" for entry in failed]
     return Text("\n".join(lines), style="dim")
@@ -156,12 +194,14 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
     table = _table(
         "Agreement by what differs",
         ["group"],
-        ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."],
+        ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "plain", "excess", "overlap", "activ."],
     )
     for name, group in groups.items():
         nulls = [
             (group["nulls"][null].get("p99") or {}).get("mean") for null in ("covariance", "matched_density", "cycle0")
         ]
+        plain = group["nulls"].get(MATCHED_COMPUTE) or {}
+        excess = _mean(plain.get("excess") or {}, "pw_mcc")
         interval = (group.get("pw_mcc") or {}).get("interval")
         cells = [
             name,
@@ -169,6 +209,8 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
             number(_mean(group, "pw_mcc")),
             "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
             *map(number, nulls),
+            number(_mean(plain, "mean")),
+            "n/a" if excess is None else f"{excess:+.2f}",
             number(_mean(group, "overlap")),
             number(_mean(group, "activation")),
         ]
@@ -178,40 +220,14 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
 
 GROUPS_NOTE = (
     "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed "
-    "and k. Nulls are means over the pairs that have them. The interval resamples seeds; below four seeds there is "
-    "none."
+    "and k. Nulls are means over the pairs that have them. Plain: same-size top sets of plain SAEs on a whole chain's "
+    "tokens; excess: what the cores' PW-MCC exceeds these by, pair by pair. The interval resamples seeds; below four "
+    "seeds there is none."
 )
 
 
 def _mean(group: dict[str, Any], score: str) -> float | None:
     return (group.get(score) or {}).get("mean")
-
-
-def consensus_text(consensus: dict[str, Any]) -> Text:
-    """How many features recur, and how many are found where no core ever was."""
-    groups, seeds = consensus["groups"], len(consensus["seeds"])
-    repeated, everywhere = sum(g["in_seeds"] >= 2 for g in groups), sum(g["in_seeds"] == seeds for g in groups)
-    lines = [
-        f"Features: {len(groups)} different ones in {len(consensus['chains'])} cores of {seeds} seeds; {repeated} in "
-        f"two seeds or more, {everywhere} in all; consensus core of {consensus['core_size']}."
-    ]
-    for arm, found in (consensus.get("rediscovery_summary") or {}).items():
-        shares = [
-            f"{found[whose]['found']['mean']:.0%} of {what}"
-            for whose, what in (
-                ("consensus", "the consensus core"),
-                ("matched_consensus", "free latents as dense as its members"),
-                ("cores", "all cores' latents"),
-                ("matched", "free latents as dense as these"),
-            )
-            if found[whose]["found"] is not None
-        ]
-        if shares and "/" not in arm:
-            lines.append(
-                f"Found again in {found['saes']} SAEs of arm {arm}, of other seeds and without a core: "
-                f"{', '.join(shares)}."
-            )
-    return Text("\n".join(lines))
 
 
 def expectations_table(entries: Sequence[dict[str, Any]]) -> Table:
