@@ -105,18 +105,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
     table = _table(
         "Pairs of cores",
         ["a", "b", "differs"],
-        [
-            "sizes",
-            "overlap",
-            "PW-MCC",
-            "covar. p99",
-            "density p99",
-            "cycle 0",
-            "plain",
-            "activ.",
-            "MMCS",
-            "dict.",
-        ],
+        "sizes,overlap,PW-MCC,covar. p99,density p99,cycle 0,plain,activ.,MMCS,dict.".split(","),
     )
     for pair in pairs:
         sizes = "/".join("?" if pair.get(name) is None else str(pair[name]) for name in ("size_a", "size_b"))
