@@ -426,6 +426,8 @@ class SweepConfig(Section):
 
 ARM_SECTIONS = ("sae", "train", "attribution", "selection")
 ARM_SWEEP_FIELDS = ("data", "data_seed")
+WHOLE_CHAIN = "whole_chain"
+"""As many tokens as all cycles of a chain of the grid, for train.tokens of an arm."""
 
 
 class ArmConfig(Section):
@@ -433,7 +435,8 @@ class ArmConfig(Section):
 
     fields: dict[str, Any] = {}
     """what differs, by dotted name, such as {selection.by: random, selection.size: match}: fields of sae, train,
-    attribution and selection, and sweep.data, sweep.data_seed
+    attribution and selection, and sweep.data, sweep.data_seed. train.tokens: whole_chain stands for as many tokens as a
+    chain of the grid is trained on in all its cycles
     """
     seeds: tuple[int, ...] = ()
     """seeds; empty: those of the sweep"""
@@ -632,7 +635,7 @@ class Config(BaseSettings):
         tree["study"] = {}
         for field, value in arm.fields.items():
             section, _, rest = field.partition(".")
-            tree[section][rest] = value
+            tree[section][rest] = self.chain_tokens if (field, value) == ("train.tokens", WHOLE_CHAIN) else value
         parts = self.sweep.n_parts
         tree["sweep"] |= {
             "parts": parts if parts > 1 else None,  # those of the one dataset that all arms read
@@ -641,6 +644,11 @@ class Config(BaseSettings):
             "cycles": arm.cycles or self.sweep.cycles,
         }
         return Config(**tree)
+
+    @property
+    def chain_tokens(self) -> int:
+        """What a chain of the grid is trained on in all its cycles; what fills no batch is dropped in each."""
+        return self.sweep.cycles * (self.train.tokens // self.train.batch * self.train.batch)
 
     @property
     def home(self) -> Path:

@@ -126,6 +126,7 @@ study:
     random: {fields: {selection.by: random, selection.size: match}, seeds: [0], k: [8]}
     transfer: {core: distilled, cycles: 1, seeds: [0], k: [8, 16]}
     plain: {cycles: 1, seeds: [100], k: [8]}
+    plain-long: {cycles: 1, seeds: [100, 101], k: [8], fields: {train.tokens: whole_chain}}
   expect:
     - {claim: total L0 is k, value: evaluation.base.k8.l0, above: 7, below: 9}
     - {claim: plain SAEs have a core, value: evaluation.plain.k8.core_in, above: 0.5}

@@ -21,7 +21,7 @@ from dmsae_ray.compare.functional import LossRows
 from dmsae_ray.compare.functional_pair import FunctionalComparer, Uses
 from dmsae_ray.compare.match import hungarian, mmcs, overlap, pw_mcc, shared_pairs
 from dmsae_ray.compare.nulls import DictionaryNull, NullResult, unavailable
-from dmsae_ray.compare.pair import NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
+from dmsae_ray.compare.pair import OWN_NULLS, SMALLEST_CORE, CompareSettings, PairResult, about
 from dmsae_ray.compare.pairing import paired
 from dmsae_ray.compare.subspace import RandomSubspaces
 
@@ -143,7 +143,7 @@ class Comparer:
                 activation_pairs=None,
                 activation_left_out=None,
                 reason=reason,
-                nulls={name: unavailable(reason, size) for name in NULLS},
+                nulls={name: unavailable(reason, size) for name in OWN_NULLS},
                 functional=None,
             )
         encoder, decoder = hungarian(a.core.W_enc_CD, b.core.W_enc_CD), hungarian(a.core.W_dec_CD, b.core.W_dec_CD)

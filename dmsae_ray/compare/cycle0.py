@@ -42,7 +42,7 @@ def cycle0_null(
     if min(size) == 0:
         return unavailable("cycle 0 has no candidates on one side", size)
     scores, overlaps, activations = zip(
-        *(_agreement(a.top(size[0]), b.top(size[1]), cosine) for a, b in ((start_a, start_b), (core_a, core_b))),
+        *(ranked_agreement(a.top(size[0]), b.top(size[1]), cosine) for a, b in ((start_a, start_b), (core_a, core_b))),
         strict=True,
     )
     return over_draws(
@@ -58,7 +58,8 @@ def cycle0_null(
     )
 
 
-def _agreement(a: Ranked, b: Ranked, cosine: float) -> tuple[float | None, float | None, float | None]:
+def ranked_agreement(a: Ranked, b: Ranked, cosine: float) -> tuple[float | None, float | None, float | None]:
+    """PW-MCC, overlap and activation agreement of two sets of latents."""
     decoder = hungarian(a.latents.W_dec_ND, b.latents.W_dec_ND)
     encoder = hungarian(a.latents.W_enc_ND, b.latents.W_enc_ND)
     return pw_mcc(decoder), overlap(encoder, decoder, cosine), agreement(a.activations, b.activations, decoder).mean

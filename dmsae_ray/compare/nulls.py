@@ -40,17 +40,17 @@ class NullResult:
     activation_draws: int
     """draws whose activations were compared"""
     draws: int
-    """number of draws"""
+    """number of draws; of matched compute, pairs of plain SAEs"""
     size: tuple[int, int]
     """latents on both sides in a draw"""
     density_gap: float | None = None
     """matched density only: typical ratio of a drawn latent's density to its core latent's, on the worse side"""
     core_pw_mcc_same_size: float | None = None
-    """cycle 0 only: PW-MCC of the cores cut to `size` by score"""
+    """cycle 0 and matched compute only: PW-MCC of the cores cut to `size` by score"""
     core_overlap_same_size: float | None = None
-    """cycle 0 only: overlap of the cores cut to `size` by score"""
+    """these two only: overlap of the cores cut to `size` by score"""
     core_activation_same_size: float | None = None
-    """cycle 0 only: activation agreement of the cores cut to `size` by score"""
+    """these two only: activation agreement of the cores cut to `size` by score"""
 
 
 @dataclass(frozen=True)

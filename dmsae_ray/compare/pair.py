@@ -15,8 +15,12 @@ SMALLEST_CORE = 2
 """With one latent on a side a mean over matched pairs is a single cosine, a maximum over the other core: it says
 nothing.
 """
-NULLS = ("covariance", "matched_density", "cycle0")
-"""Names of the nulls, of cores and of whole dictionaries."""
+OWN_NULLS = ("covariance", "matched_density", "cycle0")
+"""Names of the nulls, of cores and of whole dictionaries, that are made of the two chains alone."""
+MATCHED_COMPUTE = "matched_compute"
+"""The null that other chains make: plain SAEs on as many tokens."""
+NULLS = (*OWN_NULLS, MATCHED_COMPUTE)
+"""All of them."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class PairResult:
     reason: str | None
     """why the cores' scores are missing"""
     nulls: dict[str, NullResult]
-    """of the cores: `covariance`, `matched_density` and `cycle0`"""
+    """of the cores: OWN_NULLS and, once the study's plain SAEs are known, MATCHED_COMPUTE"""
     dictionary_nulls: dict[str, DictionaryNull]
     """of pw_mcc_dictionary, by the same names"""
     functional: Functional | None

@@ -8,7 +8,7 @@ from typing import Any
 
 from dmsae_ray.compare.functional_summary import course_summary, functional_summary
 from dmsae_ray.compare.interval import COSINE, SHARE, Spread
-from dmsae_ray.compare.pair import NULLS, PairResult
+from dmsae_ray.compare.pair import MATCHED_COMPUTE, NULLS, PairResult
 from dmsae_ray.compare.samples import Origin, Sample
 
 RANGES = {"pw_mcc": COSINE, "overlap": SHARE, "mmcs": COSINE, "activation": COSINE, "pw_mcc_dictionary": COSINE}
@@ -16,8 +16,8 @@ SCORES = tuple(RANGES)
 """What is measured of a pair."""
 EXCESSES = ("pw_mcc", "overlap", "activation")
 """Which of them are also given less a null's mean."""
-NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p95")
-"""What is drawn of a null of cores."""
+NULL_NUMBERS = ("mean", "p99", "overlap_mean", "overlap_p99", "mmcs_mean", "activation_mean", "activation_p95", "draws")
+"""What is drawn of a null of cores, and how often."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class NullSummary:
     above: float | None
     """share of these pairs, as far as the null has one, whose PW-MCC exceeds its 99th percentile"""
     excess: dict[str, Spread | None]
-    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 at the same
-    size
+    """the cores' `pw_mcc`, `overlap` and `activation` less the null's mean, pair by pair; against cycle 0 and
+    matched compute at the same size
     """
     numbers: dict[str, Spread | None]
     """the null's own NULL_NUMBERS"""
@@ -122,20 +122,30 @@ def samples_of(members: Sequence[PairResult]) -> dict[str, Sample]:
     `nulls.cycle0.excess.pw_mcc`, `dictionary_nulls.covariance`. A null's numbers are those of scored pairs for which it
     is available.
     """
-    scored = [pair for pair in members if pair.pw_mcc is not None]
     found = {name: _sample(members, [getattr(pair, name) for pair in members], RANGES[name]) for name in SCORES}
     for null in NULLS:
-        judged = [pair for pair in scored if pair.nulls[null].available]
+        judged = _judged(members, null)
         for score in EXCESSES:
             found[f"nulls.{null}.excess.{score}"] = _sample(judged, [_excess(pair, null, score) for pair in judged])
         for number in NULL_NUMBERS:
             found[f"nulls.{null}.{number}"] = _sample(
                 judged,
                 [getattr(pair.nulls[null], number) for pair in judged],
-                SHARE if number.startswith("overlap") else COSINE,
+                _range_of(number),
             )
         found[f"dictionary_nulls.{null}"] = _sample(members, [_dictionary_null(pair, null) for pair in members], COSINE)
     return found
+
+
+def _judged(members: Sequence[PairResult], null: str) -> list[PairResult]:
+    """The scored pairs for which a null is available."""
+    return [pair for pair in members if pair.pw_mcc is not None and null in pair.nulls and pair.nulls[null].available]
+
+
+def _range_of(number: str) -> tuple[float, float] | None:
+    if number == "draws":
+        return None
+    return SHARE if number.startswith("overlap") else COSINE
 
 
 def _sample(
@@ -154,7 +164,7 @@ def _group(members: list[PairResult], of: int) -> GroupSummary:
     spreads = {name: sample.spread() for name, sample in samples_of(members).items()}
 
     def null_summary(name: str) -> NullSummary:
-        judged = [pair for pair in scored if pair.nulls[name].available]
+        judged = _judged(members, name)
         above = [verdict for pair in judged if (verdict := _is_above(pair, name)) is not None]
         return NullSummary(
             available=len(judged),
@@ -177,13 +187,14 @@ def _group(members: list[PairResult], of: int) -> GroupSummary:
 
 
 def _dictionary_null(pair: PairResult, name: str) -> float | None:
-    null = pair.dictionary_nulls[name]
-    return null.mean if null.available else None
+    null = pair.dictionary_nulls.get(name)
+    return null.mean if null is not None and null.available else None
 
 
 def _at_null_size(pair: PairResult, name: str, score: str) -> float | None:
-    """The cores' score at the null's sizes: cycle 0 may have fewer candidates than a core has members."""
-    return getattr(pair.nulls[name], f"core_{score}_same_size") if name == "cycle0" else getattr(pair, score)
+    """The cores' score at the null's sizes: a plain SAE may have fewer candidates than a core has members."""
+    cut = name in ("cycle0", MATCHED_COMPUTE)
+    return getattr(pair.nulls[name], f"core_{score}_same_size") if cut else getattr(pair, score)
 
 
 def _is_above(pair: PairResult, name: str) -> bool | None:

@@ -258,7 +258,7 @@ class Cycle:
             left=core_in - kept,
             decoder_drift=None
             if self.core is None or sae.core_transfer == "random"  # no member's row was there to come back
-            else decoder_drift(self.core.W_dec_CD, sae.W_dec[:core_in]),
+            else decoder_drift(self.core.W_dec_CD, self.training.began_CD, sae.W_dec[:core_in]),
             jaccard=jaccard(kept, core_in, new.size) if self.core is not None else None,
             origins=origins,
             **trained,

@@ -38,8 +38,10 @@ class CycleRecord:
     kept: int
     entered: int
     left: int
-    decoder_drift: dict[str, float] | None
-    """cosines of the core's decoder rows before and after the cycle; None without a core"""
+    decoder_drift: dict[str, float | None] | None
+    """cosines of the core's decoder rows in the SAE that selected them to those learned in this one, see core/drift.py;
+    None without a core. `before` and `gap_closed` are not there where the record is older than they are
+    """
     jaccard: float | None
     """overlap of the cores before and after; None where no core came before"""
     origins: dict[str, int]

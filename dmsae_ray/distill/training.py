@@ -1,6 +1,6 @@
 """One SAE in training, fed with batches: its trainer, how far it is, its curve and its checkpoint.
 
-Letters: B tokens of this rank's batch, D model dimension.
+Letters: B tokens of this rank's batch, C core size, D model dimension.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Training:
         self.plan, self.comm, self.lease, self.folder = plan, rank.comm, rank.lease, plan.folder.cycle(cycle)
         settings = replace(sae_settings(plan.config, plan.k, dataset.manifest.d), prefix_seed=plan.prefix_seed(cycle))
         rows = (None, None) if core is None else (core.W_enc_CD, core.W_dec_CD)
-        sae = MatryoshkaSAE.init(settings, rows[0], plan.init_seed(cycle), core_W_dec_CD=rows[1]).to(rank.device)
+        sae = MatryoshkaSAE.init(settings, rows[0], plan.init_seed(cycle), core_W_dec_CD=rows[1])
+        self.began_CD = sae.W_dec[: sae.core_size].detach().clone()
+        """the core's decoder rows as training began with them, also where it goes on from a checkpoint"""
+        sae = sae.to(rank.device)
         self.trainer = Trainer(
             sae, settings, rank.comm, _averaging(sae, settings, rank.comm)
         )  # which may hold only a part of it

@@ -9,7 +9,6 @@ from rich.console import Group
 from dmsae_ray.config import Config
 from dmsae_ray.driver.options import ReportCommand
 from dmsae_ray.driver.preflight import preflight
-from dmsae_ray.driver.results import has_core
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.sweep_run import Finished, Sweep
 from dmsae_ray.driver.transcript import Screen
@@ -53,8 +52,8 @@ def across(finished: Finished, other: SavedSweep, say: Screen) -> None:
     comparison = compare_across(
         finished.config,
         finished.dataset,
-        [plan for plan in finished.plans if has_core(plan)],
-        [plan for plan in other.plans if has_core(plan)],
+        finished.plans,
+        other.plans,
         names,
         finished.folder / f"{stem}.json",
         say,

@@ -171,7 +171,7 @@ def compared(
     folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    comparison = compare_chains(config, dataset, [plan for plan in plans if has_core(plan)], folder, say)
+    comparison = compare_chains(config, dataset, plans, folder, say)
     finished = {plan.label for plan in plans if plan.finished()}
     unread = [
         f"without {entry['label']}: {entry['reason']}" for entry in comparison["failed"] if entry["label"] in finished
@@ -232,8 +232,3 @@ def columns_of(
         "features": feature_columns(consensus),
         "rediscovery": rediscovery_columns(consensus),
     }
-
-
-def has_core(plan: ChainPlan) -> bool:
-    """Whether a chain's last core is one to compare: the grid's, and that of every arm that distils."""
-    return plan.arm == BASE or plan.stage == "distill"

@@ -10,7 +10,7 @@ from typing import Any
 
 from dmsae_ray.compare.interval import COSINE, SHARE
 from dmsae_ray.compare.pair import PairResult
-from dmsae_ray.compare.rediscovery import EXCESS
+from dmsae_ray.compare.rediscovery import COMPARED
 from dmsae_ray.compare.samples import Origin, Sample
 from dmsae_ray.compare.summary import samples_of
 from dmsae_ray.results.numbers import OF_ONE_K, evaluation_values
@@ -60,13 +60,13 @@ def _of_plain(rows: list[dict[str, Any]]) -> Iterator[tuple[str, Sample]]:
         for number, within in (("found", SHARE), ("mmcs", COSINE)):
             of_set = {name: _measured(members, name, number) for name in names}
             yield from ((f"{group}.{name}.{number}", _sample(values, within)) for name, values in of_set.items())
-            for name, null in EXCESS.items():
+            for name, null in COMPARED:
                 excess = [
                     (origin, own - other)
                     for (origin, own), (_, other) in zip(of_set[name], of_set[null], strict=True)
                     if own is not None and other is not None
                 ]
-                yield f"{group}.excess.{name}.{number}", _sample(excess, None)
+                yield f"{group}.excess.{name}.{null}.{number}", _sample(excess, None)
 
 
 def _measured(rows: list[dict[str, Any]], name: str, number: str) -> list[tuple[Origin, float | None]]:

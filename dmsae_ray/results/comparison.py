@@ -10,12 +10,13 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
-from dmsae_ray.compare.comparer import Comparer
+from dmsae_ray.compare.comparer import Comparer, Side
 from dmsae_ray.compare.course import ROWS as COURSE_ROWS
 from dmsae_ray.compare.course import CycleCore
 from dmsae_ray.compare.measured_latents import MeasuredLatents
@@ -31,6 +32,7 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.evaluation.loss_gradients import gradients_path, read_gradients
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.identity import fields_key
+from dmsae_ray.results.matched_compute import with_matched_compute
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
@@ -145,7 +147,9 @@ def _comparison(
     if config.pairs == "sample":
         assert config.sample is not None, "the configuration asks for both or none"
         pairs = sample(pairs, config.sample, config.seed)
-    results, seconds = _results(config, dataset, gradients, chains, keys, pairs, whole.home / "pairs", say)
+    sides = _Sides(config, dataset, gradients, chains)
+    results, seconds = _results(sides, keys, pairs, whole.home / "pairs", say)
+    results = with_matched_compute(results, chains, lambda label: sides.load(label), config.cosine)
     comparison = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -161,20 +165,37 @@ def _comparison(
     return comparison
 
 
+@dataclass(frozen=True)
+class _Sides:
+    """The chains, ready for their pairs; rows and chains are read when the first pair asks."""
+
+    config: CompareConfig
+    dataset: ActivationDataset
+    gradients: Path | None
+    """the clean model's, on evaluation tokens; None: loss effects are not compared"""
+    chains: dict[str, ChainPlan]
+
+    @cached_property
+    def comparer(self) -> Comparer:
+        loss_rows = None if self.gradients is None else read_gradients(self.gradients)
+        return Comparer(self.dataset.calibration_rows(), settings_of(self.config), loss_rows=loss_rows)
+
+    @cached_property
+    def load(self) -> Callable[[str], Side]:
+        """A chain by its label, kept in memory as long as there is room."""
+        loss_rows = self.comparer.loss_rows
+        effect_rows = 0 if loss_rows is None else len(loss_rows.x_MD)
+        room = _kept_chains(list(self.chains.values()), len(self.comparer.rows_RD), effect_rows)
+        return lru_cache(maxsize=room)(lambda label: self.comparer.side(_read(self.chains[label], label)))
+
+
 def _results(
-    config: CompareConfig,
-    dataset: ActivationDataset,
-    gradients: Path | None,
-    chains: dict[str, ChainPlan],
-    keys: dict[str, str],
-    pairs: list[Pairing],
-    kept: Path,
-    say: Callable[[str], None],
+    sides: _Sides, keys: dict[str, str], pairs: list[Pairing], kept: Path, say: Callable[[str], None]
 ) -> tuple[list[PairResult], list[float]]:
     """The pairs' results and the seconds that each took, when it was computed."""
-    settings, rows = settings_of(config), dataset.manifest.key
+    settings, rows, stamp = settings_of(sides.config), sides.dataset.manifest.key, _stamp(sides.gradients)
     files = {
-        pair: kept / f"{_pair_key(settings, rows, _stamp(gradients), keys[pair.a.label], keys[pair.b.label])}.json"
+        pair: kept / f"{_pair_key(settings, rows, stamp, keys[pair.a.label], keys[pair.b.label])}.json"
         for pair in pairs
     }
     known = {pair: found for pair, file in files.items() if (found := known_from(file, say)) is not None}
@@ -184,12 +205,7 @@ def _results(
         say(f"compare: {len(missing)} pairs of cores, {settings.draws} draws of each null{again}")
         kept.mkdir(parents=True, exist_ok=True)
         # Without a pair the rows are not asked for: what failed the chains may be that they cannot be read.
-        loss_rows = None if gradients is None else read_gradients(gradients)
-        comparer = Comparer(dataset.calibration_rows(), settings, loss_rows=loss_rows)
-        effect_rows = 0 if loss_rows is None else len(loss_rows.x_MD)
-        load = lru_cache(maxsize=_kept_chains(list(chains.values()), len(comparer.rows_RD), effect_rows))(
-            lambda label: comparer.side(_read(chains[label], label))
-        )
+        comparer, load = sides.comparer, sides.load
         said = start = time.perf_counter()
         for done, pair in enumerate(missing, 1):
             began = time.perf_counter()
@@ -296,7 +312,7 @@ def identity(plan: ChainPlan, label: str | None = None) -> ChainIdentity:
         data_seed=data_seed,
         part=None if part is None else (part["part"], part["parts"]),
         k=k,
-        rest=fields_key(fields),
+        rest=fields_key(fields | {"cycles": plan.cycles}),
     )
 
 

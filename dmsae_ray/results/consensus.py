@@ -9,13 +9,13 @@ from pathlib import Path
 
 from dmsae_ray.compare.consensus import Consensus, NamedCore, find_consensus
 from dmsae_ray.compare.measured_latents import MeasuredLatents
-from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought, summarise_rediscovery
-from dmsae_ray.config import Config
+from dmsae_ray.compare.rediscovery import PlainSAE, Sought, recurring, rediscover, sought, summarise_rediscovery
+from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.files import write_json
 from dmsae_ray.identity import fields_key
-from dmsae_ray.results.comparison import key_of
+from dmsae_ray.results.comparison import chain_result, key_of
 from dmsae_ray.results.parts import known_from
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
@@ -49,7 +49,7 @@ def write_consensus(
         return known
     say(f"consensus: of {len(base)} cores, looked for in {len(plain)} plain SAEs")
     consensus = find_consensus([named_core(plan) for plan in base], compare.cosine, compare.consensus)
-    rows, left_out = _rediscovered(consensus, base, plain, compare.cosine, compare.seed)
+    rows, left_out = _rediscovered(consensus, base, plain, compare)
     if consensus.core is None:
         core_path.unlink(missing_ok=True)
     else:
@@ -68,12 +68,14 @@ def write_consensus(
 
 
 def _rediscovered(
-    consensus: Consensus, base: Sequence[ChainPlan], plain: Sequence[ChainPlan], cosine: float, seed: int
+    consensus: Consensus, base: Sequence[ChainPlan], plain: Sequence[ChainPlan], compare: CompareConfig
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of the plain SAEs, and those that say nothing. One SAE is in memory at a time."""
+    """Rows of the plain SAEs, and those that say nothing. One SAE is in memory at a time, a chain's two while
+    its own latents are taken from them."""
     if not base or not plain:
         return [], []
-    chains = [sought(named, whole(plan), seed) for named, plan in zip(consensus.chains, base, strict=True)]
+    chains = [_sought(named, plan, compare.seed) for named, plan in zip(consensus.chains, base, strict=True)]
+    controls = recurring(chains, compare.cosine, compare.consensus)
     rows, left_out = [], []
     for plan in plain:
         if plan.seed in consensus.seeds:
@@ -86,10 +88,15 @@ def _rediscovered(
         elif plan.folder.records()[plan.cycles - 1].core_in:
             left_out.append({"chain": plan.label, "reason": "was trained with a core"})
         else:
-            rows.append(
-                rediscover(PlainSAE(plan.label, plan.arm, plan.seed, plan.k, whole(plan)), consensus, chains, cosine)
-            )
+            sae = PlainSAE(plan.label, plan.arm, plan.seed, plan.k, whole(plan))
+            rows.append(rediscover(sae, consensus, chains, controls, compare.cosine))
     return rows, left_out
+
+
+def _sought(named: NamedCore, plan: ChainPlan, seed: int) -> Sought:
+    result = chain_result(plan)
+    start = result.start.take(result.start_ids_N)
+    return sought(named, result.sae, start, result.no_start(), seed)
 
 
 def named_core(plan: ChainPlan) -> NamedCore:

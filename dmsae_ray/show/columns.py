@@ -124,6 +124,7 @@ def pair_columns(pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
         "activation_mean",
         "activation_p95",
         "density_gap",
+        "draws",
     ]
     for null in NULLS:
         for name in ("available", *numbers, "reason"):
@@ -179,7 +180,7 @@ def feature_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
 
 
 def rediscovery_columns(consensus: dict[str, Any] | None) -> dict[str, list[Any]]:
-    """How much of the cores each plain SAE has, beside free latents as dense."""
+    """How much of the cores each plain SAE has, beside what it is held against."""
     rows = (consensus or {}).get("rediscovery") or []
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("chain", "arm", "seed", "k")}
     for whose in REDISCOVERED:
@@ -221,6 +222,12 @@ def null_value(pair: dict[str, Any], name: str) -> float | None:
     return null.get("p99") if null.get("available") else None
 
 
+def at_null_size(pair: dict[str, Any], name: str) -> float:
+    """The pair's PW-MCC, of cores cut to the null's sizes where that has fewer latents."""
+    cut = null_of(pair, name).get("core_pw_mcc_same_size")
+    return pair["pw_mcc"] if cut is None else cut
+
+
 def summary(comparison: dict[str, Any]) -> dict[str, float]:
     """Numbers that stand for the whole sweep; a mean over nothing is left out, not reported as 0 or 1."""
     pairs = comparison["pairs"]
@@ -234,9 +241,12 @@ def summary(comparison: dict[str, Any]) -> dict[str, float]:
         if values:
             numbers |= {f"{name}_mean": sum(values) / len(values), f"{name}_min": min(values)}
     for name in NULLS:
-        judged = [(pair["pw_mcc"], null_value(pair, name)) for pair in pairs if pair.get("pw_mcc") is not None]
-        judged = [(value, null) for value, null in judged if null is not None]
-        numbers[f"{name}_available"] = len(judged)
-        if judged:
-            numbers[f"share_above_{name}"] = sum(value > null for value, null in judged) / len(judged)
+        above = [
+            at_null_size(pair, name) > bar
+            for pair in pairs
+            if pair.get("pw_mcc") is not None and (bar := null_value(pair, name)) is not None
+        ]
+        numbers[f"{name}_available"] = len(above)
+        if above:
+            numbers[f"share_above_{name}"] = sum(above) / len(above)
     return numbers

@@ -28,7 +28,7 @@ from dmsae_ray.compare.consensus import NamedCore, find_consensus
 from dmsae_ray.compare.density import FreeDraws
 from dmsae_ray.compare.match import hungarian
 from dmsae_ray.compare.pair import CompareSettings
-from dmsae_ray.compare.rediscovery import PlainSAE, rediscover, sought
+from dmsae_ray.compare.rediscovery import PlainSAE, recurring, rediscover, sought
 from dmsae_ray.core.core import Core
 
 
@@ -124,9 +124,12 @@ def measure(case: Case, repeats: int) -> list[str]:
         )
         note("dictionary", lambda: hungarian(a.sae.W_dec_ND[: case.matched], b.sae.W_dec_ND[: case.matched]))
         named = [NamedCore(one.label, one.chain.seed, one.core) for one in (a, b)]
-        found = [sought(one, chain.sae, 0) for one, chain in zip(named, (a, b), strict=True)]
-        consensus = find_consensus(named)
-        note("rediscovery", lambda: rediscover(PlainSAE("p", "plain", 9, 16, c.sae), consensus, found, 0.7))
+        found = [
+            sought(one, chain.sae, chain.start.take(chain.start_ids_N), None, 0)
+            for one, chain in zip(named, (a, b), strict=True)
+        ]
+        consensus, plain = find_consensus(named), PlainSAE("p", "plain", 9, 16, c.sae)
+        note("rediscovery", lambda: rediscover(plain, consensus, found, recurring(found, 0.7, 0.5), 0.7))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     row = [f"{case.d}/{case.width}/{case.core}/{case.draws}/{case.rows}/{case.matched}"]
     row += [f"{median[name]:.2f}" for name in ("first", "one known", "both known")]

@@ -131,7 +131,12 @@ def evaluation_rows(
             "evaluation_tokens": 24693,
             "kl": 0.9 * fvu + rng.uniform(0, 0.01),
             "core_explained": 0.55 + rng.normal(0, 0.01) if before else None,
-            "decoder_drift": {"mean": 0.93 + 0.01 * cycle + float(rng.normal(0, 0.006)), "min": 0.61}
+            "decoder_drift": {
+                "mean": 0.93 + 0.01 * cycle + float(rng.normal(0, 0.006)),
+                "min": 0.61,
+                "before": 0.9,
+                "gap_closed": 0.3 + 0.1 * cycle,
+            }
             if cycle
             else None,
             "prefixes": _prefixes(rng, fvu, k, bool(before)),
@@ -198,6 +203,7 @@ def pair(rng: np.random.Generator, a: dict[str, Any], b: dict[str, Any]) -> dict
         }
 
     nulls = {"covariance": shifted(0.0), "matched_density": shifted(0.06), "cycle0": shifted(0.2)}
+    nulls["matched_compute"] = shifted(0.3) | {"draws": 6, "core_pw_mcc_same_size": None if small else pw_mcc}
     if not small and (a["seed"] + b["seed"]) % 3 == 0:
         nulls["matched_density"] |= {"available": False, "reason": "the nearest free latents differ by a factor of 3.1"}
     seed, k = a["seed"] != b["seed"], a["k"] != b["k"]
@@ -264,6 +270,10 @@ def comparison(rng: np.random.Generator, rows: list[dict[str, Any]], failed: lis
             groups[key][score] = (
                 {"mean": mean, "min": min(values), "max": max(values), "interval": interval} if values else None
             )
+        above = [p["pw_mcc"] - p["nulls"]["matched_compute"]["mean"] for p in members if p["pw_mcc"] is not None]
+        if above:
+            ends = {"min": min(above), "max": max(above), "n": len(above), "interval": None}
+            groups[key]["nulls"] = {"matched_compute": {"excess": {"pw_mcc": {"mean": float(np.mean(above))} | ends}}}
     return {
         "format_version": 2,
         "key": "0123456789ab",
@@ -386,6 +396,22 @@ def consensus(
                 "k": row["k"],
                 "seed": row["seed"],
                 "consensus": {"found": 0.8 + float(rng.uniform(0, 0.1)), "mmcs": 0.78, "size": size},
+                "cycle0_consensus": {
+                    "found": 0.6 + float(rng.uniform(0, 0.1)),
+                    "mmcs": 0.75,
+                    "size": 5,
+                    "available": True,
+                    "reason": None,
+                    "draws": 1,
+                },
+                "free_consensus": {
+                    "found": 0.3 + float(rng.uniform(0, 0.1)),
+                    "mmcs": 0.6,
+                    "size": 12,
+                    "available": True,
+                    "reason": None,
+                    "draws": 10,
+                },
                 "matched_consensus": {
                     "found": 0.4 + float(rng.uniform(0, 0.1)),
                     "mmcs": 0.7,

@@ -81,13 +81,24 @@ def test_consistency_table_is_the_comparison(sweep, artifact):
             ("Covariance p99", "covariance", "p99"),
             ("Density p99", "matched_density", "p99"),
             ("Cycle-0 sets", "cycle0", "mean"),
+            ("Plain, as many tokens", "matched_compute", "mean"),
+            ("of pairs", "matched_compute", "draws"),
         ):
             assert number(row[name]) == (pair["nulls"][null][field] if pair["nulls"][null]["available"] else None)
-        bars = [null["p99"] for name, null in pair["nulls"].items() if name != "cycle0" and null["available"]]
+        chance = ("covariance", "matched_density")
+        bars = [pair["nulls"][name]["p99"] for name in chance if pair["nulls"][name]["available"]]
         assert row["Beyond chance"] == ("yes" if all(pair["pw_mcc"] > bar for bar in bars) else "no")
+        plain = pair["nulls"]["matched_compute"]
+        above = "yes" if pair["pw_mcc"] > plain["mean"] else "no"
+        assert row["Above plain"] == (above if plain["available"] else "")
     groups = artifact("comparison")["summary"]["groups"]
     scores = ("pw_mcc", "overlap", "activation")
-    assert len(table(page, "table-groups")) == sum(name in group for group in groups.values() for name in scores)
+    excess = [row for row in table(page, "table-groups") if "plain SAEs on as many tokens" in row["Measure"]]
+    assert [float(row["Mean"]) for row in excess] == [
+        group["nulls"]["matched_compute"]["excess"]["pw_mcc"]["mean"] for group in groups.values() if "nulls" in group
+    ]
+    measured = sum(name in group for group in groups.values() for name in scores)
+    assert len(table(page, "table-groups")) == measured + len(excess)
     first = table(page, "table-groups")[0]
     group = groups[first["Group"]]["pw_mcc"]
     assert [float(first[name]) for name in ("Mean", "Low", "High")] == [group["mean"], *group["interval"]]
@@ -145,14 +156,16 @@ def test_consensus(sweep, artifact):
     assert [[float(row["Low"]), float(row["High"])] for row in shown] == [group["interval"] for group in together]
     assert [float(row["Density"]) for row in shown] == [group["density"] for group in together]
     shown = table(page, "table-rediscovery")
-    sets = ("consensus", "matched_consensus", "cores", "matched")
+    sets = ("consensus", "cycle0_consensus", "free_consensus", "matched_consensus", "cores", "matched")
     assert len(shown) == len(sets) * len(consensus["rediscovery"])
-    assert [float(row["Found"]) for row in shown[:4]] == [consensus["rediscovery"][0][name]["found"] for name in sets]
+    assert [float(row["Found"]) for row in shown[: len(sets)]] == [
+        consensus["rediscovery"][0][name]["found"] for name in sets
+    ]
     of_seed = [
         [row["cores"]["found"] for row in consensus["rediscovery"] if row["seed"] == seed] for seed in (10, 11, 12, 13)
     ]
     mean = np.mean([np.mean(values) for values in of_seed])
-    assert float(table(page, "table-rediscovery-summary")[4]["Mean"]) == pytest.approx(mean, abs=1e-15)
+    assert float(table(page, "table-rediscovery-summary")[8]["Mean"]) == pytest.approx(mean, abs=1e-15)
 
 
 def test_cores(sweep, artifact):
@@ -164,6 +177,9 @@ def test_cores(sweep, artifact):
     assert (jaccard["x"], jaccard["y"]) == ([1, 2, 3], [row["jaccard"] for row in chain[1:]])
     drift = next(trace for trace in traces(page, "chart-drift") if trace["meta"] == "seed1-k32")
     assert drift["y"] == [row["decoder_drift"]["mean"] for row in chain[1:]]
+    choose(page, "chart-drift", Show="gap closed")
+    closed = next(trace for trace in traces(page, "chart-drift") if trace["meta"] == "seed1-k32")
+    assert closed["y"] == [row["decoder_drift"]["gap_closed"] for row in chain[1:]]
     base = [row for row in rows if row["arm"] == "base"]
     *_, totals = traces(page, "chart-origins")
     assert totals["y"] == pytest.approx(

@@ -17,7 +17,7 @@ def read(output, name):
 
 def test_every_arm_has_its_chains_and_those_of_the_sweep_are_reused(study, small_sweep):
     output, run = study
-    assert "chains: 2 of 5 already finished" in run.out, run.out
+    assert "chains: 2 of 7 already finished" in run.out, run.out
     rows = read(output, "evaluation.json")["rows"]
     assert [(row["chain"], row["cycle"], row["stage"], row["from"]) for row in rows] == [
         *[(f"seed{seed}-k8", cycle, "distill", None) for seed in (0, 1) for cycle in (0, 1)],
@@ -25,6 +25,8 @@ def test_every_arm_has_its_chains_and_those_of_the_sweep_are_reused(study, small
         ("seed0-k8-random", 1, "distill", None),
         ("seed0-k16-transfer-from-k8", 0, "transfer", "seed0-k8"),
         ("seed100-k8-plain", 0, "plain", None),
+        ("seed100-k8-plain-long", 0, "plain", None),
+        ("seed101-k8-plain-long", 0, "plain", None),
     ]
     for row in rows:
         record = json.loads((output / "chains" / row["folder"] / f"cycle_{row['cycle']:02d}/record.json").read_text())
@@ -50,14 +52,22 @@ def test_a_transfer_is_trained_on_the_core_of_its_source(study, small_sweep):
     assert taken.cycle == 2 and taken.entered_C[: len(kept)].max() < 2, "what a member has been through is counted on"
 
 
-def test_the_comparison_is_by_arm_and_leaves_out_what_has_no_core_of_its_own(study):
+def test_the_comparison_is_by_arm_and_the_base_stands_beside_plain_saes_on_as_many_tokens(study):
     output, run = study
     comparison = read(output, "comparison.json")
-    assert comparison["chains"] == ["seed0-k8", "seed1-k8", "seed0-k8-random"]
+    assert comparison["chains"] == [row["chain"] for row in read(output, "evaluation.json")["rows"] if row["last"]]
     assert {(pair["a"], pair["b"], pair["group"]) for pair in comparison["pairs"]} == {
         ("seed0-k8", "seed1-k8", "base/seed"),
         ("seed0-k8", "seed0-k8-random", "base~random/arm"),
+        ("seed100-k8-plain", "seed100-k8-plain-long", "plain~plain-long/arm"),
+        ("seed100-k8-plain-long", "seed101-k8-plain-long", "plain-long/seed"),
     }
+    null = comparison["pairs"][0]["nulls"]["matched_compute"]
+    assert null["available"] and null["draws"] == 1 and "the mean of 1 pairs of plain SAEs" in run.out
+    long = [row for row in read(output, "evaluation.json")["rows"] if row["arm"] == "plain-long"]
+    assert [row["tokens"] for row in long] == [2 * 16_384] * 2
+    name = "consistency.base.seed.nulls.matched_compute.mean"
+    assert read(output, "numbers.json")[name] == pytest.approx(null["mean"])
     consensus = read(output, "consensus.json")
     sizes = [
         Core.load(output / "chains" / row["folder"] / "cycle_01/core.safetensors").size
@@ -67,7 +77,14 @@ def test_the_comparison_is_by_arm_and_leaves_out_what_has_no_core_of_its_own(stu
     assert sum(len(group["members"]) for group in consensus["groups"]) == sum(sizes), (
         "every latent of every core is in one group"
     )
-    assert [row["chain"] for row in consensus["rediscovery"]] == ["seed100-k8-plain"]
+    assert [row["chain"] for row in consensus["rediscovery"]] == [
+        "seed100-k8-plain",
+        "seed100-k8-plain-long",
+        "seed101-k8-plain-long",
+    ]
+    for row in consensus["rediscovery"]:
+        for name in ("free_consensus", "cycle0_consensus"):
+            assert row[name]["available"] == (row[name]["size"] > 0) == (row[name]["reason"] is None)
     features = read(output, "features.json")["features"]
     assert len(features) == min(12, len(consensus["groups"])) and all(feature["contexts"] for feature in features)
 

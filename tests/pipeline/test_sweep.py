@@ -8,10 +8,12 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import pytest
+import torch
 from conftest import command, digest_of_rows, run_command
 
 import dmsae_ray
 from dmsae_ray import report
+from dmsae_ray.core.core import Core
 from dmsae_ray.sweep import main
 
 
@@ -53,13 +55,20 @@ def test_one_completion_record_per_chain_and_cycle_with_sound_numbers(small_swee
             assert r["coverage"] >= 0.9 and sum(r["origins"].values()) == r["core_out"] > 0
             assert r["kept"] + r["left"] == r["core_in"] and r["kept"] + r["entered"] == r["core_out"]
         assert records[0]["core_in"] == 0 and records[1]["core_in"] == records[0]["core_out"]
+        # Decoder rows of a core begin as its encoder rows (sae.core_decoder_init).
+        given, drift = Core.load(folder / "cycle_00/core.safetensors"), records[1]["decoder_drift"]
+        began_C = torch.nn.functional.cosine_similarity(given.W_dec_CD, given.W_enc_CD)
+        assert records[0]["decoder_drift"] is None and drift["before"] == pytest.approx(float(began_C.mean()), abs=1e-5)
+        assert drift["gap_closed"] == pytest.approx((drift["mean"] - drift["before"]) / (1 - drift["before"]))
 
 
 def test_the_comparison_holds_scores_beside_their_nulls(small_sweep):
     (path,) = (small_sweep.output / "sweeps").glob("*/comparison.json")
     (pair,) = json.loads(path.read_text())["pairs"]
     assert -1 <= pair["pw_mcc"] <= 1 and 0 <= pair["overlap"] <= 1
-    assert set(pair["nulls"]) == {"covariance", "matched_density", "cycle0"}
+    assert set(pair["nulls"]) == {"covariance", "matched_density", "cycle0", "matched_compute"}
+    remedy = "on its 32,768 tokens: add an arm to study.arms"
+    assert remedy in pair["nulls"]["matched_compute"]["reason"] and "Plain is not available" in small_sweep.run.out
     assert pair["nulls"]["covariance"]["draws"] == 100
 
 

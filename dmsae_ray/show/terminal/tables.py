@@ -12,12 +12,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmsae_ray.compare.pair import MATCHED_COMPUTE
 from dmsae_ray.files import replacing
 from dmsae_ray.show.columns import ChainRow, null_of, null_value
+from dmsae_ray.show.terminal.consensus_text import consensus_text
 from dmsae_ray.show.terminal.console import WIDTH
 from dmsae_ray.show.terminal.empty_table import table_of
 from dmsae_ray.show.terminal.functional_lines import functional_lines
-from dmsae_ray.show.terminal.verdicts import EXPECTATIONS_NOTE, consensus_text, expectations_table
+from dmsae_ray.show.terminal.verdicts import EXPECTATIONS_NOTE, expectations_table
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -79,7 +81,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
     table = table_of(
         "Pairs of cores",
         ["a", "b", "differs"],
-        ["sizes", "overlap", "PW-MCC", "covar. p99", "density p99", "cycle 0", "activ.", "MMCS", "dict. PW-MCC"],
+        "sizes,overlap,PW-MCC,covar. p99,density p99,cycle 0,plain,activ.,MMCS,dict.".split(","),
     )
     for pair in pairs:
         sizes = "/".join("?" if pair.get(name) is None else str(pair[name]) for name in ("size_a", "size_b"))
@@ -96,6 +98,7 @@ def pairs_table(pairs: Sequence[dict[str, Any]]) -> RenderableType:
             number(above[0]),
             _density(pair),
             number(null_value(pair, "cycle0")),
+            number(_plain_saes(pair)),
             number(pair.get("activation")),
             number(_mmcs(pair)),
             number(pair.get("pw_mcc_dictionary")),
@@ -121,17 +124,31 @@ def _density(pair: dict[str, Any]) -> str:
     return "n/a" if gap is None else f"n/a (x{gap:.1f})"
 
 
+def _plain_saes(pair: dict[str, Any]) -> float | None:
+    """The mean of the matched-compute null; None if it is not available."""
+    null = null_of(pair, MATCHED_COMPUTE)
+    return null["mean"] if null.get("available") else None
+
+
 def pairs_note(comparison: dict[str, Any]) -> Text:
     """How to read the pairs, and how many chains they are over."""
     compared, failed = len(comparison["chains"]), comparison.get("failed", [])
     lines = []
     if comparison["pairs"]:
         lines.append(
-            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns, "
-            "and distillation adds something where it also exceeds the same-size sets of cycle 0; n/a (xG): no null, "
-            "since the free latents nearest in density differ by a factor of G. Activ.: mean correlation of matched "
-            "latents' activations on held-out rows."
+            "Cores agree beyond chance where PW-MCC (mean decoder cosine of matched latents) exceeds both p99 columns. "
+            "Distillation adds something where it also exceeds the same-size sets of cycle 0 and, since a chain reads "
+            "more tokens than its cycle 0, those of plain SAEs on as many (plain). n/a (xG): no null, since "
+            "the free latents nearest in density differ by a factor of G. Activ.: mean "
+            "correlation of matched latents' activations on held-out rows."
         )
+        nulls = [null_of(pair, MATCHED_COMPUTE) for pair in comparison["pairs"]]
+        draws = sorted({null["draws"] for null in nulls if null["available"]})
+        if draws:
+            lines.append(f"Plain: the mean of {' or '.join(map(str, draws))} pairs of plain SAEs.")
+        elif "reason" in nulls[0]:
+            pair = comparison["pairs"][0]
+            lines.append(f"Plain is not available; of {pair['a']} and {pair['b']}: {nulls[0]['reason']}.")
     lines.append(f"Compared: {compared} of {compared + len(failed)} chains" + ("." if not failed else "; failed:"))
     lines += [f"  {entry['label']}: {entry['reason']}" for entry in failed]
     return Text("\n".join(lines), style="dim")
@@ -142,12 +159,14 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
     table = table_of(
         "Agreement by what differs",
         ["group"],
-        ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "overlap", "activ."],
+        ["pairs", "PW-MCC", "interval", "covar. p99", "density p99", "cycle 0", "plain", "excess", "overlap", "activ."],
     )
     for name, group in groups.items():
         nulls = [
             (group["nulls"][null].get("p99") or {}).get("mean") for null in ("covariance", "matched_density", "cycle0")
         ]
+        plain = group["nulls"].get(MATCHED_COMPUTE) or {}
+        excess = _mean(plain.get("excess") or {}, "pw_mcc")
         interval = (group.get("pw_mcc") or {}).get("interval")
         cells = [
             name,
@@ -155,6 +174,8 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
             number(_mean(group, "pw_mcc")),
             "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
             *map(number, nulls),
+            number(_mean(plain, "mean")),
+            "n/a" if excess is None else f"{excess:+.2f}",
             number(_mean(group, "overlap")),
             number(_mean(group, "activation")),
         ]
@@ -164,8 +185,9 @@ def groups_table(groups: dict[str, dict[str, Any]]) -> Table:
 
 GROUPS_NOTE = (
     "base/seed: pairs of the arm base that differ in the seed; base~random/arm: pairs across two arms of equal seed "
-    "and k. Nulls are means over the pairs that have them. The interval, of 95 %, is over seeds; below four seeds "
-    "there is none."
+    "and k. Nulls are means over the pairs that have them. Plain: same-size top sets of plain SAEs on a whole chain's "
+    "tokens; excess: what the cores' PW-MCC exceeds these by, pair by pair. The interval, of 95 %, is over seeds; "
+    "below four seeds there is none."
 )
 
 

@@ -10,15 +10,30 @@ from compared_chains import core_of, latents, unit_rows
 from dmsae_ray.compare import rediscovery
 from dmsae_ray.compare.consensus import NamedCore, find_consensus
 from dmsae_ray.compare.match import cosines, mmcs
-from dmsae_ray.compare.rediscovery import Directions, PlainSAE, look_for, rediscover, sought, summarise_rediscovery
+from dmsae_ray.compare.rediscovery import (
+    Directions,
+    PlainSAE,
+    look_for,
+    recurring,
+    rediscover,
+    sought,
+    summarise_rediscovery,
+)
+from dmsae_ray.config import ExpectConfig
+from dmsae_ray.results.expectations import judge
+from dmsae_ray.results.numbers import numbers_of
+from dmsae_ray.show.terminal.consensus_text import consensus_text
 
 D = 64
 CORE_CD = unit_rows(10, 1, d=D)
 
 
-def chain(seed, core_CD=CORE_CD, free=40, free_density=0.1):
-    """A chain whose core is given, beside free latents of its own."""
-    sae = latents(torch.cat([core_CD, unit_rows(free, 100 + seed, d=D)]))
+def chain(seed, core_CD=CORE_CD, free=40, free_density=0.1, common=None):
+    """A chain whose core is given, beside free latents of its own, the first of which may be given."""
+    own_CD = unit_rows(free, 100 + seed, d=D)
+    if common is not None:
+        own_CD[: len(common)] = common
+    sae = latents(torch.cat([core_CD, own_CD]))
     sae.density_N[len(core_CD) :] = free_density
     return NamedCore(f"seed{seed}", seed, core_of(sae, range(len(core_CD)), seed=seed)), sae
 
@@ -33,10 +48,22 @@ def plain(rows_CD, seed=7, k=16, arm="plain", width=30):
     )
 
 
-def found_in(sae, chains=None):
+def start_of(seed, common=None):
+    """Cycle 0's candidates by falling attribution, the first of which may be given."""
+    own_CD = unit_rows(20, 300 + seed, d=D)
+    if common is not None:
+        own_CD[: len(common)] = common
+    return latents(own_CD)
+
+
+def found_in(sae, chains=None, starts=None, no_start=None):
     chains = chains or [chain(0), chain(1)]
+    starts = starts or [start_of(named.seed) for named, _ in chains]
     consensus = find_consensus([named for named, _ in chains])
-    return rediscover(sae, consensus, [sought(named, own, seed=0) for named, own in chains], 0.7)
+    all_sought = [
+        sought(named, own, start, no_start, seed=0) for (named, own), start in zip(chains, starts, strict=True)
+    ]
+    return rediscover(sae, consensus, all_sought, recurring(all_sought, 0.7, 0.5), 0.7)
 
 
 def test_seven_of_ten_planted():
@@ -132,7 +159,8 @@ def test_the_summary_is_over_the_plain_seeds():
         summary["plain"]["consensus"]["found"]["interval"] == pytest.approx([low, high])
         and summary["plain"]["seeds"] == 4
     )
-    assert summary["plain"]["excess"]["consensus"]["found"]["mean"] == pytest.approx(0.7)
+    assert summary["plain"]["excess"]["cores"]["matched"]["found"]["mean"] == pytest.approx(0.7)
+    assert summary["plain"]["excess"]["consensus"]["free_consensus"]["found"] is None, "no free latents recur"
     few = summarise_rediscovery(rows[:3])["plain"]["cores"]["found"]
     assert few["interval"] is None and few["values"] == pytest.approx([0.7, 0.8, 0.9])
     assert summarise_rediscovery([]) == {} and json.dumps(summary, allow_nan=False)
@@ -145,14 +173,14 @@ def test_matched_latents_that_are_no_comparison_are_not_summed_up():
     assert (
         summary["matched"]["found"]["n"] == 1
         and summary["cores"]["found"]["n"] == 2
-        and summary["excess"]["cores"]["found"]["n"] == 1
+        and summary["excess"]["cores"]["matched"]["found"]["n"] == 1
     )
 
 
 def test_draws_are_as_dense_as_the_core_and_decided_by_the_seed():
     named, sae = chain(0, free=200)
     sae.density_N[:] = torch.rand(210, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.001
-    one, again, other = (sought(named, sae, seed) for seed in (0, 0, 1))
+    one, again, other = (sought(named, sae, start_of(0), None, seed) for seed in (0, 0, 1))
     assert all((a == b).all() for a, b in zip(one.draws, again.draws, strict=True)) and not all(
         (a == b).all() for a, b in zip(one.draws, other.draws, strict=True)
     )
@@ -162,3 +190,66 @@ def test_draws_are_as_dense_as_the_core_and_decided_by_the_seed():
         drawn = sae.density_N[[ids[place] for place in draw]]
         assert len(set(draw.tolist())) == 10 and (drawn / sae.density_N[:10]).log().abs().mean() < 0.3
     assert min(ids) >= 10, "never of the core"
+
+
+FREE_CD, START_CD = unit_rows(20, 60, d=D), unit_rows(10, 61, d=D)
+
+
+def verdicts(knows_CD, free=FREE_CD, start=START_CD):
+    """Whether plain SAEs that know these rows find the consensus core more often than each control, as it is judged;
+    what is printed of it; and the first SAE's row. Free latents and cycle 0's recur across the chains where given."""
+    chains = [chain(seed, common=free) for seed in (0, 1)]
+    starts = [start_of(seed, start) for seed in (0, 1)]
+    rows = [found_in(plain(knows_CD, seed=seed, width=50), chains, starts) for seed in (7, 8)]
+    consensus = find_consensus([named for named, _ in chains]).to_dict() | {
+        "rediscovery": rows,
+        "rediscovery_summary": summarise_rediscovery(rows, seed=0),
+    }
+    numbers = numbers_of([], None, consensus)
+    names = [f"rediscovery.plain.excess.consensus.{control}_consensus.found" for control in ("free", "cycle0")]
+    entries = judge([ExpectConfig(claim="found", value=name, above=0) for name in names], numbers)["expectations"]
+    return [entry["outcome"] for entry in entries], consensus_text(consensus).plain, rows[0]
+
+
+def test_the_consensus_is_held_against_what_recurs_as_well():
+    outcomes, text, row = verdicts(CORE_CD)
+    assert outcomes == ["hit", "hit"] and row["free_consensus"]["size"] > 5 and row["cycle0_consensus"]["size"] == 10
+    assert "100% of the consensus core, 0% of what recurs among cycle 0's top latents (10 features), 0% of what" in text
+    # The SAE knows all that recurs, in a core or not. The old control, of which most never recurred, is found less.
+    outcomes, text, row = verdicts(torch.cat([CORE_CD, FREE_CD, START_CD]))
+    assert outcomes == ["miss", "miss"]
+    assert row["consensus"]["found"] == 1 > 0.7 > row["matched_consensus"]["found"]
+    assert "100% of what recurs among cycle 0's top latents" in text and "100% of what recurs among free" in text
+
+
+def test_free_latents_that_never_recur_are_no_control_and_their_count_is_said():
+    outcomes, text, row = verdicts(CORE_CD, free=None)
+    assert outcomes == ["not available", "hit"] and row["free_consensus"]["found"] is None
+    assert (
+        "Not held against what recurs among free latents as dense as the cores': of 10 draws of 20 free latents as "
+        "dense as the cores' members, of 2 seeds, none recurs"
+    ) in text
+    began = found_in(plain(CORE_CD), no_start="seed0 began with a core")
+    assert not began["cycle0_consensus"]["available"] and "began with a core" in began["cycle0_consensus"]["reason"]
+
+
+def test_means_are_compared_with_means():
+    """Members of a feature stand 39 degrees apart, and plain SAEs know their middle: means are met exactly, and no
+    single member of the consensus or of the control would be."""
+
+    def turned(rows_CD, towards_CD, sign):
+        rows = rows_CD + sign * 0.35 * towards_CD
+        return rows / rows.norm(dim=1, keepdim=True)
+
+    middle, aside = unit_rows(10, 80, d=D), unit_rows(10, 81, d=D)
+    aside = aside - (aside * middle).sum(1, keepdim=True) * middle
+    aside = aside / aside.norm(dim=1, keepdim=True)
+    core, other = CORE_CD, unit_rows(10, 82, d=D)
+    other = other - (other * core).sum(1, keepdim=True) * core
+    other = other / other.norm(dim=1, keepdim=True)
+    chains = [chain(seed, turned(core, other, sign)) for seed, sign in ((0, 1), (1, -1))]
+    starts = [start_of(seed, turned(middle, aside, sign)) for seed, sign in ((0, 1), (1, -1))]
+    known = torch.cat([core, middle])
+    row = found_in(plain(known, width=50), chains, starts)
+    assert row["consensus"]["mmcs"] == pytest.approx(1, abs=1e-5) == row["cycle0_consensus"]["mmcs"]
+    assert row["members"]["mmcs"] < 0.95 and row["consensus"]["size"] == row["cycle0_consensus"]["size"] == 10

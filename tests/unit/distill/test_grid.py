@@ -69,6 +69,17 @@ def test_every_arm_adds_its_chains_after_the_grid(tmp_path):
     assert plans["seed100-k16-plain-long"].steps == 3 * plans["seed100-k16-plain"].steps
 
 
+def test_a_whole_chains_tokens_are_those_of_all_its_cycles(tmp_path):
+    long = "seed100-k16-plain-long"
+    words = plans_of(tmp_path, STUDY.replace("983_040", "whole_chain"))
+    assert words[long].key == plans_of(tmp_path)[long].key, "the number by another name: the same chain"
+    # Rows that fill no batch are dropped in every cycle of the grid's chains.
+    uneven = plans_of(tmp_path, STUDY.replace("983_040", "whole_chain"), "--train.tokens", str(327_680 + 100))
+    assert uneven[long].steps == 3 * uneven["seed0-k16"].steps
+    with pytest.raises(ValueError, match="study.arms.plain-long: train.tokens: .*whole_life"):
+        plans_of(tmp_path, STUDY.replace("983_040", "whole_life"))
+
+
 def test_the_grid_is_what_it_is_without_a_study(tmp_path):
     alone = plans_of(tmp_path, STUDY.split("study:")[0])
     beside = plans_of(tmp_path)

@@ -301,6 +301,9 @@ def test_consensus_and_rediscovery_from_folders(tmp_path, dataset):
         (plain[3].label, "was trai"),
     ]
     assert found["rediscovery_summary"]["plain"]["consensus"]["found"]["n"] == 2
+    for row in found["rediscovery"]:
+        assert "of 18 cycle 0's top latents, of 3 seeds, none recurs" in row["cycle0_consensus"]["reason"]
+        assert (row["members"]["size"], row["cycle0_consensus"]["size"]) == (18, 0)
     assert write_consensus(config, base, plain, folder, said.append) == found and len(said) == 1, "reused"
     # A chain that shares nothing with another leaves no consensus, and no file of an older one.
     alone = write_consensus(config, base[:1], [], folder, said.append)

@@ -130,6 +130,7 @@ def test_single_chain_is_not_available_rather_than_perfect():
         "covariance_available": 0,
         "matched_density_available": 0,
         "cycle0_available": 0,
+        "matched_compute_available": 0,
     }
 
 

@@ -123,7 +123,10 @@ def _end(group: dict[str, Any], place: int) -> float | None:
 
 SETS = {
     "consensus": "consensus core",
-    "matched_consensus": "free latents, as frequent as its members",
+    "cycle0_consensus": "what recurs among cycle 0's top latents",
+    "free_consensus": "what recurs among free latents, as frequent",
+    "members": "members of the consensus core, one by one",
+    "matched_consensus": "free latents, as frequent as its members, recurring or not",
     "cores": "single chains' cores",
     "matched": "free latents, as frequent as those",
 }
@@ -149,6 +152,7 @@ def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:
             "Found",
             lambda row: row["found"],
             "share",
+            why=lambda row: row.get("reason"),
             help="share with a latent at encoder and decoder cosine 0.7 or more",
         ),
         Column("MMCS", lambda row: row["mmcs"], "share", help="mean of the best decoder cosine"),
@@ -162,20 +166,23 @@ def _rediscovery(consensus: dict[str, Any]) -> list[Table | Note]:
         ),
     ]
     caption = (
-        "Are the features there in SAEs that never had a core? Read the consensus core against free latents that "
-        "fire as often."
+        "Are the features there in SAEs that never had a core? The consensus core's have recurred across seeds and are "
+        "means of their members: read them against what recurs among latents that are in no core, averaged as they "
+        "are; single latents against single latents."
     )
     notes = [
         Note(f"Not searched: {row['chain']}, which {row['reason']}.")
         for row in consensus.get("rediscovery_left_out") or []
     ]
+    lacking = unique((row["set"], row["reason"]) for row in found if not row.get("available", True))
+    notes += [Note(f"No comparison: {words}: {reason}.") for words, reason in lacking]
     return [_rediscovery_summary(found), Table("table-rediscovery", caption, columns, found), *notes]
 
 
 def _rediscovery_summary(found: list[dict[str, Any]]) -> Table:
     rows = []
     for arm, name in unique((row["arm"], row["set"]) for row in found):
-        members = [row for row in found if (row["arm"], row["set"]) == (arm, name)]
+        members = [row for row in found if (row["arm"], row["set"]) == (arm, name) and row.get("available", True)]
         for measure, words, within in (("found", "found", SHARE), ("mmcs", "MMCS", COSINE)):
             spread = over_seeds(((row["seed"], row[measure]) for row in members), within)
             if spread:

@@ -13,10 +13,10 @@ import plotly.graph_objects as go
 from dmsae_ray.show.page.artifacts import Artifacts, unique
 from dmsae_ray.show.page.chart import Chart, Choice, figure, plain
 from dmsae_ray.show.page.numerals import shown
-from dmsae_ray.show.page.spread import ends
 from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Note, Part, View
 from dmsae_ray.show.page.views.functional_parts import functional_parts
+from dmsae_ray.show.page.views.pair_groups import groups_table
 
 LEAD = (
     "How far do the cores of two chains agree, beside what chance would give? A number alone says nothing here: "
@@ -71,7 +71,12 @@ SCORES = (
         "row: mean over this core of the best cosine in the column's whole SAE",
     ),
 )
-NULLS = {"covariance": "covariance null", "matched_density": "matched-density null", "cycle0": "cycle-0 sets"}
+NULLS = {
+    "covariance": "covariance null",
+    "matched_density": "matched-density null",
+    "cycle0": "cycle-0 sets",
+    "matched_compute": "plain SAEs on as many tokens",
+}
 ALL = "all arms"
 READ = (
     "“Minus a null” shows what is left above chance: blue above the null, red below. Point at a cell for all its nulls."
@@ -95,7 +100,7 @@ def view(artifacts: Artifacts) -> View:
                     "seed."
                 )
             )
-        parts.append(_groups(artifacts.comparison) or Note("No group of pairs has a score."))
+        parts.append(groups_table(artifacts.comparison, NULLS) or Note("No group of pairs has a score."))
         parts.append(_pairs(pairs))
         parts += functional_parts(artifacts.comparison)
     return View("consistency", "Consistency", LEAD, parts)
@@ -223,39 +228,6 @@ def _hover(pair: dict[str, Any], a: str, b: str, score: Score, value: float | No
     return "<br>".join(lines)
 
 
-def _groups(comparison: dict[str, Any]) -> Table | None:
-    names = {"pw_mcc": "PW-MCC", "overlap": "overlap", "activation": "activation", "mmcs": "MMCS"}
-    names["pw_mcc_dictionary"] = "PW-MCC, whole SAEs"
-    rows = [
-        {
-            "group": key,
-            "score": words,
-            **{field: group.get(field) for field in ("pairs", "of", "scored", "seeds")},
-            **ends(group[name], group["scored"]),
-        }
-        for key, group in comparison.get("summary", {}).get("groups", {}).items()
-        for name, words in names.items()
-        if group.get(name)
-    ]
-    columns = [
-        Column("Group", lambda row: row["group"], help="arm / what the two chains of a pair do not have in common"),
-        Column("Measure", lambda row: row["score"]),
-        Column("Mean", lambda row: row["mean"], "share"),
-        Column("Low", lambda row: row["low"], "share", why=lambda row: "a single pair has no range"),
-        Column("High", lambda row: row["high"], "share", why=lambda row: "a single pair has no range"),
-        Column("Low and high are", lambda row: row["what"]),
-        Column("Pairs", lambda row: row["pairs"], "count"),
-        Column("Of", lambda row: row["of"], "count", help="pairs there were; more if a sample was compared"),
-        Column("Scored", lambda row: row["scored"], "count", help="pairs whose cores could be compared"),
-        Column("Seeds", lambda row: row["seeds"], "count"),
-    ]
-    caption = (
-        "Agreement by group. Intervals are over seeds, not over pairs, which share them; below four seeds smallest and "
-        "largest pair stand in their place."
-    )
-    return Table("table-groups", caption, columns, rows) if rows else None
-
-
 def _beats(pair: dict[str, Any], nulls: Sequence[str]) -> bool | None:
     """Whether the pair's PW-MCC exceeds the 99th percentile of each null that is available; None if none is."""
     bars = [bar for bar in (null_value(pair, null, "p99") for null in nulls) if bar is not None]
@@ -265,6 +237,13 @@ def _beats(pair: dict[str, Any], nulls: Sequence[str]) -> bool | None:
 def beyond_chance(pair: dict[str, Any]) -> bool | None:
     """Above both nulls of chance, or above the one that is available; None if neither is."""
     return _beats(pair, ("covariance", "matched_density"))
+
+
+def _exceeds_mean(pair: dict[str, Any], null: str) -> bool | None:
+    """Whether the cores, cut to the null's sizes, agree more than its mean; None where it is not available."""
+    found, mean = pair["nulls"].get(null) or {}, null_value(pair, null, "mean")
+    own = found.get("core_pw_mcc_same_size")
+    return None if mean is None or own is None else own > mean
 
 
 def _dictionary(pair: dict[str, Any], null: str) -> float | None:
@@ -306,7 +285,25 @@ def _pairs(pairs: Sequence[dict[str, Any]]) -> Table:
             "yes_no",
             help="PW-MCC above the p99 of each of the two nulls that is available",
         ),
-        Column("Above cycle 0", lambda pair: _beats(pair, ["cycle0"]), "yes_no", help="distillation adds agreement"),
+        Column(
+            "Plain, as many tokens",
+            kind="share",
+            **null("matched_compute", "mean"),
+            help="top latents of plain SAEs trained on a whole chain's tokens, as many; mean over pairs of them",
+        ),
+        Column("of pairs", kind="count", **null("matched_compute", "draws"), help="pairs of plain SAEs in that mean"),
+        Column(
+            "Above cycle 0",
+            lambda pair: _beats(pair, ["cycle0"]),
+            "yes_no",
+            help="cores agree more than the sets that one cycle's tokens give",
+        ),
+        Column(
+            "Above plain",
+            lambda pair: _exceeds_mean(pair, "matched_compute"),
+            "yes_no",
+            help="distillation adds agreement to training a plain SAE on as many tokens, whose mean is exceeded",
+        ),
         Column("Overlap", lambda pair: pair["overlap"], "share", why=unscored, help=SCORES[1].read),
         Column("Activation", lambda pair: pair.get("activation"), "share", why=unscored, help=SCORES[2].read),
         Column("MMCS a to b", lambda pair: pair["mmcs_ab"], "share", why=unscored, help="core a in the whole SAE of b"),
@@ -316,6 +313,7 @@ def _pairs(pairs: Sequence[dict[str, Any]]) -> Table:
             "Its covariance null", lambda pair: _dictionary(pair, "covariance"), "share", help="mean of draws as large"
         ),
         Column("Whole SAEs of cycle 0", lambda pair: _dictionary(pair, "cycle0"), "share"),
+        Column("Whole plain SAEs, as many tokens", lambda pair: _dictionary(pair, "matched_compute"), "share"),
     ]
     caption = "Every pair with its nulls. A core agrees beyond chance where PW-MCC exceeds the p99 columns."
     return Table("table-pairs", caption, columns, pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from dmsae_ray.show.page.view import Grid, Note, Part, View
 
 LEAD = (
     "Does the core settle? After every cycle each member has to earn its place again. A core that has settled keeps "
-    "its size, its members (Jaccard near 1) and, although decoders are learned afresh, its directions (drift near 1)."
+    "its size, its members (Jaccard near 1) and, although decoders are learned afresh, its directions: training brings "
+    "its decoder rows back from where they begin, near as that may be (gap closed near 1)."
 )
 
 
@@ -194,19 +196,32 @@ def drift(row: dict[str, Any], name: str = "mean") -> float | None:
     return (row.get("decoder_drift") or {}).get(name)
 
 
+DRIFT = {"after training": "mean", "before training": "before", "gap closed": "gap_closed"}
+"""What is shown of the drift, and its name in the row."""
+
+
 def _drift(rows: Sequence[dict[str, Any]]) -> Chart | Note:
-    return _by_arm(
+    arms = [arm for arm in unique(row["arm"] for row in rows) if any(drift(row) is not None for row in _of(rows, arm))]
+    if not arms:
+        return Note("Decoder drift was not measured, or no chain has a second cycle.")
+    figures: dict[tuple[str, ...], go.Figure | str] = {}
+    for arm in arms:
+        for words, name in DRIFT.items():
+            title = words if name == "gap_closed" else "mean cosine"
+            made = lines(_of(rows, arm), partial(drift, name=name), title, "share", 0.1, 1.0)
+            figures[arm, words] = made or "Not measured: these records are older than the measure."
+    return Chart(
         "chart-drift",
         "Decoder drift",
-        "Mean cosine of members' decoder rows, before and after learning them afresh. One line per chain.",
-        "Decoder drift was not measured, or no chain has a second cycle.",
-        rows,
-        drift,
-        "mean cosine",
-        "share",
-        0.1,
-        1.0,
+        "Mean cosine of members' decoder rows to what they were, after learning them afresh and before; gap closed: "
+        "(after − before) / (1 − before), 0 where they are no nearer than they began. One line per chain.",
+        figures,
+        [Choice("Arm", arms), Choice("Show", list(DRIFT))],
     )
+
+
+def _of(rows: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["arm"] == arm]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -224,6 +239,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             "Drift, mean", drift, "share", "cosine", why=lambda row: "no core before the first cycle, or not measured"
         ),
         Column("Drift, smallest", lambda row: drift(row, "min"), "share", "cosine"),
+        Column(
+            "Before training",
+            lambda row: drift(row, "before"),
+            "share",
+            "cosine",
+            help="mean cosine of the rows that training began from, to the same",
+        ),
+        Column(
+            "Gap closed",
+            lambda row: drift(row, "gap_closed"),
+            "share",
+            help="(drift, mean − before training) / (1 − before training): 0 where training brought them no nearer",
+        ),
         Column(
             "Coverage",
             lambda row: row.get("coverage"),
