@@ -1,13 +1,15 @@
-"""Chains that advance on one stream come to what each comes to alone, through the front door."""
+"""Chains that advance on one stream come to what each comes to alone."""
 
 import json
 import shutil
 
 import pytest
 from conftest import core_bytes, data_digests, digest_of_rows, run_command, sae_tensors
+from ray_here import ray_here, train_here
 
+from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.config import Config
-from dmsae_ray.distill.grid import planned
+from dmsae_ray.distill.grid import plan_chains, planned
 from dmsae_ray.distill.trials import in_lockstep
 from dmsae_ray.driver.options import SweepCommand, load
 
@@ -50,8 +52,11 @@ def everything(output, label):
     return found
 
 
-def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small_sweep, tmp_path):
-    """Three sparsities of a seed: one has its first cycle, one has nothing, one has a damaged checkpoint."""
+@pytest.fixture
+def halfway(small_sweep, tmp_path):
+    """Three sparsities of a seed, and the folder of the third: one has its first cycle, one has nothing, one has a
+    damaged checkpoint. Gives (output folder, options, their plans, the third's folder).
+    """
     output, argv = tmp_path / "out", ["--sweep.seeds", "0", "--sweep.k", "8,16,24", "--cluster.lockstep", "3"]
     for part in ("data", "tokens"):
         shutil.copytree(small_sweep.output / part, output / part)
@@ -59,14 +64,18 @@ def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small
     shutil.copytree(ahead, output / "chains" / ahead.name)
     shutil.rmtree(output / "chains" / ahead.name / "cycle_01")
     small = small_sweep.output.parent / "small.yaml"
-    plans = planned(load(SweepCommand, ["--config", str(small), "--output", str(output), *argv]))
+    config = load(SweepCommand, ["--config", str(small), "--output", str(output), *argv])
+    (folder,) = (output / "data").glob("*")
+    plans = plan_chains(Config(**config.sections()), ActivationDataset(folder))
     (broken,) = [plan.folder for plan in plans if plan.label == "seed0-k24"]
     broken.cycle(0).path.mkdir(parents=True)
     broken.cycle(0).checkpoint.write_bytes(b"half a checkpoint")
-    run = run_command(output, *argv)
-    assert run.code == 1 and "lockstep" in run.out, run.out
+    return output, argv, plans, broken
+
+
+def joined_and_left_behind(output, broken, small_sweep) -> None:
+    """What must have become of the three."""
     assert str(broken.cycle(0).checkpoint) in broken.failure().reason and "damaged" in broken.failure().reason
-    assert "Compared: 2 of 3 chains" in run.out
     assert everything(output, "seed0-k8") == everything(small_sweep.output, "seed0-k8") != {}
     together = {
         record["label"]: [
@@ -83,6 +92,28 @@ def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(small
             assert digest == digest_of_rows(output, cycle, 32, 512, 8), (
                 "one order of data: the same rows in the same cycle"
             )
+
+
+def test_a_chain_that_is_ahead_is_joined_and_one_that_fails_is_left_behind(halfway, small_sweep):
+    """The worker's loop in this process."""
+    output, _, plans, broken = halfway
+    for plan in plans:
+        plan.folder.describe(plan.key, plan.label, plan.fields)
+    with ray_here(cpus=2, include_dashboard=False):
+        train_here(plans)
+    joined_and_left_behind(output, broken, small_sweep)
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_in_lockstep_without_the_one_that_fails(halfway, small_sweep):
+    """The same through the front door. Short forms: the test above, and test_study.py, whose transfers advance together
+    by the command.
+    """
+    output, argv, _, broken = halfway
+    run = run_command(output, *argv)
+    assert run.code == 1 and "lockstep" in run.out, run.out
+    assert "Compared: 2 of 3 chains" in run.out
+    joined_and_left_behind(output, broken, small_sweep)
 
 
 @pytest.mark.slow
