@@ -32,8 +32,8 @@ from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.evaluation.loss_gradients import gradients_path, read_gradients
 from dmsae_ray.files import file_sha256, write_json
 from dmsae_ray.identity import fields_key
-from dmsae_ray.results.matched_compute import with_matched_compute
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
+from dmsae_ray.results.plain_pairs import with_matched_compute
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.progress import duration
 

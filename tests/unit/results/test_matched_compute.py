@@ -14,8 +14,8 @@ from dmsae_ray.config import ExpectConfig
 from dmsae_ray.core.core import Core
 from dmsae_ray.results.comparison import identity
 from dmsae_ray.results.expectations import judge
-from dmsae_ray.results.matched_compute import stand_ins, trained_tokens
 from dmsae_ray.results.numbers import numbers_of
+from dmsae_ray.results.plain_pairs import stand_ins, trained_tokens
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.columns import pair_columns, summary
 from dmsae_ray.show.terminal import tables
