@@ -8,8 +8,34 @@ from typing import Any
 
 from dmsae_ray.compare.course import NUMBERS
 from dmsae_ray.compare.functional import MEASURES, NULLS, Functional
-from dmsae_ray.compare.interval import spread
 from dmsae_ray.compare.pair import PairResult
+from dmsae_ray.compare.samples import Sample, of_pairs
+
+NUMBERS_OF_PAIR = (*MEASURES, "firing_chance", "importance_pearson", "subspace_isotropic")
+"""What is measured of a pair, and what chance gives for it without draws."""
+
+
+def functional_samples(members: Sequence[PairResult]) -> dict[str, Sample]:
+    """By name: `functional.firing`, `functional.nulls.permuted.firing_bar`; a null's numbers are those of the pairs for
+    which it is available.
+    """
+    found = [pair.functional for pair in members]
+
+    def of_null(null: str, number: str) -> list[float | None]:
+        return [
+            None if one is None or not one.nulls[null].available else getattr(one.nulls[null], number) for one in found
+        ]
+
+    samples = {
+        f"functional.{name}": of_pairs(members, [None if one is None else getattr(one, name) for one in found])
+        for name in NUMBERS_OF_PAIR
+    }
+    return samples | {
+        f"functional.nulls.{null}.{number}": of_pairs(members, of_null(null, number))
+        for null, measures in NULLS.items()
+        for measure in measures
+        for number in (measure, f"{measure}_bar")
+    }
 
 
 def functional_summary(members: Sequence[PairResult]) -> dict[str, Any]:
@@ -19,31 +45,32 @@ def functional_summary(members: Sequence[PairResult]) -> dict[str, Any]:
     `beyond`: by measure, the share of pairs beyond chance, of those that have such a null; None if none has. Empty
     where no pair was scored.
     """
-    found = [pair.functional for pair in members]
-    scored = [one for one in found if one is not None]
+    scored = [pair.functional for pair in members if pair.functional is not None]
     if not scored:
         return {}
+    samples = functional_samples(members)
 
-    def over(values: Sequence[float | None]) -> dict[str, Any] | None:
-        return _spread(members, values)
+    def over(name: str) -> dict[str, Any] | None:
+        return _spread(samples[f"functional.{name}"])
 
-    def of(name: str) -> list[float | None]:
-        return [None if one is None else getattr(one, name) for one in found]
-
-    def of_null(null: str, number: str) -> list[float | None]:
-        return [
-            None if one is None or not one.nulls[null].available else getattr(one.nulls[null], number) for one in found
-        ]
-
-    numbers = (*MEASURES, "firing_chance", "importance_pearson", "subspace_isotropic")
-    return {name: over(of(name)) for name in numbers} | {
+    return {name: over(name) for name in NUMBERS_OF_PAIR} | {
         "beyond": {measure: _beyond(scored, measure) for measure in MEASURES},
         "nulls": {
             null: {
-                number: over(of_null(null, number)) for measure in measures for number in (measure, f"{measure}_bar")
+                number: over(f"nulls.{null}.{number}") for measure in measures for number in (measure, f"{measure}_bar")
             }
             for null, measures in NULLS.items()
         },
+    }
+
+
+def course_samples(members: Sequence[PairResult]) -> dict[str, Sample]:
+    """By name, `course.<cycle>.<number>`, over the pairs of `course_summary`."""
+    alike, common = _alike(members)
+    return {
+        f"course.{cycle}.{name}": of_pairs(alike, [getattr(pair.course[cycle], name) for pair in alike])
+        for cycle in range(len(common))
+        for name in NUMBERS
     }
 
 
@@ -52,16 +79,22 @@ def course_summary(members: Sequence[PairResult]) -> dict[str, Any]:
 
     Over pairs whose cycles end at the same numbers of tokens, those that most pairs have.
     """
-    ends = Counter(tuple(point.tokens for point in pair.course) for pair in members if pair.course)
-    if not ends:
-        return {}
-    common = ends.most_common(1)[0][0]
-    alike = [pair for pair in members if tuple(point.tokens for point in pair.course) == common]
+    alike, common = _alike(members)
+    samples = course_samples(members)
     return {
         str(cycle): {"tokens": tokens, "pairs": len(alike)}
-        | {name: _spread(alike, [getattr(pair.course[cycle], name) for pair in alike]) for name in NUMBERS}
+        | {name: _spread(samples[f"course.{cycle}.{name}"]) for name in NUMBERS}
         for cycle, tokens in enumerate(common)
     }
+
+
+def _alike(members: Sequence[PairResult]) -> tuple[list[PairResult], tuple[int, ...]]:
+    """The pairs whose cycles end at the numbers of tokens that most pairs have, and these."""
+    ends = Counter(tuple(point.tokens for point in pair.course) for pair in members if pair.course)
+    if not ends:
+        return [], ()
+    common = ends.most_common(1)[0][0]
+    return [pair for pair in members if tuple(point.tokens for point in pair.course) == common], common
 
 
 def _beyond(scored: Sequence[Functional], measure: str) -> float | None:
@@ -69,6 +102,6 @@ def _beyond(scored: Sequence[Functional], measure: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _spread(members: Sequence[PairResult], values: Sequence[float | None]) -> dict[str, Any] | None:
-    one = spread(values, [pair.seed_a for pair in members], [pair.seed_b for pair in members])
+def _spread(sample: Sample) -> dict[str, Any] | None:
+    one = sample.spread()
     return None if one is None else one.to_dict()

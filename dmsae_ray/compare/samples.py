@@ -5,13 +5,14 @@ Shape letters: P values, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dmsae_ray.compare import interval
 from dmsae_ray.compare.interval import Spread
+from dmsae_ray.compare.pair import PairResult
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,18 @@ class Sample:
 
     def _sides(self) -> tuple[list[int], list[int]]:
         return [origin.seeds[0] for origin in self.origins], [origin.seeds[1] for origin in self.origins]
+
+
+def of_pairs(
+    pairs: Sequence[PairResult], values: Sequence[float | None], within: tuple[float, float] | None = None
+) -> Sample:
+    """What was measured of pairs of chains; None where it was not. within: range that such a value has."""
+    known = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
+    return Sample(
+        tuple(value for _, value in known),
+        tuple(Origin.of(pair.seed_a, pair.seed_b, pair.k_a, pair.k_b) for pair, _ in known),
+        within,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmsae_ray.compare.functional_summary import course_summary, functional_summary
+from dmsae_ray.compare.functional_summary import (
+    course_samples,
+    course_summary,
+    functional_samples,
+    functional_summary,
+)
 from dmsae_ray.compare.interval import COSINE, SHARE, Spread
 from dmsae_ray.compare.pair import MATCHED_COMPUTE, NULLS, PairResult
-from dmsae_ray.compare.samples import Origin, Sample
+from dmsae_ray.compare.samples import Sample, of_pairs
 
 RANGES = {"pw_mcc": COSINE, "overlap": SHARE, "mmcs": COSINE, "activation": COSINE, "pw_mcc_dictionary": COSINE}
 SCORES = tuple(RANGES)
@@ -119,22 +124,24 @@ def summarise(pairs: Sequence[PairResult], of: Mapping[str, int] | None = None) 
 
 def samples_of(members: Sequence[PairResult]) -> dict[str, Sample]:
     """All that is measured of the pairs of a group, by name: `pw_mcc`, `nulls.covariance.p99`,
-    `nulls.cycle0.excess.pw_mcc`, `dictionary_nulls.covariance`. A null's numbers are those of scored pairs for which it
-    is available.
+    `nulls.cycle0.excess.pw_mcc`, `dictionary_nulls.covariance`, `functional.firing`, `course.0.pw_mcc`. A null's
+    numbers are those of scored pairs for which it is available.
     """
-    found = {name: _sample(members, [getattr(pair, name) for pair in members], RANGES[name]) for name in SCORES}
+    found = {name: of_pairs(members, [getattr(pair, name) for pair in members], RANGES[name]) for name in SCORES}
     for null in NULLS:
         judged = _judged(members, null)
         for score in EXCESSES:
-            found[f"nulls.{null}.excess.{score}"] = _sample(judged, [_excess(pair, null, score) for pair in judged])
+            found[f"nulls.{null}.excess.{score}"] = of_pairs(judged, [_excess(pair, null, score) for pair in judged])
         for number in NULL_NUMBERS:
-            found[f"nulls.{null}.{number}"] = _sample(
+            found[f"nulls.{null}.{number}"] = of_pairs(
                 judged,
                 [getattr(pair.nulls[null], number) for pair in judged],
                 _range_of(number),
             )
-        found[f"dictionary_nulls.{null}"] = _sample(members, [_dictionary_null(pair, null) for pair in members], COSINE)
-    return found
+        found[f"dictionary_nulls.{null}"] = of_pairs(
+            members, [_dictionary_null(pair, null) for pair in members], COSINE
+        )
+    return found | functional_samples(members) | course_samples(members)
 
 
 def _judged(members: Sequence[PairResult], null: str) -> list[PairResult]:
@@ -146,17 +153,6 @@ def _range_of(number: str) -> tuple[float, float] | None:
     if number == "draws":
         return None
     return SHARE if number.startswith("overlap") else COSINE
-
-
-def _sample(
-    pairs: Sequence[PairResult], values: Sequence[float | None], within: tuple[float, float] | None = None
-) -> Sample:
-    known = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
-    return Sample(
-        tuple(value for _, value in known),
-        tuple(Origin.of(pair.seed_a, pair.seed_b, pair.k_a, pair.k_b) for pair, _ in known),
-        within,
-    )
 
 
 def _group(members: list[PairResult], of: int) -> GroupSummary:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dmsae_ray.compare.functional import MEASURES
 from dmsae_ray.compare.interval import COSINE, SHARE
 from dmsae_ray.compare.pair import PairResult
 from dmsae_ray.compare.rediscovery import COMPARED
@@ -44,7 +45,7 @@ def _of_pairs(pairs: list[PairResult]) -> Iterator[tuple[str, Sample]]:
     for group, members in groups.items():
         for name, sample in samples_of(members).items():
             yield f"{group}.{name}", sample
-            if name in OF_ONE_K:
+            if name in (*OF_ONE_K, *(f"functional.{measure}" for measure in MEASURES)):
                 for k in {k for origin in sample.origins for k in origin.ks}:
                     yield f"{group}.k{k}.{name}", sample.at_k(k)
 

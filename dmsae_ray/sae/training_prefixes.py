@@ -31,7 +31,10 @@ class Prefixes:
         Raises ValueError if there are too few free latents to sample prefixes of.
         """
         self.settings, self.core_size, self.group_ends = settings, core_size, list(group_ends)
-        self._ids_F = None if latent_ids_F is None else latent_ids_F.cpu().numpy()
+        # Fixed prefixes need none: the cost of training is told on tensors without memory.
+        self._ids_F = None
+        if latent_ids_F is not None and settings.prefixes == "sampled":
+            self._ids_F = latent_ids_F.cpu().numpy()
         n_free = settings.width - core_size
         if settings.prefixes == "sampled" and n_free < len(self.group_ends):
             raise ValueError(

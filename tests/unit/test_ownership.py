@@ -366,7 +366,9 @@ def test_cleaning_removes_compared_pairs_that_no_sweep_asks_for(tmp_path, capsys
     sweep = home / "sweeps" / "other-cccccccccccc"
     put(sweep / "config.yaml", "compare: {draws: 100}\n")
     put(sweep / "chains.json", json.dumps([{"key": folder.name, "cycles": 1} for folder in folders]))
-    needed = pair_names(CompareConfig(draws=100), "dddddddddddd", [(ChainFolder(folder), 1) for folder in folders])
+    needed = pair_names(
+        CompareConfig(draws=100), home / "data" / "dddddddddddd", [(ChainFolder(folder), 1) for folder in folders]
+    )
     assert len(needed) == 4
     for name in (*needed, "0123456789ab.json", "mine.json"):
         put(home / "pairs" / name, "{}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dmsae_ray.compare.consensus import Member, NamedCore, find_consensus, group, links
 from dmsae_ray.compare.match import cosines
 from dmsae_ray.core.core import Core
-from dmsae_ray.show.terminal.verdicts import consensus_text
+from dmsae_ray.show.terminal.consensus_text import consensus_text
 
 D = 64
 COMMON = 10

@@ -203,11 +203,11 @@ def verdicts(knows_CD, free=FREE_CD, start=START_CD):
     rows = [found_in(plain(knows_CD, seed=seed, width=50), chains, starts) for seed in (7, 8)]
     consensus = find_consensus([named for named, _ in chains]).to_dict() | {
         "rediscovery": rows,
-        "rediscovery_summary": summarise_rediscovery(rows, seed=0),
+        "rediscovery_summary": summarise_rediscovery(rows),
     }
     numbers = numbers_of([], None, consensus)
     names = [f"rediscovery.plain.excess.consensus.{control}_consensus.found" for control in ("free", "cycle0")]
-    entries = judge([ExpectConfig(claim="found", value=name, above=0) for name in names], numbers)["expectations"]
+    entries = judge([ExpectConfig(claim="found", value=name, above=0) for name in names], numbers, {})["expectations"]
     return [entry["outcome"] for entry in entries], consensus_text(consensus).plain, rows[0]
 
 

@@ -62,7 +62,7 @@ def test_a_row_comes_back_by_how_far_it_came_and_not_by_where_it_began(began, le
     assert drift["gap_closed"] == pytest.approx(closed, abs=2e-3)
     row = {"arm": "base", "k": 16, "last": True, "decoder_drift": drift}
     claim = ExpectConfig(claim="come back", value="evaluation.base.k16.decoder_drift.gap_closed", above=0.5)
-    (entry,) = judge([claim], numbers_of([row], None, None))["expectations"]
+    (entry,) = judge([claim], numbers_of([row], None, None), {})["expectations"]
     assert entry["outcome"] == ("hit" if comes_back else "miss")
 
 

@@ -7,12 +7,10 @@ import pytest
 from compared_chains import compare_all, comparer, make_chain, named
 
 from dmsae_ray.compare.pairing import pairs_within
-from dmsae_ray.compare.rediscovery import summarise_rediscovery
+from dmsae_ray.compare.rediscovery import SETS, summarise_rediscovery
 from dmsae_ray.compare.summary import summarise
 from dmsae_ray.results.behind_numbers import samples_by_name
 from dmsae_ray.results.numbers import numbers_of
-
-SETS = ("consensus", "cores", "matched", "matched_consensus")
 
 
 def rediscovered(seed, k, rng):
@@ -58,16 +56,18 @@ def test_the_samples_are_what_the_numbers_are_means_of():
         assert numbers[name] == pytest.approx(sample.mean), name
         if f"{name}.low" in numbers:
             assert (numbers[f"{name}.low"], numbers[f"{name}.high"]) == pytest.approx(sample.interval()), name
-    counts = (".pairs", ".of", ".scored", ".seeds", ".available", ".above", ".saes")
+    counts = (".pairs", ".of", ".scored", ".seeds", ".available", ".above", ".saes", ".features", ".tokens")
     ends = (".min", ".max", ".low", ".high")
-    alone = {name for name in numbers if name not in samples and not name.endswith(counts + ends)}
+    alone = {
+        name for name in numbers if name not in samples and not name.endswith(counts + ends) and ".beyond." not in name
+    }
     assert alone == {"chains.base", "consensus.groups", "consensus.core_size"}
     for name in (
         "evaluation.base.k16.fvu",
         "consistency.base.seed.pw_mcc",
         "consistency.base.seed.k32.pw_mcc",
         "consistency.base.seed.nulls.cycle0.excess.pw_mcc",
-        "rediscovery.plain.k16.excess.consensus.found",
+        "rediscovery.plain.k16.excess.consensus.free_consensus.found",
     ):
         assert name in samples
 

@@ -349,8 +349,8 @@ def test_an_exploding_loss_and_a_gradient_that_is_not_finite_stop_the_run(monkey
     trainer.step(x[0])
     before, compute = copy.deepcopy(trainer.state_dict()), trainer.loss.compute
 
-    def overflowing(*arguments):
-        loss, gradient, outcome = compute(*arguments)
+    def overflowing(*arguments, **named):
+        loss, gradient, outcome = compute(*arguments, **named)
         gradient[5] = math.inf
         return loss, gradient, outcome
 
