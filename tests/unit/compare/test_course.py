@@ -64,7 +64,7 @@ def test_a_group_s_course_is_a_curve_with_named_numbers():
     assert numbers["consistency.base.seed.functional.nulls.permuted.firing_bar"] < 0.5
     assert 0 <= numbers["consistency.base.seed.functional.beyond.firing"] <= 1
     short = [replace(pair, course=()) for pair in pairs]
-    assert course_summary(short, seed=0) == {} and course_summary([*short[:5], pairs[5]], seed=0)["0"]["pairs"] == 1
+    assert course_summary(short) == {} and course_summary([*short[:5], pairs[5]])["0"]["pairs"] == 1
 
 
 def test_the_exempt_core_s_members_have_no_threshold():

@@ -78,7 +78,7 @@ def test_distillation_adds_something_only_beyond_plain_saes_on_as_many_tokens(tm
     pairs = [pair for pair in found["pairs"] if pair["group"] == "base/seed"]
     assert tables.plain_text(tables.pairs_table(pairs)).count(f" {mean:.2f} ") >= 3
     assert "Plain: the mean of 6 pairs of plain SAEs." in tables.plain_text(tables.pairs_note(found))
-    assert summary(found | {"pairs": pairs})["share_above_matched_compute"] == (outcome == "hit")
+    assert "share_above_matched_compute" not in summary(found | {"pairs": pairs})
     assert pair_columns(pairs)["matched_compute draws"] == [6, 6, 6]
 
 
