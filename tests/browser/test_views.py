@@ -242,9 +242,9 @@ def test_quality(sweep, artifact):
                         "below four seeds: their range"
                     )
                 else:
-                    assert min(values) < low < np.mean(values) < high < max(values), (
-                        "from four seeds on: an interval of the mean"
-                    )
+                    mean = np.mean(values)
+                    assert low < mean < high and mean - low == pytest.approx(high - mean), "an interval of the mean"
+                    assert (low, high) != pytest.approx((min(values), max(values)), abs=1e-12)
     shown = table(page, "table-quality")
     found = {row["Chain"]: (float(row["FVU"]), float(row["KL"]), number(row["Explained by the core"])) for row in shown}
     assert len(shown) == len(last) and found == {

@@ -238,19 +238,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         Column(
             "Drift, mean", drift, "share", "cosine", why=lambda row: "no core before the first cycle, or not measured"
         ),
-        Column("Drift, smallest", lambda row: drift(row, "min"), "share", "cosine"),
-        Column(
-            "Before training",
-            lambda row: drift(row, "before"),
-            "share",
-            "cosine",
-            help="mean cosine of the rows that training began from, to the same",
-        ),
         Column(
             "Gap closed",
             lambda row: drift(row, "gap_closed"),
             "share",
-            help="(drift, mean − before training) / (1 − before training): 0 where training brought them no nearer",
+            help="(drift − before training) / (1 − before training): 0 where training brought them no nearer; the chart "
+            "has the cosine before training",
         ),
         Column(
             "Coverage",
