@@ -242,8 +242,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             "Gap closed",
             lambda row: drift(row, "gap_closed"),
             "share",
-            help="(drift − before training) / (1 − before training): 0 where training brought them no nearer; the chart "
-            "has the cosine before training",
+            help="(drift − before training) / (1 − before training): 0 where training brought them no nearer; the "
+            "chart has the cosine before training",
         ),
         Column(
             "Coverage",
