@@ -197,7 +197,7 @@ def test_tables_pictures_and_the_page_are_there_and_equal_the_files(server, expe
         group["id"] for group in json.loads((folder / "consensus.json").read_text())["groups"]
     ]
     assert (
-        tables["rediscovery"]["chain"].tolist() == ["seed100-k8-plain"]
+        tables["rediscovery"]["chain"].tolist()[0] == "seed100-k8-plain"
         and "base/seed" in tables["groups"]["group"].tolist()
     )
     numbers = json.loads((folder / "numbers.json").read_text())
@@ -223,23 +223,24 @@ def test_the_printed_address_shows_all_cores_with_size_and_agreement(server, exp
     with launched() as browser:
         page, errors = browser.new_page(viewport={"width": 1400, "height": 900}), []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.set_default_timeout(600_000)
+        page.set_default_timeout(120_000)
         page.goto(here.printed)
         for chart in ("core/size", "agreement/pw_mcc"):
-            expect(page.get_by_text(chart, exact=True).first).to_be_in_viewport(timeout=600_000)
+            expect(page.get_by_text(chart, exact=True).first).to_be_in_viewport(timeout=120_000)
         for label, run in chains.items():
-            expect(page.get_by_text(label, exact=True).first).to_be_in_viewport(timeout=600_000)
+            expect(page.get_by_text(label, exact=True).first).to_be_in_viewport(timeout=120_000)
             metrics = metrics_of(run)
             for name in ("core/size", "agreement/pw_mcc"):
                 bar = page.locator(".bartext", has_text=f"{metrics[name]:.2f}").first
-                expect(bar).to_be_in_viewport(timeout=600_000)
+                expect(bar).to_be_in_viewport(timeout=120_000)
         page.goto(here.printed.replace("-compare&compareRunsMode=CHART", "-chains"))
         page.reload()
         for column in ("seed", "k", "arm", "core/size", "agreement/pw_mcc", "sae/l0"):
-            expect(page.locator(".ag-header-cell", has_text=column).first).to_be_visible(timeout=600_000)
+            expect(page.locator(".ag-header-cell", has_text=column).first).to_be_visible(timeout=120_000)
         for label, run in chains.items():
-            row = page.locator(".ag-row", has_text=label)
-            expect(row.first).to_be_in_viewport(timeout=600_000)
-            cell = page.locator(f".ag-row:has-text('{label}') [col-id='metrics.`core/size`']").first
-            expect(cell).to_have_text(f"{metrics_of(run)['core/size']:g}", timeout=600_000)
+            row = page.locator(".ag-row", has_text=label).first
+            expect(row).to_be_in_viewport(timeout=120_000)
+            # Pinned columns are a table of their own; a row has the same id in both.
+            cell = page.locator(f".ag-row[row-id='{row.get_attribute('row-id')}'] [col-id='metrics.`core/size`']")
+            expect(cell).to_have_text(f"{metrics_of(run)['core/size']:g}", timeout=120_000)
         assert errors == []
