@@ -113,8 +113,11 @@ def _agreement_headline(artifacts: Artifacts) -> Headline | None:
     sentence = f"PW-MCC of cores that differ in their seed; {ends}."
     bars = [
         bar
-        for bar in (null_value(pair, "covariance", "p99") for pair in artifacts.comparison["pairs"])
-        if bar is not None
+        for pair in artifacts.comparison["pairs"]
+        for null in ("covariance", "matched_density")
+        if pair["differs"] == "seed"
+        and pair["arm_a"] == pair["arm_b"] == BASE
+        and (bar := null_value(pair, null, "p99")) is not None
     ]
     if bars:
         sentence += f" Chance alone reaches at most {shown(max(bars), 'share')}."
