@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dmsae_ray.files import TEMPORARY, file_sha256, temporary_name, write_json
+from dmsae_ray.corpus.local_files import FileState, file_hash
+from dmsae_ray.files import TEMPORARY, temporary_name, write_json
 
 SOURCE = "gguf.json"
 """In a converted folder: which file it was made of."""
@@ -53,12 +54,10 @@ def converted(models: Path, file: Path) -> Path:
     """
     state = _state(file)
     for folder in sorted(models.glob("*")) if models.is_dir() else ():
-        source = _source(folder)
-        if source.get("state") == state and source.get("conversion") == CONVERSION:
+        if is_converted(folder) and _source(folder).get("state") == state:
             return folder
-    digest = file_sha256(file)
     stem = re.sub(r"[^\w.-]+", "_", file.stem, flags=re.ASCII).lstrip(".") or "model"
-    return models / f"{stem}-{digest[:12]}"
+    return models / f"{stem}-{file_hash(file)[:12]}"
 
 
 def convert(file: Path, folder: Path, say: Callable[[str], None]) -> None:
@@ -67,7 +66,7 @@ def convert(file: Path, folder: Path, say: Callable[[str], None]) -> None:
     Raises ValueError if the package `gguf` is missing, the file cannot be read or is of an architecture that
     transformers does not take, or the disk is too small.
     """
-    if _source(folder).get("conversion") == CONVERSION:
+    if is_converted(folder):
         return
     weights = count_weights(file)
     home = folder.parent
@@ -122,7 +121,7 @@ def _write(file: Path, folder: Path) -> None:
         del model.config.quantization_config
         model.hf_quantizer = None
         # Part of the model's fingerprint, with the configuration: it is this file's model and no other.
-        model.config.gguf_sha256 = file_sha256(file)
+        model.config.gguf_sha256 = file_hash(file)
         model.config.gguf_conversion = CONVERSION
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -154,6 +153,4 @@ def _source(folder: Path) -> dict:
 
 
 def _state(file: Path) -> list[int]:
-    from dmsae_ray.corpus.local_files import FileState
-
     return list(FileState.of(file))

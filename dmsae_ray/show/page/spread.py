@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmsae_ray.compare import interval
+from dmsae_ray.show.page.table import Column
 
 ONE_SEED = "one seed says nothing about the others"
 """Why a spread has no ends."""
@@ -73,3 +74,13 @@ def ends(spread: dict[str, Any], scored: int) -> dict[str, Any]:
         "high": high,
         "what": "95 % interval" if spread["interval"] else "range of pairs",
     }
+
+
+def ends_columns() -> list[Column]:
+    """The columns of what `ends` gives."""
+    return [
+        Column("Mean", lambda row: row["mean"], "share"),
+        Column("Low", lambda row: row["low"], "share", why=lambda row: "a single pair has no range"),
+        Column("High", lambda row: row["high"], "share", why=lambda row: "a single pair has no range"),
+        Column("Low and high are", lambda row: row["what"]),
+    ]

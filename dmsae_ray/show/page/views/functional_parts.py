@@ -12,7 +12,7 @@ from dmsae_ray.compare.functional import NULLS, Functional
 from dmsae_ray.show.page.arm_style import Style
 from dmsae_ray.show.page.chart import Chart, Choice, figure, plain, span
 from dmsae_ray.show.page.numerals import shown
-from dmsae_ray.show.page.spread import ends
+from dmsae_ray.show.page.spread import ends, ends_columns
 from dmsae_ray.show.page.table import Column, Table
 from dmsae_ray.show.page.view import Part
 
@@ -152,10 +152,7 @@ def _groups(groups: dict[str, Any]) -> Table | None:
     columns = [
         Column("Group", lambda row: row["group"], help="arm / what the two chains of a pair do not have in common"),
         Column("Measure", lambda row: row["measure"]),
-        Column("Mean", lambda row: row["mean"], "share"),
-        Column("Low", lambda row: row["low"], "share", why=lambda row: "a single pair has no range"),
-        Column("High", lambda row: row["high"], "share", why=lambda row: "a single pair has no range"),
-        Column("Low and high are", lambda row: row["what"]),
+        *ends_columns(),
         Column("Permuted or random", lambda row: row["chance"], "share", help=PERMUTED),
         Column("Free, as dense", lambda row: row["density"], "share", help="free latents that fire about as often"),
         Column("Cycle-0 sets", lambda row: row["cycle0"], "share", help="top latents of the undistilled SAEs, as many"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dmsae_ray.show.page.spread import ends
+from dmsae_ray.show.page.spread import ends, ends_columns
 from dmsae_ray.show.page.table import Column, Table
 
 MEASURES = {
@@ -24,10 +24,7 @@ def groups_table(comparison: dict[str, Any], nulls: Mapping[str, str]) -> Table 
     columns = [
         Column("Group", lambda row: row["group"], help="arm / what the two chains of a pair do not have in common"),
         Column("Measure", lambda row: row["score"]),
-        Column("Mean", lambda row: row["mean"], "share"),
-        Column("Low", lambda row: row["low"], "share", why=lambda row: "a single pair has no range"),
-        Column("High", lambda row: row["high"], "share", why=lambda row: "a single pair has no range"),
-        Column("Low and high are", lambda row: row["what"]),
+        *ends_columns(),
         Column("Pairs", lambda row: row["pairs"], "count"),
         Column("Of", lambda row: row["of"], "count", help="pairs there were; more if a sample was compared"),
         Column("Scored", lambda row: row["scored"], "count", help="pairs whose cores could be compared"),
