@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HANGS
+from conftest import HANGS, command
 from ray_head import ray_head
+from ray_here import harvest_here
 from victims import LOCAL, Victim, copy_parts, frozen, none_left_running, temporaries  # noqa: F401 (a fixture is used by its name)
+
+from dmsae_ray.config import Config
+from dmsae_ray.driver.options import HarvestCommand, load
 
 SHARDS = ("--harvest.tokens", "131072", "--harvest.rows_per_shard", "2048")
 TOTAL = 65
@@ -32,37 +36,39 @@ def in_the_making(output: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def alone(small_sweep, tmp_path_factory):
-    """The undisturbed harvest by one actor: its output folder."""
+    """The undisturbed harvest by one actor, an object of this process: its output folder."""
     output = tmp_path_factory.mktemp("alone") / "out"
     copy_parts(small_sweep.output, output, "tokens")
-    victim, makers = Victim(output, *LOCAL, *SHARDS, "--harvest.actors", "1", module="harvest"), set()
-    victim.wait_for(lambda: makers.update(maker.pid for maker in victim.find(MAKER)) or not in_the_making(output))
-    victim.finish()
-    assert len(makers) == 1 and len(shards(output)) == TOTAL
+    options = load(HarvestCommand, command(output, *SHARDS, module="harvest")[3:])
+    harvest_here(Config(**options.sections()))
+    assert len(shards(output)) == TOTAL
     return output
 
 
 def test_three_actors_make_the_bytes_of_one_though_their_driver_is_killed(alone, tmp_path):
-    """On a cluster that outlives its driver: what the dead driver's actors do next must not matter either."""
+    """On a cluster that outlives its driver: what the dead driver's actors do next must not matter either. What they
+    left undone is made by a single one.
+    """
     output, makers = tmp_path / "out", set()
     copy_parts(alone, output, "tokens")
     with ray_head(cpus=4) as (address, head, env):
-        args = ("--cluster.address", address, *SHARDS, "--harvest.actors", "3")
-        victim = Victim(output, *args, module="harvest", root=head, **env)
+        args = ("--cluster.address", address, *SHARDS, "--harvest.actors")
+        victim = Victim(output, *args, "3", module="harvest", root=head, **env)
 
         def working() -> int:
             makers.update(pid for pid, title in victim.family().items() if title.startswith(f"{MAKER}.submit"))
             return len(makers)
 
-        victim.wait_for(lambda: working() == 3 and len(shards(output)) >= 4)
+        victim.wait_for(lambda: working() == 3 and len(shards(output)) >= 4, every=0.05)
         assert in_the_making(output)
         victim.kill()
         end = time.monotonic() + HANGS
         while victim.find(MAKER):  # the cluster ends the actors of a driver that is gone
             assert time.monotonic() < end
+            time.sleep(0.1)
         kept = shards(output)
         assert 4 <= len(kept) < TOTAL and in_the_making(output)
-        again = Victim(output, *args, module="harvest", root=head, **env)
+        again = Victim(output, *args, "1", module="harvest", root=head, **env)
         again.finish()
     assert f"{TOTAL} shards, {len(kept)} kept from before" in again.said
     assert {path: shards(output)[path] for path in kept} == kept
@@ -82,7 +88,7 @@ def test_a_killed_actor_is_replaced(alone, tmp_path):
         kept = shards(output)
         assert victim.alive and in_the_making(output)
         actor.kill()
-    victim.wait_for(lambda: [maker for maker in victim.find(MAKER) if maker.pid != actor.pid])
+    victim.wait_for(lambda: [maker for maker in victim.find(MAKER) if maker.pid != actor.pid], every=0.05)
     victim.finish()
     assert {path: shards(output)[path] for path in kept} == kept
     assert dataset_bytes(output) == dataset_bytes(alone)
@@ -99,7 +105,7 @@ def test_a_killed_actor_is_replaced(alone, tmp_path):
 def test_five_kills_of_a_harvest(alone, tmp_path):
     output, draw = tmp_path / "out", np.random.default_rng(5)
     copy_parts(alone, output, "tokens")
-    args, survived = (*LOCAL, *SHARDS), {}
+    args, survived = (*LOCAL, *SHARDS, "--harvest.actors", "2"), {}
     for strike in range(5):
         more, delay = int(draw.integers(0, 5)), float(draw.uniform(0, 0.3))
         before = len(shards(output))

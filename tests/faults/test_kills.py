@@ -91,9 +91,9 @@ def test_worker_trial_and_command_are_killed_and_the_sweep_goes_on_to_the_same_n
     def at_work(number: int, since: Standing | None = None) -> bool:
         """In training of this cycle, with a checkpoint; since: one that goes beyond this, by workers that came then."""
         there = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
-        if not there or not trainers(victim):
+        if not there or Standing.of(there[0]).checkpoint <= (since.checkpoint if since else 0):
             return False
-        return Standing.of(there[0]).checkpoint > (since.checkpoint if since else 0)
+        return bool(trainers(victim))
 
     victim.wait_for(lambda: any(output.glob("chains/*/chain.json")))
     assert main(command(output, *args)[3:]) == 2
@@ -150,7 +150,7 @@ def test_a_killed_train_worker_is_replaced_and_goes_on_from_the_checkpoint(small
     # A checkpoint and a point of the curve each step: more places to be struck at, and the same numbers.
     every_step = ("--train.checkpoint_steps", "1", "--train.log_steps", "1")
     victim = Victim(output, *SEED0, "--sweep.cycles", "1", *every_step)
-    victim.wait_for(lambda: trainers(victim) and cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists())
+    victim.wait_for(lambda: cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists() and trainers(victim))
     (worker,) = trainers(victim)
     with frozen(worker):
         struck = Standing.of(cycles(output)[0])
@@ -177,7 +177,7 @@ def test_a_superseded_driver_and_its_worker_write_nothing_more(small_sweep, tmp_
         None,
     )
     while taken_over is None:
-        victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint)
+        victim.wait_for(lambda: cycles(output) and Standing.of(cycles(output)[0]).checkpoint and trainers(victim))
         (worker,) = trainers(victim)
         with frozen(worker):
             now = Standing.of(cycles(output)[0])
@@ -245,7 +245,7 @@ def test_a_chain_killed_ten_times_ends_with_the_undisturbed_numbers(undisturbed,
 
         def at_work() -> bool:
             found = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
-            return bool(found and trainers(victim) and there(Standing.of(found[0])))
+            return bool(found and there(Standing.of(found[0])) and trainers(victim))
 
         folder = cycles(output)[number] if len(cycles(output)) > number else None
         before = Standing.of(folder or output)
@@ -295,7 +295,9 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
     victim = Victim(output, *one_cycle, "--cluster.workers", str(before))
     expected, told = [], 0
     if before == 2:  # first one of the two workers alone: its group starts again with as many
-        victim.wait_for(lambda: len(trainers(victim)) == 2 and Standing.of(cycles(output)[0]).logged > 20)
+        victim.wait_for(
+            lambda: cycles(output) and Standing.of(cycles(output)[0]).logged > 20 and len(trainers(victim)) == 2
+        )
         first, second = trainers(victim)
         with frozen(first), frozen(second):
             struck = Standing.of(cycles(output)[0])
@@ -305,7 +307,9 @@ def test_a_stopped_chain_goes_on_with_another_number_of_workers(undisturbed, tmp
             [{"step": struck.checkpoint, "generation": 1, "workers": 2, "parallel": "ddp"}],
             struck.checkpoint,
         )
-    victim.wait_for(lambda: trainers(victim) and Standing.of(cycles(output)[0]).checkpoint > max(told, 40))
+    victim.wait_for(
+        lambda: cycles(output) and Standing.of(cycles(output)[0]).checkpoint > max(told, 40) and trainers(victim)
+    )
     workers = trainers(victim)
     assert len(workers) == before
     with frozen(workers[0]):
@@ -335,7 +339,7 @@ def test_a_killed_driver_of_a_chain_is_replaced_and_the_chain_goes_on(small_swee
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
     victim = Victim(output, *SEED0, "--sweep.cycles", "1", "--train.checkpoint_steps", "1")
-    victim.wait_for(lambda: trainers(victim) and cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists())
+    victim.wait_for(lambda: cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists() and trainers(victim))
     (driver,) = victim.find(DRIVER)
     driver.kill()
     victim.wait_for(lambda: [other for other in victim.find(DRIVER) if other.pid != driver.pid])

@@ -79,13 +79,15 @@ class Victim:
         """Descendants whose title starts so."""
         return [self._known[pid] for pid, found in self.family().items() if found.startswith(title)]
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = HANGS) -> None:
-        """Until the condition holds; the command must be alive all the while."""
+    def wait_for(self, condition: Callable[[], object], seconds: float = HANGS, every: float = 0.01) -> None:
+        """Until the condition holds, asked every so many seconds; the command must be alive all the while. A condition
+        that looks through all processes asks files first: it would keep a core busy that the command needs.
+        """
         end = time.monotonic() + seconds
         while not condition():
             assert self.alive, f"the command ended before it could be struck:\n{self.said}"
             assert time.monotonic() < end, f"the phase to strike in never came:\n{self.said}"
-            time.sleep(0.002)
+            time.sleep(every)
 
     def kill(self, everything: bool = False) -> None:
         """kill -9 of the driver, or of all its processes at the same moment as a power cut would.
