@@ -35,7 +35,9 @@ def ray_here(cpus: int, **options) -> Iterator[None]:
     """A Ray whose driver is the test process, with so many logical CPUs. options: of `ray.init`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_worker_niceness", "0")  # as a sweep's own cluster has it
+        # As a sweep's own cluster has it.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         for name, value in QUIET.items():
             patch.setenv(name, value)
         # Workers import functions from the test files, and the package from this checkout.

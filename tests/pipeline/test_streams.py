@@ -2,18 +2,17 @@
 
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import ray
 import torch
+from ray_here import ray_here
 
 from dmsae_ray.activations.dataset import ActivationDataset, Manifest, statistics_of
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits
-from dmsae_ray.cluster.connection import QUIET
 
 D, PER_GROUP, SHARDS, LANES = 512, 2048, 6, 8
 STREAMS = 5
@@ -22,23 +21,9 @@ BUDGET_MB = 64
 
 @pytest.fixture(scope="module")
 def cluster():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_worker_niceness", "0")  # as a sweep's own cluster has it
-        for name, value in QUIET.items():
-            patch.setenv(name, value)
-        here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
-        # One CPU for each stream's consumer and one for all that read, as a sweep leaves it to Ray Data.
-        ray.init(
-            address="local",
-            num_cpus=STREAMS + 1,
-            object_store_memory=1 << 30,
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env=here,
-        )
+    # One CPU for each stream's consumer and one for all that read, as a sweep leaves it to Ray Data.
+    with ray_here(cpus=STREAMS + 1, object_store_memory=1 << 30, include_dashboard=False):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

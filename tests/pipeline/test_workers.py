@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 from conftest import HANGS, core_bytes
+from ray_here import ray_here, train_here
 from s3_server import CLIENT_GIVES_UP_S, Burst, Share
 
 from dmsae_ray.activations.dataset import ActivationDataset
@@ -28,7 +29,7 @@ from dmsae_ray.attribution.shards import score_shards
 from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import plan_chains
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.trials import run_chains
+from dmsae_ray.distill.trials import drive
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -38,16 +39,8 @@ from dmsae_ray.show.terminal.progress import ProgressBoard
 @pytest.fixture(scope="module")
 def cluster(s3):
     """Started after the S3 server, whose keys the cluster's processes have from their environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_worker_niceness", "0")  # as a sweep's own cluster has it
-        # Workers import the loop below from this file, and the package from this checkout.
-        here = {"env_vars": {"PYTHONPATH": ":".join(str(Path(__file__).parents[i]) for i in range(3))}}
-        ray.init(
-            address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, runtime_env=here
-        )
+    with ray_here(cpus=4, include_dashboard=True, dashboard_port=0):
         yield
-        ray.shutdown()
 
 
 def dataset_of(sweep) -> ActivationDataset:
@@ -55,7 +48,6 @@ def dataset_of(sweep) -> ActivationDataset:
     return ActivationDataset(folder)
 
 
-@ray.remote(num_cpus=0.5)
 def attribute_in_group(rank: int, loop: dict) -> int:
     """A worker that does the attribution phase: how many shards were its own. Rank 1 may send a shard twice, and kill
     the actor once.
@@ -65,7 +57,7 @@ def attribute_in_group(rank: int, loop: dict) -> int:
     torch.set_num_threads(1)
     sae = MatryoshkaSAE.load(Path(loop["sae"]))[0]
     lm = LanguageModel.load("tiny", "blocks.2.hook_resid_post")
-    batches = list(ActivationDataset(loop["dataset"]).held_out("attribution").first_tokens(4096).batches(4))
+    batches = list(ActivationDataset(loop["dataset"]).held_out("attribution").first_tokens(2048).batches(2))
     (Path(loop["out"]) / f"ready-{rank}").touch()
     end = time.monotonic() + HANGS
     while len(list(Path(loop["out"]).glob("ready-*"))) < loop["workers"]:
@@ -94,7 +86,7 @@ def attribute_with(
     dataset = dataset_of(sweep)
     out.mkdir()
     sae = sweep.chains()["seed0-k8"] / "cycle_01" / "sae.safetensors"
-    batches = list(dataset.held_out("attribution").first_tokens(4096).batches(4))
+    batches = list(dataset.held_out("attribution").first_tokens(2048).batches(2))
     aggregator = Aggregator.remote(settings)
     ledger = [str(out / "ledger"), len(batches), "test"]
     loop = {
@@ -107,7 +99,9 @@ def attribute_with(
         "workers": workers,
         "trouble": trouble,
     }
-    counts = ray.get([attribute_in_group.remote(rank, loop) for rank in range(workers)])
+    # Rank 0 is this process.
+    others = [ray.remote(num_cpus=0.5)(attribute_in_group).remote(rank, loop) for rank in range(1, workers)]
+    counts = [attribute_in_group(0, loop), *ray.get(others)]
     return ray.get(aggregator.total.remote(tuple(ledger))), counts
 
 
@@ -129,20 +123,26 @@ def test_attribution_is_bit_equal_for_one_and_three_workers_a_shard_sent_twice_a
         assert getattr(alone, name) == getattr(shared, name), name
 
 
-def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1, **train) -> ChainPlan:
-    """The sweep's first chain, again, on this dataset, into another output folder."""
+def planned_again(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1, **train) -> ChainPlan:
+    """The sweep's first chain, on this dataset, in another output folder: ready to be run."""
     tree = load(SweepCommand, ["--config", str(sweep.output.parent / "small.yaml")]).section_dict()
     tree |= {"output": str(output), "sweep": {"seeds": [0], "k": [8], "cycles": cycles}}
     config = Config(**(tree | {"cluster": tree["cluster"] | {"workers": workers}, "train": tree["train"] | train}))
-    lock = OutputLock(config.home)
     (plan,) = plan_chains(config, dataset)
     plan.folder.describe(plan.key, plan.label, plan.fields)
     # The driver measures these before it starts chains; here they are the undisturbed sweep's.
     plan.references.mkdir(parents=True)
     for path in (sweep.output / "data" / plan.dataset_key).glob("references-*.json"):
         shutil.copy(path, plan.references)
+    return plan
+
+
+def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1, **train) -> ChainPlan:
+    """The sweep's first chain, again, on this dataset, into another output folder: a trial's work, without Tune."""
+    plan = planned_again(sweep, dataset, output, cycles, workers, **train)
+    lock, board = OutputLock(plan.config.home), ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
-        run_chains([plan], lock.lease(), 1, ray.remote(num_cpus=0)(ProgressBoard).remote(), output.parent / "scratch")
+        drive([plan], lock.lease(), board, str(output.parent / "scratch"))
     finally:
         lock.release()
     return plan
@@ -160,7 +160,8 @@ def reading_tasks() -> list:
 
 def test_training_rows_come_through_a_ray_dataset(cluster, small_sweep, tmp_path):
     before = len(reading_tasks())
-    plan = run_chain(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=1)
+    plan = planned_again(small_sweep, dataset_of(small_sweep), tmp_path / "out", cycles=1)
+    train_here([plan])
     assert plan.finished(), plan.folder.failure()
     done = reading_tasks()[before:]
     assert len(done) >= 1 and {task.state for task in done} == {"FINISHED"}
