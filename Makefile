@@ -9,6 +9,8 @@ ARGS   ?=
 # a single test is in pyproject.toml.
 TEST   := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PART   := sh tests/part.sh
+# Two processes that share the tests by file, in the order of tests/conftest.py.
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
 
@@ -66,7 +68,7 @@ ui: $(READY)
 # target below makes its own. `make test-all` leaves nothing out.
 test: test-unit test-browser
 	$(PART) parallel 45 timeout 900 $(TEST) tests/parallel
-	$(PART) "pipeline and faults" 300 timeout 3600 $(TEST) -m "not slow" --durations=12 tests/pipeline tests/faults
+	$(PART) "pipeline and faults" 300 timeout 3600 $(TEST) $(BY_FILE) -m "not slow" --durations=12 tests/pipeline tests/faults
 
 test-all: test-browser
 	$(TEST) -n 2 --dist worksteal tests/unit
@@ -78,10 +80,10 @@ test-unit: $(READY)
 
 # The page of a sweep in a real, headless Chromium (apt-get install chromium, or CHROMIUM=/path/to/it); says NOT RUN without one.
 test-browser: $(READY)
-	$(PART) browser 35 timeout 900 $(TEST) tests/browser
+	$(PART) browser 35 timeout 900 $(TEST) $(BY_FILE) tests/browser
 
 # Several processes over gloo, without Ray, and chains in lockstep: what must not depend on their number. `make test` leaves
-# out the longest one of lockstep.
+# out the longer ones of lockstep.
 test-parallel: $(READY)
 	timeout 900 $(TEST) tests/parallel
 	timeout 2400 $(TEST) tests/pipeline/test_lockstep.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,20 +10,41 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 
+FIRST = (
+    "pipeline/test_mlflow_server.py",
+    "pipeline/test_outliers.py",
+    "pipeline/test_streams.py",
+    "pipeline/test_object_store.py",
+    "faults/test_kills.py",
+)
+"""Where several processes share the tests by file: one makes the small sweep and the study, which the first of these
+needs, while another has what needs neither; then the longest.
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = f"{item.path.parent.name}/{item.path.name}"
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
 # A sweep that takes seconds once Ray is up, and is real in every part.
 SMALL = """
 name: small
-harvest: {tokens: 16_384, calibration_tokens: 2048, rows_per_group: 512, rows_per_shard: 8192}
+harvest: {tokens: 16_384, calibration_tokens: 2048, rows_per_group: 512, rows_per_shard: 8192, actors: 1}
 sae: {width: 256}
 train: {tokens: 16_384, batch: 512, lr: 3.0e-3, checkpoint_steps: 8, log_steps: 4}
-attribution: {tokens: 4096, sequences_per_shard: 4}
-evaluate: {tokens: 4096}
-features: {tokens: 2048, contexts: 3, spread: 1, most: 12}
+attribution: {tokens: 2048, sequences_per_shard: 4}
+evaluate: {tokens: 1024}
+features: {tokens: 1024, contexts: 3, spread: 1, most: 12}
 sweep: {seeds: [0, 1], k: [8], cycles: 2}
 compare: {draws: 100}
 """
@@ -45,9 +67,10 @@ class Run:
 
 def environment(**extra: str) -> dict[str, str]:
     """A user's environment: nothing that a test process left behind, and a cluster of one's own, whatever else runs
-    here.
+    here. Python keeps what it compiled, as it does for users: else each of a command's processes compiles us anew.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "MLFLOW_", "DMSAE_"))}
+    ours = ("RAY_", "TUNE_", "MLFLOW_", "DMSAE_", "PYTEST_", "PYTHONDONTWRITEBYTECODE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return kept | {"PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"} | extra
 
 
@@ -98,10 +121,12 @@ def start(output: Path, *args: str) -> tuple[subprocess.Popen, Path]:
 
 @dataclass
 class Sweep:
-    """A finished small sweep."""
+    """A finished sweep."""
 
     output: Path
     run: Run
+    made: Path
+    """its output folder when it ran; `output` is a copy, in which it was moved"""
 
     def chains(self) -> dict[str, Path]:
         """label -> folder of every chain."""
@@ -110,13 +135,36 @@ class Sweep:
         }
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], Run]) -> Sweep:
+    """A copy for this process of a sweep that the session's processes (`pytest -n`) share.
+
+    Whoever asks first makes it, while the others wait: make(folder) is to write folder/out.
+    """
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"shared-{name}"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "run.json").exists():
+            shutil.rmtree(shared / "made", ignore_errors=True)
+            (shared / "made").mkdir()
+            run = make(shared / "made")
+            assert run.code == 0, run.out
+            (shared / "run.json").write_text(json.dumps(asdict(run)))
+    copy = tmp_path_factory.mktemp(name)
+    shutil.copytree(shared / "made", copy, dirs_exist_ok=True)
+    run = Run(**json.loads((shared / "run.json").read_text()))
+    return Sweep(copy / "out", run, shared / "made" / "out")
+
+
 @pytest.fixture(scope="session")
 def small_sweep(tmp_path_factory) -> Sweep:
-    """The undisturbed sweep that others are compared with."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    run = run_command(output)
-    assert run.code == 0, run.out
-    return Sweep(output, run)
+    """The undisturbed sweep that others are compared with. It is a job that was submitted to a Ray head, see
+    pipeline/test_job.py; all others are plain commands, and come to the same bits.
+    """
+    from ray_head import submitted
+
+    return made_once(tmp_path_factory, "undisturbed", lambda folder: submitted(command(folder / "out")))
 
 
 ARMS = """
@@ -124,7 +172,7 @@ cluster: {lockstep: 2}
 study:
   arms:
     random: {fields: {selection.by: random, selection.size: match}, seeds: [0], k: [8]}
-    transfer: {core: distilled, cycles: 1, seeds: [0], k: [8, 16]}
+    transfer: {core: distilled, cycles: 1, seeds: [0], k: [8, 16, 24]}
     plain: {cycles: 1, seeds: [100], k: [8]}
     plain-long: {cycles: 1, seeds: [100, 101], k: [8], fields: {train.tokens: whole_chain}}
   expect:
@@ -147,10 +195,8 @@ def study_config(small_sweep, folder, more: str = ARMS):
 @pytest.fixture(scope="session")
 def study(small_sweep, tmp_path_factory):
     """A small study that goes on from the small sweep: its output folder and the run of the command."""
-    output = study_config(small_sweep, tmp_path_factory.mktemp("study"))
-    run = run_command(output)
-    assert run.code == 0, run.out
-    return output, run
+    sweep = made_once(tmp_path_factory, "study", lambda folder: run_command(study_config(small_sweep, folder)))
+    return sweep.output, sweep.run
 
 
 def results(output: Path) -> Path:

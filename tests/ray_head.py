@@ -13,7 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from conftest import environment, free_port
+from conftest import HANGS, Run, environment, free_port
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+PATH = f"{BIN}:/usr/bin:/bin"
 
 SLOW = "timed out during startup"
 """Ray gives its own processes 30 s to start, whatever else keeps the machine busy: then it is started once more."""
@@ -35,7 +39,7 @@ def ray_head(
     folder, port = tempfile.mkdtemp(prefix="ray-"), free_port()  # short: sockets in it have names of at most 107 bytes
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [
-        str(Path(sys.executable).parent / "ray"),
+        str(BIN / "ray"),
         "start",
         "--head",
         "--block",
@@ -69,3 +73,21 @@ def ray_head(
                 process.kill()
         psutil.wait_procs(processes, timeout=120)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def submitted(command: list[str]) -> Run:
+    """`ray start --head --num-cpus=3` and `ray job submit` of this command, with token authentication; the job runs in
+    a copy of the checkout that Ray makes.
+    """
+    port, began = free_port(), time.monotonic()
+    with ray_head(cpus=3, dashboard=port, PATH=PATH) as (address, _, env):
+        submit = [BIN / "ray", "job", "submit", "--address", f"http://127.0.0.1:{port}", "--working-dir", ".", "--"]
+        client = environment(**env, RAY_ADDRESS=address, PATH=PATH)
+        end = time.monotonic() + 600
+        while True:
+            job = [*submit, "python", *command[1:]]
+            done = subprocess.run(job, cwd=REPOSITORY, env=client, text=True, capture_output=True, timeout=HANGS)
+            if "No available agent to submit job" not in done.stderr or time.monotonic() > end:
+                break  # the head takes jobs some seconds after it said that it has started
+            time.sleep(1)
+    return Run(done.returncode, done.stdout + done.stderr, time.monotonic() - began)

@@ -57,7 +57,7 @@ def test_on_the_same_tokens_it_finds_what_the_chain_found(output):
     for label, folder in folders(output).items():
         for cycle in (0, 1):
             found, record = (
-                read(folder / f"cycle_{cycle:02d}" / name) for name in ("evaluation-4096.json", "record.json")
+                read(folder / f"cycle_{cycle:02d}" / name) for name in ("evaluation-1024.json", "record.json")
             )
             assert (found["label"], found["cycle"], found["chain"]) == (label, cycle, folder.name)
             prefixes = [entry["name"] for entry in found["prefixes"]]
@@ -72,20 +72,20 @@ def test_on_the_same_tokens_it_finds_what_the_chain_found(output):
             for one, other in zip(found["prefixes"], record["prefixes"], strict=True):
                 assert one.pop("name") == other.pop("name") and one == pytest.approx(other, rel=1e-5)
     new = files(output).keys() - before.keys()
-    assert len(new) == 4 and all(name.endswith("evaluation-4096.json") for name in new), "nothing else is made"
+    assert len(new) == 4 and all(name.endswith("evaluation-1024.json") for name in new), "nothing else is made"
     assert files(output).items() >= before.items(), "nothing is changed"
 
 
 def test_other_tokens_have_files_of_their_own_and_are_measured_once(output, capfd):
-    argv = ("--chain", "seed0-k8", "--evaluate.tokens", "1000", "--evaluate.sequences_per_batch", "4")
+    argv = ("--chain", "seed0-k8", "--evaluate.tokens", "700", "--evaluate.sequences_per_batch", "4")
     assert evaluate(output, *argv) == 0
     out, folder = capfd.readouterr().out, folders(output)["seed0-k8"]
-    (made,) = output.glob("chains/*/cycle_*/evaluation-1000.json")
-    assert made == folder / "cycle_01/evaluation-1000.json", (
+    (made,) = output.glob("chains/*/cycle_*/evaluation-700.json")
+    assert made == folder / "cycle_01/evaluation-700.json", (
         "the last cycle of the chain named, though that was trained with other fields"
     )
-    found, (references,) = read(made), output.glob("data/*/references-1000-4.json")
-    assert 1000 <= found["evaluation_tokens"] == read(references)["tokens"] < 1000 + 128
+    found, (references,) = read(made), output.glob("data/*/references-700-4.json")
+    assert 700 <= found["evaluation_tokens"] == read(references)["tokens"] < 700 + 128
     assert (
         found["loss_clean"] == read(references)["clean"]
         and found["fvu"] != read(folder / "cycle_01/record.json")["fvu"]
@@ -95,7 +95,7 @@ def test_other_tokens_have_files_of_their_own_and_are_measured_once(output, capf
     begun, running = (
         next(line for line in out.splitlines() if words in line) for words in ("the sweep did", "left for 1 SAEs")
     )
-    assert "1 SAEs on 1,000 tokens each" in begun and "tokens/s, at which it takes" in begun and "tokens/s" in running
+    assert "1 SAEs on 700 tokens each" in begun and "tokens/s, at which it takes" in begun and "tokens/s" in running
     before = files(output)
     assert evaluate(output, *argv) == 0
     out = capfd.readouterr().out

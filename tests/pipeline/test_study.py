@@ -5,9 +5,11 @@ import json
 import shutil
 
 import pytest
+import ray
 import torch
-from conftest import ARMS, results, run_command, study_config
+from conftest import ARMS, command, results, run_command, study_config
 
+from dmsae_ray import report
 from dmsae_ray.core.core import Core
 
 
@@ -17,13 +19,14 @@ def read(output, name):
 
 def test_every_arm_has_its_chains_and_those_of_the_sweep_are_reused(study, small_sweep):
     output, run = study
-    assert "chains: 2 of 7 already finished" in run.out, run.out
+    assert "chains: 2 of 8 already finished" in run.out, run.out
     rows = read(output, "evaluation.json")["rows"]
     assert [(row["chain"], row["cycle"], row["stage"], row["from"]) for row in rows] == [
         *[(f"seed{seed}-k8", cycle, "distill", None) for seed in (0, 1) for cycle in (0, 1)],
         ("seed0-k8-random", 0, "distill", None),
         ("seed0-k8-random", 1, "distill", None),
         ("seed0-k16-transfer-from-k8", 0, "transfer", "seed0-k8"),
+        ("seed0-k24-transfer-from-k8", 0, "transfer", "seed0-k8"),
         ("seed100-k8-plain", 0, "plain", None),
         ("seed100-k8-plain-long", 0, "plain", None),
         ("seed101-k8-plain-long", 0, "plain", None),
@@ -38,6 +41,18 @@ def test_every_arm_has_its_chains_and_those_of_the_sweep_are_reused(study, small
     counts = last["density_histogram"]
     assert sum(counts["core"]) + counts["silent"]["core"] == last["core_out"]
     assert sum(counts["core"]) + sum(counts["free"]) + sum(counts["silent"].values()) == 256
+
+
+def test_both_transfers_advance_on_one_stream_and_the_others_alone(study):
+    """Short form of chains in lockstep by the command, see test_lockstep.py."""
+    output, run = study
+    assert "groups of up to 2 in lockstep" in run.out
+    together = {
+        row["chain"]: json.loads((output / "chains" / row["folder"] / "cycle_00/record.json").read_text())["lockstep"]
+        for row in read(output, "evaluation.json")["rows"]
+        if row["last"]
+    }
+    assert together == {name: 2 if "transfer" in name else 1 for name in together} and 2 in together.values()
 
 
 def test_a_transfer_is_trained_on_the_core_of_its_source(study, small_sweep):
@@ -97,7 +112,7 @@ def test_expectations_are_judged_and_said(study):
     assert "plain SAEs have a core" in (results(output) / "report.txt").read_text()
 
 
-def test_the_report_makes_all_of_it_again_without_training(study):
+def test_the_report_makes_all_of_it_again_without_training(study, capfd):
     output, _ = study
     folder = results(output)
     names = (
@@ -123,10 +138,10 @@ def test_the_report_makes_all_of_it_again_without_training(study):
     )
     assert f"evaluation.base.k8.fvu {before['numbers.json']['evaluation.base.k8.fvu']:.6g}" in run.out
     # A second one keeps all that is known, and starts no Ray for it.
-    again = run_command(output, module="report")
-    assert (
-        again.code == 0 and "ray: " not in again.out and "compare: " not in again.out and "features: " not in again.out
-    ), again.out
+    assert report.main(command(output, module="report")[3:]) == 0
+    again = capfd.readouterr().out
+    assert "Expected before the run" in again and not ray.is_initialized()
+    assert "ray: " not in again and "compare: " not in again and "features: " not in again, again
 
 
 @pytest.mark.slow
@@ -165,11 +180,11 @@ def test_training_goes_on_from_a_consensus_core_and_two_sweeps_are_compared(stud
     assert {pair["group"] for pair in json.loads(found.read_text())["pairs"]} == {"base/arm"}
 
 
-def test_against_what_is_no_sweep_is_refused_at_once(study, tmp_path):
+def test_against_what_is_no_sweep_is_refused_at_once(study, tmp_path, capfd):
     output, _ = study
-    run = run_command(output, "--against", str(tmp_path), module="report")
-    assert run.code == 2 and "not a sweep's results folder (lacks config.yaml, chains.json, numbers.json)" in run.out, (
-        run.out
-    )
-    run = run_command(output, "--against", str(results(output)), module="report")
-    assert run.code == 2 and "is this sweep itself" in run.out, run.out
+    for folder, words in (
+        (tmp_path, "not a sweep's results folder (lacks config.yaml, chains.json, numbers.json)"),
+        (results(output), "is this sweep itself"),
+    ):
+        assert report.main(command(output, "--against", str(folder), module="report")[3:]) == 2
+        assert words in capfd.readouterr().err
