@@ -194,8 +194,31 @@ def study_config(small_sweep, folder, more: str = ARMS):
 
 @pytest.fixture(scope="session")
 def study(small_sweep, tmp_path_factory):
-    """A small study that goes on from the small sweep: its output folder and the run of the command."""
-    sweep = made_once(tmp_path_factory, "study", lambda folder: run_command(study_config(small_sweep, folder)))
+    """A small study that goes on from the small sweep: its output folder and the run of the command.
+
+    The command trains the transfers, two chains in lockstep; the arms that need only the small sweep are trained
+    before it by the worker's loop in this process, which saves four trials of a dozen processes each.
+    """
+
+    def make(folder: Path) -> Run:
+        from ray_here import ray_here, train_here
+
+        from dmsae_ray.activations.dataset import ActivationDataset
+        from dmsae_ray.config import Config
+        from dmsae_ray.distill.grid import plan_chains
+        from dmsae_ray.driver.options import SweepCommand, load
+
+        output = study_config(small_sweep, folder)
+        (dataset,) = (output / "data").iterdir()
+        config = Config(**load(SweepCommand, command(output)[3:]).sections())
+        with ray_here(cpus=2, include_dashboard=False):
+            for plan in plan_chains(config, ActivationDataset(dataset)):
+                if plan.label.endswith(("-random", "-plain", "-plain-long")):
+                    plan.folder.describe(plan.key, plan.label, plan.fields)
+                    train_here([plan])
+        return run_command(output)
+
+    sweep = made_once(tmp_path_factory, "study", make)
     return sweep.output, sweep.run
 
 

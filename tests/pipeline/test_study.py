@@ -19,7 +19,7 @@ def read(output, name):
 
 def test_every_arm_has_its_chains_and_those_of_the_sweep_are_reused(study, small_sweep):
     output, run = study
-    assert "chains: 2 of 8 already finished" in run.out, run.out
+    assert "chains: 6 of 8 already finished" in run.out, run.out
     rows = read(output, "evaluation.json")["rows"]
     assert [(row["chain"], row["cycle"], row["stage"], row["from"]) for row in rows] == [
         *[(f"seed{seed}-k8", cycle, "distill", None) for seed in (0, 1) for cycle in (0, 1)],
