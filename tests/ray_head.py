@@ -47,7 +47,7 @@ def ray_head(
         f"--port={port}",
         *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]),
         f"--temp-dir={folder}",
-        # Fixed numbers by default, which another head on this machine may have: jobs would then wait for an agent in vain.
+        # Fixed by default, and another head on this machine may have them: jobs would wait for an agent in vain.
         *(f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")),
     ]
     # Ray runs workers at niceness 15 by default: beside other work on the machine a test would stand still.

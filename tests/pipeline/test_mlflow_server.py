@@ -1,6 +1,5 @@
 """The study's results on a real MLflow server, asked through its API and looked at in its own page."""
 
-import io
 import json
 import os
 import re
@@ -10,19 +9,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import redirect_stdout
 from pathlib import Path
 from urllib.error import URLError
 
 import mlflow
 import pytest
-import ray
 from chromium import launched
-from conftest import HANGS, command, environment, free_port, results
+from conftest import HANGS, environment, free_port, results, run_command
 from playwright.sync_api import expect
 
 import dmsae_ray
-from dmsae_ray.sweep import main
 
 
 class Server:
@@ -99,10 +95,9 @@ def server(study, tmp_path_factory):
     shutil.copy(study[0].parent / "small.yaml", folder / "small.yaml")
     shutil.copytree(study[0], folder / "out", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts", "mlflow_home"))
     server = Server(folder)
-    said = io.StringIO()
-    with redirect_stdout(said):
-        assert main(command(folder / "out", "--track.uri", server.url)[3:]) == 0 and not ray.is_initialized()
-    (server.printed,) = re.findall(r"MLflow: (http\S+)", said.getvalue())
+    run = run_command(folder / "out", "--track.uri", server.url)
+    assert run.code == 0 and "ray: " not in run.out, run.out
+    (server.printed,) = re.findall(r"MLflow: (http\S+)", run.out)
     yield server, folder / "out"
     server.stop()
 

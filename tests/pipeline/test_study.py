@@ -74,6 +74,7 @@ def test_the_comparison_is_by_arm_and_the_base_stands_beside_plain_saes_on_as_ma
     assert {(pair["a"], pair["b"], pair["group"]) for pair in comparison["pairs"]} == {
         ("seed0-k8", "seed1-k8", "base/seed"),
         ("seed0-k8", "seed0-k8-random", "base~random/arm"),
+        ("seed0-k16-transfer-from-k8", "seed0-k24-transfer-from-k8", "transfer/k"),
         ("seed100-k8-plain", "seed100-k8-plain-long", "plain~plain-long/arm"),
         ("seed100-k8-plain-long", "seed101-k8-plain-long", "plain-long/seed"),
     }
