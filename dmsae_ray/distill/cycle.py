@@ -135,14 +135,17 @@ class Cycle:
         Saves the SAE with its densities.
         """
         self._say("evaluate", rate=self.chain.rates.get("evaluate"))
-        plan, evaluate, tally = self.plan, self.plan.config.evaluate, Tally()
+        plan, evaluate, manifest = self.plan, self.plan.config.evaluate, self.dataset.manifest
         removal = plan.config.selection.by == "reconstruction"
-        batches = list(self._sequences("evaluation", evaluate.tokens).batches(evaluate.sequences_per_batch))
+        sequences = self._sequences("evaluation", evaluate.tokens)
+        tally = Tally(len(sequences), torch.tensor(manifest.mean))
+        batches = list(enumerate(sequences.batches(evaluate.sequences_per_batch)))
         # A rank without a batch tallies one of length 1, BOS alone, in which no row counts: all ranks must add up the
         # same sums.
-        mine = batches[self.rank.number :: self.rank.world] or [(batches[0][0], torch.ones_like(batches[0][1]))]
+        ids_NT, lengths_N = batches[0][1]
+        mine = batches[self.rank.number :: self.rank.world] or [(0, (ids_NT, torch.ones_like(lengths_N)))]
         began = time.monotonic()
-        for done, (ids_NT, lengths_N) in enumerate(mine, 1):
+        for done, (place, (ids_NT, lengths_N)) in enumerate(mine, 1):
             tally_batch(
                 tally,
                 sae,
@@ -151,7 +154,8 @@ class Cycle:
                 lengths_N.to(self.rank.device),
                 self.scale,
                 removal,
-                self.dataset.manifest.max_norm,
+                manifest.max_norm,
+                place * evaluate.sequences_per_batch,
             )
             read = done * self.rank.world * evaluate.sequences_per_batch * plan.config.model.context
             self.chain.rates["evaluate"] = read / (time.monotonic() - began)
@@ -161,7 +165,6 @@ class Cycle:
         metrics, density_F = scores_of(tally, sae, read_references(plan.references, evaluate))
         if self.rank.writes:
             self.rank.lease.check()
-            manifest = self.dataset.manifest
             sae.save(
                 self.folder.sae,
                 {

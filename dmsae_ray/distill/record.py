@@ -88,6 +88,10 @@ class CycleRecord:
     evaluation_tokens: int
     rows_left_out: int | None = None
     """tokens beyond the bound on norms; None: written before there was one"""
+    standard_errors: dict[str, float] | None = None
+    """of fvu, kl and loss recovered over evaluation sequences, see evaluation/standard_error.py; None: written before
+    they were measured
+    """
 
     core_share: float
     """attribution carried by the core it was trained on"""

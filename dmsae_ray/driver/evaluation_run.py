@@ -192,11 +192,11 @@ class Evaluation:
     def measured(self, saved: Saved) -> dict[str, Any]:
         """The metrics of record.json, on the tokens asked for."""
         evaluate, references, lm = self.config.evaluate, self.references(), self.lm
-        began, tally, manifest = time.monotonic(), Tally(), self.dataset.manifest
+        began, manifest = time.monotonic(), self.dataset.manifest
         sae = MatryoshkaSAE.load(saved.folder.sae)[0].to(self.device)
-        batches = list(
-            self.dataset.held_out("evaluation").first_tokens(evaluate.tokens).batches(evaluate.sequences_per_batch)
-        )
+        sequences = self.dataset.held_out("evaluation").first_tokens(evaluate.tokens)
+        tally = Tally(len(sequences), torch.tensor(manifest.mean))
+        batches = list(sequences.batches(evaluate.sequences_per_batch))
         said = began
         for done, (ids_NT, lengths_N) in enumerate(batches, 1):
             tally_batch(
@@ -207,6 +207,7 @@ class Evaluation:
                 lengths_N.to(self.device),
                 manifest.scale,
                 max_norm=manifest.max_norm,
+                first=(done - 1) * evaluate.sequences_per_batch,
             )
             now = time.monotonic()
             # After the first batch, from which the rate is known, and then now and again.
@@ -221,7 +222,7 @@ class Evaluation:
         metrics, _ = scores_of(tally, sae, references)
         return metrics | {"seconds": time.monotonic() - began, "device": self.device, "finished_at": time.time()}
 
-    def references(self) -> dict[str, float]:
+    def references(self) -> dict[str, Any]:
         """Clean and ablated losses on these tokens; measured where they were not yet."""
         folder = self.config.home / "data" / self.dataset.manifest.key
         if not references_path(folder, self.config.evaluate).exists():

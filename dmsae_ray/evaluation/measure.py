@@ -16,6 +16,7 @@ import torch
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.core.criterion import removal_cost
 from dmsae_ray.evaluation.prefixes import Prefix, prefixes_of, reconstructions
+from dmsae_ray.evaluation.standard_error import OF_A_SEQUENCE, standard_errors
 from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
@@ -23,9 +24,24 @@ from dmsae_ray.sae.sae import MatryoshkaSAE
 
 @dataclass
 class Tally:
-    """Sums over rows, fp64, that add across batches and workers."""
+    """Sums over rows, fp64, that add across batches and workers; of `sequences` sequences also one by one, which
+    standard errors need.
+    """
 
+    sequences: int = 0
+    mean_D: torch.Tensor | None = None
+    """of the dataset's rows, raw units: what FVU's variance is around when it is taken of one sequence"""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sequences:
+            self.sums["by_sequence"] = torch.zeros(len(OF_A_SEQUENCE), self.sequences, dtype=torch.float64)
+
+    def add_sequences(self, first: int, **values: torch.Tensor) -> None:
+        """What belongs to the sequences from `first` on, [N] each; those beyond the last one only fill a batch."""
+        table = self.sums["by_sequence"][:, first:]
+        for row, name in zip(table, OF_A_SEQUENCE, strict=True):
+            row[: len(values[name])] += values[name][: len(row)].double().cpu()
 
     def add(self, **values) -> None:
         for name, value in values.items():
@@ -47,6 +63,7 @@ def tally_batch(
     scale: float,
     removal: bool = False,
     max_norm: float | None = None,
+    first: int = 0,
 ) -> None:
     """Add one batch of sequences, on the SAE's device: every prefix's reconstruction in place of what stands at the
     hook.
@@ -54,7 +71,8 @@ def tally_batch(
     removal: also add what the removal of each candidate costs (`criterion.removal_cost`). max_norm: the dataset's
     bound, raw units.
     Rows beyond it were not trained on: they keep what stands there, and count in nothing but the loss, whose targets
-    all rows are, and the sums `..._left_out`, which FVU over all rows needs.
+    all rows are, and the sums `..._left_out`, which FVU over all rows needs. first: place of the batch's first sequence
+    among the tally's.
     """
     rows_NT = lm.rows(ids_NT, lengths_N)
     cut = lm.cut(ids_NT)
@@ -62,12 +80,15 @@ def tally_batch(
     x_MD = cut.value_BTD[counts_NT] / scale
     z_MF = sae.encode(x_MD)
     left_out_RD = cut.value_BTD[rows_NT & ~counts_NT] / scale
-    errors, errors_left_out = [], []
+    errors, errors_left_out, errors_M = [], [], x_MD.new_zeros(len(x_MD))
 
     def spliced() -> Iterator[torch.Tensor]:
+        nonlocal errors_M
         outside = reconstructions(sae, sae.encode(left_out_RD)) if len(left_out_RD) else None
         for x_hat_MD in reconstructions(sae, z_MF):
-            errors.append((x_MD - x_hat_MD).double().square().sum())
+            squares_MD = (x_MD - x_hat_MD).double().square()
+            errors.append(squares_MD.sum())
+            errors_M = squares_MD.sum(dim=1)  # in the end, of the whole SAE
             errors_left_out.append(
                 (left_out_RD - next(outside)).double().square().sum() if outside else torch.zeros_like(errors[-1])
             )
@@ -75,15 +96,15 @@ def tally_batch(
             spliced_NTD[counts_NT] = x_hat_MD * scale
             yield spliced_NTD
 
-    loss_Q, kl_Q = divergence(lm, cut, spliced(), ids_NT, lengths_N)
+    loss_QN, kl_QN = divergence(lm, cut, spliced(), ids_NT, lengths_N)
     tally.add(
         rows=len(x_MD),
         x=x_MD.double().sum(dim=0),
         x2=x_MD.double().square().sum(),
         active=(z_MF > 0).sum(dim=0),
         error=torch.stack(errors),
-        loss=loss_Q,
-        kl=kl_Q,
+        loss=loss_QN.sum(dim=1),
+        kl=kl_QN.sum(dim=1),
         rows_left_out=len(left_out_RD),
         x_left_out=left_out_RD.double().sum(dim=0),
         x2_left_out=left_out_RD.double().square().sum(),
@@ -91,9 +112,21 @@ def tally_batch(
     )
     if removal:
         tally.add(removal=removal_cost(sae, x_MD, z_MF))
+    if tally.sequences and tally.mean_D is not None:
+        centred_MD = x_MD - tally.mean_D.to(x_MD) / scale
+        sequence_M = counts_NT.nonzero()[:, 0]
+        zeros_N = torch.zeros(len(ids_NT), dtype=torch.float64, device=x_MD.device)
+        tally.add_sequences(
+            first,
+            tokens=rows_NT.sum(dim=1),
+            error=zeros_N.index_add(0, sequence_M, errors_M),
+            variance=zeros_N.index_add(0, sequence_M, centred_MD.double().square().sum(dim=1)),
+            loss=loss_QN[-1],
+            kl=kl_QN[-1],
+        )
 
 
-def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) -> tuple[dict[str, Any], torch.Tensor]:
+def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
     """Metrics of the method's "Evaluation terms" as plain JSON types, and each latent's density [F].
 
     Densities, L0, dead share and `fvu` are over the rows that count; `rows_left_out` is how many evaluation rows do
@@ -110,6 +143,8 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
     core alone, so a decoder fitted to the core would explain more; latents overlap, so the free ones alone do not
     explain the rest; and it is negative where bias and core fit worse than the mean row does, above 1 where the free
     latents do harm.
+
+    `standard_errors` are the whole SAE's, see there; None where the tally or the references know no sequences.
     """
     sums, prefixes = tally.sums, prefixes_of(sae)
     rows, left_out = float(sums["rows"]), float(sums["rows_left_out"])
@@ -157,5 +192,6 @@ def scores_of(tally: Tally, sae: MatryoshkaSAE, references: dict[str, float]) ->
         "prefixes": entries,
         "evaluation_tokens": int(targets),
         "rows_left_out": int(left_out),
+        "standard_errors": standard_errors(sums.get("by_sequence"), references.get("by_sequence")),
     }
     return metrics, density_F

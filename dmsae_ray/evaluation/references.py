@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,14 +30,14 @@ def measure_references(config: Config, dataset: ActivationDataset, folder: Path)
     write_references(folder, config.evaluate, ray.get(task.remote(config, dataset.store.url)))
 
 
-def write_references(folder: Path, evaluate: EvaluateConfig, losses: dict[str, float]) -> None:
+def write_references(folder: Path, evaluate: EvaluateConfig, losses: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(references_path(folder, evaluate), losses)
 
 
 def references_of(
     lm, dataset: ActivationDataset, evaluate: EvaluateConfig, device: str | torch.device
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure them here."""
     sequences = dataset.held_out("evaluation").first_tokens(evaluate.tokens)
     batches = ((ids.to(device), lengths.to(device)) for ids, lengths in sequences.batches(evaluate.sequences_per_batch))
@@ -45,7 +46,7 @@ def references_of(
     return losses | {"seconds": time.monotonic() - began}
 
 
-def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
+def _measure(config: Config, dataset: SecretUrl) -> dict[str, Any]:
     from dmsae_ray.lm.model import LanguageModel
 
     torch.set_num_threads(config.harvest.threads)
@@ -54,10 +55,13 @@ def _measure(config: Config, dataset: SecretUrl) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, float]:
+def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None = None) -> dict[str, Any]:
     """Loss per token that needs no SAE: clean, and with what stands at the hook set to zero or to its mean (BOS kept,
-    and rows beyond max_norm, as a splice keeps them)."""
-    sums, tokens = torch.zeros(KINDS, dtype=torch.float64), 0
+    and rows beyond max_norm, as a splice keeps them).
+
+    `by_sequence` has each sequence's sums of the three in their order, which standard errors need.
+    """
+    sums, tokens = [torch.zeros(KINDS, 0, dtype=torch.float64)], 0
     for ids_NT, lengths_N in batches:
         rows_NT = lm.rows(ids_NT, lengths_N)
         cut = lm.cut(ids_NT)
@@ -67,11 +71,13 @@ def reference_losses(lm, batches, mean_D: torch.Tensor, max_norm: float | None =
             torch.where(counts_NT1, value_D.to(cut.value_BTD), cut.value_BTD)
             for value_D in (torch.zeros_like(mean_D), mean_D)
         ]
-        sums += divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0]
-    return dict(zip(("clean", "zero", "mean"), (sums / tokens).tolist(), strict=True)) | {"tokens": tokens}
+        sums.append(divergence(lm, cut, [cut.value_BTD, *ablated], ids_NT, lengths_N)[0])
+    losses_KN = torch.cat(sums, dim=1)
+    means = dict(zip(("clean", "zero", "mean"), (losses_KN.sum(dim=1) / tokens).tolist(), strict=True))
+    return means | {"tokens": tokens, "by_sequence": losses_KN.tolist()}
 
 
-def cycle_seconds(config: Config, references: dict[str, float]) -> tuple[float, float] | None:
+def cycle_seconds(config: Config, references: dict[str, Any]) -> tuple[float, float] | None:
     """What a cycle's evaluation and its attribution will take one worker on a device like that of the references; None
     if these say no time.
 
@@ -90,5 +96,5 @@ def references_path(dataset_folder: Path, evaluate) -> Path:
     return dataset_folder / f"references-{evaluate.tokens}-{evaluate.sequences_per_batch}.json"
 
 
-def read_references(dataset_folder: Path, evaluate) -> dict[str, float]:
+def read_references(dataset_folder: Path, evaluate) -> dict[str, Any]:
     return json.loads(references_path(dataset_folder, evaluate).read_text())

@@ -24,8 +24,8 @@ itself took 2 to 8 times as long. A GPU's launches are worth 256 rows of the lar
 def divergence(
     lm: LanguageModel, cut: Cut, values: Iterable[torch.Tensor], ids_BT: torch.Tensor, lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each value [B, T, D] at the hook: loss_Q and kl_Q, fp64 on the CPU, in nats, summed over the targets, which
-    are the `rows`.
+    """For each value [B, T, D] at the hook and each sequence: loss_QB and kl_QB, fp64 on the CPU, in nats, summed over
+    the sequence's targets, which are the `rows`.
 
         loss = sum over targets of  -log q(target)        kl = sum over targets of  sum_v p(v) (log p(v) - log q(v))
 
@@ -34,22 +34,25 @@ def divergence(
     values: taken one at a time; an iterator may make each when it is asked for.
     """
     predicts_Bt, targets_R = _targets(lm, ids_BT, lengths_B)
+    sequence_R = predicts_Bt.nonzero()[:, 0].cpu()
 
     def at_targets(value_BTD: torch.Tensor) -> torch.Tensor:
         return _at_targets(lm, cut, value_BTD, predicts_Bt)
 
     clean_RD = at_targets(cut.value_BTD)
     streams = [at_targets(value_BTD) for value_BTD in values]
-    loss_Q = torch.zeros(len(streams), dtype=torch.float64)
-    kl_Q = torch.zeros_like(loss_Q)
+    loss_QB = torch.zeros(len(streams), len(ids_BT), dtype=torch.float64)
+    kl_QB = torch.zeros_like(loss_QB)
     for chunk in _chunks(lm, clean_RD):
         log_p_rV = torch.log_softmax(lm.unembed(clean_RD[chunk]).float(), dim=1)
         p_rV, targets_r1 = log_p_rV.exp(), targets_R[chunk, None].to(log_p_rV.device)
         for q, stream_RD in enumerate(streams):
             log_q_rV = torch.log_softmax(lm.unembed(stream_RD[chunk]).float(), dim=1)
-            loss_Q[q] -= float(log_q_rV.gather(1, targets_r1).double().sum())
-            kl_Q[q] += float(torch.linalg.vecdot(p_rV, log_p_rV - log_q_rV).double().sum())
-    return loss_Q, kl_Q
+            loss_r = -log_q_rV.gather(1, targets_r1)[:, 0]
+            loss_QB[q].index_add_(0, sequence_R[chunk], loss_r.double().cpu())
+            kl_r = torch.linalg.vecdot(p_rV, log_p_rV - log_q_rV)
+            kl_QB[q].index_add_(0, sequence_R[chunk], kl_r.double().cpu())
+    return loss_QB, kl_QB
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     chains.<arm>                                        finished chains
     evaluation.<arm>.k<k>.<metric>                      last cycle, mean over the arm's chains of this k
+    evaluation.<arm>.k<k>.standard_errors.<metric>      over evaluation sequences: fvu, kl, loss_recovered_zero, _mean
     evaluation.<arm>.k<k>.prefix.<core|0|1|..>.<metric> the same for a prefix
     consistency.<arm>.<differs>.<metric>                mean over pairs
     consistency.<arm>.<differs>.<metric>.low, .high     its interval over seeds, where there is one
@@ -80,6 +81,7 @@ def evaluation_values(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, An
         named = [(metric, row.get(metric)) for metric in METRICS]
         named += [(f"decoder_drift.{name}", value) for name, value in (row.get("decoder_drift") or {}).items()]
         named += [(name, attribution.get(name)) for name in ("split_half_spearman", "split_half_jaccard")]
+        named += [(f"standard_errors.{name}", value) for name, value in (row.get("standard_errors") or {}).items()]
         for prefix in row.get("prefixes") or ():
             named += [(f"prefix.{prefix['name']}.{metric}", value) for metric, value in prefix.items()]
         yield from ((row, f"{place}.{name}", value) for name, value in named if _is_number(value))

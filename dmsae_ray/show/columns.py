@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class ChainRow:
     """
     dead: float | None = None
     tokens_per_s: float | None = None
+    standard_errors: dict[str, float] | None = None
+    """of the evaluation, see evaluation/standard_error.py"""
 
 
 def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) -> ChainRow:
@@ -73,6 +76,21 @@ def chain_row(label: str, folder: Path, cycles: int, status: str | None = None) 
         loss_recovered_mean=last.loss_recovered_mean,
         dead=last.dead_share,
         tokens_per_s=last.tokens_per_s,
+        standard_errors=last.standard_errors,
+    )
+
+
+def standard_error_words(errors: Iterable[dict[str, float] | None]) -> str | None:
+    """How far evaluations would move on other text of the kind, in a sentence; None if none knows."""
+    known = [one for one in errors if one]
+    if not known:
+        return None
+    most = {name: max(one[name] for one in known) for name in known[0]}
+    return (
+        f"Standard errors over the sequences evaluated, at most: FVU {most['fvu']:.2g}, loss recovered "
+        f"{most['loss_recovered_zero']:.2g} (zero) and {most['loss_recovered_mean']:.2g} (mean), KL {most['kl']:.2g}; "
+        "four times as many evaluate.tokens halve them. All chains read the same text: how they differ is surer than "
+        "that."
     )
 
 

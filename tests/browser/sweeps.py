@@ -118,6 +118,7 @@ def evaluation_rows(
             "core_l0": core_l0,
             "fvu_all_rows": fvu + 0.4,
             "rows_left_out": 17,
+            "standard_errors": {"fvu": 0.01, "kl": 0.02, "loss_recovered_zero": 0.003, "loss_recovered_mean": 0.004},
             "core_density": core_l0 / before if before else None,
             "free_l0": k - core_l0,
             "fvu": fvu,

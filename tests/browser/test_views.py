@@ -218,6 +218,9 @@ def test_coverage(sweep, artifact):
 
 def test_quality(sweep, artifact):
     page = sweep.go("quality")
+    assert (
+        "Standard errors over the sequences evaluated, at most: FVU 0.01" in page.locator(".view.current").inner_text()
+    )
     last = [row for row in artifact("evaluation")["rows"] if row["last"]]
     for chart, field in (
         ("fvu", "fvu"),

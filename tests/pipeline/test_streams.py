@@ -14,9 +14,9 @@ from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits
 
-D, PER_GROUP, SHARDS, LANES = 512, 2048, 6, 8
-STREAMS = 5
-BUDGET_MB = 64
+D, PER_GROUP, SHARDS, LANES = 256, 2048, 6, 8
+STREAMS = 4
+BUDGET_MB = 32
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> ActivationDataset:
-    """200 MB of random rows: several times what a stream may hold at once."""
+    """100 MB of random rows: several times what a stream may hold at once."""
     store, nothing = Store(tmp_path_factory.mktemp("rows")), {"bos": 0, "padding": 0, "outlier": 0, "unused": 0}
     generator, writer, entries = torch.Generator().manual_seed(0), ShardWriter(), []
     for name in [*(f"train-{i:05d}" for i in range(SHARDS)), "calibration"]:

@@ -68,6 +68,7 @@ def cycle_record(**given: Any) -> dict[str, Any]:
         "prefixes": [PREFIX],
         "evaluation_tokens": 1000,
         "rows_left_out": 0,
+        "standard_errors": {"fvu": 0.01, "kl": 0.02, "loss_recovered_zero": 0.003, "loss_recovered_mean": 0.004},
         "core_share": 0.5,
         "coverage": 0.9,
         "selection": {"by": "attribution", "size": "tau", "candidates": 8},

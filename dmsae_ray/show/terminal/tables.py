@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dmsae_ray.compare.pair import MATCHED_COMPUTE
 from dmsae_ray.files import replacing
-from dmsae_ray.show.columns import ChainRow, null_of, null_value
+from dmsae_ray.show.columns import ChainRow, null_of, null_value, standard_error_words
 from dmsae_ray.show.terminal.consensus_text import consensus_text
 from dmsae_ray.show.terminal.console import WIDTH
 from dmsae_ray.show.terminal.empty_table import table_of
@@ -208,7 +208,10 @@ def report(
 ) -> Group:
     """All tables with their notes. comparison, consensus: what their files hold; None: not made. failed: parts that
     could not be made, or not all of them, and why."""
-    parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim"), Text("")]
+    parts: list[RenderableType] = [chains_table(rows), Text(CHAINS_NOTE, style="dim")]
+    if (sure := standard_error_words(row.standard_errors for row in rows)) is not None:
+        parts.append(Text(sure, style="dim"))
+    parts.append(Text(""))
     if comparison is not None:
         if len(comparison["pairs"]) <= MANY_PAIRS:
             parts += [pairs_table(comparison["pairs"]), pairs_note(comparison)]
@@ -285,7 +288,9 @@ def evaluation_tables(rows: Sequence[dict[str, Any]]) -> Group:
             for name in ("fvu", "loss_recovered_mean", "kl")
         )
         prefixes.add_row(row["label"], str(row["cycle"]), *cells)
-    return Group(whole, Text(EVALUATION_NOTE, style="dim"), Text(""), prefixes)
+    sure = standard_error_words(row.get("standard_errors") for row in rows)
+    notes = [Text(note, style="dim") for note in (EVALUATION_NOTE, sure) if note is not None]
+    return Group(whole, *notes, Text(""), prefixes)
 
 
 EVALUATION_NOTE = (

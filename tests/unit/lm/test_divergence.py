@@ -42,7 +42,7 @@ def test_sums_are_those_of_whole_logits(architecture, kind, monkeypatch):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": 7 * lm.vocabulary})
         cut = lm.cut(IDS_BT)
         before_BTD, values = cut.value_BTD.clone(), values_of(cut)
-        loss_Q, kl_Q = divergence(lm, cut, iter(values), IDS_BT, LENGTHS)
+        loss_Q, kl_Q = (sums_QB.sum(dim=1) for sums_QB in divergence(lm, cut, iter(values), IDS_BT, LENGTHS))
         assert loss_Q.dtype == kl_Q.dtype == torch.float64 and torch.equal(cut.value_BTD, before_BTD)
         for value_BTD, loss, kl in zip(values, loss_Q.tolist(), kl_Q.tolist(), strict=True):
             expected_loss, expected_kl = by_whole_logits(lm, cut, value_BTD)
@@ -67,8 +67,19 @@ def test_how_rows_are_cut_changes_no_sum(monkeypatch):
 def test_where_nothing_counts_sums_are_zero():
     lm = load("tiny", at("hook_resid_post"))
     cut = lm.cut(IDS_BT)
-    loss_Q, kl_Q = divergence(lm, cut, values_of(cut), IDS_BT, torch.ones(len(IDS_BT), dtype=torch.int64))
-    assert loss_Q.tolist() == kl_Q.tolist() == [0.0] * 4
+    loss_QB, kl_QB = divergence(lm, cut, values_of(cut), IDS_BT, torch.ones(len(IDS_BT), dtype=torch.int64))
+    assert loss_QB.shape == kl_QB.shape == (4, len(IDS_BT)) and not loss_QB.any() and not kl_QB.any()
+
+
+def test_each_sequence_has_its_own_sum():
+    lm = load("tiny", at("hook_resid_post"))
+    cut = lm.cut(IDS_BT)
+    together = torch.stack(divergence(lm, cut, values_of(cut), IDS_BT, LENGTHS))
+    for b in range(len(IDS_BT)):
+        one = lm.cut(IDS_BT[b : b + 1])
+        values = [value_BTD[b : b + 1] for value_BTD in values_of(cut)]
+        alone = torch.stack(divergence(lm, one, values, IDS_BT[b : b + 1], LENGTHS[b : b + 1]))
+        torch.testing.assert_close(together[:, :, b : b + 1], alone, rtol=1e-5, atol=1e-4)
 
 
 def test_what_stands_at_padding_changes_nothing():

@@ -111,6 +111,16 @@ def test_both_ablations_and_both_sets_of_rows_are_shown(tmp_path):
     assert "0.210/" not in none_left and "0.210" in none_left
 
 
+def test_the_largest_standard_error_of_all_chains_is_said_and_nothing_where_none_was_measured():
+    small = {"fvu": 0.001, "kl": 0.02, "loss_recovered_zero": 0.003, "loss_recovered_mean": 0.004}
+    words = columns.standard_error_words([small, None, {**small, "fvu": 0.0123, "kl": 0.01}])
+    assert "FVU 0.012, loss recovered 0.003 (zero) and 0.004 (mean), KL 0.02;" in words
+    rows = [columns.ChainRow("seed0-k16", "done", (3,), standard_errors=small), columns.ChainRow("seed1-k16", "done")]
+    assert "at most: FVU 0.001," in tables.plain_text(tables.report(rows, None)).replace("\n", " ")
+    assert columns.standard_error_words([None]) is None
+    assert "Standard errors" not in tables.plain_text(tables.report(rows[1:], None))
+
+
 def test_eight_cycles_and_long_labels_stay_readable():
     sizes = (1049, 1070, 1081, 1083, 1084, 1084, 1085, 1085)
     long = replace(ROW, label="seed12-k128", sizes=sizes, jaccard=(0.9,) * 7, l0=128.0, status="7 of 8 cycles")

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from dmsae_ray.show.columns import standard_error_words
 from dmsae_ray.show.page.arm_style import Style
 from dmsae_ray.show.page.artifacts import Artifacts, unique
 from dmsae_ray.show.page.chart import Chart, Choice, figure, plain, span
@@ -40,7 +41,10 @@ def view(artifacts: Artifacts) -> View:
             )
         )
     else:
-        parts += [Grid([_against_k(rows, measure) for measure in MAIN]), _arms(rows), _further(rows), _prefixes(rows)]
+        parts.append(Grid([_against_k(rows, measure) for measure in MAIN]))
+        if (sure := standard_error_words(row.get("standard_errors") for row in rows)) is not None:
+            parts.append(Note(sure))
+        parts += [_arms(rows), _further(rows), _prefixes(rows)]
         parts += [_spreads(rows), _chains(rows)]
     return View("quality", "Quality", LEAD, parts)
 
