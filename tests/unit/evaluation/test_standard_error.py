@@ -13,7 +13,7 @@ from dmsae_ray.evaluation.standard_error import of_ratio, standard_errors
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 
-SCALE, N, T = 20.0, 24, 16
+SCALE, N, T = 20.0, 14, 12
 NAMES = ("fvu", "kl", "loss_recovered_zero", "loss_recovered_mean")
 
 
@@ -70,13 +70,13 @@ def test_they_are_those_of_leaving_out_one_sequence_after_the_other(sae, lm, bat
 def test_they_do_not_depend_on_how_sequences_are_dealt_or_on_rows_that_fill_a_batch(sae, lm, batch):
     mean_D = mean_row(lm, *batch)
     whole = measured(sae, lm, *batch, mean_D)["standard_errors"]
-    parts = measured(sae, lm, *batch, mean_D, (slice(16, 24), slice(0, 5), slice(5, 16)))["standard_errors"]
+    parts = measured(sae, lm, *batch, mean_D, (slice(9, 14), slice(0, 4), slice(4, 9)))["standard_errors"]
     assert parts == pytest.approx(whole, rel=1e-5)
     # The last batch is filled up with sequences that are BOS alone: in the references, and beyond the tally's end.
-    filled = torch.cat([batch[0], batch[0][:8]]), torch.cat([batch[1], torch.ones(8, dtype=torch.int64)])
+    filled = torch.cat([batch[0], batch[0][:6]]), torch.cat([batch[1], torch.ones(6, dtype=torch.int64)])
     tally = Tally(N, mean_D)
-    for first in (0, 16):
-        ids_NT, lengths_N = (some[first : first + 16] for some in filled)
+    for first in (0, 10):
+        ids_NT, lengths_N = (some[first : first + 10] for some in filled)
         tally_batch(tally, sae, lm, ids_NT, lengths_N, SCALE, first=first)
     padded = scores_of(tally, sae, reference_losses(lm, [filled], mean_D))[0]["standard_errors"]
     assert padded == pytest.approx(whole, rel=1e-5)
