@@ -36,6 +36,9 @@ def test_summary(sweep, artifact):
     )
     assert value(page, "#card-chains strong") == len({row["chain"] for row in rows})
     assert value(page, "#card-agreement strong") == comparison["summary"]["groups"]["base/seed"]["pw_mcc"]["mean"]
+    excess = comparison["summary"]["groups"]["base/seed"]["nulls"]["matched_compute"]["excess"]["pw_mcc"]["mean"]
+    said = page.locator("#card-agreement").inner_text()
+    assert f"Against as many of plain SAEs on a whole chain's tokens: {excess:+.3f}" in said
     assert value(page, "#card-consensus strong") == artifact("consensus")["core_size"]
     shown = table(page, "table-expectations")
     assert [row["Claim"] for row in shown] == [row["claim"] for row in expected]

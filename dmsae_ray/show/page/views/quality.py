@@ -42,8 +42,6 @@ def view(artifacts: Artifacts) -> View:
         )
     else:
         parts.append(Grid([_against_k(rows, measure) for measure in MAIN]))
-        if (sure := standard_error_words(row.get("standard_errors") for row in rows)) is not None:
-            parts.append(Note(sure))
         parts += [_arms(rows), _further(rows), _prefixes(rows)]
         parts += [_spreads(rows), _chains(rows)]
     return View("quality", "Quality", LEAD, parts)
@@ -319,4 +317,6 @@ def _chains(rows: Sequence[dict[str, Any]]) -> Table:
         Column("Cycle", lambda row: row["cycle"], "count"),
         *(Column(measure.name, measure.of, measure.kind, measure.unit, measure.read) for measure in (*MAIN, *FURTHER)),
     ]
-    return Table("table-quality", "Every chain at its last finished cycle, on held-out tokens.", columns, rows)
+    sure = standard_error_words(row.get("standard_errors") for row in rows)
+    caption = "Every chain at its last finished cycle, on held-out tokens."
+    return Table("table-quality", f"{caption} {sure}" if sure else caption, columns, rows)

@@ -24,6 +24,12 @@ LEAD = (
     "Matryoshka SAEs into a core of latents; cores that independent chains agree on, beyond chance, are evidence."
 )
 
+BESIDE = {
+    "cycle0": "as many top latents of cycle 0",
+    "matched_compute": "as many of plain SAEs on a whole chain's tokens",
+}
+"""Nulls of a headline: what agreement there would be without distillation, on a cycle's and on a chain's tokens."""
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -121,6 +127,12 @@ def _agreement_headline(artifacts: Artifacts) -> Headline | None:
     ]
     if bars:
         sentence += f" Chance alone reaches at most {shown(max(bars), 'share')}."
+    for null, what in BESIDE.items():
+        excess = group.get("nulls", {}).get(null, {}).get("excess", {}).get("pw_mcc")
+        if excess:
+            within = excess.get("interval")
+            ends = f" ({shown(within[0], 'signed')} to {shown(within[1], 'signed')})" if within else ""
+            sentence += f" Against {what}: {shown(excess['mean'], 'signed')}{ends}."
     return Headline("agreement", "Agreement across seeds", found["mean"], "share", sentence)
 
 
