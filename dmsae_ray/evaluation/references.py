@@ -84,11 +84,26 @@ def cycle_seconds(config: Config, references: dict[str, Any]) -> tuple[float, fl
     In units of running the model on from the hook: a reference is one, each prefix of an SAE is one, and scores are
     three, since a gradient costs two.
     """
-    if "seconds" not in references:
+    if (per_token := seconds_per_token(references)) is None:
         return None
-    per_token = references["seconds"] / (KINDS * references["tokens"])
     prefixes = len(config.sae.prefix_fractions) + 2  # the groups, the rest, and the core alone
     return per_token * prefixes * config.evaluate.tokens, per_token * 3 * config.attribution.tokens
+
+
+def features_seconds(config: Config, references: dict[str, Any], features: int) -> float | None:
+    """What so many features will take to describe, likewise: the text is read once, and each of a feature's contexts
+    again without it.
+    """
+    if (per_token := seconds_per_token(references)) is None:
+        return None
+    settings = config.features
+    again = min(features, settings.most) * settings.contexts * config.model.context if settings.effects else 0
+    return per_token * (settings.tokens + again)
+
+
+def seconds_per_token(references: dict[str, Any]) -> float | None:
+    """Of running the model on from the hook; None in references of before, which know no time."""
+    return references["seconds"] / (KINDS * references["tokens"]) if "seconds" in references else None
 
 
 def references_path(dataset_folder: Path, evaluate) -> Path:

@@ -13,14 +13,19 @@ from dmsae_ray.causes import causes
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
+from dmsae_ray.evaluation.references import features_seconds, read_references, references_path
 from dmsae_ray.files import file_sha256
 from dmsae_ray.identity import fields_key
 from dmsae_ray.results.features.features import ChainCore, features_key, write_features
 from dmsae_ray.results.parts import earlier, known_from, reason_of
 from dmsae_ray.secret_url import SecretUrl
+from dmsae_ray.show.terminal.progress import duration
 
 TRIES = 3
 """Tasks begun, one after the other, while their workers or nodes are lost."""
+
+SHORT_S = 60
+"""What takes less is not announced."""
 
 
 def describe(
@@ -52,12 +57,14 @@ def describe(
     connect()
     import ray
 
-    say(
-        f"features: reading {config.features.tokens:,} held-out tokens for where they fire and what they do to the loss"
-    )
     chains = [
         ChainCore(plan.label, Core.load(cores[plan.label]), plan.folder.cycle(plan.cycles - 1).sae) for plan in plans
     ]
+    features = sum(chain.core.size for chain in chains) if consensus is None else len(consensus["groups"])
+    say(
+        f"features: reading {config.features.tokens:,} held-out tokens for where they fire and what they do to the loss"
+        + _time_said(config, plans[0].references, features)
+    )
     # No retries by Ray, whose retries for want of memory never end.
     task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=0)(_describe)
     for left in reversed(range(TRIES)):
@@ -81,6 +88,14 @@ def describe(
                 "of the machine's memory free; the same command makes only the features again"
             ) from error
     return json.loads(path.read_text())
+
+
+def _time_said(config: Config, references: Path, features: int) -> str:
+    """How long that will take, where it is long and the references know how long the model takes."""
+    if not references_path(references, config.evaluate).exists():
+        return ""
+    seconds = features_seconds(config, read_references(references, config.evaluate), features)
+    return "" if seconds is None or seconds < SHORT_S else f"; about {duration(seconds)}"
 
 
 def out_of_memory(error: BaseException) -> bool:
