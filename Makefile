@@ -48,7 +48,7 @@ hook:
 sweep: $(READY)
 	$(BIN)/python -m dmsae_ray.sweep $(ARGS)
 
-# Every control and baseline beside the plain grid (configs/study.yaml): 44 chains. Stop it at will; the same command goes on.
+# Every control and baseline beside the plain grid (configs/study.yaml): 46 chains. Stop it at will; the same command goes on.
 study: $(READY)
 	$(BIN)/python -m dmsae_ray.sweep --config configs/study.yaml $(ARGS)
 
