@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dmsae_ray.compare.latents import Latents
 
 from dmsae_ray.compare.chain_result import ChainIdentity, ChainResult
 from dmsae_ray.compare.comparer import Comparer
 from dmsae_ray.compare.consensus import NamedCore, find_consensus
 from dmsae_ray.compare.density import FreeDraws
 from dmsae_ray.compare.match import hungarian
+from dmsae_ray.compare.measured_latents import MeasuredLatents
 from dmsae_ray.compare.pair import CompareSettings
 from dmsae_ray.compare.rediscovery import PlainSAE, recurring, rediscover, sought
 from dmsae_ray.core.core import Core
@@ -62,12 +62,11 @@ def made(seed: int, case: Case) -> ChainResult:
     """A chain of random rows; cores differ in size by one, so that sizes are new where chains are."""
     generator = torch.Generator().manual_seed(seed)
 
-    def latents() -> Latents:
+    def latents() -> MeasuredLatents:
         W_FD = torch.nn.functional.normalize(torch.randn(case.width, case.d, generator=generator), dim=1)
         density_F = torch.rand(case.width, generator=generator) * 0.1 + 0.001
-        return Latents(
-            W_FD, W_FD, torch.zeros(case.width), torch.full((case.width,), 0.05), density_F, torch.zeros(case.d), 1.0
-        )
+        biases_F, theta_F = torch.zeros(case.width), torch.full((case.width,), 0.05)
+        return MeasuredLatents(W_FD, biases_F, W_FD, torch.zeros(case.d), theta_F, density_F, 1.0)
 
     sae, size = latents(), case.core + seed
     ids_C = torch.arange(size)
