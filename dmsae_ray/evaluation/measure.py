@@ -89,6 +89,7 @@ def tally_batch(
             squares_MD = (x_MD - x_hat_MD).double().square()
             errors.append(squares_MD.sum())
             errors_M = squares_MD.sum(dim=1)  # in the end, of the whole SAE
+            del squares_MD  # not held while the model runs
             errors_left_out.append(
                 (left_out_RD - next(outside)).double().square().sum() if outside else torch.zeros_like(errors[-1])
             )
