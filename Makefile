@@ -18,7 +18,7 @@ help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
 	@echo "make check             format, lint, types, import law; make hook runs it before every commit"
 	@echo "make test              all tests in a short form; make test-all adds the slow ones"
-	@echo "make study             the same with every control beside it (configs/study.yaml); half an hour"
+	@echo "make study             the same with every control beside it (configs/study.yaml); under an hour"
 	@echo "make real              SmolLM2-135M on prose, both from packages; make real ARGS='--corpus.source FOLDER' on your own text"
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                MLflow on the quickstart: its chains, and their comparison"
