@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
+from test_measure import SCALE, random_sae
 
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import reference_losses
 from dmsae_ray.evaluation.standard_error import of_ratio, standard_errors
 from dmsae_ray.lm.model import LanguageModel
-from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 
-SCALE, N, T = 20.0, 14, 12
+N, T = 14, 12
 NAMES = ("fvu", "kl", "loss_recovered_zero", "loss_recovered_mean")
 
 
@@ -24,7 +24,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def batch(lm):
-    """Sequences of 4 to 16 tokens."""
+    """Sequences of 4 to 12 tokens."""
     generator = torch.Generator().manual_seed(0)
     ids_NT = torch.randint(3, lm.vocabulary, (N, T), generator=generator)
     ids_NT[:, 0] = lm.bos_id
@@ -33,13 +33,7 @@ def batch(lm):
 
 @pytest.fixture(scope="module")
 def sae(lm):
-    sae, generator = MatryoshkaSAE(lm.d, [8, 64], 0, "batchtopk"), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        W_FD = unit_rows(torch.randn(64, lm.d, generator=generator))
-        sae.encoder_rows().copy_(W_FD)
-        sae.W_dec.copy_(W_FD)
-        sae.theta.fill_(0.3)
-    return sae
+    return random_sae(lm, core_size=0)
 
 
 def mean_row(lm, ids_NT, lengths_N) -> torch.Tensor:

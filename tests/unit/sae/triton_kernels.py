@@ -40,7 +40,9 @@ if DEVICE == "cpu":
     import triton
     from triton.runtime import interpreter
 
-    def patched_once(fn, patch=interpreter._patch_lang, scopes=[]):  # noqa: B006
+    patch, scopes = interpreter._patch_lang, []
+
+    def patched_once(fn):
         """The interpreter patches the modules of triton's language that a function knows at its launch, and again at
         every call of a function within it, around what is patched already, some of it for good. That is most of its
         time, and changes nothing: here a module is patched once in a launch, and all are restored at its end.
@@ -506,7 +508,7 @@ def test_training_stops_resumes_and_logs_as_it_does_elsewhere(in_training, monke
     assert all(ops.name == "triton" for ops in in_training)
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_steps_launched_ahead_are_those_taken_one_by_one(in_training, steps):
     settings = dataclasses.replace(test_step.SETTINGS, screen="bf16", dead_window_tokens=32, auxk_k=2)
     ahead, one_by_one = (test_step.new_trainer(settings=settings) for _ in range(2))
