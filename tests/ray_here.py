@@ -23,7 +23,6 @@ from dmsae_ray.activations.shard_plan import ShardPlan
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.cluster.connection import QUIET
 from dmsae_ray.config import Config
-from dmsae_ray.distill.mapping import score_settings
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.worker import train_chains
 from dmsae_ray.lock import OutputLock
@@ -79,7 +78,7 @@ def train_here(plans: list[ChainPlan]) -> None:
     loop = {
         "plans": plans,
         "lease": lock.lease(),
-        "aggregator": Aggregator.remote(score_settings(config)),
+        "aggregator": Aggregator.remote(),
         "board": ray.remote(num_cpus=0)(ProgressBoard).remote(),
     }
     try:

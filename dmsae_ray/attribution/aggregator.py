@@ -1,11 +1,12 @@
 """The actor that aggregates attribution across shards: a core is selected by what it comes to.
 
-Not the statistic `attribution.aggregator`, which is in scores.py. One for each trial, whose chains share it; Ray
-restarts it where it dies, and it goes on from the ledger's files.
+Not the statistic `attribution.aggregator`, which is in scores.py. Many chains share one; Ray restarts it where it dies,
+and it goes on from the ledgers' files.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, fields
 from functools import partial as bound
 from pathlib import Path
@@ -39,44 +40,60 @@ class Attribution:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scores_P"}
 
 
+@dataclass(frozen=True)
+class Account:
+    """One trained SAE's attribution, as every call to the actor names it."""
+
+    folder: str
+    """of the partial sums"""
+    shards: int
+    """how many there are"""
+    stamp: str
+    """identifies the SAE"""
+    settings: ScoreSettings
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Aggregator:
-    """Every call names the folder, shard count and stamp of its ledger: a restarted actor needs no memory of
-    its own.
-    """
+    """Every call names its account in full: a restarted actor needs no memory of its own."""
 
-    def __init__(self, settings: ScoreSettings, patience_s: float = 60.0):
-        self.settings, self.patience_s = settings, patience_s
-        self._ledger: Ledger | None = None
+    OPEN = 64
+    """ledgers kept in memory; one that was dropped is opened again from its files"""
 
-    def _open(self, ledger: tuple[str, int, str]) -> Ledger:
-        folder, shards, stamp = ledger
-        if self._ledger is None or (self._ledger.folder, self._ledger.stamp) != (Path(folder), stamp):
-            stop = None if self.settings.until_jaccard is None else bound(enough, settings=self.settings)
-            self._ledger = Ledger(Path(folder), shards, stamp, self.patience_s, stop)
-        return self._ledger
+    def __init__(self, patience_s: float = 60.0):
+        self.patience_s = patience_s
+        self._ledgers: OrderedDict[Account, Ledger] = OrderedDict()
 
-    def begin(self, ledger: tuple[str, int, str]) -> None:
+    def _open(self, account: Account) -> Ledger:
+        if account not in self._ledgers:
+            stop = None if account.settings.until_jaccard is None else bound(enough, settings=account.settings)
+            self._ledgers[account] = Ledger(Path(account.folder), account.shards, account.stamp, self.patience_s, stop)
+            while len(self._ledgers) > self.OPEN:
+                self._ledgers.popitem(last=False)
+        self._ledgers.move_to_end(account)
+        return self._ledgers[account]
+
+    def begin(self, account: Account) -> None:
         """A worker group starts (or starts again): what was dealt to an earlier one is dealt anew."""
-        self._open(ledger).redeal()
+        self._open(account).redeal()
 
-    def take(self, ledger: tuple[str, int, str], worker: int) -> int:
-        return self._open(ledger).take(worker)
+    def take(self, account: Account, worker: int) -> int:
+        return self._open(account).take(worker)
 
-    def give(self, ledger: tuple[str, int, str], worker: int, shard: int, partial: Partial) -> None:
-        self._open(ledger).give(worker, shard, partial)
+    def give(self, account: Account, worker: int, shard: int, partial: Partial) -> None:
+        self._open(account).give(worker, shard, partial)
 
-    def finished(self, ledger: tuple[str, int, str]) -> set[int]:
+    def finished(self, account: Account) -> set[int]:
         """Shards that are back."""
-        return self._open(ledger).done
+        return self._open(account).done
 
-    def total(self, ledger: tuple[str, int, str]) -> Attribution:
+    def total(self, account: Account) -> Attribution:
         """Of the shards that are back."""
-        book = self._open(ledger)
+        book = self._open(account)
         partials = book.partials()
-        halves = split_half(partials, self.settings)
+        halves = split_half(partials, account.settings)
         return Attribution(
-            scores_P=scores(partials, self.settings),
+            scores_P=scores(partials, account.settings),
             tokens=sum(partial.tokens for partial in partials),
             shards=len(partials),
             workers=len(book.workers()),

@@ -12,18 +12,18 @@ from dmsae_ray.attribution import gradients as attribution_
 from dmsae_ray.attribution.ledger import ALL_DONE, WAIT
 
 
-def score_shards(sae, lm, batches, scale, settings, aggregator, ledger, rank: int, on_shard=lambda done: None) -> int:
+def score_shards(sae, lm, batches, scale, settings, aggregator, account, rank: int, on_shard=lambda done: None) -> int:
     """Take shards from the aggregator, score them, give the partial sums back, until all are back. Returns how many
     were ours.
     """
     ours, device = 0, sae.b_dec.device
-    while (shard := ray.get(aggregator.take.remote(ledger, rank))) != ALL_DONE:
+    while (shard := ray.get(aggregator.take.remote(account, rank))) != ALL_DONE:
         if shard == WAIT:
             time.sleep(0.05)
             continue
         ids_NT, lengths_N = batches[shard]
         partial = attribution_.attribute(sae, lm, ids_NT.to(device), lengths_N.to(device), scale, settings)
-        ray.get(aggregator.give.remote(ledger, rank, shard, partial))
+        ray.get(aggregator.give.remote(account, rank, shard, partial))
         ours += 1
         on_shard(ours)
     return ours

@@ -108,7 +108,7 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray would run its workers at niceness 15: on a machine that anybody else uses they hardly get a turn.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        _start(say, num_cpus=logical_cpus(config, chains), include_dashboard=True, dashboard_port=0, **quiet)
+        _start(say, num_cpus=logical_cpus(config, chains), include_dashboard=False, **quiet)
     else:
         try:
             ray.init(address=address, **quiet)

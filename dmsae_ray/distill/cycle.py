@@ -16,7 +16,7 @@ import ray
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.attribution.aggregator import Attribution
+from dmsae_ray.attribution.aggregator import Account, Attribution
 from dmsae_ray.attribution.shards import score_shards
 from dmsae_ray.core.core import Core
 from dmsae_ray.core.drift import decoder_drift
@@ -26,7 +26,7 @@ from dmsae_ray.core.score_file import save_scores
 from dmsae_ray.core.select import carried, jaccard
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.distill.chain import Chain
-from dmsae_ray.distill.mapping import attribution_settings, sae_settings
+from dmsae_ray.distill.mapping import attribution_settings, sae_settings, score_settings
 from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training
@@ -193,10 +193,10 @@ class Cycle:
         stamp = hashlib.sha256(
             sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()
         ).hexdigest()[:16]
-        ledger = (str(self.folder.attribution), len(batches), stamp)
+        account = Account(str(self.folder.attribution), len(batches), stamp, score_settings(self.plan.config))
         aggregator = self.rank.aggregator
         if self.rank.writes:
-            ray.get(aggregator.begin.remote(ledger))
+            ray.get(aggregator.begin.remote(account))
         self.rank.comm.wait_for_all()  # rank 0 had an SAE to save
         began, tokens = time.monotonic(), config.sequences_per_shard * self.plan.config.model.context
         self._say("attribute", rate=self.chain.rates.get("attribute"))
@@ -208,10 +208,10 @@ class Cycle:
                 open_next()
 
         settings = attribution_settings(self.plan.config, self.dataset.manifest)
-        score_shards(sae, self.lm, batches, self.scale, settings, aggregator, ledger, self.rank.number, on_shard)
+        score_shards(sae, self.lm, batches, self.scale, settings, aggregator, account, self.rank.number, on_shard)
         if open_next is not None:
             open_next()  # where other ranks were faster, this one may have had no shard that late
-        return ray.get(aggregator.total.remote(ledger))
+        return ray.get(aggregator.total.remote(account))
 
     def _commit(
         self,

@@ -3,8 +3,8 @@ nothing itself.
 
 It asks Ray for no CPU or GPU, least of all for its workers': placement groups do not nest, so a trial that held them
 would wait for itself, and slivers of many trials add up to the CPU that a worker then lacks. It lives on the node of
-the command itself, so that no other lost node takes a trial along. Resuming is by the chains' own records, never by
-restoring a Tuner.
+the command itself, so that no other lost node takes a trial along. Its process imports no torch. Resuming is by the
+chains' own records, never by restoring a Tuner.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 from ray import tune
 
-from dmsae_ray.attribution.aggregator import Aggregator
-from dmsae_ray.distill.failure import write_failure
-from dmsae_ray.distill.mapping import score_settings
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.worker import train_chains
+from dmsae_ray.distill.train_run import ProcessGroup, TrainRun, release, train_chains
 from dmsae_ray.lock import Lease
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
@@ -34,6 +30,8 @@ HERE = 0.0001
 """Of the one that each node has of itself, the least that Ray counts: a trial is placed on this node, and none kept
 out.
 """
+CHAINS_PER_AGGREGATOR = 8
+"""Worker groups at work that share one actor: what it adds up comes seldom, but each of its processes imports torch."""
 
 
 def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any, scratch: Path) -> None:
@@ -43,30 +41,58 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any
     right to write. board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write,
     removed at the end.
     """
+    from dmsae_ray.attribution.aggregator import Aggregator
+
     groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
+    # mypy does not see that ray's decorator makes another class of it.
+    aggregators = [Aggregator.remote() for _ in range(0, concurrent, CHAINS_PER_AGGREGATOR)]  # type: ignore[attr-defined]
 
     def trial(grid: dict) -> None:
-        drive(groups[grid["group"]], lease, board, str(scratch))
+        number = grid["group"]
+        drive(groups[number], lease, aggregators[number % len(aggregators)], board, str(scratch))
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": HERE}),
         param_space={"group": tune.grid_search(list(range(len(groups))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(scratch), verbose=0, failure_config=tune.FailureConfig(max_failures=retries)
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=retries),
+            callbacks=[Released(groups, lease)],
         ),
     )
     try:
         for group, result in zip(groups, tuner.fit(), strict=True):
             settle(group, lease, result.error, board)
     finally:
+        for aggregator in aggregators:
+            ray.kill(aggregator)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Released(tune.Callback):
+    """What a trial held is free again once it has ended, however it did. One that begins again sees to that itself."""
+
+    def __init__(self, groups: list[list[ChainPlan]], lease: Lease):
+        self.groups, self.lease = groups, lease
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        release(runs_of(self.groups[trial.config["group"]], self.lease))
+
+
+def runs_of(plans: list[ChainPlan], lease: Lease) -> str:
+    """What the names of these chains' runs begin with, and no other sweep's on the same cluster."""
+    return f"{plans[0].key}-{lease.generation}-{ray.get_runtime_context().get_job_id()}-"
 
 
 def settle(plans: list[ChainPlan], lease: Lease, error: BaseException | None, board: Any) -> None:
     """After their trial: no chain is left that is neither finished nor marked failed. error: what the trial ended
     with.
     """
+    from dmsae_ray.distill.failure import write_failure
+
     for plan in plans:
         if plan.finished() or plan.folder.failure() is not None:
             continue
@@ -91,25 +117,25 @@ def in_lockstep(plans: list[ChainPlan]) -> list[list[ChainPlan]]:
     return [some[first : first + most] for some in alike.values() for first in range(0, len(some), most)]
 
 
-def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> None:
-    """One trial: a Ray Train run over the cycles of one chain, or of several in lockstep, with their aggregator. Marks
-    chains failed instead of raising."""
-    first, cluster = plans[0], plans[0].config.cluster
+def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scratch: str) -> None:
+    """One trial: a Ray Train run over the cycles of one chain, or of several in lockstep. aggregator: actor handle.
+    Marks chains failed instead of raising.
+    """
+    cluster, runs = plans[0].config.cluster, runs_of(plans, lease)
+    release(runs)  # of this trial, before it was lost
     for plan in plans:
         ray.get(board.update.remote(plan.label, phase="starting", cycle=len(plan.folder.records()), cycles=plan.cycles))
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    # mypy does not see that ray's decorator makes another class of it.
-    aggregator = Aggregator.remote(score_settings(first.config))  # type: ignore[attr-defined]
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = TrainRun(
         train_chains,
         train_loop_config={"plans": plans, "lease": lease, "aggregator": aggregator, "board": board},
-        torch_config=torch_config(cluster.gpus_per_worker),
+        backend_config=process_group(cluster.gpus_per_worker),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             # A trial that begins again must not take up what Ray Train noted of the run that was lost.
-            name=f"{first.key}-{lease.generation}-{secrets.token_hex(4)}",
+            name=runs + secrets.token_hex(4),
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
         ),
@@ -117,6 +143,8 @@ def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> Non
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        from dmsae_ray.distill.failure import write_failure
+
         for plan in plans:
             if not plan.finished() and plan.folder.failure() is None:
                 write_failure(plan, lease, "error", _root(error))
@@ -125,12 +153,9 @@ def drive(plans: list[ChainPlan], lease: Lease, board: Any, scratch: str) -> Non
             ray.get(board.update.remote(plan.label, phase="failed", message=failure.reason))
 
 
-def torch_config(gpus_per_worker: float) -> ray.train.torch.TorchConfig:
-    """Workers' process group. Ray would give GPU workers NCCL alone, which cannot add up what lies in a CPU's
-    memory.
-    """
-    backend = "cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"
-    return ray.train.torch.TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
+def process_group(gpus_per_worker: float) -> ProcessGroup:
+    """The workers'. Ray would give GPU workers NCCL alone, which cannot add up what lies in a CPU's memory."""
+    return ProcessGroup("cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", COLLECTIVE_TIMEOUT_S)
 
 
 def _root(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.rowgroup import read_unit
 from dmsae_ray.activations.shard import as_tensor
 from dmsae_ray.activations.stream import MASK, Batches, Stream, StreamLimits
-from dmsae_ray.attribution.aggregator import Aggregator, Attribution
+from dmsae_ray.attribution.aggregator import Account, Aggregator, Attribution
 from dmsae_ray.attribution.gradients import AttributionSettings
 from dmsae_ray.attribution.scores import ScoreSettings
 from dmsae_ray.attribution.shards import score_shards
@@ -63,7 +63,7 @@ def attribute_in_group(rank: int, loop: dict) -> int:
     while len(list(Path(loop["out"]).glob("ready-*"))) < loop["workers"]:
         assert time.monotonic() < end, "a worker never came"
         time.sleep(0.01)
-    settings, aggregator, ledger = AttributionSettings(), loop["aggregator"], tuple(loop["ledger"])
+    settings, aggregator, account = AttributionSettings(), loop["aggregator"], loop["account"]
     trouble = loop["trouble"] and rank == 1
 
     def on_shard(done: int) -> None:
@@ -72,12 +72,12 @@ def attribute_in_group(rank: int, loop: dict) -> int:
 
             ids, lengths = batches[0]
             again = attribution.attribute(sae, lm, ids, lengths, loop["scale"], settings)
-            while 0 not in ray.get(aggregator.finished.remote(ledger)):
+            while 0 not in ray.get(aggregator.finished.remote(account)):
                 pass
-            ray.get(aggregator.give.remote(ledger, rank, 0, again))
+            ray.get(aggregator.give.remote(account, rank, 0, again))
             ray.kill(aggregator, no_restart=False)
 
-    return score_shards(sae, lm, batches, loop["scale"], settings, aggregator, ledger, rank, on_shard)
+    return score_shards(sae, lm, batches, loop["scale"], settings, aggregator, account, rank, on_shard)
 
 
 def attribute_with(
@@ -87,14 +87,14 @@ def attribute_with(
     out.mkdir()
     sae = sweep.chains()["seed0-k8"] / "cycle_01" / "sae.safetensors"
     batches = list(dataset.held_out("attribution").first_tokens(2048).batches(2))
-    aggregator = Aggregator.remote(settings)
-    ledger = [str(out / "ledger"), len(batches), "test"]
+    aggregator = Aggregator.remote()
+    account = Account(str(out / "ledger"), len(batches), "test", settings)
     loop = {
         "sae": str(sae),
         "dataset": dataset.store.url,
         "scale": dataset.manifest.scale,
         "aggregator": aggregator,
-        "ledger": ledger,
+        "account": account,
         "out": str(out),
         "workers": workers,
         "trouble": trouble,
@@ -102,7 +102,7 @@ def attribute_with(
     # Rank 0 is this process.
     others = [ray.remote(num_cpus=0.5)(attribute_in_group).remote(rank, loop) for rank in range(1, workers)]
     counts = [attribute_in_group(0, loop), *ray.get(others)]
-    return ray.get(aggregator.total.remote(tuple(ledger))), counts
+    return ray.get(aggregator.total.remote(account)), counts
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, work
     plan = planned_again(sweep, dataset, output, cycles, workers, **train)
     lock, board = OutputLock(plan.config.home), ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
-        drive([plan], lock.lease(), board, str(output.parent / "scratch"))
+        drive([plan], lock.lease(), Aggregator.remote(), board, str(output.parent / "scratch"))
     finally:
         lock.release()
     return plan

@@ -18,7 +18,7 @@ from dmsae_ray.cluster import connection
 from dmsae_ray.cluster.connection import capacity, check_fits_here, keep_logs
 from dmsae_ray.cluster.nodes import Bundle, Node, fitting, missing, slots
 from dmsae_ray.config import Config
-from dmsae_ray.distill.trials import torch_config
+from dmsae_ray.distill.trials import process_group
 from dmsae_ray.harvest import main as harvest
 from dmsae_ray.sweep import main
 
@@ -160,8 +160,8 @@ def test_gpus_that_ray_or_nccl_would_refuse_are_known_from_the_configuration(cap
 
 
 def test_gpu_workers_can_add_up_on_both_devices():
-    assert torch_config(1).backend == "cpu:gloo,cuda:nccl" and torch_config(0).backend == "gloo"
-    assert torch_config(1).timeout_s > 3600 < torch_config(0).timeout_s
+    assert process_group(1).backend == "cpu:gloo,cuda:nccl" and process_group(0).backend == "gloo"
+    assert process_group(1).timeout_s > 3600 < process_group(0).timeout_s
 
 
 def test_logs_that_cannot_be_kept_do_not_hide_what_ended_the_run(tmp_path, caplog):
