@@ -11,7 +11,18 @@ import psutil
 import pytest
 import torch
 from conftest import HANGS, command, data_digests, digest_of_rows
-from victims import LOCAL, Victim, copy_parts, curve, cycles, frozen, none_left_running, results, temporaries  # noqa: F401 (a fixture is used by its name)
+from victims import (
+    LOCAL,
+    Victim,
+    copy_parts,
+    curve,
+    cycles,
+    frozen,
+    frozen_when,
+    none_left_running,  # noqa: F401 (a fixture is used by its name)
+    results,
+    temporaries,
+)
 
 from dmsae_ray.sweep import main
 
@@ -85,40 +96,43 @@ def test_worker_trial_and_command_are_killed_and_the_sweep_goes_on_to_the_same_n
     """One after the other in one sweep; each alone, and ten times, in the slow tests."""
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
-    args = (*SEED0, "--train.checkpoint_steps", "1", "--train.log_steps", "1")
+    # So many CPUs for a worker that its successor waits for ever, unless what the lost one held is given back.
+    args = (*SEED0, "--train.checkpoint_steps", "1", "--train.log_steps", "1", "--cluster.cpus_per_worker", "3")
     victim = Victim(output, *args)
 
-    def at_work(number: int, since: Standing | None = None) -> bool:
-        """In training of this cycle, with a checkpoint; since: one that goes beyond this, by workers that came then."""
+    def standing(number: int) -> Standing:
         there = [path for path in cycles(output) if path.name == f"cycle_{number:02d}"]
-        if not there or Standing.of(there[0]).checkpoint <= (since.checkpoint if since else 0):
-            return False
-        return bool(trainers(victim))
+        return Standing.of(there[0]) if there else Standing(0, 0, [], False, 0, False)
+
+    def worker_but(lost: list[psutil.Process]) -> psutil.Process:
+        """The train worker that comes, once its workers have ended, after these."""
+        victim.wait_for(lambda: [worker for worker in victim.find(TRAINER) if worker not in lost], every=0.05)
+        (worker,) = [worker for worker in victim.find(TRAINER) if worker not in lost]
+        return worker
 
     victim.wait_for(lambda: any(output.glob("chains/*/chain.json")))
     assert main(command(output, *args)[3:]) == 2
     refused = capfd.readouterr().err
     assert "in use by another driver" in refused and str(victim.process.pid) in refused
     # The train worker, in the first cycle.
-    victim.wait_for(lambda: at_work(0))
-    (worker,) = trainers(victim)
-    with frozen(worker):
-        first = Standing.of(cycles(output)[0])
-        assert 0 < first.checkpoint < 32 and not first.saved and victim.alive
-        assert worker.nice() == psutil.Process(victim.process.pid).nice(), "it waits behind everybody else's work"
-        worker.kill()
+    lost = [worker_but([])]
+    with frozen_when(victim, lost[0], lambda: standing(0).checkpoint):
+        first = standing(0)
+        assert 0 < first.checkpoint < 32 and not first.saved
+        assert lost[0].nice() == psutil.Process(victim.process.pid).nice(), "it waits behind everybody else's work"
+        lost[0].kill()
     # The trial that drives its successor: the workers end with it, and begin again with the next.
-    victim.wait_for(lambda: at_work(0, first) and worker.pid not in [other.pid for other in trainers(victim)])
-    (worker,), (driver,) = trainers(victim), victim.find(DRIVER)
-    with frozen(worker):
-        second = Standing.of(cycles(output)[0])
+    lost.append(worker_but(lost))
+    (driver,) = victim.find(DRIVER)
+    with frozen_when(victim, lost[1], lambda: standing(0).checkpoint > first.checkpoint):
+        second = standing(0)
         assert first.checkpoint < second.checkpoint < 32 and not second.saved
         driver.kill()
     # The command itself, in the second cycle: one is finished, which is kept.
-    victim.wait_for(lambda: at_work(1))
-    (worker,) = trainers(victim)
-    with frozen(worker):
-        third = Standing.of(cycles(output)[1])
+    worker = worker_but(lost)
+    victim.wait_for(lambda: standing(0).done)
+    with frozen_when(victim, worker, lambda: standing(1).checkpoint):
+        third = standing(1)
         assert 0 < third.checkpoint < 32 and not third.saved
         finished = (cycles(output)[0] / "record.json").read_bytes()
         victim.kill(everything=True)
@@ -348,3 +362,20 @@ def test_a_killed_driver_of_a_chain_is_replaced_and_the_chain_goes_on(small_swee
     undisturbed = small_sweep.chains()["seed0-k8"] / "cycle_00"
     assert results(cycle) == results(undisturbed)
     assert record(cycle)["generation"] == 1
+
+
+@pytest.mark.slow
+def test_a_trial_lost_for_good_leaves_its_place_to_the_next_chain(small_sweep, tmp_path):
+    """Without a retry its chain fails. The cluster has room for one worker at a time."""
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    args = ("--sweep.cycles", "1", "--cluster.concurrent", "1", "--cluster.cpus_per_worker", "3")
+    victim = Victim(output, *LOCAL, *args, "--cluster.retries", "0", "--train.checkpoint_steps", "1")
+    victim.wait_for(lambda: cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists() and trainers(victim))
+    (driver,) = victim.find(DRIVER)
+    driver.kill()
+    assert victim.process.wait(timeout=HANGS) == 1, victim.said
+    first, second = cycles(output)[0].parent, cycles(output)[-1].parent
+    records = [(chain / "cycle_00" / "record.json").exists() for chain in output.glob("chains/*")]
+    assert first != second and sorted(records) == [False, True], victim.said
+    assert "its driver was lost" in victim.said

@@ -124,6 +124,21 @@ def frozen(process: psutil.Process) -> Iterator[None]:
             process.resume()
 
 
+@contextmanager
+def frozen_when(victim: Victim, process: psutil.Process, condition: Callable[[], object]) -> Iterator[None]:
+    """Stopped where the condition first holds. The process runs in short turns and is looked at while it stands still,
+    so that it cannot be past that place by the time a busy machine lets us look.
+    """
+    end = time.monotonic() + HANGS
+    while True:
+        assert victim.alive and time.monotonic() < end, f"the moment to strike at never came:\n{victim.said}"
+        with frozen(process):
+            if condition():
+                yield
+                return
+        time.sleep(0.02)
+
+
 def temporaries(output: Path) -> list[str]:
     """Files under a name that only a writer at work should have."""
     return [
