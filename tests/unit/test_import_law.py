@@ -135,6 +135,11 @@ def test_a_sweep_s_status_imports_nothing_heavy():
     check_without("driver.status", HEAVY | {"numpy", "scipy", "safetensors"})
 
 
+def test_a_trial_imports_no_torch():
+    """It only waits for its workers; the import takes seconds of processor time and 100 MB, for every chain."""
+    check_without("distill.trials", {"torch", "transformers", "transformer_lens", "mlflow", "matplotlib", "plotly"})
+
+
 def test_no_name_of_a_file_stands_for_two_things():
     """A file bears another's name only where one mirrors the other: a command and the folder that does its work, an
     artifact and the view or the table that shows it.
@@ -154,6 +159,8 @@ def test_no_file_is_long_without_a_reason():
 
 
 CALLED_FROM_OUTSIDE = {
+    "_create_placement_group": "Ray Train calls it",
+    "_initialize_and_run_controller": "Ray Train calls it",
     "_load_pyfunc": "MLflow's loader of a core as a model must have it",
     "Counting": "jobs and tests count what ranks send each other",
     "bytes_per_step": "jobs: the table of what ranks send",
@@ -161,6 +168,9 @@ CALLED_FROM_OUTSIDE = {
     "emit": "logging calls it",
     "get_field_value": "pydantic's sources must have it",
     "on_execution_step": "Ray Data calls it",
+    "on_shutdown": "Ray Train calls it",
+    "on_start": "Ray Train calls it",
+    "on_trial_error": "Ray Tune calls it",
     "survivors_C": "of the public Core",
 }
 

@@ -6,23 +6,12 @@ from functools import partial as bound
 
 import pytest
 import torch
+from partials import SHARDS, partial
 
-from dmsae_ray.attribution.histogram import Histogram
 from dmsae_ray.attribution.ledger import ALL_DONE, WAIT, Ledger
-from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.attribution.scores import ScoreSettings, enough, scores
 
-SHARDS, CANDIDATES = 6, 10
 AGGREGATORS = ["mean_abs", "mean_signed", "quantile"]
-
-
-def partial(shard):
-    generator = torch.Generator().manual_seed(shard)
-    a_RP = (torch.randn(100 + shard, CANDIDATES, generator=generator).exp() - 1) * torch.arange(1, CANDIDATES + 1)
-    a_RP[torch.rand(a_RP.shape, generator=generator) < 0.7] = 0
-    row, latent = a_RP.nonzero(as_tuple=True)
-    a_RP = a_RP.double()
-    return Partial(len(a_RP), a_RP.sum(0), a_RP.abs().sum(0), Histogram.of(latent, a_RP[row, latent].abs().float()))
 
 
 def drain(ledger, worker=0):
