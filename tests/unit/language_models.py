@@ -103,6 +103,12 @@ def run_reference(model, pre_hooks=(), hooks=()):
     return output
 
 
+@cache
+def clean_logits(architecture: str) -> torch.Tensor:
+    """What transformers gives for `IDS_BT`."""
+    return run_reference(reference(architecture)).logits
+
+
 @torch.no_grad()
 def states_of(architecture, layer):
     """The stream before, in the middle of and after a block, and what attention and MLP add to it, caught in
