@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def tables_made_once():
     """A new sqlite store goes through all migrations of MLflow's history, which takes a second. The first one does;
     the others get the tables, and the rows in them, that it then had.
