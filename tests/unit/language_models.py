@@ -67,8 +67,19 @@ def folder_of(architecture: str) -> Path:
 
 
 @cache
+def loaded(architecture: str) -> LanguageModel:
+    return LanguageModel.load(str(folder_of(architecture)), at("hook_resid_post"))
+
+
+@cache
 def load(architecture: str, hook: str) -> LanguageModel:
-    return LanguageModel.load(str(folder_of(architecture)), hook)
+    """A model with a hook, for tests that leave it as it is: weights are loaded once, whatever the hook, and whether
+    the model can be cut there is looked at as `LanguageModel.load` does.
+    """
+    first = loaded(architecture)
+    lm = LanguageModel(first.bridge, first.tokenizer, first.name, hook, first.device)
+    lm._check_cut()
+    return lm
 
 
 @cache
@@ -90,6 +101,12 @@ def run_reference(model, pre_hooks=(), hooks=()):
     for handle in handles:
         handle.remove()
     return output
+
+
+@cache
+def clean_logits(architecture: str) -> torch.Tensor:
+    """What transformers gives for `IDS_BT`."""
+    return run_reference(reference(architecture)).logits
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from language_models import load as load_model
 from shards import D, make_dataset, some_rows, write
 
 from dmsae_ray.activations.dataset import ActivationDataset, statistics_of
@@ -17,7 +18,6 @@ from dmsae_ray.distill.mapping import attribution_settings
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import reference_losses
-from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.results.features.contexts import find_peaks
 from dmsae_ray.results.features.effects import remove_latents
 from dmsae_ray.sae.latents import Latents
@@ -124,7 +124,7 @@ def test_outliers_are_left_out_unless_all_rows_are_asked_for(word):
 
 @pytest.fixture(scope="module")
 def lm():
-    return LanguageModel.load("tiny", "blocks.2.hook_resid_post")
+    return load_model("tiny", "blocks.2.hook_resid_post")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from records import cycle_record
 
+from dmsae_ray.activations.catalogue import remember
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.ownership import MARKER, marked, scratch
@@ -302,7 +303,9 @@ def test_an_ascii_terminal_shows_what_it_can(tmp_path):
     import sys
 
     home = tmp_path / "Prüfung"
-    OutputLock(home).release()
+    lock = OutputLock(home)
+    remember(load(SweepCommand, ["--output", str(home)]))  # so that the processes need neither torch nor the tokenizer
+    lock.release()
     for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
         done = subprocess.run(
             [sys.executable, "-m", "dmsae_ray.sweep", "--status", "--output", str(home)],

@@ -81,8 +81,8 @@ def _field(chart: str, choice: Choice) -> str:
 
 def figure(traces: Sequence[Any], height: int = 380, **layout: Any) -> go.Figure:
     """A figure without colours of its own: those come with the page's template."""
-    made = go.Figure(list(traces))
-    made.update_layout(template="none", height=height, **layout)
+    made = go.Figure(list(traces), {"template": {}})  # else plotly copies its own template, only for it to go
+    made.update_layout(height=height, **layout)
     made.layout.template = None
     return made
 

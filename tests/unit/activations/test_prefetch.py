@@ -12,6 +12,14 @@ import pytest
 from dmsae_ray.activations.prefetch import Ahead
 
 
+@pytest.fixture(autouse=True)
+def nothing_old_is_looked_at():
+    """Twenty collections that go through all that the test process has imported take seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Item:
     """Something that can be seen to go."""
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from language_models import load as load_model
 
 from dmsae_ray.attribution.gradients import AttributionSettings, attribute, gradients
 from dmsae_ray.attribution.histogram import RELATIVE_ERROR
 from dmsae_ray.attribution.scores import ScoreSettings, scores
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import reference_losses
-from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 
 SCALE = 20.0
@@ -19,7 +19,7 @@ SCALE = 20.0
     scope="module", params=["hook_resid_post", "hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out"]
 )
 def lm(request):
-    return LanguageModel.load("tiny", f"blocks.2.{request.param}")
+    return load_model("tiny", f"blocks.2.{request.param}")
 
 
 @pytest.fixture(scope="module")

@@ -194,10 +194,9 @@ def test_hub_rows_are_streamed_and_only_as_far_as_asked(tmp_path):
 
 
 def test_a_parquet_data_set_left_early_does_not_abort_the_process(tmp_path):
+    table = pa.table({"text": ["some text " * 50] * 50_000})
     for number in range(3):
-        pq.write_table(
-            pa.table({"text": ["some text " * 50] * 50_000}), tmp_path / f"{number}.parquet", row_group_size=5000
-        )
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=5000)
     code = """
 import sys
 from itertools import islice

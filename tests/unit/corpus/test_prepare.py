@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
-import sys
 import tracemalloc
 from itertools import islice
 
@@ -160,10 +160,12 @@ def test_a_mixture_holds_its_shares_to_a_document_and_says_what_each_part_gave(m
 def test_shares_are_of_tokens_that_get_into_sequences(tokenizer, tmp_path):
     def text_of(tokens: int, start: int) -> str:
         """A text of so many tokens."""
-        text = f"{start}"
-        while (have := len(tokenizer(text, add_special_tokens=False)["input_ids"])) < tokens:
-            text += " x"
-        assert have == tokens
+
+        def length(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        text = f"{start}" + " x" * (tokens - length(f"{start}"))
+        assert length(text) == tokens
         return text
 
     for name, tokens in (("whole", 2 * (T - 1)), ("cut", T - 1 + 10)):  # of the second's, 10 are dropped
@@ -276,25 +278,23 @@ def test_what_is_there_is_kept_and_what_is_damaged_or_missing_is_made_again(mixt
     assert file_hashes(tmp_path) == before
 
 
-def test_a_killed_attempt_leaves_no_split_and_its_leftovers_go(mixture, tokenizer, tmp_path):
-    code = """
-import os, signal, sys
-from pathlib import Path
-from dmsae_ray.config import CorpusConfig
-from dmsae_ray.corpus import prepare
-from dmsae_ray.lm.source import load_tokenizer
-prepare.SAY_SECONDS = 0
-said = []
-def say(line):
-    said.append(line)
-    if len(said) == 100:
-        os.kill(os.getpid(), signal.SIGKILL)
-corpus = CorpusConfig.model_validate_json(sys.argv[1])
-prepare.prepare_tokens(corpus, load_tokenizer("tiny"), 32, Path(sys.argv[2]), None, say)
-"""
-    killed, calm = tmp_path / "killed", tmp_path / "calm"
-    done = subprocess.run([sys.executable, "-c", code, mixture.model_dump_json(), str(killed)], timeout=600)
-    assert done.returncode == -signal.SIGKILL
+def test_a_killed_attempt_leaves_no_split_and_its_leftovers_go(mixture, tokenizer, tmp_path, monkeypatch):
+    killed, calm, said = tmp_path / "killed", tmp_path / "calm", []
+
+    def say(line):
+        said.append(line)
+        if len(said) == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # A fork of this process, which has imported all that it needs.
+    monkeypatch.setattr(prepare, "SAY_SECONDS", 0.0)
+    attempt = multiprocessing.get_context("fork").Process(
+        target=prepare_tokens, args=(mixture, tokenizer, T, killed, None, say)
+    )
+    attempt.start()
+    attempt.join(600)
+    monkeypatch.undo()
+    assert attempt.exitcode == -signal.SIGKILL
     left = {path.name for path in killed.iterdir()}
     assert len(left) == 3 and all(".tmp-" in name for name in left)
     prepare_tokens(mixture, tokenizer, T, killed)

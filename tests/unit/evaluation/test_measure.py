@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from language_models import load as load_model
 
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.prefixes import prefixes_of, reconstructions
 from dmsae_ray.evaluation.references import reference_losses
-from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE, unit_rows
 
 SCALE = 20.0
@@ -17,7 +17,7 @@ SCALE = 20.0
 
 @pytest.fixture(scope="module")
 def lm():
-    return LanguageModel.load("tiny", "blocks.2.hook_resid_post")
+    return load_model("tiny", "blocks.2.hook_resid_post")
 
 
 @pytest.fixture(scope="module")

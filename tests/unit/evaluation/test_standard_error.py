@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from language_models import load as load_model
 from test_measure import SCALE, random_sae
 
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import reference_losses
 from dmsae_ray.evaluation.standard_error import of_ratio, standard_errors
-from dmsae_ray.lm.model import LanguageModel
 
 N, T = 14, 12
 NAMES = ("fvu", "kl", "loss_recovered_zero", "loss_recovered_mean")
@@ -19,7 +19,7 @@ NAMES = ("fvu", "kl", "loss_recovered_zero", "loss_recovered_mean")
 
 @pytest.fixture(scope="module")
 def lm():
-    return LanguageModel.load("tiny", "blocks.2.hook_resid_post")
+    return load_model("tiny", "blocks.2.hook_resid_post")
 
 
 @pytest.fixture(scope="module")

@@ -18,34 +18,38 @@ def values_of(cut):
     return [torch.zeros_like(cut.value_BTD), cut.value_BTD + noise_BTD, cut.value_BTD + 0.1 * noise_BTD, cut.value_BTD]
 
 
-def by_whole_logits(lm, cut, value_BTD):
-    """Both sums from all logits at once, target by target."""
-    with torch.no_grad():
-        log_p_BTV, log_q_BTV = (
-            torch.log_softmax(lm.logits(cut, value).double(), dim=2) for value in (cut.value_BTD, value_BTD)
-        )
-    loss, kl = 0.0, 0.0
-    for b, length in enumerate(LENGTHS.tolist()):
-        for t in range(1, length):
-            if IDS_BT[b, t] != lm.bos_id:
-                log_p_V, log_q_V = log_p_BTV[b, t - 1], log_q_BTV[b, t - 1]
-                loss -= float(log_q_V[IDS_BT[b, t]])
-                kl += float((log_p_V.exp() * (log_p_V - log_q_V)).sum())
-    return loss, kl
+def by_whole_logits(lm, cut, values):
+    """Both sums for each value, from all logits at once; the targets are picked one by one."""
+    targets = [
+        (b, t) for b, length in enumerate(LENGTHS.tolist()) for t in range(1, length) if IDS_BT[b, t] != lm.bos_id
+    ]
+    b_R, t_R = torch.tensor(targets).T
+
+    @torch.no_grad()
+    def log_softmax(value_BTD):
+        return torch.log_softmax(lm.logits(cut, value_BTD)[b_R, t_R - 1].double(), dim=1)
+
+    log_p_RV, sums = log_softmax(cut.value_BTD), []
+    for value_BTD in values:
+        log_q_RV = log_softmax(value_BTD)
+        loss_R = -log_q_RV[torch.arange(len(targets)), IDS_BT[b_R, t_R]]
+        sums.append((float(loss_R.sum()), float((log_p_RV.exp() * (log_p_RV - log_q_RV)).sum())))
+    return sums
 
 
 @pytest.mark.parametrize("architecture, kind", PLACES)
 def test_sums_are_those_of_whole_logits(architecture, kind, monkeypatch):
-    """Rows in chunks of seven, so that there are many and the last is short; at the first and at the last block."""
+    """Rows in chunks of twenty, so that there are many and the last is short; at the first and at the last block."""
     for layer in (0, 3) if architecture == "tiny" else (0, 2):
         lm = load(architecture, at(kind, layer))
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": 7 * lm.vocabulary})
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": 20 * lm.vocabulary})
         cut = lm.cut(IDS_BT)
         before_BTD, values = cut.value_BTD.clone(), values_of(cut)
         loss_Q, kl_Q = (sums_QB.sum(dim=1) for sums_QB in divergence(lm, cut, iter(values), IDS_BT, LENGTHS))
         assert loss_Q.dtype == kl_Q.dtype == torch.float64 and torch.equal(cut.value_BTD, before_BTD)
-        for value_BTD, loss, kl in zip(values, loss_Q.tolist(), kl_Q.tolist(), strict=True):
-            expected_loss, expected_kl = by_whole_logits(lm, cut, value_BTD)
+        expected = by_whole_logits(lm, cut, values)
+        for value_BTD, loss, kl, sums in zip(values, loss_Q.tolist(), kl_Q.tolist(), expected, strict=True):
+            expected_loss, expected_kl = sums
             assert loss == pytest.approx(expected_loss, rel=1e-5) and kl == pytest.approx(
                 expected_kl, rel=1e-4, abs=1e-4
             )
@@ -54,12 +58,12 @@ def test_sums_are_those_of_whole_logits(architecture, kind, monkeypatch):
 
 
 def test_how_rows_are_cut_changes_no_sum(monkeypatch):
-    lm = load("tiny", at("hook_resid_post"))
-    cut = lm.cut(IDS_BT)
+    lm, ids_BT, lengths_B = load("tiny", at("hook_resid_post")), IDS_BT[1:], LENGTHS[1:]
+    cut = lm.cut(ids_BT)
     found = []
     for rows in (1, 50, 10_000):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": rows * lm.vocabulary})
-        found.append(torch.stack(divergence(lm, cut, values_of(cut), IDS_BT, LENGTHS)))
+        found.append(torch.stack(divergence(lm, cut, values_of(cut), ids_BT, lengths_B)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-5)
 

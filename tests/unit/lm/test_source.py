@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -57,6 +58,22 @@ def test_attributes(lm):
 LOWER = [f"model.{name}" for name in ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1")]
 
 
+@cache
+def loaded(hook):
+    """The model without a device map, in memory."""
+    lm = LanguageModel.load("tiny", hook)
+    assert lm.device.type == "cpu" and not any(weights.is_meta for weights in lm.bridge.original_model.parameters())
+    return lm
+
+
+def what_it_gives(lm, ids_BT):
+    """What stands at the hook, a loss from another value there, its gradient, and what stands elsewhere."""
+    cut = lm.cut(ids_BT)
+    value_BTD = (1.1 * cut.value_BTD).requires_grad_(True)
+    loss = lm.loss(cut, value_BTD, ids_BT, torch.tensor([T, 40, 17]))
+    return cut.value_BTD, loss.detach(), *torch.autograd.grad(loss, value_BTD), lm.sites(ids_BT, [HOOK])[HOOK]
+
+
 @pytest.mark.parametrize(
     "device_map",
     [
@@ -69,18 +86,10 @@ LOWER = [f"model.{name}" for name in ("embed_tokens", "rotary_emb", "norm", "lay
 )
 @pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_resid_mid"])
 def test_where_accelerate_keeps_the_weights_changes_no_bit(device_map, hook, folder, ids_BT):
-    lengths_B, results = torch.tensor([T, 40, 17]), []
-    for placed in (None, device_map):
-        lm = LanguageModel.load(str(folder), hook, device_map=placed)
-        on_disk = any(parameter.is_meta for parameter in lm.bridge.original_model.parameters())
-        assert lm.device.type == "cpu" and on_disk == (placed is not None and "disk" in str(placed))
-        cut = lm.cut(ids_BT)
-        value_BTD = (1.1 * cut.value_BTD).requires_grad_(True)
-        loss = lm.loss(cut, value_BTD, ids_BT, lengths_B)
-        results.append(
-            (cut.value_BTD, loss.detach(), *torch.autograd.grad(loss, value_BTD), lm.sites(ids_BT, [HOOK])[HOOK])
-        )
-    for without, with_map in zip(*results, strict=True):
+    lm = LanguageModel.load(str(folder), hook, device_map=device_map)
+    on_disk = any(parameter.is_meta for parameter in lm.bridge.original_model.parameters())
+    assert lm.device.type == "cpu" and on_disk == ("disk" in str(device_map))
+    for without, with_map in zip(what_it_gives(loaded(hook), ids_BT), what_it_gives(lm, ids_BT), strict=True):
         assert torch.equal(without, with_map)
 
 

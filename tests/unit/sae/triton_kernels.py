@@ -37,30 +37,9 @@ from dmsae_ray.sae.step_report import Diverged  # noqa: E402
 from dmsae_ray.sae.trainer import Trainer  # noqa: E402
 
 if DEVICE == "cpu":
-    import triton
-    from triton.runtime import interpreter
+    import quick_interpreter
 
-    patch, scopes = interpreter._patch_lang, []
-
-    def patched_once(fn):
-        """The interpreter patches the modules of triton's language that a function knows at its launch, and again at
-        every call of a function within it, around what is patched already, some of it for good. That is most of its
-        time, and changes nothing: here a module is patched once in a launch, and all are restored at its end.
-        """
-        known = {id(value) for value in fn.__globals__.values() if value in (triton.language, triton.language.core)}
-        if scopes and known <= set().union(*(modules for modules, _ in scopes)):
-            return None
-        scope = patch(fn)
-        scopes.append((known, scope.restore))
-
-        def restore_all():
-            while scopes:
-                scopes.pop()[1]()
-
-        scope.restore = restore_all
-        return scope
-
-    interpreter._patch_lang = patched_once
+    quick_interpreter.hasten()
 
 PLAIN = TorchPairs()
 ADAM = AdamStep(0.9, 0.999, 1e-8, 3e-2, 1.7)

@@ -38,6 +38,8 @@ from dmsae_ray.show.mlflow.run_store import METRICS_PER_BATCH, PARAM_LENGTH, Poi
 from dmsae_ray.show.mlflow.tracker import MlflowTracker
 from dmsae_ray.show.tracking import TrackingError
 
+pytestmark = pytest.mark.usefixtures("tables_made_once")
+
 CYCLES, STEPS = 2, 40
 CONFIG = {
     "name": "test",

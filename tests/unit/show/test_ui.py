@@ -10,7 +10,7 @@ from dmsae_ray.show.mlflow.run_store import RunStore
 from dmsae_ray.show.mlflow.views import places, shared_views
 
 
-def test_the_address_is_that_of_the_runs_also_after_a_move(tmp_path):
+def test_the_address_is_that_of_the_runs_also_after_a_move(tmp_path, tables_made_once):
     old, new = tmp_path / "old", tmp_path / "a%20b #?"
     old.mkdir()
     store = RunStore(None, old, "dmsae_ray")
