@@ -20,7 +20,7 @@ import pytest
 from chromium import launched
 from playwright.sync_api import BrowserContext, Page
 
-# What makes pages is imported where they are made: with `-n` the process that only shares out tests reads this file, too.
+# What makes pages is imported where that happens: with `-n` the process that only shares out tests reads this, too.
 
 VIEWPORT = {"width": 1280, "height": 720}
 
