@@ -51,7 +51,7 @@ class Tab:
 
     def settle(self) -> None:
         """All that the open page had to say is heard, and what its reader chose is forgotten: light or dark."""
-        self.page.wait_for_function("true")
+        self.page.wait_for_function("true", polling=20)
         if self.page.url.startswith("file:"):
             self.page.evaluate("localStorage.clear()")
 
@@ -70,7 +70,6 @@ class Opened:
     def go(self, view: str) -> Page:
         """Open a view by its address and wait until its charts are drawn."""
         page = self.tab.page
-        page.bring_to_front()
         page.goto(f"{self.address}#{view}")
         page.wait_for_selector("html[data-ready]")
         page.wait_for_function(
