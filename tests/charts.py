@@ -75,29 +75,49 @@ LOOK = """async () => {
     if (box?.height && box.bottom > area.top + 1) found.push("the legend lies over the chart");
     return [...new Set(found)];
   }
-  for (const plot of document.querySelectorAll(".view.current .plot")) {
+  // What each chart can be asked for, under its name in words: here until the chart was looked at.
+  const charts = [...document.querySelectorAll(".view.current .plot")].map((plot) => {
     const fields = [...document.querySelectorAll(`select[data-chart="${plot.id}"]`)];
-    let charts = 0;
-    for (const choice of combinations(fields)) {
-      for (const [field, option] of choice) field.value = option;
-      fields.at(-1)?.dispatchEvent(new Event("change"));
-      await plot.drawn;
-      await frame();
-      const asked = [plot.id, ...choice.map(([, option]) => option)].join(" / ");
-      if (plot.classList.contains("none")) {
+    const asked = (options) => [plot.id, ...options].join(" / ");
+    const choices = new Map(combinations(fields).map((one) => [asked(one.map(([, option]) => option)), one]));
+    return { plot, fields, choices, asked: () => asked(fields.map((field) => field.value)), drawn: 0 };
+  });
+  // The charts of a view follow one another: one choice draws several, and none is drawn again for what was looked at.
+  async function lookAtAll() {
+    await Promise.all(charts.map(({ plot }) => plot.drawn));
+    await frame();
+    for (const chart of charts) {
+      const asked = chart.asked();
+      if (!chart.choices.delete(asked)) continue;
+      if (chart.plot.classList.contains("none")) {
         // In place of a chart may stand why there is none, for some options; never for all.
-        if (!plot.textContent.trim().endsWith(".")) faults.push(`${asked}: empty, and no reason`);
+        if (!chart.plot.textContent.trim().endsWith(".")) faults.push(`${asked}: empty, and no reason`);
         continue;
       }
-      charts += 1;
-      faults.push(...look(plot).map((fault) => `${asked}: ${fault}`));
-    }
-    if (!charts) faults.push(`${plot.id}: nothing under any option`);
-    for (const field of fields) {
-      field.selectedIndex = 0;
-      field.dispatchEvent(new Event("change"));
+      chart.drawn += 1;
+      faults.push(...look(chart.plot).map((fault) => `${asked}: ${fault}`));
     }
   }
+  await lookAtAll();
+  for (const { fields, choices } of charts) {
+    for (const [asked, choice] of [...choices]) {
+      if (!choices.has(asked)) continue;
+      for (const [field, option] of choice) field.value = option;
+      fields.at(-1).dispatchEvent(new Event("change"));
+      await lookAtAll();
+    }
+  }
+  for (const { plot, drawn, choices } of charts) {
+    if (!drawn) faults.push(`${plot.id}: nothing under any option`);
+    for (const asked of choices.keys()) faults.push(`${asked}: never came into sight`);
+  }
+  // Once more as they opened, after all that they showed between.
+  for (const { fields } of charts) for (const field of fields) field.selectedIndex = 0;
+  for (const { fields, choices, asked } of charts) {
+    choices.set(asked(), []);
+    fields.at(-1)?.dispatchEvent(new Event("change"));
+  }
+  await lookAtAll();
   return faults;
 }"""
 

@@ -25,8 +25,9 @@ def launched() -> Iterator[Browser]:
     if path is None:
         pytest.skip("NOT RUN: no Chromium found; apt-get install chromium, or set CHROMIUM to its path")
     with sync_playwright() as playwright:
-        # Tests may run as root in a container, with little shared memory and no GPU.
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        # Tests may run as root in a container, with little shared memory and no GPU. All pages of a site share a
+        # process: what it compiled when a page was first opened, plotly above all, it finds the next time.
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--process-per-site"]
         browser = playwright.chromium.launch(executable_path=path, args=arguments)
         try:
             yield browser

@@ -1,5 +1,8 @@
 """Two and four processes over gloo do what one does, whatever they share: same kept pairs, same parameters."""
 
+import multiprocessing
+from pathlib import Path
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -19,6 +22,11 @@ from gloo_ranks import (
 
 from dmsae_ray.sae.ranks.collective import Alone
 
+PRELOAD = ("gloo_ranks", "torch._dynamo")
+"""What a server imports once, which forks each rank: DistributedDataParallel asks torch._dynamo, which takes longer to
+import than all the rest.
+"""
+
 
 @pytest.fixture(scope="module")
 def alone():
@@ -29,7 +37,10 @@ def alone():
 def folder(alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(alone["float32", "ddp"]["masks"], folder / "masks.pt")
-    torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=4)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server does not get this process's sys.path
+        torch.multiprocessing.start_processes(rank_main, (str(folder),), nprocs=4, start_method="forkserver")
     return folder
 
 

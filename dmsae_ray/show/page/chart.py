@@ -81,9 +81,10 @@ def _field(chart: str, choice: Choice) -> str:
 
 def figure(traces: Sequence[Any], height: int = 380, **layout: Any) -> go.Figure:
     """A figure without colours of its own: those come with the page's template."""
-    made = go.Figure(list(traces), {"template": {}})  # else plotly copies its own template, only for it to go
-    made.update_layout(height=height, **layout)
+    # An empty template, which then goes: plotly would copy its own one of a thousand fields into every figure.
+    made = go.Figure(list(traces), layout={"template": {}})
     made.layout.template = None
+    made.layout.update(height=height, **layout)
     return made
 
 

@@ -55,8 +55,10 @@ def _by_seeds(consensus: dict[str, Any]) -> Chart:
     heights = [of_all.get(number, 0) for number in seeds]
     traces.append(totals([str(number) for number in seeds], heights, [f"{height:,}" for height in heights]))
     made = figure(traces, barmode="stack", bargap=0.25)
-    made.update_xaxes(title_text=f"seeds (of {len(seeds)}) whose core has the feature", type="category", showgrid=False)
-    made.update_yaxes(title_text="features", range=above_bars(heights))
+    made.layout.xaxis.update(
+        title_text=f"seeds (of {len(seeds)}) whose core has the feature", type="category", showgrid=False
+    )
+    made.layout.yaxis.update(title_text="features", range=above_bars(heights))
     return Chart(
         "chart-consensus",
         "How many seeds have a feature",

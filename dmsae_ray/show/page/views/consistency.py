@@ -208,8 +208,8 @@ def _heat(
     )
     side = min(900, 190 + len(members) * (18 if small else 42))
     made = figure([heat], height=side, meta={"read": f"Each cell is a pair of chains: {score.read}. {READ}"})
-    made.update_yaxes(autorange="reversed", showgrid=False, type="category")
-    made.update_xaxes(showgrid=False, type="category", tickangle=-45)
+    made.layout.yaxis.update(autorange="reversed", showgrid=False, type="category")
+    made.layout.xaxis.update(showgrid=False, type="category", tickangle=-45)
     return made
 
 

@@ -92,8 +92,8 @@ def _bars(rows: Sequence[dict[str, Any]]) -> go.Figure:
     ]
     traces.append(totals(x, heights, [shown(height, "tenths").removesuffix(".0") for height in heights]))
     made = figure(traces, barmode="stack", bargap=0.3, legend={"traceorder": "normal"})
-    made.update_xaxes(title_text="cycle", type="category", showgrid=False)
-    made.update_yaxes(title_text="latents in the core", range=above_bars(heights))
+    made.layout.xaxis.update(title_text="cycle", type="category", showgrid=False)
+    made.layout.yaxis.update(title_text="latents in the core", range=above_bars(heights))
     return made
 
 
@@ -140,12 +140,12 @@ def lines(
         named.add(k)
     made = figure(traces, height=320)
     cycles = [row["cycle"] for row in rows]
-    made.update_xaxes(
+    made.layout.xaxis.update(
         title_text="cycle",
         dtick=max(1, (max(cycles) - min(cycles)) // 8),
         range=[min(cycles) - 0.25, max(cycles) + 0.25],
     )
-    made.update_yaxes(
+    made.layout.yaxis.update(
         title_text=title, range=span([number for row in rows if (number := value(row)) is not None], least, most)
     )
     return made

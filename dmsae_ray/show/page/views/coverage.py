@@ -83,8 +83,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> go.Figure:
                 )
             )
     made = figure(traces, height=440)
-    made.update_xaxes(title_text="latents, by falling attribution", type="log", dtick="D2", tickformat=",d")
-    made.update_yaxes(title_text="cumulative share of the attribution", range=[0, 1.03])
+    made.layout.xaxis.update(title_text="latents, by falling attribution", type="log", dtick="D2", tickformat=",d")
+    made.layout.yaxis.update(title_text="cumulative share of the attribution", range=[0, 1.03])
     return made
 
 

@@ -107,8 +107,8 @@ def _bars(histogram: dict[str, list[float]]) -> go.Figure:
     made = figure(traces, height=420, barmode="overlay")
     ticks = list(range(int(np.floor(edges[0])), 1))
     words = [f"{100 * 10.0**tick:g} %" for tick in ticks]
-    made.update_xaxes(title_text="density (share of tokens, logarithmic)", tickvals=ticks, ticktext=words)
-    made.update_yaxes(title_text="share of the latents", rangemode="tozero")
+    made.layout.xaxis.update(title_text="density (share of tokens, logarithmic)", tickvals=ticks, ticktext=words)
+    made.layout.yaxis.update(title_text="share of the latents", rangemode="tozero")
     return made
 
 

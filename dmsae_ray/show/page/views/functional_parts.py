@@ -124,8 +124,8 @@ def _curves(groups: dict[str, Any], number: str, chance: str | None) -> go.Figur
     if not traces:
         return "No group of pairs has this number."
     made = figure(traces, height=380)
-    made.update_xaxes(title_text="tokens trained on", rangemode="tozero")
-    made.update_yaxes(title_text="mean over pairs", range=span(seen, 0.2, 1.0))
+    made.layout.xaxis.update(title_text="tokens trained on", rangemode="tozero")
+    made.layout.yaxis.update(title_text="mean over pairs", range=span(seen, 0.2, 1.0))
     return made
 
 

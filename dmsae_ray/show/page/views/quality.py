@@ -122,14 +122,14 @@ def _k_figure(rows: Sequence[dict[str, Any]], measure: Measure, height: int) -> 
                 _trace(arm, _place(rows, arm), [str(k) for k in at], points, [f"k = {k}" for k in at], measure)
             )
     made = figure(traces, height=height, scattermode="group", scattergap=0.75, meta={"read": measure.read})
-    made.update_yaxes(range=_range(found.values(), measure))
-    made.update_xaxes(
+    made.layout.yaxis.update(range=_range(found.values(), measure))
+    made.layout.xaxis.update(
         title_text="k, latents per token",
         type="category",
         categoryorder="array",
         categoryarray=[str(k) for k in _ks(rows)],
     )
-    made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
+    made.layout.yaxis.update(title_text=f"{measure.name} ({measure.unit})")
     return made
 
 
@@ -214,8 +214,8 @@ def _arms_figure(rows: Sequence[dict[str, Any]], k: int, measure: Measure) -> go
         return f"No arm has {measure.name} at k = {k}."
     read = f"{measure.read} Symbols are means with their bars, strokes are single chains."
     made = figure(traces, height=110 + 14 * len(traces), showlegend=False, meta={"read": read})
-    made.update_yaxes(type="category", autorange="reversed")
-    made.update_xaxes(title_text=f"{measure.name} ({measure.unit})", range=_range(means, measure, values))
+    made.layout.yaxis.update(type="category", autorange="reversed")
+    made.layout.xaxis.update(title_text=f"{measure.name} ({measure.unit})", range=_range(means, measure, values))
     return made
 
 
@@ -275,9 +275,11 @@ def _prefix_figure(
     if not traces:
         return f"{measure.name} of the prefixes was not measured."
     made = figure(traces, height=400, scattermode="group", scattergap=0.75)
-    made.update_yaxes(range=_range(points, measure))
-    made.update_xaxes(type="category", categoryorder="array", categoryarray=[_prefix_name(name) for name in names])
-    made.update_yaxes(title_text=f"{measure.name} ({measure.unit})")
+    made.layout.yaxis.update(range=_range(points, measure))
+    made.layout.xaxis.update(
+        type="category", categoryorder="array", categoryarray=[_prefix_name(name) for name in names]
+    )
+    made.layout.yaxis.update(title_text=f"{measure.name} ({measure.unit})")
     return made
 
 
