@@ -164,6 +164,7 @@ CALLED_FROM_OUTSIDE = {
     "_load_pyfunc": "MLflow's loader of a core as a model must have it",
     "Counting": "jobs and tests count what ranks send each other",
     "bytes_per_step": "jobs: the table of what ranks send",
+    "backend_cls": "Ray Train calls it",
     "consensus_core": "the public face",
     "emit": "logging calls it",
     "get_field_value": "pydantic's sources must have it",
