@@ -137,12 +137,21 @@ def planned_again(sweep, dataset: ActivationDataset, output: Path, cycles: int, 
     return plan
 
 
+@ray.remote(num_cpus=0)
+class Trial:
+    """A process that drives chains, as Tune has them."""
+
+    def drive(self, *given) -> None:
+        drive(*given)
+
+
 def run_chain(sweep, dataset: ActivationDataset, output: Path, cycles: int, workers: int = 1, **train) -> ChainPlan:
     """The sweep's first chain, again, on this dataset, into another output folder: a trial's work, without Tune."""
     plan = planned_again(sweep, dataset, output, cycles, workers, **train)
     lock, board = OutputLock(plan.config.home), ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
-        drive([plan], lock.lease(), Aggregator.remote(), board, str(output.parent / "scratch"))
+        scratch = str(output.parent / "scratch")
+        ray.get(Trial.remote().drive.remote([plan], lock.lease(), Aggregator.remote(), board, scratch))
     finally:
         lock.release()
     return plan
