@@ -6,7 +6,7 @@ here, since workers open their stream themselves. Its cleaner of placement group
 whether the controller lives; here groups bear the trial's name, and whoever learns of a lost trial removes them
 (`release`). Workers join their process group by Ray Train's own functions, but torch is imported by them alone.
 
-The three overridden methods are Ray Train's own (Ray 2.60), not promised to stay: pyproject.toml admits no other
+The overridden methods are Ray Train's own (Ray 2.60), not promised to stay: pyproject.toml admits no other
 version.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._raylet import PlacementGroupID
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -28,7 +29,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 LEAVE_TIMEOUT_S = 30
 """For leaving the process group, when workers end. One that does not answer is killed all the same."""
@@ -50,6 +51,18 @@ class TrainRun(DataParallelTrainer):
 class NamedWorkerGroup(WorkerGroup):
     """A worker group whose placement group bears the run's name."""
 
+    def _start(self) -> None:
+        """Ray Train forgets a group that has its workers and then fails to join them: neither they nor their room
+        would ever be free again, while it tries anew.
+        """
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
     def _create_placement_group(self, scaling_config: Any, context: Any) -> DefaultPlacementGroupHandle:
         # A name of its own each time: that of a group just removed may still be taken.
         name = f"{self._train_run_context.run_config.name}/{secrets.token_hex(4)}"
@@ -65,15 +78,14 @@ class Controller(TrainController):
 
 
 def release(runs: str) -> None:
-    """Give back what runs whose names begin so still hold of the cluster, their processes being gone."""
-    for group in placement_group_table().values():
+    """Give back what runs whose names begin so still hold of the cluster, after their end or their processes'."""
+    for number, group in placement_group_table().items():
         if group["name"].startswith(runs) and group["state"] != "REMOVED":
-            with suppress(ValueError):  # its own process removed it in between
-                remove_placement_group(get_placement_group(group["name"]))
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
 @dataclass
-class ProcessGroup(BackendConfig):
+class GroupConfig(BackendConfig):
     """What ray.train.torch.TorchConfig is, without importing torch where the run is only driven."""
 
     backend: str
@@ -90,7 +102,7 @@ class _TogetherInTorch(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        assert isinstance(backend_config, ProcessGroup)
+        assert isinstance(backend_config, GroupConfig)
         address, port = worker_group.execute_single(0, get_address_and_port)
         world = len(worker_group)
         ray.get(
@@ -104,11 +116,12 @@ class _TogetherInTorch(Backend):
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         left = worker_group.execute_async(_leave, len(worker_group) > 1)
-        ray.wait(left, num_returns=len(left), timeout=LEAVE_TIMEOUT_S)
+        with suppress(ray.exceptions.GetTimeoutError):
+            ray.get(left, timeout=LEAVE_TIMEOUT_S)  # raises at the first that is lost, which Ray Train expects
 
 
 def _join(backend: str, timeout_s: int, address: str, port: int, rank: int, world: int) -> None:
-    """In a worker: be part of the process group. One worker alone needs none."""
+    """In a worker: be part of the process group, torch being imported here first. One worker alone needs none."""
     import os
 
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group

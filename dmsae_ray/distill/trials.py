@@ -3,14 +3,17 @@ nothing itself.
 
 It asks Ray for no CPU or GPU, least of all for its workers': placement groups do not nest, so a trial that held them
 would wait for itself, and slivers of many trials add up to the CPU that a worker then lacks. It lives on the node of
-the command itself, so that no other lost node takes a trial along. Its process imports no torch. Resuming is by the
+the command itself, so that no other lost node takes a trial along. Its process imports no torch, unless it
+has a failure to write. Resuming is by the
 chains' own records, never by restoring a Tuner.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import ray.train
 from ray import tune
 
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.train_run import ProcessGroup, TrainRun, release, train_chains
+from dmsae_ray.distill.train_run import GroupConfig, TrainRun, release, train_chains
 from dmsae_ray.lock import Lease
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
@@ -30,7 +33,7 @@ HERE = 0.0001
 """Of the one that each node has of itself, the least that Ray counts: a trial is placed on this node, and none kept
 out.
 """
-CHAINS_PER_AGGREGATOR = 8
+GROUPS_PER_AGGREGATOR = 8
 """Worker groups at work that share one actor: what it adds up comes seldom, but each of its processes imports torch."""
 
 
@@ -45,7 +48,7 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any
 
     groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
     # mypy does not see that ray's decorator makes another class of it.
-    aggregators = [Aggregator.remote() for _ in range(0, concurrent, CHAINS_PER_AGGREGATOR)]  # type: ignore[attr-defined]
+    aggregators = [Aggregator.remote() for _ in range(0, concurrent, GROUPS_PER_AGGREGATOR)]  # type: ignore[attr-defined]
 
     def trial(grid: dict) -> None:
         number = grid["group"]
@@ -60,7 +63,7 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any
             storage_path=str(scratch),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=retries),
-            callbacks=[Released(groups, lease)],
+            callbacks=[ReleaseLost(groups, lease)],
         ),
     )
     try:
@@ -68,18 +71,22 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any
             settle(group, lease, result.error, board)
     finally:
         for aggregator in aggregators:
-            ray.kill(aggregator)
+            with suppress(Exception):  # a broken cluster is told of by what is on its way out
+                ray.kill(aggregator)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class Released(tune.Callback):
-    """What a trial held is free again once it has ended, however it did. One that begins again sees to that itself."""
+class ReleaseLost(tune.Callback):
+    """What a trial held whose process was lost for good is free again. One that begins again sees to that itself."""
 
     def __init__(self, groups: list[list[ChainPlan]], lease: Lease):
         self.groups, self.lease = groups, lease
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        release(runs_of(self.groups[trial.config["group"]], self.lease))
+        try:
+            release(runs_of(self.groups[trial.config["group"]], self.lease))
+        except ray.exceptions.RayError as error:
+            logging.getLogger(__name__).warning("what a lost trial held may still be held: %s", error)
 
 
 def runs_of(plans: list[ChainPlan], lease: Lease) -> str:
@@ -148,14 +155,16 @@ def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scr
         for plan in plans:
             if not plan.finished() and plan.folder.failure() is None:
                 write_failure(plan, lease, "error", _root(error))
+    finally:
+        release(runs)  # where Ray Train failed at ending it
     for plan in plans:
         if (failure := plan.folder.failure()) is not None:
             ray.get(board.update.remote(plan.label, phase="failed", message=failure.reason))
 
 
-def process_group(gpus_per_worker: float) -> ProcessGroup:
+def process_group(gpus_per_worker: float) -> GroupConfig:
     """The workers'. Ray would give GPU workers NCCL alone, which cannot add up what lies in a CPU's memory."""
-    return ProcessGroup("cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", COLLECTIVE_TIMEOUT_S)
+    return GroupConfig("cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", COLLECTIVE_TIMEOUT_S)
 
 
 def _root(error: BaseException) -> str:

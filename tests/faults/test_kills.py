@@ -24,10 +24,13 @@ from victims import (
     temporaries,
 )
 
+from dmsae_ray.cluster.connection import available_cpus
 from dmsae_ray.sweep import main
 
 TRAINER, DRIVER = "ray::RayTrainWorker", "ray::ImplicitFunc"
 SEED0 = (*LOCAL, "--sweep.seeds", "0")
+ROOM_FOR_ONE = ("--cluster.cpus_per_worker", str(max(3, available_cpus() // 2 + 1)))
+"""So many CPUs for a worker that another waits for ever, unless what a lost one held is given back."""
 # A dataset and a cycle long enough to be struck at a chosen place: 128 steps of 512 rows, half a pass, a checkpoint
 # every 8.
 STEPS, BATCH, LANES, EVERY = 128, 512, 8, 8
@@ -96,8 +99,7 @@ def test_worker_trial_and_command_are_killed_and_the_sweep_goes_on_to_the_same_n
     """One after the other in one sweep; each alone, and ten times, in the slow tests."""
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
-    # So many CPUs for a worker that its successor waits for ever, unless what the lost one held is given back.
-    args = (*SEED0, "--train.checkpoint_steps", "1", "--train.log_steps", "1", "--cluster.cpus_per_worker", "3")
+    args = (*SEED0, "--train.checkpoint_steps", "1", "--train.log_steps", "1", *ROOM_FOR_ONE)
     victim = Victim(output, *args)
 
     def standing(number: int) -> Standing:
@@ -366,10 +368,10 @@ def test_a_killed_driver_of_a_chain_is_replaced_and_the_chain_goes_on(small_swee
 
 @pytest.mark.slow
 def test_a_trial_lost_for_good_leaves_its_place_to_the_next_chain(small_sweep, tmp_path):
-    """Without a retry its chain fails. The cluster has room for one worker at a time."""
+    """Without a retry its chain fails."""
     output = tmp_path / "out"
     copy_parts(small_sweep.output, output, "data", "tokens")
-    args = ("--sweep.cycles", "1", "--cluster.concurrent", "1", "--cluster.cpus_per_worker", "3")
+    args = ("--sweep.cycles", "1", "--cluster.concurrent", "1", *ROOM_FOR_ONE)
     victim = Victim(output, *LOCAL, *args, "--cluster.retries", "0", "--train.checkpoint_steps", "1")
     victim.wait_for(lambda: cycles(output) and (cycles(output)[0] / "checkpoint.pt").exists() and trainers(victim))
     (driver,) = victim.find(DRIVER)
@@ -379,3 +381,17 @@ def test_a_trial_lost_for_good_leaves_its_place_to_the_next_chain(small_sweep, t
     records = [(chain / "cycle_00" / "record.json").exists() for chain in output.glob("chains/*")]
     assert first != second and sorted(records) == [False, True], victim.said
     assert "its driver was lost" in victim.said
+
+
+@pytest.mark.slow
+def test_a_worker_lost_before_it_joins_its_group_leaves_its_place_to_the_next(small_sweep, tmp_path):
+    output = tmp_path / "out"
+    copy_parts(small_sweep.output, output, "data", "tokens")
+    victim = Victim(output, *SEED0, "--sweep.cycles", "1", *ROOM_FOR_ONE)
+    victim.wait_for(lambda: victim.find(f"{TRAINER}.execute"))
+    (worker,) = victim.find(TRAINER)
+    worker.kill()
+    assert not cycles(output), "it had begun"
+    victim.finish()
+    (cycle,) = cycles(output)
+    assert results(cycle) == results(small_sweep.output / cycle.relative_to(output))
