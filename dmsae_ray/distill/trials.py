@@ -3,9 +3,8 @@ nothing itself.
 
 It asks Ray for no CPU or GPU, least of all for its workers': placement groups do not nest, so a trial that held them
 would wait for itself, and slivers of many trials add up to the CPU that a worker then lacks. It lives on the node of
-the command itself, so that no other lost node takes a trial along. Its process imports no torch, unless it
-has a failure to write. Resuming is by the
-chains' own records, never by restoring a Tuner.
+the command itself, so that no other lost node takes a trial along. Its process imports no torch, unless it has a
+failure to write. Resuming is by the chains' own records, never by restoring a Tuner.
 """
 
 from __future__ import annotations
