@@ -6,13 +6,13 @@ here, since workers open their stream themselves. Its cleaner of placement group
 whether the controller lives; here groups bear the trial's name, and whoever learns of a lost trial removes them
 (`release`). Workers join their process group by Ray Train's own functions, but torch is imported by them alone.
 
-The overridden methods are Ray Train's own (Ray 2.60), not promised to stay: pyproject.toml admits no other
-version.
+The overridden methods are Ray Train's own (Ray 2.60), not promised to stay: pyproject.toml admits no other version.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,8 +122,6 @@ class _TogetherInTorch(Backend):
 
 def _join(backend: str, timeout_s: int, address: str, port: int, rank: int, world: int) -> None:
     """In a worker: be part of the process group, torch being imported here first. One worker alone needs none."""
-    import os
-
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     _set_torch_distributed_env_vars()
