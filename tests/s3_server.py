@@ -112,29 +112,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass  # a line for every request
 
 
-class S3:
-    """The server with its proxy and one bucket; KEYS must be in the environment."""
+class Bucket:
+    """A new bucket on the S3 server at this address, which is <host>:<port>; KEYS must be in the environment."""
 
-    def __init__(self):
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
-        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
-        self.proxy = Proxy(self.port)
-        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+    def __init__(self, address: str):
+        self.address = address
         self.files = fs.S3FileSystem(
-            endpoint_override=f"127.0.0.1:{self.port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+            endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True
         )
         self.files.create_dir(BUCKET)
 
-    def url(self, prefix: str, proxy: bool = False) -> str:
-        port = self.proxy.port if proxy else self.port
-        return f"s3://{BUCKET}/{prefix}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    def url(self, prefix: str) -> str:
+        return f"s3://{BUCKET}/{prefix}?endpoint_override={self.address}&scheme=http&region=us-east-1"
 
     def upload(self, folder: Path, prefix: str) -> None:
-        """Every file below a folder, past the proxy."""
+        """Every file below a folder."""
         for path in folder.rglob("*"):
             if path.is_file():
                 with self.files.open_output_stream(f"{BUCKET}/{prefix}/{path.relative_to(folder)}") as stream:
@@ -148,6 +140,25 @@ class S3:
                 with self.files.open_input_file(info.path) as file:
                     found[info.path.removeprefix(f"{BUCKET}/{prefix}/")] = file.read()
         return found
+
+
+class S3(Bucket):
+    """The server with its proxy and one bucket, which is filled and read past the proxy."""
+
+    def __init__(self):
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
+        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        self._server.start()
+        self.port = self._server.get_host_and_port()[1]
+        self.proxy = Proxy(self.port)
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+        super().__init__(f"127.0.0.1:{self.port}")
+
+    def url(self, prefix: str, proxy: bool = False) -> str:
+        direct = super().url(prefix)
+        return direct.replace(self.address, f"127.0.0.1:{self.proxy.port}") if proxy else direct
 
     def stop(self) -> None:
         self.proxy.shutdown()
