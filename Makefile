@@ -12,7 +12,7 @@ PART   := sh tests/part.sh
 # Two processes that share the tests by file, in the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers bench ui clean
+.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers cluster bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
@@ -23,6 +23,7 @@ help:
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                MLflow on the quickstart: its chains, and their comparison"
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
+	@echo "make cluster           a sweep on several machines in a box on this one; needs root and iproute2"
 	@echo "make bench             time the training step against other systems' (jobs/bench/bench_step.md)"
 
 setup: $(READY)
@@ -97,6 +98,11 @@ test-faults: $(READY)
 # The long ones of test-faults: harvests and chains killed again and again, and chains that go on with other workers.
 test-kills: $(READY)
 	timeout 7200 $(TEST) -m slow --durations=12 tests/faults/test_kills.py tests/faults/test_harvest_kills.py
+
+# A real cluster of machines with networks, disks and processes of their own, on this one (tests/cluster/box.py); says NOT RUN
+# without root, or with what has to be installed.
+cluster: $(READY)
+	timeout 5400 $(TEST) --durations=5 tests/cluster
 
 # Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment

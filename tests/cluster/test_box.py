@@ -15,7 +15,7 @@ import psutil
 import pytest
 from s3_server import BUCKET, KEYS
 
-from cluster.box import BIN, REPOSITORY, Box, Node, cannot_slow, clean, missing
+from cluster.box import BIN, REPOSITORY, Box, Node, cannot_slow, clean
 from cluster.s3_node import S3Node
 
 PORT = 8000
@@ -160,8 +160,6 @@ def test_a_killed_node_leaves_no_process_and_keeps_its_disk(box: Box, stopped: b
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_what_a_killed_process_leaves_behind_ends_and_is_removed(stopped: bool):
-    if lacking := missing():
-        pytest.skip(f"NOT RUN: {lacking}")
     code = (
         "import time; from cluster.box import Box; box = Box().__enter__(); node = box.node('one'); "
         "node.popen(['sh', '-c', 'touch /srv/file; sleep 1000'])\n"
