@@ -103,14 +103,13 @@ class Node:
     def boot(self) -> None:
         """Switches the machine on: its namespaces, its disk, its cable."""
         assert not self.running, f"{self.name} is running"
-        own = sorted({*OWN, tempfile.gettempdir(), str(Path.home())})
-        own = [path for path in own if not any(_lies_in(path, (other,)) for other in own if other != path)]
-        needed = {str(REPOSITORY), sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])}
+        own = _outermost([*OWN, tempfile.gettempdir(), Path.home()])
+        python = [sys.prefix, Path(sys.prefix).resolve(), sys.base_prefix, Path(sys.executable).resolve().parents[1]]
         of_node = {
             "name": self.name,
             "disk": str(self.disk),
             "own": own,
-            "seen": sorted(path for path in needed if _lies_in(path, own)),
+            "seen": [path for path in _outermost([REPOSITORY, *python]) if _lies_in(path, own)],
             "share": str(self.share.resolve()) if self.share else None,
             "hosts": str(self.box.hosts),
         }
@@ -234,7 +233,8 @@ class Node:
     def drop(self) -> None:
         """For good, with its disk."""
         self.kill()
-        self.box.forget(self)
+        del self.box.nodes[self.name]
+        self.box.name_all()
         shutil.rmtree(self.disk)
 
 
@@ -251,7 +251,7 @@ class Box:
         self.nodes: dict[str, Node] = {}
         self._last = 0
         self.host = self.address_of(254)
-        self._name_all()
+        self.name_all()
         _do("ip", "addr", "add", f"{self.host}/24", "dev", self.bridge)
         _do("ip", "link", "set", self.bridge, "up")
         return self
@@ -273,15 +273,11 @@ class Box:
         self._last += 1
         node = Node(self, name, self._last, share)
         self.nodes[name] = node
-        self._name_all()
+        self.name_all()
         node.boot()
         return node
 
-    def forget(self, node: Node) -> None:
-        del self.nodes[node.name]
-        self._name_all()
-
-    def _name_all(self) -> None:
+    def name_all(self) -> None:
         names = [("127.0.0.1", "localhost"), (self.host, "host")]
         names += [(node.address, node.name) for node in self.nodes.values()]
         self.hosts.write_text("".join(f"{address} {name}\n" for address, name in names))
@@ -289,6 +285,11 @@ class Box:
 
 def _lies_in(path: str, folders: Iterable[str]) -> bool:
     return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def _outermost(folders: Iterable[object]) -> list[str]:
+    paths = {str(folder) for folder in folders}
+    return sorted(path for path in paths if not _lies_in(path, paths - {path}))
 
 
 def _claim(made: Path) -> int:
