@@ -37,7 +37,7 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.shard_maker import ShardMaker, Target
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
-from dmsae_ray.activations.store import Store
+from dmsae_ray.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits, _blocks, _views
 from dmsae_ray.cluster.connection import QUIET
 from dmsae_ray.corpus.prepare import prepare_tokens
