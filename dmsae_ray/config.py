@@ -558,6 +558,10 @@ class ClusterConfig(Section):
     batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result
     is what it is alone
     """
+    scratch: Place | None = None
+    """with an output at a URL: folder on each node's own disk, the same name on all, for what a node is working on;
+    left out: in that for temporary files
+    """
     object_store_mb: int = Field(512, ge=64)
     """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""
     read_tasks: int = Field(2, ge=1)
@@ -586,8 +590,10 @@ class Config(BaseSettings):
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """names the sweep, and its folder"""
-    output: Place | None = None
-    """lasting folder for everything made; left out: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>"""
+    output: FolderOrUrl | None = None
+    """lasting folder for everything made, or a URL such as s3://bucket/prefix: then nodes need no shared disk; left
+    out: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>
+    """
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     harvest: HarvestConfig = HarvestConfig()
@@ -617,7 +623,7 @@ class Config(BaseSettings):
         # Settled here, in the driver: a worker has another home and another environment.
         if not isinstance(tree, dict) or tree.get("output") is not None:
             return tree
-        return tree | {"output": default_output(str(tree.get("name") or cls.model_fields["name"].default))}
+        return tree | {"output": str(default_output(str(tree.get("name") or cls.model_fields["name"].default)))}
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
@@ -652,9 +658,21 @@ class Config(BaseSettings):
 
     @property
     def home(self) -> Path:
-        """Absolute output folder, the same in every process."""
+        """Absolute output folder, the same in every process. With an output at a URL it is the one that stands for it
+        on this machine, from the first call on in this process (mirror.py).
+        """
         assert self.output is not None, "every configuration has one from its beginning"
-        return self.output
+        if not self.output.is_url:
+            return Path(self.output.reveal())
+        from dmsae_ray.mirror import folder_for, mirror_of
+
+        return mirror_of(self.output, folder_for(self.output, self.cluster.scratch)).folder
+
+    @property
+    def place(self) -> str:
+        """The output folder, for people: a URL without its options."""
+        assert self.output is not None, "every configuration has one from its beginning"
+        return self.output.place
 
     def sections(self) -> dict[str, Any]:
         """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs
@@ -694,4 +712,4 @@ class Config(BaseSettings):
 def _dump_json(value: Any) -> str:
     if isinstance(value, BaseModel):
         return value.model_dump_json()
-    return json.dumps(str(value) if isinstance(value, Path) else value)
+    return json.dumps(str(value) if isinstance(value, Path | SecretUrl) else value)

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from dmsae_ray.causes import causes
 
@@ -33,6 +34,114 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class Elsewhere(Protocol):
+    """What a folder of this machine stands for: a place elsewhere, which alone is the truth (see mirror.py).
+
+    A file is there before it is here, so what is here is there too, unless others have changed it since.
+    """
+
+    folder: Path
+
+    def send(self, file: Path, path: Path) -> None:
+        """Make the content of `file` that of `path` there, and the times of `file` those it has there."""
+
+    def fetch(self, path: Path) -> bool:
+        """Have a file here, if it is here or there."""
+
+    def refresh(self, folder: Path, alone: bool = False) -> None:
+        """Take over what others have changed, added or removed below a folder. Large files wait for `fetch`.
+
+        alone: the caller holds the output, so that what only its driver writes is not in use now.
+        """
+
+    def discard(self, path: Path) -> None:
+        """Delete a file there."""
+
+    def bytes_below(self, folder: Path) -> int:
+        """Of all files there below a folder, or of this file."""
+
+    def names(self, folder: Path) -> list[str]:
+        """Of every file there below a folder, whosever it is: seen from the place's own folder."""
+
+    def current(self, path: Path) -> str:
+        """A small file's text as it is there now. Raises OSError or ValueError."""
+
+    def guard(self, folder: Path, check: Callable[[], None]) -> None:
+        """Call `check` before a write below this folder that failed is tried again; it raises if that may not be."""
+
+
+_elsewhere: dict[Path, Elsewhere] = {}
+"""By the folder that stands for it."""
+
+
+def stand_for(place: Elsewhere) -> None:
+    """From now on, in this process, `place.folder` stands for a place elsewhere."""
+    _elsewhere[place.folder] = place
+
+
+def elsewhere(path: Path) -> Elsewhere | None:
+    """The place that a path's folder stands for; None: it is what it seems to be."""
+    return next((place for folder, place in _elsewhere.items() if path.is_relative_to(folder)), None)
+
+
+def present(path: Path) -> bool:
+    """Whether a file is there; where its folder stands for a place elsewhere, it is fetched from there first.
+
+    Raises ValueError if that place cannot be reached.
+    """
+    return path.exists() or ((place := elsewhere(path)) is not None and place.fetch(path))
+
+
+def refresh(folder: Path, alone: bool = False) -> None:
+    """Make what is below a folder what others have left there, which in a folder of this machine it always is. alone:
+    as in `Elsewhere`.
+    """
+    if (place := elsewhere(folder)) is not None:
+        place.refresh(folder, alone)
+
+
+def publish(path: Path) -> None:
+    """Send a file that was written past `replacing`, in place or by a library, and all files of a folder."""
+    if (place := elsewhere(path)) is not None:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and not file.is_symlink():
+                place.send(file, file)
+
+
+def present_below(folder: Path) -> None:
+    """Fetch every file below a folder, the large ones too."""
+    if (place := elsewhere(folder)) is not None:
+        for name in place.names(folder):
+            place.fetch(place.folder / name)
+
+
+def discard(path: Path) -> None:
+    """Delete a file, here and wherever else it is. What is not there is no error."""
+    if (place := elsewhere(path)) is not None:
+        place.discard(path)
+    path.unlink(missing_ok=True)
+
+
+def move(path: Path, to: Path) -> None:
+    """Give a file another name."""
+    if (place := elsewhere(path)) is not None:
+        place.send(path, to)
+        place.discard(path)
+    path.replace(to)
+
+
+def current(path: Path) -> str:
+    """A small file's text as it is now, wherever its truth is. Raises OSError or ValueError if it cannot be read."""
+    place = elsewhere(path)
+    return path.read_text() if place is None else place.current(path)
+
+
+def guard(folder: Path, check: Callable[[], None]) -> None:
+    """What to ask before a write below a folder that was held up by a server is tried again."""
+    if (place := elsewhere(folder)) is not None:
+        place.guard(folder, check)
+
+
 def _name(error: BaseException, path: Path) -> None:
     """Say of an OSError, and of those behind an error, which file they are about."""
     for link in causes(error, contexts=True):
@@ -43,6 +152,8 @@ def _name(error: BaseException, path: Path) -> None:
 def replace(temporary: Path, path: Path) -> None:
     """Give a finished file its name, so that content and name outlast a power cut."""
     _flush(temporary)
+    if (place := elsewhere(path)) is not None:
+        place.send(temporary, path)
     os.replace(temporary, path)
     _flush(path.parent)
 

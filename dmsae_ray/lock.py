@@ -6,14 +6,21 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from dmsae_ray.files import replacing
+from dmsae_ray.files import current, elsewhere, replacing
 from dmsae_ray.ownership import mark
 
+if TYPE_CHECKING:
+    from dmsae_ray.claim import Claim
+
+T = TypeVar("T")
 PATIENCE_S = 10.0
 """How long a generation that cannot be read is asked for again."""
 
@@ -33,14 +40,16 @@ def no_locks(home: Path, error: OSError) -> ValueError:
 
 
 class OutputLock:
-    """Held for a driver's life; the operating system lets go of it however the driver ends.
+    """Held for a driver's life; the operating system lets go of it however the driver ends. An output at a URL is
+    claimed there as well (claim.py).
 
     Raises ValueError if the folder cannot be written or holds what is not ours under our names, OutputBusy if another
     driver holds it.
     """
 
     def __init__(self, home: Path):
-        self.path = home / "driver.lock"
+        self.path, self.token = home / "driver.lock", secrets.token_hex(6)
+        self._claim: Claim | None = None
         try:
             home.mkdir(parents=True, exist_ok=True)
             mark(home)
@@ -58,11 +67,16 @@ class OutputLock:
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
-            raise OutputBusy(
-                f"output folder {home}: in use by another driver ({holder or 'unknown'}); wait for it, stop it, or "
-                "give --output another folder"
-            ) from None
+            raise busy(home, holder or "unknown") from None
         self.home = home
+        if elsewhere(home) is not None:
+            from dmsae_ray.claim import Claim, Claimed
+
+            try:
+                self._claim = Claim(home, self.token)
+            except Claimed as error:
+                self._file.close()
+                raise busy(home, str(error)) from None
         try:
             self._file.truncate(0)
             self._file.write(
@@ -78,20 +92,39 @@ class OutputLock:
         """Raise the generation: workers of earlier drivers can no longer commit."""
         path = self.home / "generation"
         try:
-            previous = int(path.read_text())
-        except FileNotFoundError:
-            previous = 0
+            previous = _generation(current(path))[0] if _there(path) else 0
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: holds no number ({error}), which tells workers of earlier drivers that they are superseded. "
                 "If none of them is at work any more, delete this file and run the same command again"
             ) from error
         with replacing(path) as temporary:
-            temporary.write_text(str(previous + 1))
-        return Lease(path, previous + 1)
+            temporary.write_text(f"{previous + 1} {self.token}")
+        return Lease(path, previous + 1, self.token)
 
     def release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
         self._file.close()
+
+
+def busy(home: Path, holder: str) -> OutputBusy:
+    """What to say of an output that another driver has."""
+    return OutputBusy(
+        f"output folder {home}: in use by another driver ({holder}); wait for it, stop it, or give --output another "
+        "folder"
+    )
+
+
+def _there(path: Path) -> bool:
+    place = elsewhere(path)
+    return path.exists() if place is None else path.relative_to(place.folder).as_posix() in place.names(path.parent)
+
+
+def _generation(text: str) -> tuple[int, str]:
+    """Its number, and the driver's token. Raises ValueError."""
+    number, _, token = text.strip().partition(" ")
+    return int(number), token
 
 
 class Superseded(RuntimeError):
@@ -116,33 +149,60 @@ class OutputUnseen(OSError):
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write below an output folder, as long as its generation is the newest."""
+    """The right to write below an output folder, as long as its generation is the newest and, for a worker group, no
+    later group of the same driver has taken its chains over.
+    """
 
     path: Path
     generation: int
+    token: str = ""
+    """the driver's: two that took the folder over at the same moment have the same generation"""
+    writer: Path | None = None
+    """the file that says which worker group writes"""
+    word: str = ""
+    """what it says while that is this one"""
+
+    def of_group(self, folders: list[Path]) -> Lease:
+        """That of a new worker group, which takes these chains' folders over: from now on an earlier group that was
+        thought lost, and comes back, has no right to write there. Raises Superseded.
+        """
+        self.check()
+        word = secrets.token_hex(6)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / "writer") as temporary:
+                temporary.write_text(word)
+        return replace(self, writer=folders[0] / "writer", word=word)
 
     def check(self) -> None:
-        """Raises Superseded if a later driver has started: its number is larger, and nothing else counts as one.
+        """Raises Superseded if a later driver has started: its number is larger, and nothing else counts as one. Or if
+        a later worker group has.
 
         A file that cannot be read (a server that stutters, a handle that went stale) is tried again for PATIENCE_S
         seconds; then OutputUnseen is raised.
         """
-        newest = self._newest()
+        newest, token = _read(self.path, _generation)
         if newest > self.generation:
             raise Superseded(
                 f"{self.path}: generation {newest} has taken over from {self.generation}; nothing was written"
             )
+        if newest == self.generation and token and self.token and token != self.token:
+            raise Superseded(f"{self.path}: another driver took the folder over at the same time; nothing was written")
+        if self.writer is not None and _read(self.writer, str) != self.word:
+            raise Superseded(f"{self.writer}: another worker group has taken the chain over; nothing was written")
 
-    def _newest(self) -> int:
-        end, wait = time.monotonic() + PATIENCE_S, 0.05
-        while True:
-            try:
-                return int(self.path.read_text())
-            except (OSError, ValueError) as error:
-                why = error
-            if time.monotonic() + wait > end:
-                raise OutputUnseen(
-                    self.path, why
-                )  # not from it: a ValueError among its causes would look like one to give up on
-            time.sleep(wait)
-            wait = min(2 * wait, 2.0)
+
+def _read(path: Path, of: Callable[[str], T]) -> T:
+    """What a small file holds now. Raises OutputUnseen."""
+    end, wait = time.monotonic() + PATIENCE_S, 0.05
+    while True:
+        try:
+            return of(current(path))
+        except (OSError, ValueError) as error:
+            why = error
+        if time.monotonic() + wait > end:
+            raise OutputUnseen(
+                path, why
+            )  # not from it: a ValueError among its causes would look like one to give up on
+        time.sleep(wait)
+        wait = min(2 * wait, 2.0)

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmsae_ray.files import TEMPORARY, leftovers, write_json
+from dmsae_ray.files import TEMPORARY, Elsewhere, elsewhere, leftovers, present, write_json
 
 MARKER = "dmsae_ray.json"
 FOUND = "dmsae_ray_found.json"
@@ -40,7 +40,7 @@ FILES = {
     ),
     "tokens": r"((train|attribution)(-\d+)?|calibration|evaluation)\.safetensors",
     "chains": (
-        r"chain\.json|failed\.json|cycle_\d\d+|cycle_\d\d+/(checkpoint\.pt|curve\.jsonl|(sae|scores|core)\.safetensors|record\.json|"
+        r"chain\.json|failed\.json|writer|cycle_\d\d+|cycle_\d\d+/(checkpoint\.pt|curve\.jsonl|(sae|scores|core)\.safetensors|record\.json|"
         r"evaluation-\d+\.json|attribution|attribution/[0-9a-f]+-\d{5,}\.safetensors)"
     ),
     "models": r"[\w.-]+\.(json|safetensors|jinja|model|txt)",
@@ -48,18 +48,18 @@ FILES = {
     "ray": rf"\.validate_storage_marker|(tune|{KEY}-\d+(-[0-9a-f]+)?)(/.*)?",
 }
 """What lies in a folder of the table above, by its name from there."""
-OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "generation", "probe.json", FOUND)
+OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "claim", "generation", "probe.json", FOUND)
 """Further names that we use in an output folder."""
 
 
 def marked(home: Path) -> bool:
     """Whether this is an output folder of ours: it has our mark, or the lock that versions before the mark left."""
-    return (home / MARKER).is_file() or _has_lock(home / "driver.lock")
+    return present(home / MARKER) or _has_lock(home / "driver.lock")
 
 
 def mark(home: Path) -> None:
     """Raises ValueError if the folder holds what is not ours under a name that we use."""
-    if not (home / MARKER).is_file():
+    if not present(home / MARKER):
         refuse_strangers(home)
         write_json(home / MARKER, {"format_version": 1, "what": "an output folder of dmsae_ray"})
 
@@ -79,11 +79,12 @@ def make_home(home: Path) -> None:
 def refuse_strangers(home: Path) -> None:
     """A folder that is not marked holds nothing but ours under our names. Raises ValueError that names what is not."""
     try:
-        found = (
-            []
-            if marked(home)
-            else [home / name for name in OTHER if os.path.lexists(home / name)] + list(_strangers(home))
-        )
+        if marked(home):
+            found = []
+        elif (place := elsewhere(home)) is not None:
+            found = [home / name for name in place.names(home) if _is_strange(name)]
+        else:
+            found = [home / name for name in OTHER if os.path.lexists(home / name)] + list(_strangers(home))
     except OSError as error:
         raise ValueError(
             f"output folder {home}: cannot be read ({error.strerror}); give --output a folder of your own"
@@ -120,6 +121,21 @@ def _strangers(home: Path) -> Iterator[Path]:
                 within and not (path.is_dir() and all(_is(within, inner.name) for inner in path.iterdir()))
             ):
                 yield path
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file's whole name, seen from the output folder, is one that we give."""
+    top, _, rest = name.partition("/")
+    entry, _, inner = rest.partition("/")
+    if top not in FOLDERS:
+        return top == "mlartifacts" or name in (MARKER, *OTHER)
+    if not _is(FOLDERS[top], entry) or (top in ("pairs", "logs") and inner):
+        return False
+    return top not in FILES or _is(FILES[top], inner)
+
+
+def _is_strange(name: str) -> bool:
+    return not is_ours(name) if name.partition("/")[0] in FOLDERS else name.partition("/")[0] in OTHER
 
 
 def _is(pattern: str, name: str) -> bool:
@@ -172,6 +188,10 @@ def remove(path: Path, kind: str, within: Path | None = None) -> list[Path]:
     within: the entry of the table's folder that `path` lies in; None: itself.
     """
     within, left = within or path, []
+    if (place := elsewhere(path)) is not None:
+        _remove_there(place, path, kind, within)
+        if not path.exists():
+            return []
     if not stat.S_ISDIR(path.lstat().st_mode):
         path.unlink()
         return []
@@ -185,3 +205,11 @@ def remove(path: Path, kind: str, within: Path | None = None) -> list[Path]:
     if not left:
         path.rmdir()
     return left
+
+
+def _remove_there(place: Elsewhere, path: Path, kind: str, within: Path) -> None:
+    """The same at the place that the output folder stands for. Nothing there is a link."""
+    for name in [path.relative_to(place.folder).as_posix(), *place.names(path)]:
+        file = place.folder / name
+        if file == path or kind not in FILES or _is(FILES[kind], file.relative_to(within).as_posix()):
+            place.discard(file)

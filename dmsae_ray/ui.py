@@ -9,6 +9,8 @@ import sys
 
 from dmsae_ray.config import Config
 from dmsae_ray.driver.options import HarvestCommand, load
+from dmsae_ray.driver.status import driver_alive
+from dmsae_ray.files import refresh
 from dmsae_ray.show.mlflow.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move, last_sweep
 from dmsae_ray.show.mlflow.views import places
 
@@ -75,6 +77,8 @@ def free_port(name: str) -> int:
 def runs_of(config: Config) -> dict[str, str]:
     """Where the last sweep is in MLflow's page, by what is to be seen there. Raises ValueError if there is none."""
     database = database_of(config.home)
+    if not driver_alive(config.home):
+        refresh(config.home, alone=True)
     if not database.exists():
         raise ValueError(
             f"{database}: nothing logged yet; run python -m dmsae_ray.sweep first, or give --output the folder of a "

@@ -135,7 +135,9 @@ class Bucket:
     def content(self, prefix: str) -> dict[str, bytes]:
         """Every file below a prefix, by its name there."""
         found = {}
-        for info in self.files.get_file_info(fs.FileSelector(f"{BUCKET}/{prefix}", recursive=True)):
+        for info in self.files.get_file_info(
+            fs.FileSelector(f"{BUCKET}/{prefix}", recursive=True, allow_not_found=True)
+        ):
             if info.type == fs.FileType.File:
                 with self.files.open_input_file(info.path) as file:
                     found[info.path.removeprefix(f"{BUCKET}/{prefix}/")] = file.read()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset, read_held_out
 from dmsae_ray.activations.found import Found, keep, state_of
-from dmsae_ray.activations.store import Missing, Store, StoreError
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
@@ -16,6 +15,7 @@ from dmsae_ray.corpus.split import Deal
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.identity import fields_key
 from dmsae_ray.lm.source import info_of, tokenizer_of
+from dmsae_ray.store import Missing, Store, StoreError
 
 
 class Identity:
@@ -65,7 +65,14 @@ def dataset_store(config: Config, hook: str, key: str) -> Store:
     """Where the dataset of a hook with this key lies, or will."""
     if config.harvest.dataset is not None and hook == config.model.hook:
         return Store(config.harvest.dataset)
-    return Store(config.harvest.store or config.home / "data").child(key)
+    return shards_of(config).child(key)
+
+
+def shards_of(config: Config) -> Store:
+    """Where the datasets lie that a configuration harvests: at `harvest.store`, else with the rest of the output."""
+    if config.harvest.store is not None or config.output is None or not config.output.is_url:
+        return Store(config.harvest.store or config.home / "data")
+    return Store(config.output).child("data")
 
 
 def remember(config: Config) -> None:

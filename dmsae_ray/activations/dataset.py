@@ -19,9 +19,9 @@ import torch
 
 from dmsae_ray.activations.rowgroup import ShardError, Unit, damaged, read_unit
 from dmsae_ray.activations.shard import ShardEntry, group_bytes, inspect_shard, read_rows
-from dmsae_ray.activations.store import Missing, Store
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.secret_url import SecretUrl
+from dmsae_ray.store import Missing, Store
 
 SHARD_FILE = r"shards/[\w-][\w.-]*\.parquet"
 """What a manifest may name as a shard."""

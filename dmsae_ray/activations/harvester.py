@@ -18,7 +18,6 @@ from dmsae_ray.activations.outliers import outliers_of
 from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, read_rows
 from dmsae_ray.activations.shard_maker import MAX_NORM, ShardMaker, Target
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
-from dmsae_ray.activations.store import StoreError
 from dmsae_ray.causes import causes
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import hub_commits, ignored
@@ -27,6 +26,7 @@ from dmsae_ray.corpus.split import Deal
 from dmsae_ray.files import remove_leftovers
 from dmsae_ray.lm.source import local_folder, tokenizer_of
 from dmsae_ray.ownership import ours_in
+from dmsae_ray.store import StoreError
 
 SAY_SECONDS = 3.0
 """Shortest time between two lines of progress: thousands of shards would fill the screen."""
@@ -144,7 +144,7 @@ class Harvest:
             fn_constructor_kwargs={
                 "config": self.config,
                 "targets": self.targets,
-                "tokens": str(self.tokens),
+                "tokens": self.tokens.name,
                 "calibration": self.plans[0],
             },
             batch_size=1,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import xxhash
 
-from dmsae_ray.activations.store import Missing, Store
+from dmsae_ray.store import Missing, Store
 
 COLUMN = "activation"
 REPAIR = "python -m dmsae_ray.harvest --repair"

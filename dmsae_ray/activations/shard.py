@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dmsae_ray.activations.rowgroup import COLUMN, ShardError, Unit, damaged, digest_of, read_unit
-from dmsae_ray.activations.store import Missing, Store, StoreError
+from dmsae_ray.store import Missing, Store, StoreError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FOOTER_BYTES = 1 << 16

@@ -11,17 +11,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardError, ShardWriter, first_not_finite, inspect_shard
 from dmsae_ray.activations.shard_plan import ShardPlan
-from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.lm.model import LanguageModel
+from dmsae_ray.store import Store
 
 MAX_NORM = "max_norm"
 """Key in a shard's footer: the norm beyond which rows were dropped, where a bound was set."""
@@ -53,13 +52,13 @@ class ShardMaker:
     """
 
     def __init__(self, config: Config, targets: list[Target], tokens: str, calibration: ShardPlan):
-        """tokens: folder of the splits' token sequences. calibration: plan of the shard whose median norm the bound on
+        """tokens: key of the splits' token sequences. calibration: plan of the shard whose median norm the bound on
         outliers is a multiple of, in every shard.
         """
         torch.set_num_threads(config.harvest.threads)
         self.config, self.targets, self.calibration = config, targets, calibration
+        self._tokens, self._sequences = config.home / "tokens" / tokens, dict[str, TokenSequences]()
         self.lm = LanguageModel.of(config.model, "cuda" if config.harvest.gpus_per_actor else "cpu")
-        self._tokens, self._sequences = Path(tokens), dict[str, TokenSequences]()
         self._writers = {target.hook: ShardWriter() for target in targets}
         self._bounds: dict[str, float] = {}
         self._pool = ThreadPoolExecutor(1)

@@ -18,6 +18,7 @@ import torch
 from dmsae_ray.attribution.ledger import Ledger
 from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.attribution.scores import ScoreSettings, enough, scores, split_half
+from dmsae_ray.files import Elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,8 @@ class Account:
     stamp: str
     """identifies the SAE"""
     settings: ScoreSettings
+    place: Elsewhere | None = None
+    """what the output folder stands for, which the actor's process has to know"""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmsae_ray.attribution.partial import Partial
-from dmsae_ray.files import replacing
+from dmsae_ray.files import present_below, replacing
 
 ALL_DONE, WAIT = -1, -2
 FIRST_STAGE = 2
@@ -52,6 +52,7 @@ class Ledger:
         """shards that count so far, the first ones; the others are not dealt"""
         self.dealt: dict[int, float] = {}
         self.resent = 0
+        present_below(self.folder)
         self.done = {shard for shard in range(shards) if self._path(shard).exists()}
         self._complete = False
 

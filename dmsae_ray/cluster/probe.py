@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dmsae_ray.config import Config
-from dmsae_ray.files import replacing
+from dmsae_ray.files import Elsewhere, discard, elsewhere, replacing
 
 ANSWER_S = 60.0
 """Longest wait for all nodes: a worker process has to start there, and imports this package."""
@@ -33,12 +33,13 @@ def check_nodes(config: Config) -> None:
         if node["Alive"] and _works(node["Resources"])
     }
     token, path = secrets.token_hex(8), config.home / "probe.json"
+    place = elsewhere(path)
     with replacing(path) as temporary:
         temporary.write_text(token)
     look = ray.remote(num_cpus=0, max_retries=0)(unseen)
     asked = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            str(path), token, needed(config)
+            str(path), token, needed(config), place
         ): name
         for node, name in nodes.items()
     }
@@ -55,7 +56,7 @@ def check_nodes(config: Config) -> None:
             problems.append(f"node {asked[task]} cannot run this program ({why}); install the same version there")
     for task in silent:
         ray.cancel(task, force=True)
-    path.unlink(missing_ok=True)
+    discard(path)
     if problems:
         raise ValueError(
             "the Ray cluster's nodes must share the folders that are worked in:\n  " + "\n  ".join(problems)
@@ -73,14 +74,23 @@ def needed(config: Config) -> dict[str, str]:
     places = {
         "harvest.store": None if harvest.store is None or harvest.store.is_url else str(harvest.store),
         "harvest.dataset": None if harvest.dataset is None or harvest.dataset.is_url else str(harvest.dataset),
-        "model.name": model if os.path.isabs(model) else None,
+        "model.name": model if os.path.isabs(model) and elsewhere(Path(model)) is None else None,
         "sae.core": None if config.sae.core is None else str(config.sae.core),
     }
     return {field: place for field, place in places.items() if place is not None and os.path.exists(place)}
 
 
-def unseen(path: str, token: str, places: dict[str, str]) -> list[str]:
-    """On a node: what it does not see, a line each. token: what the file `path` holds."""
+def unseen(path: str, token: str, places: dict[str, str], place: Elsewhere | None = None) -> list[str]:
+    """On a node: what it does not see, a line each. token: what the file `path` holds. place: what the output folder
+    stands for; the file is then read there, and written there as it is.
+    """
+    lines = [
+        f"does not see {field} {place}: put it where all nodes see it"
+        for field, place in places.items()
+        if not os.path.exists(place)
+    ]
+    if place is not None:
+        return [*_out_of_reach(Path(path), token, place), *lines]
     end, found, why = time.monotonic() + APPEARS_S, None, ""
     while found != token and time.monotonic() < end:
         try:
@@ -95,13 +105,19 @@ def unseen(path: str, token: str, places: dict[str, str]) -> list[str]:
     home = os.path.dirname(path)
     if found != token:
         return [f"does not see the output folder {home}: it {why}"]
-    lines = (
-        []
-        if os.access(home, os.W_OK)
-        else [f"may not write to the output folder {home}: mount it there so that it can be written"]
-    )
-    return lines + [
-        f"does not see {field} {place}: put it where all nodes see it"
-        for field, place in places.items()
-        if not os.path.exists(place)
-    ]
+    if not os.access(home, os.W_OK):
+        lines.insert(0, f"may not write to the output folder {home}: mount it there so that it can be written")
+    return lines
+
+
+def _out_of_reach(path: Path, token: str, place: Elsewhere) -> list[str]:
+    """The same of an output at a URL."""
+    try:
+        found = place.current(path)
+        if found != token:
+            return ["reads another file at the output's URL than the driver wrote: is it the same server there?"]
+        with replacing(path) as temporary:
+            temporary.write_text(token)
+    except (OSError, ValueError) as error:
+        return [f"cannot read and write the output ({error}); give the credentials in the environment of its Ray"]
+    return []

@@ -20,7 +20,7 @@ from dmsae_ray.corpus.packing import PACKINGS
 from dmsae_ray.corpus.split import UNDEALT, Deal, of_part
 from dmsae_ray.corpus.token_file import MANY, TokenFileWriter
 from dmsae_ray.corpus.tokens import TokenSequences, pad_id_of
-from dmsae_ray.files import remove_leftovers
+from dmsae_ray.files import present, remove_leftovers
 
 SAY_SECONDS = 10.0
 
@@ -109,7 +109,7 @@ def check_held_out(config: Config, sequences: dict[str, TokenSequences]) -> None
 
 def _enough(path: Path, wanted: int, say: Callable[[str], None]) -> bool:
     """Whether a split is there, complete, in the present format, and as long as it has to be or can be."""
-    if not path.exists():
+    if not present(path):
         return False
     try:
         sequences = TokenSequences.load(path)

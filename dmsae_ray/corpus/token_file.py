@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dmsae_ray.files import replace, temporary_name
+from dmsae_ray.files import present, replace, temporary_name
 
 FORMAT_VERSION = "2"
 NAMES = ("ids", "lengths", "rows")
@@ -105,7 +105,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _open(path: Path):
     remedy = "delete it, and the harvest makes it again"
-    if not path.is_file():
+    if not present(path):
         raise ValueError(f"{path}: no such file of token sequences; harvest first")
     try:
         file = safe_open(path, framework="numpy")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 
 from dmsae_ray.activations.shard import ShardError
-from dmsae_ray.activations.store import StoreError
 from dmsae_ray.causes import disk_full
 from dmsae_ray.distill.failure import DiskFull, write_failure
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
 from dmsae_ray.sae.step_report import Diverged
+from dmsae_ray.store import StoreError
 
 
 class Chain:

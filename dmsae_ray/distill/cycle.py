@@ -32,7 +32,7 @@ from dmsae_ray.distill.selection import choose
 from dmsae_ray.distill.training import Training
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import read_references
-from dmsae_ray.files import write_json
+from dmsae_ray.files import elsewhere, write_json
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.threshold import calibrate
 
@@ -75,6 +75,8 @@ class Cycle:
     def _incoming_core(self) -> Core | None:
         """What the last cycle selected; for the first one, what the chain starts from."""
         if self.number:
+            if not self.rank.writes:
+                self.plan.folder.refresh()
             return Core.load(self.plan.folder.cycle(self.number - 1).core)
         return Core.load(self.plan.start.path) if self.plan.start else None
 
@@ -193,7 +195,8 @@ class Cycle:
         stamp = hashlib.sha256(
             sae.W_dec.detach().cpu().numpy().tobytes() + sae.theta.cpu().numpy().tobytes()
         ).hexdigest()[:16]
-        account = Account(str(self.folder.attribution), len(batches), stamp, score_settings(self.plan.config))
+        folder = self.folder.attribution
+        account = Account(str(folder), len(batches), stamp, score_settings(self.plan.config), elsewhere(folder))
         aggregator = self.rank.aggregator
         if self.rank.writes:
             ray.get(aggregator.begin.remote(account))

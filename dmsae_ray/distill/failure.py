@@ -7,13 +7,13 @@ import time
 import traceback
 
 from dmsae_ray.activations.shard import ShardError
-from dmsae_ray.activations.store import StoreError
 from dmsae_ray.causes import causes, disk_full
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.record import Failure
 from dmsae_ray.lock import Lease
 from dmsae_ray.sae.step_report import Diverged
 from dmsae_ray.secret_url import scrub
+from dmsae_ray.store import StoreError
 
 FINAL = (Diverged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """What trying again cannot mend. Anything else (a lost worker, a lost node, its peers' broken connections) Ray retries.

@@ -2,6 +2,7 @@
 
     chain.json                     which chain this is (written once)
     failed.json                    why it ended before its time
+    writer                         which worker group may write here
     cycle_00/ checkpoint.pt        the middle of training; gone when the cycle is done
               curve.jsonl          one line per logged step
               sae.safetensors      the trained SAE with its threshold and densities
@@ -12,7 +13,9 @@
               evaluation-N.json    measured later on N held-out tokens (`python -m dmsae_ray.evaluate`); none by default
 
 Every commit carries the generation of the sweep driver it was started by. A driver that takes the folder over raises
-the generation, so a worker that outlived its driver cannot write over its successor.
+the generation, so a worker that outlived its driver cannot write over its successor; nor can one that was thought lost
+and comes back: every worker group puts a word of its own in `writer`, and asks before each commit whether it is still
+there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmsae_ray.distill.record import RECORD_VERSION, CycleRecord, Failure
-from dmsae_ray.files import remove_leftovers, write_json
+from dmsae_ray.files import discard, elsewhere, refresh, remove_leftovers, write_json
 from dmsae_ray.ownership import remove
 
 
@@ -64,8 +67,8 @@ class CycleFolder:
 
     def release(self) -> None:
         """Drop what only an unfinished cycle needs."""
-        self.checkpoint.unlink(missing_ok=True)
-        if self.attribution.exists():
+        discard(self.checkpoint)
+        if self.attribution.exists() or elsewhere(self.attribution) is not None:
             remove(self.attribution, "chains", within=self.path.parent)
 
 
@@ -81,6 +84,10 @@ class ChainFolder:
     @property
     def failed(self) -> Path:
         return self.path / "failed.json"
+
+    def refresh(self) -> None:
+        """See what other machines have written."""
+        refresh(self.path)
 
     def records(self) -> list[CycleRecord]:
         """Those of the finished cycles, in order, up to the first gap. Raises ValueError naming the file if one is

@@ -19,13 +19,16 @@ from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.mapping import sae_settings
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
-from dmsae_ray.files import replacing
+from dmsae_ray.files import elsewhere, present, replacing
 from dmsae_ray.sae.loss import LossModule
 from dmsae_ray.sae.ranks.collective import Collective
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.sae.settings import SAESettings
 from dmsae_ray.sae.step_report import StepReport
 from dmsae_ray.sae.trainer import Trainer
+
+CURVE_S = 10.0
+"""How often the curve is written anew where a file cannot be added to."""
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Training:
         )  # which may hold only a part of it
         self.order = plan.order(dataset, cycle)
         self.so_far = Progress()
-        if self.folder.checkpoint.exists():
+        if present(self.folder.checkpoint):
             state = load_checkpoint(self.folder)
             self.trainer.load_state_dict(state["trainer"])
             self.so_far = Progress(**json.loads(state["progress"]))
@@ -83,7 +86,7 @@ class Training:
             )
         if rank.writes:
             self.lease.check()
-            self.folder.curve.write_text("".join(json.dumps(point) + "\n" for point in self.so_far.curve))
+            self._write_curve()
         self.began: float | None = None
         """when the first step of this run did; None before it"""
         self.ended = self.waited = self.first_batch_s = 0.0
@@ -124,8 +127,16 @@ class Training:
         point = asdict(report) | {"tokens_per_s": round(self.tokens_per_s, 1)}
         self.so_far.curve.append(point)
         self.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
-        with open(self.folder.curve, "a") as file:
-            file.write(json.dumps(point) + "\n")
+        if elsewhere(self.folder.curve) is None:
+            with open(self.folder.curve, "a") as file:
+                file.write(json.dumps(point) + "\n")
+        elif time.monotonic() - self._curve_at > CURVE_S or self.checkpoint_due(self.trainer.steps_done - 1):
+            self._write_curve()  # nothing can be added to what lies at a URL
+
+    def _write_curve(self) -> None:
+        with replacing(self.folder.curve) as temporary:
+            temporary.write_text("".join(json.dumps(point) + "\n" for point in self.so_far.curve))
+        self._curve_at = time.monotonic()
 
     def count(self, digest: int) -> None:
         """Take in the digest, over all ranks, of rows trained on since it was last asked for."""
@@ -167,7 +178,7 @@ class Training:
 def first_step(plan: ChainPlan, cycle: int, dataset: ActivationDataset) -> int:
     """Where a cycle's training will go on."""
     folder = plan.folder.cycle(cycle)
-    if not folder.checkpoint.exists():
+    if not present(folder.checkpoint):
         return 0
     return plan.order(dataset, cycle).step_at(*json.loads(load_checkpoint(folder)["progress"])["position"])
 

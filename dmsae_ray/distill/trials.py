@@ -100,6 +100,7 @@ def settle(plans: list[ChainPlan], lease: Lease, error: BaseException | None, bo
     from dmsae_ray.distill.failure import write_failure
 
     for plan in plans:
+        plan.folder.refresh()
         if plan.finished() or plan.folder.failure() is not None:
             continue
         if error is None:
@@ -152,11 +153,13 @@ def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scr
         from dmsae_ray.distill.failure import write_failure
 
         for plan in plans:
+            plan.folder.refresh()
             if not plan.finished() and plan.folder.failure() is None:
                 write_failure(plan, lease, "error", _root(error))
     finally:
         release(runs)  # where Ray Train failed at ending it
     for plan in plans:
+        plan.folder.refresh()
         if (failure := plan.folder.failure()) is not None:
             ray.get(board.update.remote(plan.label, phase="failed", message=failure.reason))
 

@@ -24,6 +24,7 @@ from dmsae_ray.distill.mapping import stream_limits
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
 from dmsae_ray.distill.training import first_step
+from dmsae_ray.files import guard, refresh
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.step_report import Diverged
@@ -33,12 +34,19 @@ def train_chains(loop: dict) -> None:
     """What every Ray Train worker runs. loop: plans (ChainPlans with one lockstep_key), lease (the right to write),
     aggregator and board (actor handles).
     """
+    every, lease = loop["plans"], loop["lease"]
+    for plan in every:
+        look(plan)
     # Failed ones are left out: a worker group may have been started again after the failure was written.
-    plans = [plan for plan in loop["plans"] if not _failed(plan, loop["lease"])]
+    plans = [plan for plan in every if not _failed(plan, lease)]
     if not plans:
         return
     try:
-        Worker(plans, loop["lease"], loop["aggregator"], loop["board"]).run()
+        if ray.train.get_context().get_world_rank() == 0:
+            lease = lease.of_group([plan.folder.path for plan in every])
+            for plan in every:
+                guard(plan.folder.path, lease.check)
+        Worker(plans, lease, loop["aggregator"], loop["board"]).run()
     except Superseded:
         return  # another driver has the folders: trying again cannot help, and nothing may be written
 
@@ -46,6 +54,13 @@ def train_chains(loop: dict) -> None:
 def _failed(plan: ChainPlan, lease: Lease) -> bool:
     failure = plan.folder.failure()
     return failure is not None and (failure.final or failure.generation == lease.generation)
+
+
+def look(plan: ChainPlan) -> None:
+    """See what other machines have written of a chain, and of what it needs."""
+    for chain in (plan, *plan.needs()):
+        chain.folder.refresh()
+    refresh(plan.references)
 
 
 class Worker:

@@ -24,7 +24,7 @@ from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import read_references, references_of, references_path, write_references
-from dmsae_ray.files import file_sha256, write_json
+from dmsae_ray.files import file_sha256, present, write_json
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.console import terminal_console
@@ -171,7 +171,7 @@ class Evaluation:
     def identity(self, saved: Saved) -> dict[str, Any]:
         """What a measurement is of."""
         plan, path = saved.plan, saved.folder.sae
-        if not path.exists():
+        if not present(path):
             raise ValueError(
                 f"{path}: is gone; delete this cycle's folder and run `python -m dmsae_ray.sweep` to have it "
                 "computed again"
@@ -225,7 +225,7 @@ class Evaluation:
     def references(self) -> dict[str, Any]:
         """Clean and ablated losses on these tokens; measured where they were not yet."""
         folder = self.config.home / "data" / self.dataset.manifest.key
-        if not references_path(folder, self.config.evaluate).exists():
+        if not present(references_path(folder, self.config.evaluate)):
             self.say(f"evaluate: reference losses on {self.config.evaluate.tokens:,} tokens")
             write_references(
                 folder, self.config.evaluate, references_of(self.lm, self.dataset, self.config.evaluate, self.device)

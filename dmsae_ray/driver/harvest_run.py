@@ -9,7 +9,6 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.activations.rowgroup import REPAIR
-from dmsae_ray.activations.store import Missing, StoreError
 from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.split import Deal
@@ -17,6 +16,7 @@ from dmsae_ray.driver.options import HarvestCommand
 from dmsae_ray.driver.preflight import preflight
 from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.store import Missing, StoreError
 
 
 def run(command: HarvestCommand) -> int:

@@ -11,6 +11,7 @@ from dmsae_ray.activations.catalogue import Identity
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.grid import planned
+from dmsae_ray.files import elsewhere, refresh
 from dmsae_ray.lock import OutputLock
 from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names
@@ -120,6 +121,8 @@ def dataset_of(chain: Path) -> str:
 
 
 def size_of(path: Path) -> int:
+    if (place := elsewhere(path)) is not None:
+        return place.bytes_below(path)
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
@@ -129,15 +132,16 @@ def clean(config: Config, dry_run: bool) -> int:
     none of ours.
     """
     if not config.home.exists():
-        print(f"{config.home}: nothing there")
+        print(f"{config.place}: nothing there")
         return 0
     if not marked(config.home):
         raise ValueError(
-            f"output folder {config.home}: none that this program made (it has no {MARKER}), so nothing in it is "
+            f"output folder {config.place}: none that this program made (it has no {MARKER}), so nothing in it is "
             "removed; give --output, or --config, the one that is meant"
         )
     lock = OutputLock(config.home)
     try:
+        refresh(config.home)
         found = superfluous(config)
         for one in found:
             print(f"{'would remove' if dry_run else 'removing'} {one.path} ({size_of(one.path) / 1e6:,.1f} MB)")

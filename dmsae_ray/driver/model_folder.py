@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmsae_ray.config import Config
+from dmsae_ray.files import present_below, publish
 from dmsae_ray.lm.from_gguf import convert, converted, gguf_file, is_converted
 from dmsae_ray.ownership import make_home, mark
 
@@ -24,6 +25,8 @@ def with_model_folder(config: AnyConfig, make: bool, say: Callable[[str], None] 
     """
     models = config.home / MODELS
     name = Path(config.model.name)
+    if name.parent.name == MODELS or gguf_file(config.model.name) is not None:
+        present_below(models)
     if name.parent.name == MODELS and not name.exists() and is_converted(models / name.name):
         return _named(config, models / name.name)
     if (file := gguf_file(config.model.name)) is None:
@@ -35,7 +38,9 @@ def with_model_folder(config: AnyConfig, make: bool, say: Callable[[str], None] 
     if make:
         make_home(config.home)
         mark(config.home)
-        convert(file, folder, say)
+        if not is_converted(folder):
+            convert(file, folder, say)
+            publish(folder)
     elif not is_converted(folder):
         raise ValueError(f"model.name {file}: not converted yet, so nothing has been made of it in {config.home}")
     return _named(config, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 
-from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import BLOCKS_IN_FLIGHT
 from dmsae_ray.cluster.temporary import check_temporary_folder
 from dmsae_ray.config import Config
@@ -17,6 +16,7 @@ from dmsae_ray.lm.model import ModelInfo, layer_of
 from dmsae_ray.lm.source import check_chat, info_of, pinned_revision
 from dmsae_ray.ownership import make_home, refuse_strangers
 from dmsae_ray.sae.ops import native
+from dmsae_ray.store import Store
 
 MARGIN = 1.2
 """Margin on the disk estimate."""
@@ -117,7 +117,7 @@ def check_needs(config: Config) -> list[ChainPlan]:
 
 def disk_bytes(config: Config, d: int) -> int:
     """Upper estimate of what a whole sweep writes to the output folder."""
-    elsewhere = config.harvest.dataset or config.harvest.store
+    elsewhere = config.harvest.dataset or config.harvest.store or (config.output is not None and config.output.is_url)
     rows = 0 if elsewhere else (config.harvest.tokens + config.harvest.calibration_tokens) * len(config.hooks)
     sae = 2 * config.sae.width * d * 4
     plans = planned(config)

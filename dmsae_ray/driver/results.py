@@ -20,7 +20,7 @@ from dmsae_ray.activations.outliers import write_data
 from dmsae_ray.compare.samples import Sample
 from dmsae_ray.config import Config
 from dmsae_ray.distill.plan import BASE, ChainPlan
-from dmsae_ray.files import write_json
+from dmsae_ray.files import discard, write_json
 from dmsae_ray.ownership import ours_in
 from dmsae_ray.results.behind_numbers import samples_by_name
 from dmsae_ray.results.comparison import compare_chains
@@ -109,9 +109,9 @@ def write_results(
     """
     if fresh:
         for name in ("comparison.json", "consensus.json", "features.json"):
-            (folder / name).unlink(missing_ok=True)
+            discard(folder / name)
         for pair in ours_in(config.home, "pairs"):
-            pair.unlink()
+            discard(pair)
     parts = Parts(folder, say)
     make = parts.make
     make("data", lambda: write_data(dataset, folder / "data.json"), files=["data.json"])
@@ -189,7 +189,7 @@ def agreed(
             config, base, [plan for plan in plans if plan.stage == "plain" and plan.arm != BASE], folder, say
         )
     for name in ("consensus.json", "consensus.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+        discard(folder / name)
     return None
 
 

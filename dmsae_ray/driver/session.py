@@ -12,6 +12,7 @@ from dmsae_ray.config import Config
 from dmsae_ray.driver.model_folder import with_model_folder
 from dmsae_ray.driver.options import Command, load, only_looks
 from dmsae_ray.driver.transcript import Screen
+from dmsae_ray.files import publish, refresh
 from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
 from dmsae_ray.stop import INTERRUPTED, stoppable
 
@@ -61,8 +62,15 @@ def session(config: Config, name: str, verbose: bool) -> Iterator[tuple[OutputLo
 
     lock = OutputLock(config.home)
     try:
+        refresh(config.home, alone=True)
         with Screen(config.home, name, verbose) as say:
             remember(config)
-            yield lock, say
+            try:
+                yield lock, say
+            finally:
+                for path in (*config.home.glob("mlflow.db*"), config.home / "mlartifacts"):
+                    publish(path)  # MLflow writes them itself
+        for path in say.path.parent.glob(f"{say.path.stem}.*"):
+            publish(path)
     finally:
         lock.release()

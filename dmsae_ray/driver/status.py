@@ -19,12 +19,18 @@ from dmsae_ray.activations.found import recall
 from dmsae_ray.config import Config
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.grid import planned
+from dmsae_ray.files import elsewhere, refresh
 from dmsae_ray.lock import no_locks
 from dmsae_ray.show.terminal.console import terminal_console
 
 
 def driver_alive(home: Path) -> bool:
     """Whether a driver holds this output folder now."""
+    if elsewhere(home) is not None:
+        from dmsae_ray.claim import gone, read_claim
+
+        holder = read_claim(home / "claim")
+        return holder is not None and not gone(home / "claim", holder)
     try:
         with open(home / "driver.lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -56,7 +62,8 @@ def chain_state(folder: ChainFolder, cycles: int, alive: bool) -> tuple[str, str
 def status(config: Config) -> int:
     """Print each chain's state; changes nothing."""
     alive = driver_alive(config.home)
-    print(f"{config.home}: {'a driver is at work' if alive else 'no driver at work'}")
+    refresh(config.home)
+    print(f"{config.place}: {'a driver is at work' if alive else 'no driver at work'}")
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("chain", "folder", "state", "detail"):
         table.add_column(column, overflow="fold")

@@ -28,7 +28,7 @@ from dmsae_ray.driver.tracked import open_store, tracker_of
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.loss_gradients import gradients_path
 from dmsae_ray.evaluation.references import cycle_seconds, read_references, references_path
-from dmsae_ray.files import replacing, write_json
+from dmsae_ray.files import discard, present, refresh, replacing, write_json
 from dmsae_ray.identity import fields_key
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.ownership import scratch
@@ -80,7 +80,8 @@ class Finished:
     def show(self, say: Screen) -> None:
         """The tables, and where everything is."""
         terminal_console(say.stream).print(self.results.tables)
-        say(f"everything lies in {self.config.home}; this sweep's results in {self.folder}")
+        results = f"{self.config.place}/sweeps/{self.folder.name}"
+        say(f"everything lies in {self.config.place}; this sweep's results in {results}")
         say(f"look at {self.folder / PAGE}; {look(self.config, self.store, self.compare)}")
         if self.untracked is not None:
             say(f"error: {self.untracked}")
@@ -157,7 +158,7 @@ class Sweep:
             plan.folder.tidy()
             failure = plan.folder.failure()
             if failure is not None and not failure.final:
-                plan.folder.failed.unlink()  # bad data and lost machines are worth another try, divergence is not
+                discard(plan.folder.failed)  # bad data and lost machines are worth another try, divergence is not
 
     @functools.cached_property
     def unfinished(self) -> int:
@@ -186,7 +187,7 @@ class Sweep:
         dataset = find_datasets(self.config, (hook,), self.say)[hook]
         if dataset is None and not harvest:
             raise ValueError(
-                f"output folder {self.config.home}: has no finished dataset of this configuration; run python -m "
+                f"output folder {self.config.place}: has no finished dataset of this configuration; run python -m "
                 "dmsae_ray.sweep first"
             )
         if dataset is None:
@@ -198,12 +199,12 @@ class Sweep:
         for line in notes(dataset):
             self.say(line)
         folder = self.config.home / "data" / dataset.manifest.key
-        if not references_path(folder, self.config.evaluate).exists():
+        if not present(references_path(folder, self.config.evaluate)):
             from dmsae_ray.evaluation.references import measure_references
 
             self.cluster.connect()
             measure_references(self.config, dataset, folder)
-        if not gradients_path(folder, self.config).exists():
+        if not present(gradients_path(folder, self.config)):
             from dmsae_ray.evaluation.loss_gradients import measure_gradients
 
             self.cluster.connect()
@@ -238,7 +239,12 @@ class Sweep:
             ray.get(
                 board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles)
             )
-        with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, tracker.sync):
+
+        def follow() -> None:
+            refresh(self.config.home / "chains")
+            tracker.sync()
+
+        with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, follow):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
                 run_chains(
                     wave, self.lease, capacity.concurrent, board, scratch(self.config.home, self.lease.generation)
@@ -291,7 +297,7 @@ def look(config: Config, store: SecretUrl, compare: str | None) -> str:
     if store.reveal().startswith(("http:", "https:")):
         at = str(store).partition("?")[0].rstrip("/")
         return f"MLflow: {at}/{compare}" if compare else f"MLflow: {store} in a browser"
-    ui = f"python -m dmsae_ray.ui --output {shlex.quote(str(config.home))}"
+    ui = f"python -m dmsae_ray.ui --output {shlex.quote(str(config.output))}"
     return f"MLflow: {ui} (or make ui), or mlflow server --backend-store-uri {shlex.quote(str(store))}"
 
 

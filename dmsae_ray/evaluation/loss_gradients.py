@@ -18,7 +18,7 @@ from dmsae_ray.activations.outliers import counted
 from dmsae_ray.compare.functional import LossRows
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences
-from dmsae_ray.files import replacing
+from dmsae_ray.files import refresh, replacing
 from dmsae_ray.secret_url import SecretUrl
 
 TOKENS = 16_384
@@ -30,7 +30,8 @@ def measure_gradients(config: Config, dataset: ActivationDataset, folder: Path) 
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2)(_measure)
-    ray.get(task.remote(config, dataset.store.url, folder))
+    ray.get(task.remote(config, dataset.store.url))
+    refresh(folder)
 
 
 def gradients_path(folder: Path, config: Config) -> Path:
@@ -65,12 +66,13 @@ def gradients_of(
     return LossRows(torch.cat(rows), torch.cat(gradients))
 
 
-def _measure(config: Config, dataset: SecretUrl, folder: Path) -> None:
+def _measure(config: Config, dataset: SecretUrl) -> None:
     from dmsae_ray.lm.model import LanguageModel
 
     torch.set_num_threads(config.harvest.threads)
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
-    opened, path = ActivationDataset(dataset), gradients_path(folder, config)
+    opened = ActivationDataset(dataset)
+    folder = config.home / "data" / opened.manifest.key
     sequences = opened.held_out("evaluation").first_tokens(min(TOKENS, config.evaluate.tokens))
     # As many sequences at once as attribution takes, which needs the same memory.
     found = gradients_of(
@@ -81,5 +83,5 @@ def _measure(config: Config, dataset: SecretUrl, folder: Path) -> None:
         device,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(gradients_path(folder, config)) as temporary:
         temporary.write_bytes(safetensors_bytes({"x": found.x_MD, "gradient": found.gradient_MD}))

@@ -14,7 +14,7 @@ import torch
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.outliers import counted
 from dmsae_ray.config import Config, EvaluateConfig
-from dmsae_ray.files import write_json
+from dmsae_ray.files import refresh, write_json
 from dmsae_ray.lm.divergence import divergence
 from dmsae_ray.secret_url import SecretUrl
 
@@ -50,6 +50,7 @@ def _measure(config: Config, dataset: SecretUrl) -> dict[str, Any]:
     from dmsae_ray.lm.model import LanguageModel
 
     torch.set_num_threads(config.harvest.threads)
+    refresh(config.home / "models")  # where the model may lie
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
     return references_of(LanguageModel.of(config.model, device), ActivationDataset(dataset), config.evaluate, device)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dmsae_ray.corpus.chat import no_template
 from dmsae_ray.corpus.local_files import FileState, file_hash
+from dmsae_ray.files import present_below
 from dmsae_ray.hub import is_commit, loaded_weights, repository
 from dmsae_ray.place import has_form_of_hub_id
 
@@ -57,6 +58,7 @@ def local_folder(name: str) -> Path | None:
     folder = TINY if name == "tiny" else Path(name)
     if not folder.is_absolute() and has_form_of_hub_id(name) and ":" not in name:
         return None
+    present_below(folder)
     if not folder.exists():
         raise ValueError(
             f"model.name {name}: no such folder; give `tiny`, a model folder, a GGUF file or a hub id such as "

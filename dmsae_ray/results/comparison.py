@@ -30,7 +30,7 @@ from dmsae_ray.core.select import rank
 from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.evaluation.loss_gradients import gradients_path, read_gradients
-from dmsae_ray.files import file_sha256, write_json
+from dmsae_ray.files import file_sha256, present, write_json
 from dmsae_ray.identity import fields_key
 from dmsae_ray.results.parts import UNREADABLE, damaged, known_from
 from dmsae_ray.results.plain_pairs import with_matched_compute
@@ -292,7 +292,7 @@ def _kept_chains(plans: Sequence[ChainPlan], rows: int, effect_rows: int) -> int
     for plan in plans:
         record = plan.folder.records()[plan.cycles - 1]
         sae = plan.folder.cycle(0).sae
-        size = sae.stat().st_size if sae.exists() else 0  # what is missing is said where it is read
+        size = sae.stat().st_size if present(sae) else 0  # what is missing is said where it is read
         # fp32 and whether it is active; of each cycle's core the latter alone.
         encoded = record.core_out * (
             LATENTS_ENCODED * (5 * rows + 5 * effect_rows) + plan.cycles * min(rows, COURSE_ROWS)

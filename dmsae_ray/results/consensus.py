@@ -13,7 +13,7 @@ from dmsae_ray.compare.rediscovery import PlainSAE, Sought, recurring, rediscove
 from dmsae_ray.config import CompareConfig, Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.files import write_json
+from dmsae_ray.files import discard, write_json
 from dmsae_ray.identity import fields_key
 from dmsae_ray.results.comparison import chain_result, key_of
 from dmsae_ray.results.parts import known_from
@@ -51,7 +51,7 @@ def write_consensus(
     consensus = find_consensus([named_core(plan) for plan in base], compare.cosine, compare.consensus)
     rows, left_out = _rediscovered(consensus, base, plain, compare)
     if consensus.core is None:
-        core_path.unlink(missing_ok=True)
+        discard(core_path)
     else:
         consensus.core.save(core_path)
     found = {

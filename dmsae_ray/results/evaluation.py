@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dmsae_ray.core.score_file import coverage, coverage_ranks
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.files import write_json
+from dmsae_ray.files import present, write_json
 from dmsae_ray.results.parts import UNREADABLE, damaged
 
 FORMAT_VERSION = 1
@@ -63,7 +63,7 @@ def chain_rows(plan: ChainPlan, unread: list[str]) -> list[dict[str, Any]]:
             "coverage_curve": folder.scores.exists()
             and (lambda folder=folder, size=record.core_out: coverage_curve(folder, size)),
             "density_histogram": last
-            and folder.sae.exists()
+            and present(folder.sae)
             and folder.core.exists()
             and (lambda folder=folder: density_histogram(folder)),
         }

@@ -15,7 +15,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from dmsae_ray.causes import causes
-from dmsae_ray.files import write_json
+from dmsae_ray.files import discard, move, write_json
 from dmsae_ray.lock import Superseded
 from dmsae_ray.secret_url import scrub
 
@@ -42,7 +42,8 @@ class Parts:
             if not lacking:
                 made = act()
                 for file in files:
-                    earlier(self.folder / file).unlink(missing_ok=True)
+                    if earlier(self.folder / file).exists():
+                        discard(earlier(self.folder / file))
                 return made
             self.note(name, f"not begun: it needs {' and '.join(lacking)}, which could not be made")
         except Superseded:
@@ -52,7 +53,7 @@ class Parts:
             self.note(name, reason_of(error))
         for file in files:
             if (self.folder / file).exists():
-                (self.folder / file).replace(earlier(self.folder / file))
+                move(self.folder / file, earlier(self.folder / file))
         return None
 
     def note(self, name: str, reason: str, state: str = "NOT MADE") -> None:
@@ -66,7 +67,7 @@ class Parts:
         if self.reasons:
             write_json(self.folder / FILE, [{"part": name, "reason": reason} for name, reason in self.reasons.items()])
         else:
-            (self.folder / FILE).unlink(missing_ok=True)
+            discard(self.folder / FILE)
 
 
 def earlier(path: Path) -> Path:

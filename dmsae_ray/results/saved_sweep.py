@@ -20,6 +20,7 @@ from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.record import CycleRecord
+from dmsae_ray.files import refresh
 from dmsae_ray.ownership import KEY
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.yaml_file import read_yaml
@@ -168,7 +169,7 @@ def _key(path: Path, key: object) -> str:
 
 
 def load_sweep(folder: str | Path) -> SavedSweep:
-    """A sweep by its output folder, or by its results folder `<output>/sweeps/<name>-<key>`.
+    """A sweep by its output folder or URL, or by its results folder `<output>/sweeps/<name>-<key>`.
 
         sweep = dmsae_ray.load_sweep("~/dmsae_ray/quickstart")
         core = sweep.chains["seed0-k16"].core()
@@ -176,7 +177,7 @@ def load_sweep(folder: str | Path) -> SavedSweep:
 
     Raises ValueError if it is none, or an output folder with the results of several: then one has to be named.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = _local(folder)
     if not (folder / "sweeps").is_dir():
         return SavedSweep.open(folder)
     found = sorted(path for path in (folder / "sweeps").iterdir() if (path / "chains.json").exists())
@@ -186,6 +187,18 @@ def load_sweep(folder: str | Path) -> SavedSweep:
             f"{folder}: holds the results of {len(found)} sweeps ({names}); give the folder of one of them"
         )
     return SavedSweep.open(found[0])
+
+
+def _local(place: str | Path) -> Path:
+    """The folder that a place stands for: itself or, of an output at a URL, that on this machine's disk."""
+    if "://" not in str(place) or str(place).startswith("file://"):
+        return Path(str(place).removeprefix("file://")).expanduser().absolute()
+    url, _, key = str(place).partition("/sweeps/")
+    url, options = (url, key.partition("?")[2]) if key else (url.partition("?")[0], url.partition("?")[2])
+    home = Config(output=url.rstrip("/") + (f"?{options}" if options else "")).home
+    refresh(home)
+    name = key.partition("?")[0].strip("/")
+    return home / "sweeps" / name if name else home
 
 
 def load_sae(path: str | Path) -> tuple[MatryoshkaSAE, dict[str, Any]]:

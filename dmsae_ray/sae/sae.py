@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dmsae_ray.files import replacing
+from dmsae_ray.files import present, replacing
 from dmsae_ray.sae.settings import SAESettings, group_sizes
 
 FORMAT_VERSION = 2
@@ -235,6 +235,7 @@ class MatryoshkaSAE(nn.Module):
         one.
         """
         try:
+            present(Path(path))
             with safetensors.safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -10,7 +10,7 @@ import pytest
 from conftest import HANGS, run_command, same_results, start, wait_for
 from s3_server import CLIENT_GIVES_UP_S, Burst, Request, Share
 
-from dmsae_ray.activations.store import Missing, Store
+from dmsae_ray.store import Missing, Store
 
 ONE_CHAIN = ("--sweep.seeds", "0")
 

@@ -11,8 +11,8 @@ from ray_here import ray_here
 from dmsae_ray.activations.dataset import ActivationDataset, Manifest, statistics_of
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardWriter
-from dmsae_ray.activations.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits
+from dmsae_ray.store import Store
 
 D, PER_GROUP, SHARDS, LANES = 256, 2048, 6, 8
 STREAMS = 4

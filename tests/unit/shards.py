@@ -6,7 +6,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset, Manifest, statistics_of
 from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardWriter, read_rows
-from dmsae_ray.activations.store import Store
+from dmsae_ray.store import Store
 
 D, PER_GROUP = 12, 8
 NOTHING = {"bos": 0, "padding": 0, "outlier": 0, "unused": 0}

@@ -237,7 +237,7 @@ def test_a_manifest_makes_a_repair_delete_nothing_but_shards(tmp_path, capsys, f
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a//x", "", "./x", "..", "a/.."])
 def test_no_name_leads_out_of_a_store(tmp_path, name):
-    from dmsae_ray.activations.store import Store, StoreError
+    from dmsae_ray.store import Store, StoreError
 
     store = Store(tmp_path / "store")
     put(tmp_path / "x")
@@ -257,7 +257,7 @@ def test_no_name_leads_out_of_a_store(tmp_path, name):
 
 
 def test_no_link_leads_out_of_a_store(tmp_path):
-    from dmsae_ray.activations.store import Store, StoreError
+    from dmsae_ray.store import Store, StoreError
 
     (tmp_path / "store").mkdir()
     store = Store(tmp_path / "store")

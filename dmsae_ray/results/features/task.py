@@ -14,7 +14,7 @@ from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.evaluation.references import features_seconds, read_references, references_path
-from dmsae_ray.files import file_sha256
+from dmsae_ray.files import discard, file_sha256, move, present, refresh
 from dmsae_ray.identity import fields_key
 from dmsae_ray.results.features.features import ChainCore, features_key, write_features
 from dmsae_ray.results.parts import earlier, known_from, reason_of
@@ -43,7 +43,7 @@ def describe(
     connect: joins or starts Ray, called only if there is something to do. fresh: do it though the file holds already.
     """
     if not plans:
-        path.unlink(missing_ok=True)
+        discard(path)
         return None
     cores = {plan.label: plan.folder.cycle(plan.cycles - 1).core for plan in plans}
     stamp = None if consensus is None else fields_key(consensus)
@@ -52,7 +52,8 @@ def describe(
     )
     for there in () if fresh else (path, earlier(path)):
         if (known := known_from(there, say)) is not None and known.get("key") == key:
-            there.replace(path)
+            if there != path:
+                move(there, path)
             return known
     connect()
     import ray
@@ -87,12 +88,13 @@ def describe(
                 f"{config.features.sequences_per_batch}) or features.most (now {config.features.most}), or leave more "
                 "of the machine's memory free; the same command makes only the features again"
             ) from error
+    refresh(path.parent)
     return json.loads(path.read_text())
 
 
 def _time_said(config: Config, references: Path, features: int) -> str:
     """How long that will take, where it is long and the references know how long the model takes."""
-    if not references_path(references, config.evaluate).exists():
+    if not present(references_path(references, config.evaluate)):
         return ""
     seconds = features_seconds(config, read_references(references, config.evaluate), features)
     return "" if seconds is None or seconds < SHORT_S else f"; about {duration(seconds)}"
@@ -118,8 +120,10 @@ def _describe(
     torch.set_num_threads(config.harvest.threads)
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
     opened = ActivationDataset(dataset)
+    folder = config.home / "sweeps" / path.parent.name
+    folder.mkdir(parents=True, exist_ok=True)  # of an output at a URL no other machine has it yet
     write_features(
-        path,
+        folder / path.name,
         LanguageModel.of(config.model, device),
         opened.held_out("evaluation"),
         opened.manifest.scale,

@@ -24,7 +24,7 @@ from dmsae_ray.activations.shard import (
     inspect_shard,
     read_rows,
 )
-from dmsae_ray.activations.store import Store
+from dmsae_ray.store import Store
 
 ROWS = (1, 7, 8, 9, 20, 64)
 """Less than a group of 8, whole groups, and groups with a rest."""

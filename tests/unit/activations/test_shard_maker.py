@@ -20,10 +20,10 @@ from shards import bits, some_rows
 from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardWriter, inspect_shard
 from dmsae_ray.activations.shard_maker import ShardMaker, Target, drop, median_norm
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
-from dmsae_ray.activations.store import Store
 from dmsae_ray.config import Config, HarvestConfig
 from dmsae_ray.corpus.split import UNDEALT
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.store import Store
 
 T, BOS, PAD, PER_FORWARD, PER_GROUP = 24, 2, 0, 4, 128
 PRE, POST = "blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"

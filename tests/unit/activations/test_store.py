@@ -15,8 +15,8 @@ import pytest
 from tmpfs import mounted
 
 from dmsae_ray.activations import store as store_
-from dmsae_ray.activations.store import ATTEMPTS, Missing, Store, StoreError
 from dmsae_ray.files import replacing
+from dmsae_ray.store import ATTEMPTS, Missing, Store, StoreError
 
 CONTENT = bytes(range(256)) * 40
 

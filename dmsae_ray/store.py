@@ -1,4 +1,4 @@
-"""Where a dataset's files lie: a folder, or any URL that pyarrow's file systems know (`s3://`, `gs://`, `hdfs://`).
+"""Where files lie: a folder, or any URL that pyarrow's file systems know (`s3://`, `gs://`, `hdfs://`).
 
 A URL may carry its options, such as `s3://bucket/prefix?endpoint_override=http://host:9000&region=us-east-1`;
 credentials come from the environment, as the vendors' own tools take them. Imports pyarrow alone: every Ray Data
@@ -13,12 +13,14 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
+from dmsae_ray.causes import disk_full
 from dmsae_ray.files import replacing
 from dmsae_ray.secret_url import SecretUrl, scrub
 
@@ -26,6 +28,9 @@ ATTEMPTS, FIRST_WAIT_S = 7, 0.25
 """A server's refusal is asked again so often, after 0.25, 0.5, ... 8 seconds: over 15 s, on top of the client library's
 own tries.
 """
+LONGEST_WAIT_S = 15.0
+PIECE = 8 << 20
+"""Bytes of a file that are in memory at once while it is sent or fetched."""
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
 T = TypeVar("T")
 
@@ -38,11 +43,24 @@ class Missing(StoreError):
     """A file that is not there."""
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """What tells one content of a remote file from another."""
+
+    bytes: int
+    mtime_ns: int
+    """as the server has it"""
+
+
 class Store:
     """A folder of files. Names are relative, with `/`; a write is whole or not at all."""
 
-    def __init__(self, url: str | Path | SecretUrl):
-        """Raises StoreError if the URL is none that pyarrow can open. Touches no file."""
+    def __init__(self, url: str | Path | SecretUrl, attempts: int = ATTEMPTS):
+        """attempts: how often a remote server is asked before it is given up.
+
+        Raises StoreError if the URL is none that pyarrow can open. Touches no file.
+        """
+        self.attempts = attempts
         self.url = SecretUrl(url if isinstance(url, SecretUrl) else str(url))
         whole = self.url.reveal()
         if "://" in whole and not whole.startswith("file://"):
@@ -56,7 +74,7 @@ class Store:
             self._remote()
 
     def __reduce__(self):
-        return Store, (self.url,)
+        return Store, (self.url, self.attempts)
 
     def __str__(self) -> str:
         return str(self.local) if self.local else self.url.place.rstrip("/")
@@ -65,7 +83,7 @@ class Store:
         """The folder of this name below this one."""
         if self.local:
             return Store(self.local / self._inside(name))
-        return Store(f"{self._key(self._base, name)}" + (f"?{self._query}" if self._query else ""))
+        return Store(f"{self._key(self._base, name)}" + (f"?{self._query}" if self._query else ""), self.attempts)
 
     def path(self, name: str) -> Path:
         """A file of a local store. Every name is turned into a path here or in `_key`, since names come from manifests
@@ -198,6 +216,55 @@ class Store:
             system, prefix = self._remote()
             self._again(name, lambda: system.delete_file(self._key(prefix, name)))
 
+    # -- whole files of a remote place ---------------------------------------------------------------------------------
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Of a remote file; None if there is none. Raises StoreError if the server cannot be asked."""
+        system, prefix = self._remote()
+        return _stamp(self._again(name, lambda: system.get_file_info(self._key(prefix, name))))
+
+    def stamps(self, folder: str | None = None) -> dict[str, Stamp]:
+        """Of every remote file below a folder (None: below this place), by name; empty if there is no such folder."""
+        system, prefix = self._remote()
+        base = prefix if folder is None else self._key(prefix, folder)
+        infos = self._again(
+            folder or "",
+            lambda: system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True)),
+        )
+        found = ((info.path.removeprefix(prefix).lstrip("/"), _stamp(info)) for info in infos)
+        return {name: stamp for name, stamp in found if stamp is not None}
+
+    def send(self, name: str, path: Path, before: Callable[[], None] = lambda: None) -> Stamp:
+        """Write a file's content to a remote place, piece by piece. before: called before another attempt.
+
+        Raises StoreError.
+        """
+        system, prefix = self._remote()
+
+        def act() -> None:
+            with open(path, "rb") as file, system.open_output_stream(self._key(prefix, name)) as stream:
+                while piece := file.read(PIECE):
+                    stream.write(piece)
+
+        self._again(name, act, before)
+        stamp = self.stamp(name)
+        if stamp is None or stamp.bytes != path.stat().st_size:
+            raise StoreError(
+                f"{self.where(name)}: the server took the file but has not all of it; run the same command again"
+            )
+        return stamp
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Write a remote file's content to a local one, piece by piece. Raises Missing or StoreError."""
+        system, prefix = self._remote()
+
+        def act() -> None:
+            with system.open_input_stream(self._key(prefix, name)) as stream, open(path, "wb") as file:
+                while piece := stream.read(PIECE):
+                    file.write(piece)
+
+        self._again(name, act)
+
     # -- remote --------------------------------------------------------------------------------------------------------
 
     def _remote(self) -> tuple[fs.FileSystem, str]:
@@ -215,23 +282,27 @@ class Store:
         with system.open_input_file(self._key(prefix, name)) as file:
             return file.read() if part is None else file.read_at(part[1], part[0])
 
-    def _again(self, name: str, act: Callable[[], T]) -> T:
+    def _again(self, name: str, act: Callable[[], T], before: Callable[[], None] = lambda: None) -> T:
         """Call until it succeeds. A file that is not there is an answer; a server that cannot be reached or says 503 is
-        asked again.
+        asked again. before: called before each attempt but the first.
         """
-        for attempt in range(ATTEMPTS):
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S))
+                before()
             try:
                 return act()
             except FileNotFoundError as error:
                 raise self._refused(name, error) from error
             except OSError as error:
-                if attempt == ATTEMPTS - 1:
+                if disk_full(error) is not None:
+                    raise  # of this machine, while a file was fetched
+                if attempt == self.attempts - 1:
                     raise StoreError(
-                        f"{self.where(name)}: {ATTEMPTS} attempts failed, the last with: {_first_line(error)}. Check "
-                        "the address, the network and the credentials, and run the same command again: what is "
-                        "finished is kept"
+                        f"{self.where(name)}: {self.attempts} attempts failed, the last with: {_first_line(error)}. "
+                        "Check the address, the network and the credentials, and run the same command again: what "
+                        "is finished is kept"
                     ) from error
-                time.sleep(FIRST_WAIT_S * 2**attempt)
         raise AssertionError("unreachable")
 
     def _refused(self, name: str, error: OSError) -> StoreError:
@@ -244,6 +315,10 @@ class Store:
                 "what is finished is kept"
             )
         return StoreError(f"{self.where(name)}: {error.strerror or error}; {remedy}")
+
+
+def _stamp(info: fs.FileInfo) -> Stamp | None:
+    return Stamp(info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
 
 @functools.lru_cache(maxsize=8)
