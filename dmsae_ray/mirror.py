@@ -4,7 +4,8 @@ The place at the URL is the truth. A file is sent there before it gets its name 
 that is lost takes nothing along, and what is here is never ahead. Small files that others wrote are taken over when a
 command, a worker or the loop around the chains looks (`refresh`); large ones (SAEs, checkpoints, token sequences,
 models) when they are read (`files.present`). A file here carries the time that its content has there: with its size
-that tells whether it is still the same.
+that tells whether it is still the same. (S3 tells times in seconds: what two machines write within one, of the same
+size, is not told apart. No file of ours is written by two machines so soon: a chain that moves starts a process first.)
 
 Several processes of a machine share the folder. Shards of activations are not in it: they are read and written at the
 URL itself (store.py).
