@@ -9,6 +9,7 @@ are those of dmsae_ray/README.md ("Words"); `[D]` marks a decision the literatur
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -558,9 +559,9 @@ class ClusterConfig(Section):
     batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result
     is what it is alone
     """
-    scratch: Place | None = None
-    """with an output at a URL: folder on each node's own disk, the same name on all, for what a node is working on;
-    left out: in that for temporary files
+    scratch: Place = Field(default_factory=lambda: Path(tempfile.gettempdir()))
+    """with an output at a URL: folder on each node's own disk, of one name on all, in which what a node works on is
+    kept; left out: that for temporary files
     """
     object_store_mb: int = Field(512, ge=64)
     """shared memory that the data stream of one training worker may fill, MB; ten row groups must fit"""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,12 +42,10 @@ CLOCK_NS = 50_000_000
 """By how much the clock of file times may be behind."""
 
 
-def folder_for(url: SecretUrl, scratch: Path | None) -> Path:
-    """The folder that stands for an output at this URL, the same on every machine. scratch: in which folder; None: in
-    that for temporary files.
-    """
+def folder_for(url: SecretUrl, scratch: Path) -> Path:
+    """The folder in `scratch` that stands for an output at this URL, the same on every machine."""
     name = hashlib.sha256(str(url).encode()).hexdigest()[:12]  # secrets are masked in it: they change
-    return (scratch or Path(tempfile.gettempdir())) / f"dmsae_ray-{name}"
+    return scratch / f"dmsae_ray-{name}"
 
 
 def mirror_of(url: SecretUrl, folder: Path) -> Mirror:
