@@ -138,7 +138,7 @@ class OutputUnseen(OSError):
         why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         seen = (
             f"{path}: {why} on node {socket.gethostname()}: this node does not see the output folder. All nodes must "
-            "share it: mount it here, or give --output a folder that they share"
+            "share it: mount it here, or give --output a folder that they share, or a URL"
         )
         super().__init__(error if isinstance(error, str) else seen)
         self.path = path

@@ -16,6 +16,7 @@ from dmsae_ray.files import Elsewhere, discard, elsewhere, replacing
 
 ANSWER_S = 60.0
 """Longest wait for all nodes: a worker process has to start there, and imports this package."""
+REMEDY = "give --output a folder that all nodes share, or a URL such as s3://bucket/prefix"
 APPEARS_S = 10.0
 """How long a node waits for a file that was just written: network file systems remember for some seconds what was not
 there.
@@ -58,9 +59,7 @@ def check_nodes(config: Config) -> None:
         ray.cancel(task, force=True)
     discard(path)
     if problems:
-        raise ValueError(
-            "the Ray cluster's nodes must share the folders that are worked in:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError("the Ray cluster's nodes must see what is worked in:\n  " + "\n  ".join(problems))
 
 
 def _works(resources: dict[str, float]) -> bool:
@@ -94,12 +93,9 @@ def unseen(path: str, token: str, places: dict[str, str], place: Elsewhere | Non
     end, found, why = time.monotonic() + APPEARS_S, None, ""
     while found != token and time.monotonic() < end:
         try:
-            found, why = Path(path).read_text(), "is another folder there: give --output one that all nodes share"
+            found, why = Path(path).read_text(), f"is another folder there: {REMEDY}"
         except OSError as error:
-            why = (
-                f"cannot be read there ({error.strerror}): mount it there, or give --output a folder that all nodes "
-                "share"
-            )
+            why = f"cannot be read there ({error.strerror}): mount it there, or {REMEDY}"
         if found != token:
             time.sleep(0.2)
     home = os.path.dirname(path)
