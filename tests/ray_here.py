@@ -56,7 +56,7 @@ class HarvestHere(Harvest):
     def _make(self, missing: list[ShardPlan], actors: int) -> Iterator[tuple[str, dict[str, ShardEntry]]]:
         assert actors == 1
         threads = torch.get_num_threads()
-        maker = ShardMaker(self.config, self.targets, str(self.tokens), self.plans[0])
+        maker = ShardMaker(self.config, self.targets, self.tokens.name, self.plans[0])
         for row in maker({"plans": [json.dumps([plan.to_dict() for plan in missing])]}):
             entries = json.loads(row["entries"][0])
             yield row["plan"][0], {hook: ShardEntry(**entry) for hook, entry in entries.items()}

@@ -87,6 +87,8 @@ class Training:
         if rank.writes:
             self.lease.check()
             self._write_curve()
+        self.urgent: int | None = None
+        """a step after which a checkpoint is due out of turn"""
         self.began: float | None = None
         """when the first step of this run did; None before it"""
         self.ended = self.waited = self.first_batch_s = 0.0
@@ -109,7 +111,8 @@ class Training:
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether one follows this step."""
-        return (step + 1) % self.plan.config.train.checkpoint_steps == 0 or step + 1 == self.plan.steps
+        every = self.plan.config.train.checkpoint_steps
+        return (step + 1) % every == 0 or step + 1 == self.plan.steps or step == self.urgent
 
     @property
     def tokens_per_s(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ from dmsae_ray.files import guard, refresh
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.step_report import Diverged
+
+
+PREEMPTION = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
+"""Whether Ray tells of nodes that will be taken away; on a cluster of the command's own it does not, since none is."""
 
 
 def train_chains(loop: dict) -> None:
@@ -77,6 +82,7 @@ class Worker:
         self.chains = [Chain(plan, self.rank) for plan in plans]
         """those that have not failed"""
         self._opened: Batches | None = None
+        self._warned = False
         with self.failing(*self.chains):
             self.dataset = ActivationDataset(plan.dataset)
             self.stream = Stream(
@@ -152,7 +158,19 @@ class Worker:
             if due:
                 for cycle in taking:
                     cycle.training.checkpoint(step + 1)
+            if step % cycles[0].plan.config.train.log_steps == 0 and self.node_goes():
+                for cycle in cycles:
+                    cycle.training.urgent = step + 1
             since = time.monotonic()
+
+    def node_goes(self) -> bool:
+        """Whether Ray has said, since this was last asked, that a node of the group will be taken away soon: what is
+        trained until then shall not be lost. All ranks ask together, and hear the same.
+        """
+        if not PREEMPTION or self._warned:
+            return False
+        self._warned = ray.train.get_preemption_info() is not None
+        return self._warned
 
     def count_rows(self, batches: Batches, cycles: list[Cycle]) -> None:
         """Add the digest of the rows given since the last call to the cycles that trained on them. All ranks call it
