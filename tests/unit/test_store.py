@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 from tmpfs import mounted
 
-from dmsae_ray.activations import store as store_
+from dmsae_ray import store as store_
 from dmsae_ray.files import replacing
 from dmsae_ray.store import ATTEMPTS, Missing, Store, StoreError
 
