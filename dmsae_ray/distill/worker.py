@@ -30,7 +30,6 @@ from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.step_report import Diverged
 
-
 PREEMPTION = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
 """Whether Ray tells of nodes that will be taken away; on a cluster of the command's own it does not, since none is."""
 

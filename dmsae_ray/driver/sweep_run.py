@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import shlex
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration
 from dmsae_ray.show.tracking import Tracker, TrackingError
+from dmsae_ray.store import StoreError
 
 
 def run(command: SweepCommand) -> int:
@@ -241,7 +243,8 @@ class Sweep:
             )
 
         def follow() -> None:
-            refresh(self.config.home / "chains")
+            with suppress(StoreError):  # a server that is away: what it has is looked at when it is back
+                refresh(self.config.home / "chains")
             tracker.sync()
 
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, follow):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from conftest import HANGS, command, digest_of_rows, environment, free_port, wait_for
 from ray_head import BIN, ray_head
+from victims import frozen
 
 STEPS, BATCH, LANES = 480, 512, 4
 CHAIN = [
@@ -65,6 +66,12 @@ def ids(address: str, env: dict[str, str]) -> set[str]:
     return set(json.loads(found.stdout.splitlines()[-1]))
 
 
+def worker(of: psutil.Process) -> psutil.Process:
+    """The training worker of a node."""
+    (found,) = [one for one in of.children(recursive=True) if one.cmdline()[:1] == ["ray::RayTrainWorker"]]
+    return found
+
+
 @pytest.mark.slow
 def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(tmp_path):
     output = tmp_path / "out"
@@ -77,7 +84,7 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(
         return any(output.glob("chains/*/cycle_00/checkpoint.pt"))
 
     with ray_head(cpus=1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2") as (address, _, env):
-        with node(address, env) as (_, taken):
+        with node(address, env) as (goes, taken):
             log = open(tmp_path / "log", "w")
             process = subprocess.Popen(
                 command(output, *CHAIN),
@@ -89,7 +96,8 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(
             assert not checkpoint()
             drain = ["drain-node", f"--address={address}", f"--node-id={taken}", "--reason-message=test"]
             drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=3600"]
-            subprocess.run([BIN / "ray", *drain], env=environment(**env), check=True, timeout=HANGS)
+            with frozen(worker(goes)):  # the command takes longer than the training
+                subprocess.run([BIN / "ray", *drain], env=environment(**env), check=True, timeout=HANGS)
             wait_for(checkpoint, process)
         with node(address, env):
             code = process.wait(timeout=HANGS)
