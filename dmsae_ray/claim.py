@@ -37,8 +37,10 @@ class Claim:
         """Raises Claimed, and StoreError if the server cannot be reached."""
         self.path, self.token = home / "claim", token
         self._renewed, self._end = 0, threading.Event()
-        if (holder := read_claim(self.path)) is not None and not gone(self.path, holder):
+        holder = read_claim(self.path)
+        if holder is not None and not gone(self.path, holder):
             raise Claimed(f"pid {holder['pid']} on {holder['host']} since {holder['since']}")
+        self.taken_over = holder is not None
         self._since = time.strftime("%F %T")
         self._write()
         time.sleep(SETTLE_S)
@@ -70,12 +72,16 @@ class Claim:
                     return  # another has it: the generation tells the workers
                 self._write()
 
+    def ours(self) -> bool:
+        """Whether it still stands. Raises StoreError."""
+        holder = read_claim(self.path)
+        return holder is not None and holder["token"] == self.token
+
     def release(self) -> None:
         self._end.set()
-        self._thread.join()
+        self._thread.join(2 * RENEW_S)  # it may be waiting for a server that is away
         with suppress(OSError, ValueError):
-            holder = read_claim(self.path)
-            if holder is not None and holder["token"] == self.token:
+            if self.ours():
                 discard(self.path)
 
 
@@ -91,7 +97,11 @@ def read_claim(path: Path) -> dict | None:
 
 def _processes() -> str:
     """Names what process ids count in here: the same in all processes that see each other's, on one machine."""
-    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}" if os.path.exists("/proc/self/ns/pid") else ""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return ""
 
 
 def gone(path: Path, holder: dict, watch_s: float | None = None) -> bool:

@@ -673,7 +673,7 @@ class Config(BaseSettings):
     def place(self) -> str:
         """The output folder, for people: a URL without its options."""
         assert self.output is not None, "every configuration has one from its beginning"
-        return self.output.place
+        return self.output.place if self.output.is_url else str(self.home)
 
     def sections(self) -> dict[str, Any]:
         """What `Config` makes the same experiment of: its fields by name (command flags excluded), secrets of URLs

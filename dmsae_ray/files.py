@@ -10,9 +10,12 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dmsae_ray.causes import causes
+
+if TYPE_CHECKING:
+    from dmsae_ray.secret_url import SecretUrl
 
 TEMPORARY = r"\.tmp-\d+-[0-9a-f]{6}"
 """How `temporary_name` ends a name, as a pattern."""
@@ -41,6 +44,16 @@ class Elsewhere(Protocol):
     """
 
     folder: Path
+    url: SecretUrl
+
+    def patient(self) -> None:
+        """From now on wait for a server that is away for minutes, where a command that only looks gives up soon."""
+
+    def there(self, path: Path) -> bool:
+        """Whether a file is there, whatever is here."""
+
+    def unsent(self, folder: Path) -> list[Path]:
+        """Files here, of a folder or this one, that there are not the same."""
 
     def send(self, file: Path, path: Path) -> None:
         """Make the content of `file` that of `path` there, and the times of `file` those it has there."""
@@ -103,16 +116,22 @@ def refresh(folder: Path, alone: bool = False) -> None:
 def publish(path: Path) -> None:
     """Send a file that was written past `replacing`, in place or by a library, and all files of a folder."""
     if (place := elsewhere(path)) is not None:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and not file.is_symlink():
-                place.send(file, file)
+        for file in place.unsent(path):
+            place.send(file, file)
 
 
-def present_below(folder: Path) -> None:
-    """Fetch every file below a folder, the large ones too."""
+def present_below(folder: Path, named: str = "") -> None:
+    """Fetch every file below a folder, or those of this name, the large ones too."""
     if (place := elsewhere(folder)) is not None:
         for name in place.names(folder):
-            place.fetch(place.folder / name)
+            if name.endswith(named):
+                place.fetch(place.folder / name)
+
+
+def be_patient(folder: Path) -> None:
+    """As `Elsewhere.patient`; for who works on an output, not for who looks."""
+    if (place := elsewhere(folder)) is not None:
+        place.patient()
 
 
 def discard(path: Path) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dmsae_ray.files import current, elsewhere, replacing
-from dmsae_ray.ownership import mark
+from dmsae_ray.files import be_patient, current, elsewhere, guard, replacing
+from dmsae_ray.ownership import STANDS_FOR, mark
 
 if TYPE_CHECKING:
     from dmsae_ray.claim import Claim
@@ -48,6 +48,9 @@ class OutputLock:
     """
 
     def __init__(self, home: Path):
+        if elsewhere(home) is None and (home / STANDS_FOR).is_file():
+            url = (home / STANDS_FOR).read_text().strip()
+            raise ValueError(f"output folder {home}: stands for what lies at {url} on this machine; give --output that")
         self.path, self.token = home / "driver.lock", secrets.token_hex(6)
         self._claim: Claim | None = None
         try:
@@ -74,9 +77,13 @@ class OutputLock:
 
             try:
                 self._claim = Claim(home, self.token)
-            except Claimed as error:
+                if self._claim.taken_over:
+                    self.lease()  # its workers may still be at work
+            except BaseException as error:
                 self._file.close()
-                raise busy(home, str(error)) from None
+                if isinstance(error, Claimed):
+                    raise busy(home, str(error)) from None
+                raise
         try:
             self._file.truncate(0)
             self._file.write(
@@ -100,7 +107,14 @@ class OutputLock:
             ) from error
         with replacing(path) as temporary:
             temporary.write_text(f"{previous + 1} {self.token}")
-        return Lease(path, previous + 1, self.token)
+        lease = Lease(path, previous + 1, self.token)
+        guard(self.home, lease.check)
+        be_patient(self.home)
+        return lease
+
+    def holds(self) -> bool:
+        """Whether the output is still this driver's: at a URL one that stood still for long may have lost it."""
+        return self._claim is None or self._claim.ours()
 
     def release(self) -> None:
         if self._claim is not None:
@@ -118,7 +132,7 @@ def busy(home: Path, holder: str) -> OutputBusy:
 
 def _there(path: Path) -> bool:
     place = elsewhere(path)
-    return path.exists() if place is None else path.relative_to(place.folder).as_posix() in place.names(path.parent)
+    return path.exists() if place is None else place.there(path)
 
 
 def _generation(text: str) -> tuple[int, str]:
@@ -202,7 +216,7 @@ def _read(path: Path, of: Callable[[str], T]) -> T:
             why = error
         if time.monotonic() + wait > end:
             raise OutputUnseen(
-                path, why
+                path, why if elsewhere(path) is None else str(why)
             )  # not from it: a ValueError among its causes would look like one to give up on
         time.sleep(wait)
         wait = min(2 * wait, 2.0)

@@ -22,12 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmsae_ray.files import TEMPORARY, stand_for, temporary_name
-from dmsae_ray.ownership import is_ours
+from dmsae_ray.ownership import STANDS_FOR, is_ours
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.store import Missing, Stamp, Store
 
-ATTEMPTS = 40
-"""How often a server is asked before what it holds up fails: with the waits between, for over nine minutes."""
+PATIENT = 40
+"""How often whoever works on the output asks a server before what it holds up fails: with the waits between, for over
+eight minutes.
+"""
 TOGETHER = 16
 """Files fetched at the same time."""
 LARGE = re.compile(
@@ -36,15 +38,19 @@ LARGE = re.compile(
 """What is fetched only when it is read."""
 DRIVERS = re.compile(r"mlflow\.db.*|mlartifacts/.*")
 """What only the driver writes, past `files`: sent at its end."""
-HERE_ALONE = re.compile(r"(ray|logs)(/.*)?|driver\.lock|claim|generation|probe\.json|.*/writer")
+HERE_ALONE = re.compile(r"(ray|logs)(/.*)?|driver\.lock|claim|generation|probe\.json|stands_for|.*/writer")
 """What is never taken over: it belongs to this machine, or is always read there."""
+MODELS = "models/"
+"""What is never deleted here because it is not there: its names stand for its content, and it may be on its way."""
 CLOCK_NS = 50_000_000
 """By how much the clock of file times may be behind."""
 
 
 def folder_for(url: SecretUrl, scratch: Path) -> Path:
     """The folder in `scratch` that stands for an output at this URL, the same on every machine."""
-    name = hashlib.sha256(str(url).encode()).hexdigest()[:12]  # secrets are masked in it: they change
+    # Without its secrets, which change; but what stands before an @ alone may be a container.
+    place = re.sub(r"://([^:/?#]*):[^/]*@", r"://\1@", url.reveal().partition("?")[0])
+    name = hashlib.sha256(f"{place}?{str(url).partition('?')[2]}".encode()).hexdigest()[:12]
     return scratch / f"dmsae_ray-{name}"
 
 
@@ -67,6 +73,7 @@ def mirror_of(url: SecretUrl, folder: Path) -> Mirror:
                 "--cluster.scratch a folder of your own"
             )
         known = _mirrors[folder] = Mirror(url, folder)
+        (folder / STANDS_FOR).write_text(f"{url}\n")
         stand_for(known)
     return known
 
@@ -78,11 +85,14 @@ class Mirror:
     """One output at a URL, and the folder here that stands for it. See files.Elsewhere for what its parts do."""
 
     def __init__(self, url: SecretUrl, folder: Path):
-        self.url, self.folder, self.store = url, folder, Store(url, ATTEMPTS)
+        self.url, self.folder, self.store = url, folder, Store(url)
         self._guards: dict[Path, Callable[[], None]] = {}
 
     def __reduce__(self):
         return mirror_of, (self.url, self.folder)
+
+    def patient(self) -> None:
+        self.store.attempts = PATIENT
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
@@ -106,11 +116,22 @@ class Mirror:
     def _guard_of(self, path: Path) -> Callable[[], None]:
         return next((self._guards[folder] for folder in path.parents if folder in self._guards), lambda: None)
 
+    def unsent(self, folder: Path) -> list[Path]:
+        """Raises StoreError."""
+        if not folder.is_dir():
+            return [folder] if folder.is_file() and self.store.stamp(self._name(folder)) != _stamp_of(folder) else []
+        there = self._stamps(folder)
+        return sorted(path for path in self._here(folder) if there.get(self._name(path)) != _stamp_of(path))
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def current(self, path: Path) -> str:
         """Raises Missing or StoreError."""
         return self.store.read(self._name(path)).decode()
+
+    def there(self, path: Path) -> bool:
+        """Raises StoreError."""
+        return self.store.stamp(self._name(path)) is not None
 
     def names(self, folder: Path) -> list[str]:
         return sorted(self._stamps(folder))
@@ -155,13 +176,18 @@ class Mirror:
             self._path(name).parent.mkdir(parents=True, exist_ok=True)
         stale = {}
         for path in self._here(folder):
-            name, about = self._name(path), path.lstat()
+            name = self._name(path)
+            try:
+                about = path.lstat()
+            except FileNotFoundError:
+                continue  # another process of this machine deleted it
             same = there.get(name) == Stamp(about.st_size, about.st_mtime_ns)
             # What this machine's other processes have changed meanwhile is newer than what was listed.
             if not same and about.st_ctime_ns < began and counts(name):
                 stale[name] = path
         for name, path in stale.items():
-            if name not in there or LARGE.fullmatch(name):
+            kept = name not in there and (name.startswith(MODELS) or DRIVERS.fullmatch(name))
+            if not kept and (name not in there or LARGE.fullmatch(name)):
                 path.unlink(missing_ok=True)
         wanted = [
             name for name in there if not LARGE.fullmatch(name) and (name in stale or not self._path(name).exists())
@@ -173,8 +199,14 @@ class Mirror:
         return self.store.stamps(None if folder == self.folder else self._name(folder))
 
     def _here(self, folder: Path) -> Iterator[Path]:
-        """Files here below a folder; none of a writer at work."""
-        for place, _, names in os.walk(folder):
+        """Files here below a folder; none of a writer at work, nor a link."""
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not re.search(f"{TEMPORARY}$", name)]
             for name in names:
-                if not re.search(f"{TEMPORARY}$", name):
+                if not re.search(f"{TEMPORARY}$", name) and not Path(place, name).is_symlink():
                     yield Path(place, name)
+
+
+def _stamp_of(path: Path) -> Stamp:
+    about = path.stat()
+    return Stamp(about.st_size, about.st_mtime_ns)

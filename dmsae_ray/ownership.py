@@ -13,11 +13,14 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from dmsae_ray.files import TEMPORARY, Elsewhere, elsewhere, leftovers, present, write_json
+from dmsae_ray.files import TEMPORARY, Elsewhere, elsewhere, leftovers, write_json
 
 MARKER = "dmsae_ray.json"
+STANDS_FOR = "stands_for"
+"""In the folder that stands for an output at a URL: which."""
 FOUND = "dmsae_ray_found.json"
 """What names the datasets, as a run found it out; may go at any time."""
 KEY = r"[0-9a-f]{12}"
@@ -54,12 +57,17 @@ OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "claim", "gen
 
 def marked(home: Path) -> bool:
     """Whether this is an output folder of ours: it has our mark, or the lock that versions before the mark left."""
-    return present(home / MARKER) or _has_lock(home / "driver.lock")
+    return _is_there(home / MARKER) or _has_lock(home / "driver.lock")
+
+
+def _is_there(path: Path) -> bool:
+    place = elsewhere(path)
+    return path.is_file() if place is None else place.there(path)
 
 
 def mark(home: Path) -> None:
     """Raises ValueError if the folder holds what is not ours under a name that we use."""
-    if not present(home / MARKER):
+    if not _is_there(home / MARKER):
         refuse_strangers(home)
         write_json(home / MARKER, {"format_version": 1, "what": "an output folder of dmsae_ray"})
 
@@ -125,6 +133,8 @@ def _strangers(home: Path) -> Iterator[Path]:
 
 def is_ours(name: str) -> bool:
     """Whether a file's whole name, seen from the output folder, is one that we give."""
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        return False
     top, _, rest = name.partition("/")
     entry, _, inner = rest.partition("/")
     if top not in FOLDERS:
@@ -193,7 +203,7 @@ def remove(path: Path, kind: str, within: Path | None = None) -> list[Path]:
         if not path.exists():
             return []
     if not stat.S_ISDIR(path.lstat().st_mode):
-        path.unlink()
+        path.unlink(missing_ok=True)
         return []
     for inner in sorted(path.iterdir()):
         if inner.is_symlink() or not _is(FILES[kind], inner.relative_to(within).as_posix()):
@@ -201,9 +211,10 @@ def remove(path: Path, kind: str, within: Path | None = None) -> list[Path]:
         elif inner.is_dir():
             left += remove(inner, kind, within)
         else:
-            inner.unlink()
+            inner.unlink(missing_ok=True)  # of an output at a URL another process may have, too
     if not left:
-        path.rmdir()
+        with suppress(FileNotFoundError):
+            path.rmdir()
     return left
 
 

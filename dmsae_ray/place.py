@@ -57,6 +57,8 @@ def folder_or_url(value: Any) -> Any:
     """A folder, absolute; a URL stays as it is."""
     if isinstance(value, Path):
         return str(absolute(value))
+    if isinstance(value, str) and value.strip() and "://" not in value:
+        return str(absolute(value))
     text = _path(value)
     if text is None or ("://" in text and not text.startswith("file://")):
         return value

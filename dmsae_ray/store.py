@@ -13,6 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,8 @@ ATTEMPTS, FIRST_WAIT_S = 7, 0.25
 own tries.
 """
 LONGEST_WAIT_S = 15.0
+IN_VAIN = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+"""In what S3 answers to a request that no further attempt will mend."""
 PIECE = 8 << 20
 """Bytes of a file that are in memory at once while it is sent or fetched."""
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
@@ -195,11 +198,10 @@ class Store:
         system, prefix = self._remote()
 
         def send() -> None:
-            # An object appears when its upload ends: a writer that dies leaves none.
             with system.open_output_stream(self._key(prefix, name)) as stream:
                 stream.write(content)
 
-        self._again(name, send)
+        self._again(name, lambda: _whole(send))
         if self.size(name) != len(memoryview(content)):
             raise StoreError(
                 f"{self.where(name)}: the server took the file but has not all of it; run the same command again"
@@ -246,7 +248,7 @@ class Store:
                 while piece := file.read(PIECE):
                     stream.write(piece)
 
-        self._again(name, act, before)
+        self._again(name, lambda: _whole(act), before)
         stamp = self.stamp(name)
         if stamp is None or stamp.bytes != path.stat().st_size:
             raise StoreError(
@@ -297,9 +299,9 @@ class Store:
             except OSError as error:
                 if disk_full(error) is not None:
                     raise  # of this machine, while a file was fetched
-                if attempt == self.attempts - 1:
+                if attempt == self.attempts - 1 or any(word in str(error) for word in IN_VAIN):
                     raise StoreError(
-                        f"{self.where(name)}: {self.attempts} attempts failed, the last with: {_first_line(error)}. "
+                        f"{self.where(name)}: {attempt + 1} attempts failed, the last with: {_first_line(error)}. "
                         "Check the address, the network and the credentials, and run the same command again: what "
                         "is finished is kept"
                     ) from error
@@ -315,6 +317,14 @@ class Store:
                 "what is finished is kept"
             )
         return StoreError(f"{self.where(name)}: {error.strerror or error}; {remedy}")
+
+
+def _whole(act: Callable[[], T]) -> T:
+    """Do it in a thread, which no signal interrupts: an object appears when its upload ends, so a writer that dies
+    leaves none, but one that is interrupted would end the upload of what it has sent so far.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
 
 
 def _stamp(info: fs.FileInfo) -> Stamp | None:

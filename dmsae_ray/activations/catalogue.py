@@ -13,6 +13,7 @@ from dmsae_ray.corpus.mixture import check_mixture, mixture_fingerprint
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
 from dmsae_ray.corpus.split import Deal
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.files import elsewhere
 from dmsae_ray.identity import fields_key
 from dmsae_ray.lm.source import info_of, tokenizer_of
 from dmsae_ray.store import Missing, Store, StoreError
@@ -70,9 +71,10 @@ def dataset_store(config: Config, hook: str, key: str) -> Store:
 
 def shards_of(config: Config) -> Store:
     """Where the datasets lie that a configuration harvests: at `harvest.store`, else with the rest of the output."""
-    if config.harvest.store is not None or config.output is None or not config.output.is_url:
+    place = elsewhere(config.home)
+    if config.harvest.store is not None or place is None:
         return Store(config.harvest.store or config.home / "data")
-    return Store(config.output).child("data")
+    return Store(place.url).child("data")
 
 
 def remember(config: Config) -> None:

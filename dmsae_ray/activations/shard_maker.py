@@ -19,6 +19,7 @@ from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardError, ShardWri
 from dmsae_ray.activations.shard_plan import ShardPlan
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences
+from dmsae_ray.files import refresh
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.store import Store
 
@@ -58,6 +59,7 @@ class ShardMaker:
         torch.set_num_threads(config.harvest.threads)
         self.config, self.targets, self.calibration = config, targets, calibration
         self._tokens, self._sequences = config.home / "tokens" / tokens, dict[str, TokenSequences]()
+        refresh(self._tokens)  # there may be more of them than this node knows
         self.lm = LanguageModel.of(config.model, "cuda" if config.harvest.gpus_per_actor else "cpu")
         self._writers = {target.hook: ShardWriter() for target in targets}
         self._bounds: dict[str, float] = {}

@@ -18,7 +18,7 @@ import torch
 from dmsae_ray.attribution.ledger import Ledger
 from dmsae_ray.attribution.partial import Partial
 from dmsae_ray.attribution.scores import ScoreSettings, enough, scores, split_half
-from dmsae_ray.files import Elsewhere
+from dmsae_ray.files import Elsewhere, be_patient
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,7 @@ class Aggregator:
     def _open(self, account: Account) -> Ledger:
         if account not in self._ledgers:
             stop = None if account.settings.until_jaccard is None else bound(enough, settings=account.settings)
+            be_patient(Path(account.folder))
             self._ledgers[account] = Ledger(Path(account.folder), account.shards, account.stamp, self.patience_s, stop)
             while len(self._ledgers) > self.OPEN:
                 self._ledgers.popitem(last=False)

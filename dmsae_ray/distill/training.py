@@ -129,11 +129,13 @@ class Training:
         """A point of the curve. Only on rank 0."""
         point = asdict(report) | {"tokens_per_s": round(self.tokens_per_s, 1)}
         self.so_far.curve.append(point)
-        self.lease.check()  # else a worker that was cut off for a while would add points to its successor's curve
+        # A worker that was cut off for a while must not add points to its successor's curve.
         if elsewhere(self.folder.curve) is None:
+            self.lease.check()
             with open(self.folder.curve, "a") as file:
                 file.write(json.dumps(point) + "\n")
         elif time.monotonic() - self._curve_at > CURVE_S or self.checkpoint_due(self.trainer.steps_done - 1):
+            self.lease.check()
             self._write_curve()  # nothing can be added to what lies at a URL
 
     def _write_curve(self) -> None:

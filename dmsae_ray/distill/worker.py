@@ -25,7 +25,7 @@ from dmsae_ray.distill.mapping import stream_limits
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
 from dmsae_ray.distill.training import first_step
-from dmsae_ray.files import guard, refresh
+from dmsae_ray.files import be_patient, guard, refresh
 from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.sae.ranks.collective import Alone, TorchCollective, gather_objects
 from dmsae_ray.sae.step_report import Diverged
@@ -38,7 +38,17 @@ def train_chains(loop: dict) -> None:
     """What every Ray Train worker runs. loop: plans (ChainPlans with one lockstep_key), lease (the right to write),
     aggregator and board (actor handles).
     """
-    every, lease = loop["plans"], loop["lease"]
+    every, lease, context = loop["plans"], loop["lease"], ray.train.get_context()
+    be_patient(every[0].folder.path)
+    try:
+        if context.get_world_rank() == 0:
+            lease = lease.of_group([plan.folder.path for plan in every])
+            for plan in every:
+                guard(plan.folder.path, lease.check)
+    except Superseded:
+        return
+    if context.get_world_size() > 1:
+        ray.train.collective.barrier()  # before anybody looks: an earlier group may have written until now
     for plan in every:
         look(plan)
     # Failed ones are left out: a worker group may have been started again after the failure was written.
@@ -46,10 +56,6 @@ def train_chains(loop: dict) -> None:
     if not plans:
         return
     try:
-        if ray.train.get_context().get_world_rank() == 0:
-            lease = lease.of_group([plan.folder.path for plan in every])
-            for plan in every:
-                guard(plan.folder.path, lease.check)
         Worker(plans, lease, loop["aggregator"], loop["board"]).run()
     except Superseded:
         return  # another driver has the folders: trying again cannot help, and nothing may be written

@@ -24,7 +24,7 @@ from dmsae_ray.driver.session import session
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.evaluation.measure import Tally, scores_of, tally_batch
 from dmsae_ray.evaluation.references import read_references, references_of, references_path, write_references
-from dmsae_ray.files import file_sha256, present, write_json
+from dmsae_ray.files import file_sha256, present, refresh, write_json
 from dmsae_ray.lm.model import LanguageModel
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.show.terminal.console import terminal_console
@@ -40,6 +40,7 @@ SAY_SECONDS = 10.0
 def run(command: EvaluateCommand) -> int:
     """Raises ValueError on bad input before anything is measured."""
     config = pinned(Config(**command.sections()))
+    refresh(config.home)
     saved = saved_saes(config, trained_with(command), command.chain, command.all)
     # Under the lock: a driver that starts meanwhile would tidy away what is being written.
     with session(config, "evaluate", command.verbose) as (_, say):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dmsae_ray.config import Config
 from dmsae_ray.files import present_below, publish
-from dmsae_ray.lm.from_gguf import convert, converted, gguf_file, is_converted
+from dmsae_ray.lm.from_gguf import SOURCE, convert, converted, gguf_file, is_converted
 from dmsae_ray.ownership import make_home, mark
 
 MODELS = "models"
@@ -26,7 +26,7 @@ def with_model_folder(config: AnyConfig, make: bool, say: Callable[[str], None] 
     models = config.home / MODELS
     name = Path(config.model.name)
     if name.parent.name == MODELS or gguf_file(config.model.name) is not None:
-        present_below(models)
+        present_below(models, SOURCE)
     if name.parent.name == MODELS and not name.exists() and is_converted(models / name.name):
         return _named(config, models / name.name)
     if (file := gguf_file(config.model.name)) is None:
@@ -38,9 +38,9 @@ def with_model_folder(config: AnyConfig, make: bool, say: Callable[[str], None] 
     if make:
         make_home(config.home)
         mark(config.home)
-        if not is_converted(folder):
-            convert(file, folder, say)
-            publish(folder)
+        convert(file, folder, say)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == SOURCE):
+            publish(path)  # last what says that it is whole
     elif not is_converted(folder):
         raise ValueError(f"model.name {file}: not converted yet, so nothing has been made of it in {config.home}")
     return _named(config, folder)

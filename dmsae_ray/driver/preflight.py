@@ -62,6 +62,7 @@ def check_urls(config: Config) -> None:
     field.
     """
     urls = [
+        ("output", config.output),
         ("harvest.store", config.harvest.store),
         ("harvest.dataset", config.harvest.dataset),
         ("track.uri", config.track.uri),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from dmsae_ray.causes import disk_trouble
 from dmsae_ray.config import Config
@@ -60,17 +62,27 @@ def session(config: Config, name: str, verbose: bool) -> Iterator[tuple[OutputLo
     """
     from dmsae_ray.activations.catalogue import remember
 
-    lock = OutputLock(config.home)
+    lock, started = OutputLock(config.home), time.time()
     try:
         refresh(config.home, alone=True)
         with Screen(config.home, name, verbose) as say:
             remember(config)
-            try:
-                yield lock, say
-            finally:
-                for path in (*config.home.glob("mlflow.db*"), config.home / "mlartifacts"):
-                    publish(path)  # MLflow writes them itself
-        for path in say.path.parent.glob(f"{say.path.stem}.*"):
-            publish(path)
+            yield lock, say
     finally:
+        send_rest(lock, config.home, started)
         lock.release()
+
+
+def send_rest(lock: OutputLock, home: Path, since: float) -> None:
+    """To an output at a URL: what others than we write, and logs. Whatever ended the command matters more than a server
+    that is away on top of it.
+    """
+    try:
+        if lock.holds():  # else they are another driver's now
+            for path in (home / "mlflow.db", home / "mlartifacts"):
+                publish(path)
+            for path in (home / "logs").glob("*"):
+                if path.is_file() and path.stat().st_mtime >= since:
+                    publish(path)
+    except (OSError, ValueError) as error:
+        print(f"warning: MLflow's database and the logs were not sent: {error}", file=sys.stderr)

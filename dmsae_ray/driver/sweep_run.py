@@ -43,6 +43,7 @@ from dmsae_ray.store import StoreError
 def run(command: SweepCommand) -> int:
     """The whole sweep. Raises ValueError on bad input before any work is lost."""
     config, verbose = preflight(Config(**command.sections()), print), command.verbose
+    refresh(config.home)
     chains = check_needs(config)
     lacking = without_kernels(config)
     with session(config, "sweep", verbose) as (lock, say):
@@ -243,7 +244,7 @@ class Sweep:
             )
 
         def follow() -> None:
-            with suppress(StoreError):  # a server that is away: what it has is looked at when it is back
+            with suppress(OSError, StoreError):  # a server that is away: what it has is looked at when it is back
                 refresh(self.config.home / "chains")
             tracker.sync()
 

@@ -121,6 +121,7 @@ def _describe(
     device = "cuda" if config.harvest.gpus_per_actor else "cpu"
     opened = ActivationDataset(dataset)
     folder = config.home / "sweeps" / path.parent.name
+    refresh(config.home / "chains")
     folder.mkdir(parents=True, exist_ok=True)  # of an output at a URL no other machine has it yet
     write_features(
         folder / path.name,
