@@ -132,6 +132,11 @@ class Bucket:
                 with self.files.open_output_stream(f"{BUCKET}/{prefix}/{path.relative_to(folder)}") as stream:
                     stream.write(path.read_bytes())
 
+    def names(self, prefix: str) -> list[str]:
+        """Of every file below a prefix, whole."""
+        below = fs.FileSelector(f"{BUCKET}/{prefix}", recursive=True, allow_not_found=True)
+        return [info.path for info in self.files.get_file_info(below) if info.type == fs.FileType.File]
+
     def content(self, prefix: str) -> dict[str, bytes]:
         """Every file below a prefix, by its name there."""
         found = {}

@@ -1,7 +1,7 @@
 """A Ray cluster whose nodes are machines of a box.
 
 The head has no CPUs, so that the work is done by the workers; jobs are submitted from a machine that is no node of the
-cluster. It asks for a token. All nodes of the cluster have the folder that is handed over at /share.
+cluster. It asks for a token. All nodes of the cluster have the folder that is handed over, if one is, at /share.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Job:
 class RayBox:
     """A head, workers and a client in this box.
 
-    workers: how many at first, each with so many CPUs. share: what they and the head have at /share. variables: of
-    their environment.
+    workers: how many at first, each with so many CPUs. share: what they and the head have at /share, if anything.
+    variables: of their environment.
     """
 
-    def __init__(self, box: Box, workers: int, cpus: int, share: Path, **variables: str):
+    def __init__(self, box: Box, workers: int, cpus: int, share: Path | None, **variables: str):
         self.box, self.cpus, self.share = box, cpus, share
         self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         # Ray runs workers at niceness 15 by default: beside other work on the machine a test would stand still.
@@ -162,7 +162,7 @@ class RayBox:
         self, argv: Sequence[object], client: Node, token: Mapping[str, str], env: Mapping[str, str] | None = None
     ) -> Job:
         """The same, whatever comes of it; the token is one's own."""
-        self._check_out(client)
+        self.check_out(client)
         self._jobs += 1
         name = f"job{self._jobs}"
         submit = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--submission-id", name]
@@ -173,7 +173,7 @@ class RayBox:
         process = client.popen([*submit, "--working-dir", CHECKOUT, "--", *argv], env=token, log=log)
         return Job(name, log, client, process, dict(token), self.dashboard)
 
-    def _check_out(self, client: Node) -> None:
+    def check_out(self, client: Node) -> None:
         """A copy of the checkout on the client's disk, as it lies here, without what git ignores."""
         folder = client.disk / CHECKOUT.lstrip("/")
         if folder.exists():

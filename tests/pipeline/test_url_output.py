@@ -78,6 +78,7 @@ def test_a_sweep_that_lies_at_a_url_is_found_from_a_machine_that_never_saw_it(
     place, options = url.split("?")
     sweep = load_sweep(f"{place}?{options}")
     assert sweep.chains["seed0-k8"].sae()[0].width == 256  # fetched as it is read
+    assert len(next(iter(sweep.dataset().some_rows()))) == 2048  # read at the URL
     assert sweep.chains["seed0-k8"].core().size == load_sweep(small_sweep.output).chains["seed0-k8"].core().size
     assert main(arguments(tmp_path, url, "b", "--clean", "--dry_run")) == 0
     assert "0 to remove" in capfd.readouterr().out
@@ -90,14 +91,13 @@ def test_a_killed_machine_s_sweep_goes_on_from_another_to_the_bits_of_a_folder(s
     process = started(tmp_path, url, "a", "--sweep.seeds", "0")
 
     def middle() -> bool:
-        names = s3.content("killed")
-        return any("cycle_01/checkpoint.pt" in name for name in names)
+        return any("cycle_01/checkpoint.pt" in name for name in s3.names("killed"))
 
     wait_for(middle, process)
-    (record,) = [name for name in s3.content("killed") if name.endswith("record.json")]
-    first = s3.content("killed")[record]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    (record,) = [name for name in s3.content("killed") if name.endswith("record.json")]
+    first = s3.content("killed")[record]
     run = finished(tmp_path, url, "b", "--sweep.seeds", "0")
     assert run.code == 0, run.out
     made = s3.content("killed")
