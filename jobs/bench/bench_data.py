@@ -37,13 +37,13 @@ from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.shard_maker import ShardMaker, Target
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
-from dmsae_ray.store import Store
 from dmsae_ray.activations.stream import Stream, StreamLimits, _blocks, _views
 from dmsae_ray.cluster.connection import QUIET
 from dmsae_ray.corpus.prepare import prepare_tokens
 from dmsae_ray.corpus.split import UNDEALT
 from dmsae_ray.driver.options import SweepCommand, load
 from dmsae_ray.lm.model import load_tokenizer
+from dmsae_ray.store import Store
 
 D, ROWS_PER_GROUP, ROWS_PER_SHARD = 2304, 4096, 131_072  # Gemma-2-2B's residual stream
 
