@@ -53,6 +53,8 @@ class OutputLock:
             raise ValueError(f"output folder {home}: stands for what lies at {url} on this machine; give --output that")
         self.path, self.token = home / "driver.lock", secrets.token_hex(6)
         self._claim: Claim | None = None
+        self._raised: Lease | None = None
+        """that of the generation that taking a claim over has raised already"""
         try:
             home.mkdir(parents=True, exist_ok=True)
             mark(home)
@@ -78,7 +80,7 @@ class OutputLock:
             try:
                 self._claim = Claim(home, self.token)
                 if self._claim.taken_over:
-                    self.lease()  # its workers may still be at work
+                    self._raised = self.lease()  # its workers may still be at work
             except BaseException as error:
                 self._file.close()
                 if isinstance(error, Claimed):
@@ -97,6 +99,9 @@ class OutputLock:
 
     def lease(self) -> Lease:
         """Raise the generation: workers of earlier drivers can no longer commit."""
+        if self._raised is not None:
+            raised, self._raised = self._raised, None
+            return raised
         path = self.home / "generation"
         try:
             previous = _generation(current(path))[0] if _there(path) else 0
