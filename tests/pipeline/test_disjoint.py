@@ -22,7 +22,7 @@ def test_a_seed_reads_the_same_rows_of_its_own_documents_with_one_worker_and_wit
         (folder,) = (path.parent for path in output.glob("data/*/manifest.json"))
         dataset = ActivationDataset(folder)
         shards.append({entry.file: (folder / entry.file).read_bytes() for entry in dataset.entries()})
-        chains = Sweep(output, run).chains()
+        chains = Sweep(output, run, output).chains()
         records = {
             label: json.loads((chain / "cycle_00/record.json").read_text()) for label, chain in sorted(chains.items())
         }
