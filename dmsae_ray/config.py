@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dmsae_ray.config_checks import problems_of
-from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, tracking_uri
+from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, output_place, tracking_uri
 from dmsae_ray.secret_url import SecretUrl
 
 
@@ -31,6 +31,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 # Places are absolute as soon as a configuration is made: workers have another working folder, home and environment.
 Place = Annotated[Path, BeforeValidator(absolute)]
 FolderOrUrl = Annotated[SecretUrl, BeforeValidator(folder_or_url)]
+Output = Annotated[SecretUrl, BeforeValidator(output_place)]
 Source = Annotated[SecretUrl, BeforeValidator(lambda value: file_or_hub(value, "embedded"))]
 ModelName = Annotated[str, BeforeValidator(lambda value: file_or_hub(value, "tiny"))]
 TrackingUri = Annotated[SecretUrl, BeforeValidator(tracking_uri)]
@@ -591,7 +592,7 @@ class Config(BaseSettings):
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """names the sweep, and its folder"""
-    output: FolderOrUrl | None = None
+    output: Output | None = None
     """lasting folder for everything made, or a URL such as s3://bucket/prefix: then nodes need no shared disk; left
     out: $DMSAE_RAY_HOME/<name>, or ~/dmsae_ray/<name>
     """

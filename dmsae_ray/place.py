@@ -57,12 +57,16 @@ def folder_or_url(value: Any) -> Any:
     """A folder, absolute; a URL stays as it is."""
     if isinstance(value, Path):
         return str(absolute(value))
-    if isinstance(value, str) and value.strip() and "://" not in value:
-        return str(absolute(value))
     text = _path(value)
     if text is None or ("://" in text and not text.startswith("file://")):
         return value
     return str(absolute(text.removeprefix("file://")))
+
+
+def output_place(value: Any) -> Any:
+    """The same of an output: whatever has no scheme is a path, whichever characters it has."""
+    is_text = isinstance(value, str) and "://" not in value
+    return str(absolute(value)) if is_text else folder_or_url(value)
 
 
 def file_or_hub(value: Any, shipped: str) -> Any:

@@ -66,9 +66,13 @@ def ids(address: str, env: dict[str, str]) -> set[str]:
     return set(json.loads(found.stdout.splitlines()[-1]))
 
 
-def worker(of: psutil.Process) -> psutil.Process:
-    """The training worker of a node."""
-    (found,) = [one for one in of.children(recursive=True) if one.cmdline()[:1] == ["ray::RayTrainWorker"]]
+def actors(title: str, *of: psutil.Process) -> list[psutil.Process]:
+    """Processes of actors of this name, on these nodes."""
+    found = []
+    for one in (one for node in of for one in node.children(recursive=True)):
+        with suppress(psutil.Error):
+            if one.cmdline()[:1] == [f"ray::{title}"]:
+                found.append(one)
     return found
 
 
@@ -83,7 +87,7 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(
     def checkpoint() -> bool:
         return any(output.glob("chains/*/cycle_00/checkpoint.pt"))
 
-    with ray_head(cpus=1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2") as (address, _, env):
+    with ray_head(cpus=1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2") as (address, head, env):
         with node(address, env) as (goes, taken):
             log = open(tmp_path / "log", "w")
             process = subprocess.Popen(
@@ -96,8 +100,11 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(
             assert not checkpoint()
             drain = ["drain-node", f"--address={address}", f"--node-id={taken}", "--reason-message=test"]
             drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=3600"]
-            with frozen(worker(goes)):  # the command takes longer than the training
+            (worker,) = actors("RayTrainWorker", goes)
+            # The command takes longer than the training, and so may the start of what tells Ray Train of it.
+            with frozen(worker):
                 subprocess.run([BIN / "ray", *drain], env=environment(**env), check=True, timeout=HANGS)
+                wait_for(lambda: actors("PreemptionWatcher", head, goes), process)
             wait_for(checkpoint, process)
         with node(address, env):
             code = process.wait(timeout=HANGS)

@@ -347,6 +347,12 @@ def test_a_configuration_s_home_stands_for_its_url_in_every_process(s3, tmp_path
     assert pickle.loads(kept) is files.elsewhere(home) is files.elsewhere(config.home)
 
 
+def test_an_output_without_a_scheme_is_a_path_whichever_characters_it_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(output="runs#lr=3")
+    assert config.home == tmp_path / "runs#lr=3" and config.place == str(config.home)
+
+
 def test_a_folder_of_somebody_else_s_is_not_taken(tmp_path, forget, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(ValueError, match="belongs to another user.*--cluster.scratch"):
