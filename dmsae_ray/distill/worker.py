@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 
@@ -40,15 +41,18 @@ def train_chains(loop: dict) -> None:
     """
     every, lease, context = loop["plans"], loop["lease"], ray.train.get_context()
     be_patient(every[0].folder.path)
-    try:
-        if context.get_world_rank() == 0:
+    superseded = False
+    if context.get_world_rank() == 0:
+        try:
             lease = lease.of_group([plan.folder.path for plan in every])
-            for plan in every:
-                guard(plan.folder.path, lease.check)
-    except Superseded:
+        except Superseded:
+            superseded = True
+        for plan in every:
+            guard(plan.folder.path, lease.check)
+    if context.get_world_size() > 1:  # nobody looks before that: an earlier group may have written until now
+        superseded = ray.train.collective.broadcast_from_rank_zero(superseded)
+    if superseded:
         return
-    if context.get_world_size() > 1:
-        ray.train.collective.barrier()  # before anybody looks: an earlier group may have written until now
     for plan in every:
         look(plan)
     # Failed ones are left out: a worker group may have been started again after the failure was written.
