@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from dmsae_ray.files import current, discard, publish
-from dmsae_ray.store import Missing
 
 RENEW_S = 5.0
 WATCH_S = 20.0
@@ -89,7 +88,7 @@ def read_claim(path: Path) -> dict | None:
     """What the claim of an output says; None if there is none, or it is damaged. Raises StoreError."""
     try:
         tree = json.loads(current(path))
-    except (Missing, json.JSONDecodeError):
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
     known = {"token", "pid", "processes", "host", "since", "renewed"}
     return tree if isinstance(tree, dict) and known <= tree.keys() else None
@@ -104,13 +103,13 @@ def _processes() -> str:
         return ""
 
 
-def gone(path: Path, holder: dict, watch_s: float | None = None) -> bool:
+def gone(path: Path, holder: dict) -> bool:
     """Whether the driver that holds a claim is no more: its process is not there, if it was one of this machine, or the
     claim is not renewed while it is watched.
     """
     if holder["processes"] and holder["processes"] == _processes() and not os.path.exists(f"/proc/{holder['pid']}"):
         return True
-    end = time.monotonic() + (WATCH_S if watch_s is None else watch_s)
+    end = time.monotonic() + WATCH_S
     while time.monotonic() < end:
         time.sleep(0.5)
         now = read_claim(path)

@@ -77,7 +77,7 @@ class Elsewhere(Protocol):
         """Of every file there below a folder, whosever it is: seen from the place's own folder."""
 
     def current(self, path: Path) -> str:
-        """A small file's text as it is there now. Raises OSError or ValueError."""
+        """A small file's text as it is there now. Raises FileNotFoundError, another OSError or ValueError."""
 
     def guard(self, folder: Path, check: Callable[[], None]) -> None:
         """Call `check` before a write below this folder that failed is tried again; it raises if that may not be."""
@@ -150,7 +150,9 @@ def move(path: Path, to: Path) -> None:
 
 
 def current(path: Path) -> str:
-    """A small file's text as it is now, wherever its truth is. Raises OSError or ValueError if it cannot be read."""
+    """A small file's text as it is now, wherever its truth is. Raises FileNotFoundError if there is none, another
+    OSError or ValueError if it cannot be read.
+    """
     place = elsewhere(path)
     return path.read_text() if place is None else place.current(path)
 

@@ -104,7 +104,9 @@ class OutputLock:
             return raised
         path = self.home / "generation"
         try:
-            previous = _generation(current(path))[0] if _there(path) else 0
+            previous = _generation(current(path))[0]
+        except FileNotFoundError:
+            previous = 0
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: holds no number ({error}), which tells workers of earlier drivers that they are superseded. "
@@ -133,11 +135,6 @@ def busy(home: Path, holder: str) -> OutputBusy:
         f"output folder {home}: in use by another driver ({holder}); wait for it, stop it, or give --output another "
         "folder"
     )
-
-
-def _there(path: Path) -> bool:
-    place = elsewhere(path)
-    return path.exists() if place is None else place.there(path)
 
 
 def _generation(text: str) -> tuple[int, str]:

@@ -126,8 +126,11 @@ class Mirror:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def current(self, path: Path) -> str:
-        """Raises Missing or StoreError."""
-        return self.store.read(self._name(path)).decode()
+        """Raises FileNotFoundError or StoreError."""
+        try:
+            return self.store.read(self._name(path)).decode()
+        except Missing as error:
+            raise FileNotFoundError(str(error)) from error
 
     def there(self, path: Path) -> bool:
         """Raises StoreError."""

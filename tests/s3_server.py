@@ -148,6 +148,13 @@ class Bucket:
                     found[info.path.removeprefix(f"{BUCKET}/{prefix}/")] = file.read()
         return found
 
+    def copy(self, prefix: str, folder: Path) -> Path:
+        """The folder, with every file below a prefix in it."""
+        for name, content in self.content(prefix).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
 
 class S3(Bucket):
     """The server with its proxy and one bucket, which is filled and read past the proxy."""

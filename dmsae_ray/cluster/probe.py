@@ -84,9 +84,9 @@ def unseen(path: str, token: str, places: dict[str, str], place: Elsewhere | Non
     stands for; the file is then read there, and written there as it is.
     """
     lines = [
-        f"does not see {field} {place}: put it where all nodes see it"
-        for field, place in places.items()
-        if not os.path.exists(place)
+        f"does not see {field} {where}: put it where all nodes see it"
+        for field, where in places.items()
+        if not os.path.exists(where)
     ]
     if place is not None:
         return [*_out_of_reach(Path(path), token, place), *lines]

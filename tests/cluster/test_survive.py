@@ -42,14 +42,6 @@ def wait_for(condition: Callable[[], object], job: Job) -> None:
         sleep(0.2)
 
 
-def whole(server: S3Node, prefix: str, folder: Path) -> Path:
-    """A copy of all that lies at a URL."""
-    for name, content in server.content(prefix).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
 def trains(node: Node) -> bool:
     def title(pid: int) -> bytes:
         try:
@@ -64,7 +56,7 @@ def test_machines_without_a_common_disk_come_to_the_bits_of_one(small_sweep, apa
     ray_box, server = apart
     job = submitted(ray_box, server.url("apart"))
     assert job.wait() == 0 and "chains: 2 to run" in job.said, job.said
-    output = whole(server, "apart", tmp_path / "whole")
+    output = server.copy("apart", tmp_path / "whole")
     same_results(output, small_sweep.output, cycles=4)
     (results,) = (output / "sweeps").iterdir()
     assert not (results / "failed_parts.json").exists() and (results / "features.json").exists()
@@ -86,7 +78,7 @@ def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(small_sweep, a
     wait_for(lambda: any(trains(node) for node in workers if node is not victim), job)
     victim.mend()
     assert job.wait() == 0, job.said
-    output = whole(server, "cut", tmp_path / "whole")
+    output = server.copy("cut", tmp_path / "whole")
     same_results(output, small_sweep.output, cycles=2)
     records = [json.loads(path.read_text()) for path in sorted(output.glob("chains/*/cycle_*/record.json"))]
     assert sum(len(record["resumes"]) for record in records) == 1, records

@@ -40,15 +40,6 @@ def finished(folder: Path, url: str, machine: str, *args: str) -> Run:
     return Run(process.wait(timeout=HANGS), (folder / f"{machine}.log").read_text(), 0.0)
 
 
-def whole(s3, prefix: str, folder: Path) -> Path:
-    """A copy of all that lies at a URL."""
-    for name, content in s3.content(prefix).items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
-
-
 @pytest.fixture
 def forget(monkeypatch):
     monkeypatch.setattr(files, "_elsewhere", {})
@@ -103,7 +94,7 @@ def test_a_killed_machine_s_sweep_goes_on_from_another_to_the_bits_of_a_folder(s
     made = s3.content("killed")
     assert made[record] == first  # nothing finished is computed again
     assert not [name for name in made if name.endswith((".pt", "claim")) or "/attribution/" in name or ".tmp-" in name]
-    output = whole(s3, "killed", tmp_path / "whole")
+    output = s3.copy("killed", tmp_path / "whole")
     same_results(output, small_sweep.output, cycles=2)
     records = [json.loads(path.read_text()) for path in sorted(output.glob("chains/*/cycle_*/record.json"))]
     assert [one["generation"] for one in records] == [1, 2]
