@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
+FAULTS ?= 200
+SEED   ?= 0
+LOG    ?= soak.jsonl
 # Every test process computes with one thread: two run side by side on two cores. Limits of time, here and in the tests, are for
 # hangs alone: several times what an idle machine takes, so that one whose cores others keep busy does not fail by time. The limit of
 # a single test is in pyproject.toml.
@@ -12,7 +15,7 @@ PART   := sh tests/part.sh
 # Two processes that share the tests by file, in the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers cluster bench ui clean
+.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers cluster soak bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
@@ -24,6 +27,7 @@ help:
 	@echo "make ui                MLflow on the quickstart: its chains, and their comparison"
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
 	@echo "make cluster           a sweep on several machines in a box on this one; needs root and iproute2"
+	@echo "make soak FAULTS=200   a sweep there that is struck again and again; SEED=0, LOG=soak.jsonl, goes on where that ends"
 	@echo "make bench             time the training step against other systems' (jobs/bench/bench_step.md)"
 
 setup: $(READY)
@@ -69,7 +73,7 @@ ui: $(READY)
 # target below makes its own. `make test-all` leaves nothing out.
 test: test-unit test-browser
 	$(PART) parallel 45 timeout 900 $(TEST) tests/parallel
-	$(PART) "pipeline and faults" 300 timeout 3600 $(TEST) $(BY_FILE) -m "not slow" --durations=12 tests/pipeline tests/faults
+	$(PART) "pipeline and faults" 300 timeout 3600 $(TEST) $(BY_FILE) -m "not slow" --durations=12 tests/pipeline tests/faults tests/cluster/test_soak.py
 
 test-all: test-browser
 	$(TEST) -n 2 --dist worksteal tests/unit
@@ -103,6 +107,11 @@ test-kills: $(READY)
 # without root, or with what has to be installed.
 cluster: $(READY)
 	timeout 5400 $(TEST) --durations=5 tests/cluster
+
+# Kill, cut, slow, freeze and drain in every phase until so many faults are in the log, and count the losses. A round of four faults
+# takes three minutes; stop it at will, the same command goes on with the next round.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster/soak.py --faults $(FAULTS) --seed $(SEED) --log $(LOG)
 
 # Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment

@@ -22,6 +22,7 @@ FIRST = (
     "pipeline/test_streams.py",
     "pipeline/test_object_store.py",
     "faults/test_kills.py",
+    "cluster/test_soak.py",
 )
 """Where several processes share the tests by file: one makes the small sweep and the study, which the first of these
 needs, while another has what needs neither; then the longest.

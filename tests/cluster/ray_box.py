@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ray_head import SLOW
 
@@ -116,6 +117,27 @@ class RayBox:
         node = self.workers.pop(name)
         node.kill()
         return node
+
+    def restart_lost(self) -> list[str]:
+        """Starts Ray again on nodes where it has ended, as on one that was given up, and says on which."""
+        lost = [name for name, node in self.workers.items() if self._raylets[name].poll() is not None]
+        for name in lost:
+            self.start_worker(self.workers[name])
+        return lost
+
+    def ask(self, code: str) -> Any:
+        """What Python says on the head, connected to the cluster, as the last line of its output: as JSON."""
+        code = f"import json, ray; ray.init(address='{self.head.address}:{PORT}', log_to_driver=False)\n{code}"
+        done = self.head.run([BIN / "python", "-c", code], env=self.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def id_of(self, node: Node) -> str:
+        """As Ray calls the node that it has at this address now."""
+        ids: dict[str, str] = self.ask(
+            "print(json.dumps({n['NodeManagerAddress']: n['NodeID'] for n in ray.nodes() if n['Alive']}))"
+        )
+        return ids[node.address]
 
     def log_of(self, node: Node) -> Path:
         return node.disk / "ray.log"

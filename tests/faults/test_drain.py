@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 from conftest import HANGS, command, digest_of_rows, environment, free_port, wait_for
+from frozen import frozen
 from ray_head import BIN, ray_head
-from victims import frozen
 
 STEPS, BATCH, LANES = 480, 512, 4
 CHAIN = [

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import HANGS, command
+from frozen import frozen
 from ray_head import ray_head
 from ray_here import harvest_here
-from victims import LOCAL, Victim, copy_parts, frozen, none_left_running, temporaries  # noqa: F401 (a fixture is used by its name)
+from victims import LOCAL, Victim, copy_parts, none_left_running, temporaries  # noqa: F401 (a fixture is used by its name)
 
 from dmsae_ray.config import Config
 from dmsae_ray.driver.options import HarvestCommand, load

@@ -11,13 +11,13 @@ import psutil
 import pytest
 import torch
 from conftest import HANGS, command, data_digests, digest_of_rows
+from frozen import frozen
 from victims import (
     LOCAL,
     Victim,
     copy_parts,
     curve,
     cycles,
-    frozen,
     frozen_when,
     none_left_running,  # noqa: F401 (a fixture is used by its name)
     results,

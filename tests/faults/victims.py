@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import HANGS, command, environment
+from frozen import frozen
 from safetensors.torch import load_file
 
 LOCAL = ("--cluster.address", "local")
@@ -109,19 +110,6 @@ class Victim:
 
     def finish(self, seconds: float = HANGS) -> None:
         assert self.process.wait(timeout=seconds) == 0, self.said
-
-
-@contextmanager
-def frozen(process: psutil.Process) -> Iterator[None]:
-    """Stopped between two instructions, so that the phase that is looked at is the one that is struck."""
-    process.suspend()
-    while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-        time.sleep(0.001)
-    try:
-        yield
-    finally:
-        with suppress(psutil.NoSuchProcess):
-            process.resume()
 
 
 @contextmanager
