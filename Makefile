@@ -108,8 +108,8 @@ test-kills: $(READY)
 cluster: $(READY)
 	timeout 5400 $(TEST) --durations=5 tests/cluster
 
-# Kill, cut, slow, freeze and drain in every phase until so many faults are in the log, and count the losses. A round of four faults
-# takes three minutes; stop it at will, the same command goes on with the next round.
+# Kill, cut, slow, freeze and drain in every phase until so many faults are in the log, and count the losses. Stop it at
+# will: the same command goes on with the next round, of eight faults and some minutes.
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster/soak.py --faults $(FAULTS) --seed $(SEED) --log $(LOG)
 

@@ -19,7 +19,7 @@ from cluster.stages import CHAINS, CYCLES, DEPTHS, STAGES, Stage, Work, resumes
 from cluster.strikes import WORKS, Ended, Missed, Scene, Strike, possible
 
 CHECKPOINT_STEPS = 4
-SUBMITS = 8
+SUBMITS = 12
 """How often a round's sweep is submitted before it counts as lost."""
 ARGS = ("--cluster.concurrent", "1", "--train.checkpoint_steps", str(CHECKPOINT_STEPS), "--train.log_steps", "1")
 """One chain after the other, so that the only train worker's work is the phase that is struck; no number changes."""

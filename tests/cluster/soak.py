@@ -35,7 +35,7 @@ from cluster.ray_box import RayBox  # noqa: E402
 from cluster.rounds import Place, Round, drawn  # noqa: E402
 from cluster.s3_node import S3Node  # noqa: E402
 
-FAULTS, ROUNDS = 4, 4
+FAULTS, ROUNDS = 8, 3
 """Faults of a round; rounds on one cluster, before another with another kind of output."""
 
 
@@ -101,7 +101,7 @@ class Soak:
             assert done.code == 0, done.out
         number = 1 + max((row["round"] for row in self.rows), default=-1)
         while left():
-            with cluster(server=number // ROUNDS % 2 == 1) as (ray_box, server):
+            with cluster(server=(number // ROUNDS + self.seed) % 2 == 1) as (ray_box, server):
                 good = True
                 while good and left():
                     good = self.round(number, ray_box, server)
