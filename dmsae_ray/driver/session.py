@@ -23,19 +23,32 @@ BAD_INPUT = 2
 
 
 def door(command: type[Command], interrupted: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Makes a command's work, which takes its options and returns an exit status, a `main` that takes the command line.
-
-    Whatever ends it is one line and an exit status; only what nobody expected is a traceback. interrupted: said when a
-    signal ends it.
+    """Makes a command's work, which takes its options and returns an exit status, a `main` that takes the command line,
+    see `ends_in_words`.
     """
 
     def decorate(work: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(work)
+        def with_options(argv: list[str]) -> int:
+            options = load(command, argv)
+            return work(with_model_folder(options, make=not only_looks(options)))
+
+        return ends_in_words(interrupted)(with_options)
+
+    return decorate
+
+
+def ends_in_words(interrupted: str) -> Callable[[Callable[[list[str]], int]], Callable[..., int]]:
+    """Makes a `main` of what takes a command line. Whatever ends it is one line and an exit status; only what nobody
+    expected is a traceback. interrupted: said when a signal ends it.
+    """
+
+    def decorate(work: Callable[[list[str]], int]) -> Callable[..., int]:
         @stoppable()
         @functools.wraps(work)
         def main(argv: list[str] | None = None) -> int:
             try:
-                options = load(command, sys.argv[1:] if argv is None else argv)
-                return work(with_model_folder(options, make=not only_looks(options)))
+                return work(sys.argv[1:] if argv is None else argv)
             except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return BAD_INPUT

@@ -189,6 +189,12 @@ def load_sweep(folder: str | Path) -> SavedSweep:
     return SavedSweep.open(found[0])
 
 
+def is_sweep(place: str | Path) -> bool:
+    """Whether a place looks like a sweep's, rather than like one SAE's. Raises ValueError if a URL cannot be opened."""
+    folder = _local(place)
+    return (folder / "sweeps").is_dir() or all((folder / name).exists() for name in DESCRIPTION)
+
+
 def _local(place: str | Path) -> Path:
     """The folder that a place stands for: itself or, of an output at a URL, that on this machine's disk."""
     if "://" not in str(place) or str(place).startswith("file://"):

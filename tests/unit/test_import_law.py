@@ -18,7 +18,7 @@ LAW = (
     "config",
     "identity",
     "cluster corpus sae",
-    "core lm",
+    "core interop lm",
     "activations",
     "attribution compare",
     "evaluation",
@@ -26,7 +26,7 @@ LAW = (
     "show",
     "results",
     "driver",
-    "evaluate harvest report sweep ui",
+    "evaluate export harvest report sweep ui",
 )
 """A line may import from the lines above it, never from those below; folders of one line do not know each other."""
 TORCH_FREE = ("store.py", "activations/rowgroup.py")

@@ -1,0 +1,1 @@
+"""SAEs of other packages, read without them, and ours in their formats."""
