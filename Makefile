@@ -15,7 +15,8 @@ PART   := sh tests/part.sh
 # Two processes that share the tests by file, in the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults test-kills test-peers cluster soak bench ui clean
+.PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults \
+	test-kills test-peers test-interop cluster soak bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
@@ -25,7 +26,7 @@ help:
 	@echo "make real              SmolLM2-135M on prose, both from packages; make real ARGS='--corpus.source FOLDER' on your own text"
 	@echo "make report [ARGS=...] make a finished sweep's results and page again, without training"
 	@echo "make ui                MLflow on the quickstart: its chains, and their comparison"
-	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers"
+	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers | test-interop"
 	@echo "make cluster           a sweep on several machines in a box on this one; needs root and iproute2"
 	@echo "make soak FAULTS=200   a sweep there that is struck again and again; SEED=0, LOG=soak.jsonl, goes on where that ends"
 	@echo "make bench             time the training step against other systems' (jobs/bench/bench_step.md)"
@@ -119,6 +120,10 @@ soak: $(READY)
 test-peers: .venv-peers/.ready
 	.venv-peers/bin/python jobs/peers/record_reference_step.py --check tests/data/dictionary_learning_updates.safetensors
 	.venv-peers/bin/python jobs/peers/compare_training.py
+
+# Our exports, read by sae-lens and dictionary-learning themselves; what their own files say is in tests/data/formats.
+test-interop: .venv-peers/.ready
+	.venv-peers/bin/python jobs/peers/formats.py check
 
 bench: .venv-peers/.ready
 	.venv-peers/bin/python jobs/bench/bench_step.py --output jobs/bench/bench_step.md

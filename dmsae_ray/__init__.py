@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmsae_ray.activations.dataset import ActivationDataset as ActivationDataset
     from dmsae_ray.core.core import Core as Core
+    from dmsae_ray.interop.plain import PlainSAE as PlainSAE
+    from dmsae_ray.interop.read import read_sae as read_sae
     from dmsae_ray.results.saved_sweep import load_core as load_core
     from dmsae_ray.results.saved_sweep import load_sae as load_sae
     from dmsae_ray.results.saved_sweep import load_sweep as load_sweep
@@ -22,9 +24,11 @@ _EXPORTED = {
     "ActivationDataset": "dmsae_ray.activations.dataset",
     "Core": "dmsae_ray.core.core",
     "MatryoshkaSAE": "dmsae_ray.sae.sae",
+    "PlainSAE": "dmsae_ray.interop.plain",
     "load_core": "dmsae_ray.results.saved_sweep",
     "load_sae": "dmsae_ray.results.saved_sweep",
     "load_sweep": "dmsae_ray.results.saved_sweep",
+    "read_sae": "dmsae_ray.interop.read",
 }
 
 

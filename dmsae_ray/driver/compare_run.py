@@ -16,7 +16,7 @@ from dmsae_ray.interop.plain import PlainSAE
 from dmsae_ray.interop.read import read_sae
 from dmsae_ray.results.any_saes import Settings, check_comparable, choose, compare
 from dmsae_ray.results.saved_sweep import is_sweep, load_sweep
-from dmsae_ray.show.terminal.any_saes import tables
+from dmsae_ray.show.terminal.any_saes_tables import tables
 from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.tables import write_report
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dmsae_ray.files import replacing, write_json
-from dmsae_ray.interop.folder import config_of, text
+from dmsae_ray.interop.from_files import config_of, text
 from dmsae_ray.interop.plain import About, Gate, Gated, PlainSAE, Threshold, TopK, Unknown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"

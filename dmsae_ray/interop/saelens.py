@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from dmsae_ray.files import replacing, write_json
-from dmsae_ray.interop.folder import config_of, tensors_of, text
+from dmsae_ray.interop.from_files import config_of, tensors_of, text
 from dmsae_ray.interop.plain import About, Gate, Gated, PlainSAE, Threshold, TopK, Unknown
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"

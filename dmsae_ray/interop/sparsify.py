@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dmsae_ray.interop.folder import config_of, tensors_of
+from dmsae_ray.interop.from_files import config_of, tensors_of
 from dmsae_ray.interop.plain import About, Gate, PlainSAE, TopK, Unknown
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

@@ -10,7 +10,7 @@ import pytest
 
 import dmsae_ray
 
-EXPORTED = ["ActivationDataset", "Core", "MatryoshkaSAE", "load_core", "load_sae", "load_sweep"]
+EXPORTED = ["ActivationDataset", "Core", "MatryoshkaSAE", "PlainSAE", "load_core", "load_sae", "load_sweep", "read_sae"]
 
 
 def test_these_names_are_public_and_have_their_words():
