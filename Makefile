@@ -121,9 +121,11 @@ test-peers: .venv-peers/.ready
 	.venv-peers/bin/python jobs/peers/record_reference_step.py --check tests/data/dictionary_learning_updates.safetensors
 	.venv-peers/bin/python jobs/peers/compare_training.py
 
-# Our exports, read by sae-lens and dictionary-learning themselves; what their own files say is in tests/data/formats.
+# Our exports, read by sae-lens and dictionary-learning themselves (what their own files say is in tests/data/formats), and SAEs
+# that they train, compared by us.
 test-interop: .venv-peers/.ready
 	.venv-peers/bin/python jobs/peers/formats.py check
+	OMP_NUM_THREADS=1 .venv-peers/bin/python jobs/peers/compare_saes.py
 
 bench: .venv-peers/.ready
 	.venv-peers/bin/python jobs/bench/bench_step.py --output jobs/bench/bench_step.md
