@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dmsae_ray.compare.match import cosines
 from dmsae_ray.interop import dictionary_learning
-from dmsae_ray.interop.plain import About, PlainSAE, Threshold
+from dmsae_ray.interop.plain import PlainSAE
 from dmsae_ray.interop.read import read_sae
 from dmsae_ray.results.any_saes import Chosen, Settings, check_comparable, choose, compare
 
