@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dmsae_ray.core.core import Core as Core
     from dmsae_ray.interop.plain import PlainSAE as PlainSAE
     from dmsae_ray.interop.read import read_sae as read_sae
+    from dmsae_ray.results.explorer import Explorer as Explorer
     from dmsae_ray.results.saved_sweep import load_core as load_core
     from dmsae_ray.results.saved_sweep import load_sae as load_sae
     from dmsae_ray.results.saved_sweep import load_sweep as load_sweep
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _EXPORTED = {
     "ActivationDataset": "dmsae_ray.activations.dataset",
     "Core": "dmsae_ray.core.core",
+    "Explorer": "dmsae_ray.results.explorer",
     "MatryoshkaSAE": "dmsae_ray.sae.sae",
     "PlainSAE": "dmsae_ray.interop.plain",
     "load_core": "dmsae_ray.results.saved_sweep",

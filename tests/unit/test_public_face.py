@@ -10,7 +10,17 @@ import pytest
 
 import dmsae_ray
 
-EXPORTED = ["ActivationDataset", "Core", "MatryoshkaSAE", "PlainSAE", "load_core", "load_sae", "load_sweep", "read_sae"]
+EXPORTED = [
+    "ActivationDataset",
+    "Core",
+    "Explorer",
+    "MatryoshkaSAE",
+    "PlainSAE",
+    "load_core",
+    "load_sae",
+    "load_sweep",
+    "read_sae",
+]
 
 
 def test_these_names_are_public_and_have_their_words():
