@@ -554,7 +554,19 @@ class ClusterConfig(Section):
     starts; empty: that of this machine's GPU, if it has one
     """
     concurrent: int | None = Field(None, ge=1)
-    """chains at once; empty: as many as fit"""
+    """chains at once; empty: as many as fit, more when nodes join"""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """labels of the nodes on which training workers and the language model run, with values as Ray reads them: a, !a,
+    in(a, b) or !in(a, b); read tasks run on any node
+    """
+    accelerator_type: str | None = Field(None, min_length=1)
+    """accelerator of those nodes, by Ray's name of it, such as A100"""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """where a chain's workers go: on few nodes or on many if possible, or (STRICT_) on one, or on as many nodes"""
+    wait_for_nodes: float | None = Field(None, ge=0)
+    """minutes to wait for nodes where the cluster has too few for one chain; empty: for ever if it has an autoscaler,
+    else not at all
+    """
     lockstep: int = Field(1, ge=1)
     """chains that advance together in one worker group, on one stream and one language model, where they read the same
     batches (all k and arms of a seed; all chains with sweep.data_seed set): data are read once, and each chain's result

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from dmsae_ray.labels import selector_problem
 from dmsae_ray.secret_url import scrub
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def _workers(config: Config) -> Iterator[str]:
             "of a chain would share a GPU, which NCCL refuses; use 1 GPU per worker, or 1 worker (several chains may "
             "share a GPU)"
         )
+    if (wrong := selector_problem(cluster.label_selector)) is not None:
+        yield f"cluster.label_selector: {wrong}"
     if lanes % cluster.workers:
         yield f"train.lanes {lanes} is not a multiple of cluster.workers {cluster.workers}"
 

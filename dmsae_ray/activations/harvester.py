@@ -19,6 +19,7 @@ from dmsae_ray.activations.shard import ShardEntry, ShardError, inspect_shard, r
 from dmsae_ray.activations.shard_maker import MAX_NORM, ShardMaker, Target
 from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
 from dmsae_ray.causes import causes
+from dmsae_ray.cluster.present import placed
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.mixture import hub_commits, ignored
 from dmsae_ray.corpus.prepare import check_held_out, held_out_tokens, prepare_tokens
@@ -153,6 +154,7 @@ class Harvest:
             compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(tasks))), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=harvest.gpus_per_actor,
+            **placed(self.config),
         )
         try:
             for row in shards.iter_rows():

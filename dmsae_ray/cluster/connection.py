@@ -17,13 +17,30 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_ray.cluster.address import check_answers, cluster_address
-from dmsae_ray.cluster.nodes import Bundle, Node, figure, fitting, listed, missing, nodes_now, plural
+from dmsae_ray.cluster.autoscaler import TooSmall, has_autoscaler, wait_for_nodes
+from dmsae_ray.cluster.nodes import (
+    Bundle,
+    Node,
+    WorkerGroup,
+    figure,
+    fitting,
+    groups_fitting,
+    listed,
+    misplaced,
+    missing,
+    plural,
+)
+from dmsae_ray.cluster.present import node_of, nodes_now, restrictions, usable
 from dmsae_ray.cluster.waiting import Waits
 from dmsae_ray.config import Config
 from dmsae_ray.stop import deaf, keeping_signals
 
 DATA_CPUS = 1
 """Left free by a sweep's chains: for their read tasks, a hundredth each, and for what other drivers do meanwhile."""
+
+AHEAD = 16
+"""Chains at most that wait for nodes that an autoscaler brings, each in a process of its own; no more than are at work.
+"""
 
 STARTS = 3
 TOO_SLOW = "timed out during startup"
@@ -55,8 +72,11 @@ class Capacity:
     free_cpus: float
     """that nobody held when this driver came"""
     concurrent: int
+    """chains at once, or groups of them in lockstep, as many as fit beside what others hold"""
     harvest_actors: int
     local: bool
+    grows: bool = False
+    """whether an autoscaler brings nodes"""
     waits: Waits | None = None
     """at work while we are connected"""
 
@@ -72,6 +92,11 @@ def worker_bundle(config: Config) -> Bundle:
     """
     cluster = config.cluster
     return Bundle(math.ceil(cluster.cpus_per_worker), cluster.gpus_per_worker, cluster.object_store_mb)
+
+
+def worker_group(config: Config) -> WorkerGroup:
+    """What one chain needs, or several in lockstep."""
+    return WorkerGroup(worker_bundle(config), config.cluster.workers, config.cluster.placement_strategy)
 
 
 def actor_bundle(config: Config) -> Bundle:
@@ -119,9 +144,13 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
                 "token, set RAY_AUTH_MODE=token and the same token on both sides"
             ) from error
     try:
-        found = capacity(config, nodes_now(), chains, local=address is None)
-    except ValueError:
-        ray.shutdown()
+        if address is None:
+            found = capacity(config, nodes_now(), chains, local=True)
+        else:
+            found = wait_for_nodes(config, lambda: capacity_now(config, chains), say)
+    except BaseException:
+        with deaf():
+            ray.shutdown()
         raise
     return replace(found, waits=Waits(config, say).start())
 
@@ -168,28 +197,47 @@ def check_fits_here(config: Config, chains: int) -> None:
 
     cpus = logical_cpus(config, chains)
     here = ResourceAndLabelSpec(num_cpus=cpus).resolve(is_head=True, node_ip_address="127.0.0.1")
-    capacity(config, [Node(cpus, here.num_gpus or 0, here.object_store_memory / 2**20)], chains, local=True)
+    has = here.to_resource_dict()
+    node = node_of(has, has, here.labels)
+    capacity(config, [node], chains, local=True)
 
 
-def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool) -> Capacity:
-    """How many chains fit at once. Raises ValueError if none does, unless chains is 0; or if no harvest actor fits."""
-    cluster, worker, actor = config.cluster, worker_bundle(config), actor_bundle(config)
-    lacking = missing(nodes, worker, cluster.workers, "training worker", DATA_CPUS) if chains else []
+def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool, grows: bool = False) -> Capacity:
+    """How many chains fit at once. Raises TooSmall if none does, unless chains is 0; or if no harvest actor fits.
+
+    grows: more nodes come when they are asked for.
+    """
+    cluster, group, actor = config.cluster, worker_group(config), actor_bundle(config)
+    mine = [node for node in nodes if usable(config, node)]
+    cpus, cpus_of_mine = sum(node.cpus for node in nodes), sum(node.cpus for node in mine)
+    spare = max(0.0, DATA_CPUS - (cpus - cpus_of_mine))
+    lacking = []
+    if chains:
+        lacking = missing(mine, group.worker, group.workers, "training worker", spare) or misplaced(mine, group)
     if lacking:
-        raise ValueError(
-            f"{_whose(nodes, local)} too small for one chain. It needs {listed(lacking)}. To mend it, "
-            f"{_remedy(config, nodes, worker, local)}"
+        raise TooSmall(
+            f"{_whose(config, nodes, mine, local)} too small for one chain. It needs {listed(lacking)}. To mend it, "
+            f"{_remedy(config, mine, group, spare, local)}",
+            group,
+            spare,
         )
-    if lacking := missing(nodes, actor, 1, "harvest actor"):
-        raise ValueError(
-            f"{_whose(nodes, local)} too small to run the language model. It needs {listed(lacking)}. To mend it, "
-            f"{'lower harvest.gpus_per_actor (0: on CPUs) or ' if actor.gpus else ''}{_larger(actor, 1, nodes, local)}"
+    if lacking := missing(mine, actor, 1, "harvest actor"):
+        lower = "lower harvest.gpus_per_actor (0: on CPUs) or " if actor.gpus else ""
+        raise TooSmall(
+            f"{_whose(config, nodes, mine, local)} too small to run the language model. It needs {listed(lacking)}. To "
+            f"mend it, {lower}{_larger(actor, 1, mine, local)}",
+            WorkerGroup(actor, 1),
         )
-    cpus, fits = sum(node.cpus for node in nodes), fitting(nodes, worker, DATA_CPUS) // cluster.workers
-    harvest = min(fitting(nodes, actor), int(cpus - DATA_CPUS))
+    # Others hold it now, and may not a moment later: it decides how many begin, not whether any may.
+    fits = groups_fitting([node.beside_others() for node in mine], group, spare)
+    harvest = min(fitting(mine, actor), int(cpus_of_mine - spare))
     if local:
         fits = min(fits, cluster.concurrent or busy_chains(config))
         harvest = min(harvest, max(1, available_cpus() // config.harvest.threads))
+    if grows:
+        # What waits for its room is what the autoscaler brings nodes for.
+        fits = cluster.concurrent or max(1, fits) + min(max(1, fits), AHEAD)
+        harvest = max(harvest, config.harvest.actors or 1)
     return Capacity(
         cpus=cpus,
         gpus=sum(node.gpus for node in nodes),
@@ -197,27 +245,52 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool) ->
         local=local,
         concurrent=max(1, min(fits, cluster.concurrent or fits, max(1, chains))),
         harvest_actors=max(1, min(harvest, config.harvest.actors or harvest)),
+        grows=grows,
     )
 
 
-def _whose(nodes: Sequence[Node], local: bool) -> str:
-    return "this machine is" if local else f"the Ray cluster ({len(nodes)} {plural('node', len(nodes))}) is"
+def capacity_now(config: Config, chains: int) -> Capacity:
+    """The same of the cluster that was joined, as it is at the moment."""
+    return capacity(config, nodes_now(), chains, local=False, grows=bool(has_autoscaler()))
 
 
-def _remedy(config: Config, nodes: Sequence[Node], worker: Bundle, local: bool) -> str:
-    """What makes a chain fit: fewer workers, smaller ones, or more of the cluster. Names only what is too small."""
-    workers, fits = config.cluster.workers, fitting(nodes, worker, DATA_CPUS)
-    fewer = next((count for count in range(min(fits, workers - 1), 0, -1) if config.train.lanes % count == 0), 0)
-    ways = [f"lower cluster.workers (now {workers}; {fewer} would fit)"] if fewer else []
+def concurrent_now(config: Config, chains: int) -> int:
+    """How many chains there may be at once, or groups of them in lockstep, at the moment; one where none fits any more:
+    what was lost may come back.
+    """
+    try:
+        return capacity_now(config, chains).concurrent
+    except TooSmall:
+        return 1
+
+
+def _whose(config: Config, nodes: Sequence[Node], mine: Sequence[Node], local: bool) -> str:
+    if local and len(mine) == len(nodes):
+        return "this machine is"
+    wanted = restrictions(config)
+    of_them = f", {len(mine)} of them with {wanted}" if wanted else ""
+    return f"the Ray cluster ({len(nodes)} {plural('node', len(nodes))}{of_them}) is"
+
+
+def _remedy(config: Config, nodes: Sequence[Node], group: WorkerGroup, spare: float, local: bool) -> str:
+    """What makes a chain fit: fewer workers, smaller ones, another strategy, or more of the cluster. Names only what is
+    too small.
+    """
+    worker, workers = group.worker, group.workers
+    fewer = (count for count in range(workers - 1, 0, -1) if config.train.lanes % count == 0)
+    would = next((count for count in fewer if groups_fitting(nodes, replace(group, workers=count), spare)), 0)
+    ways = [f"lower cluster.workers (now {workers}; {would} would fit)"] if would else []
     for field, smaller in (
         ("cpus_per_worker", Bundle(0, worker.gpus, worker.store_mb)),
         ("gpus_per_worker", Bundle(worker.cpus, 0, worker.store_mb)),
         ("object_store_mb", Bundle(worker.cpus, worker.gpus, 0)),
     ):
         now = getattr(config.cluster, field)
-        if (field != "cpus_per_worker" or now > 1) and fitting(nodes, smaller, DATA_CPUS) >= workers:
+        if (field != "cpus_per_worker" or now > 1) and groups_fitting(nodes, replace(group, worker=smaller), spare):
             or_none = "; 0: train on CPUs" if field == "gpus_per_worker" else ""
             ways.append(f"lower cluster.{field} (now {figure(now)}{or_none})")
+    if groups_fitting(nodes, replace(group, strategy="PACK"), spare):
+        ways.append("set cluster.placement_strategy to PACK")
     return " or ".join([*ways, _larger(worker, workers, nodes, local)])
 
 

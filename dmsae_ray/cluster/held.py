@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from dmsae_ray.cluster.address import cluster_address
-from dmsae_ray.cluster.connection import Capacity, check_fits_here, connect, disconnect
+from dmsae_ray.cluster.connection import Capacity, check_fits_here, concurrent_now, connect, disconnect
 from dmsae_ray.cluster.probe import check_nodes
 from dmsae_ray.config import Config
 
@@ -47,6 +48,13 @@ class HeldCluster:
                 check_nodes(self.config)
             self.when_there(self._capacity)
         return self._capacity
+
+    def at_once(self) -> Callable[[], int]:
+        """How many chains there may be at once, or groups of them in lockstep, whenever it is asked."""
+        there = self.connect()
+        if there.local:
+            return lambda: there.concurrent
+        return functools.partial(concurrent_now, self.config, self.chains())
 
     def __enter__(self) -> HeldCluster:
         return self

@@ -1,14 +1,14 @@
 """What the nodes of a cluster have, and how many equal bundles of resources fit on them.
 
 A bundle (one training worker, one harvest actor) lies on one node, as with Ray: three CPUs on one node are another
-thing than two here and one there.
+thing than two here and one there. A worker group is several of them, on nodes that its strategy allows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 READ_CPUS = 0.01
 """A read task asks for a sliver: Ray Data would hand out a whole share of its CPUs, of which many chains on one machine
@@ -17,18 +17,6 @@ leave none.
 
 SLACK = 1e-9
 """Of divisions: ten bundles of a tenth of a GPU fit on one."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """What one node has, and what of it nobody holds at the moment."""
-
-    cpus: float
-    gpus: float = 0.0
-    store_mb: float = 0.0
-    """object store"""
-    free_cpus: float = 0.0
-    free_gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,45 @@ class Bundle:
         parts += [f"{self.gpus:g} {plural('GPU', self.gpus)}"] if self.gpus else []
         parts += [f"{self.store_mb:,.0f} MB of object store"] if self.store_mb else []
         return listed(parts) or "nothing"
+
+
+NOTHING = Bundle(0)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node has, and what of it nobody holds at the moment."""
+
+    cpus: float
+    gpus: float = 0.0
+    store_mb: float = 0.0
+    """object store"""
+    free_cpus: float = 0.0
+    free_gpus: float = 0.0
+    others: Bundle = NOTHING
+    """what is held at the moment, and not by this command's worker groups"""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    accelerators: frozenset[str] = frozenset()
+
+    def beside_others(self) -> Node:
+        """What others leave of it."""
+        cpus, gpus, store_mb = self.cpus, self.gpus, self.store_mb
+        return replace(
+            self,
+            cpus=max(0.0, cpus - self.others.cpus),
+            gpus=max(0.0, gpus - self.others.gpus),
+            store_mb=max(0.0, store_mb - self.others.store_mb),
+        )
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The workers of one chain, or of several in lockstep."""
+
+    worker: Bundle
+    workers: int
+    strategy: str = "PACK"
+    """as Ray's placement groups have it"""
 
 
 def slots(node: Node, bundle: Bundle) -> int:
@@ -77,6 +104,24 @@ def fitting(nodes: Iterable[Node], bundle: Bundle, spare_cpus: float = 0.0) -> i
     return min(sum(slots(node, bundle) for node in nodes), _times(left, bundle.cpus))
 
 
+def groups_fitting(nodes: Iterable[Node], group: WorkerGroup, spare_cpus: float = 0.0) -> int:
+    """Worker groups that all nodes together hold, with so many CPUs left over anywhere.
+
+    With STRICT_SPREAD it is the most that can be placed; Ray, which places one after the other, may come to fewer at
+    once where nodes differ.
+    """
+    nodes, workers = list(nodes), group.workers
+    most = fitting(nodes, group.worker, spare_cpus) // workers
+    each = [slots(node, group.worker) for node in nodes]
+    if group.strategy == "STRICT_PACK":
+        return min(most, sum(held // workers for held in each))
+    if group.strategy == "STRICT_SPREAD":
+        # So many groups have a node for each worker if the nodes hold as many, none more than one for each group.
+        while sum(min(held, most) for held in each) < most * workers:
+            most -= 1
+    return most
+
+
 def missing(nodes: Sequence[Node], bundle: Bundle, count: int, whose: str, spare_cpus: float = 0.0) -> list[str]:
     """Why so many bundles do not fit: a sentence part for each kind of resource that lacks; none if they fit.
 
@@ -106,6 +151,23 @@ def missing(nodes: Sequence[Node], bundle: Bundle, count: int, whose: str, spare
     return found or [apart]
 
 
+def misplaced(nodes: Sequence[Node], group: WorkerGroup) -> list[str]:
+    """Why a group whose workers all fit does not fit by its strategy: as `missing`."""
+    if groups_fitting(nodes, group):
+        return []
+    held = [slots(node, group.worker) for node in nodes]
+    named = f"(cluster.placement_strategy {group.strategy})"
+    if group.strategy == "STRICT_PACK":
+        return [
+            f"one node for all {group.workers} training workers {named}, {group.worker} for each, its nodes hold "
+            f"{max(held)} of them at most"
+        ]
+    return [
+        f"{group.workers} nodes for as many training workers {named}, {group.worker} on each, "
+        f"{sum(count > 0 for count in held)} of its nodes {'has' if sum(c > 0 for c in held) == 1 else 'have'} that"
+    ]
+
+
 def figure(amount: float) -> str:
     """To the hundredth below: 599.9996 MB are not 600."""
     return f"{math.floor(amount * 100 + 1e-6) / 100:,.10g}"
@@ -123,18 +185,3 @@ def plural(word: str, count: float) -> str:
 def _times(have: float, each: float) -> int:
     """How often `each` is contained; a need of nothing fits ever so often."""
     return max(0, int(have / each + SLACK)) if each else 1 << 30
-
-
-def nodes_now() -> list[Node]:
-    """The nodes of the connected cluster."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free, found = available_resources_per_node(), []
-    for node in (node for node in ray.nodes() if node["Alive"]):
-        has, left = node["Resources"], free.get(node["NodeID"], {})
-        store_mb = has.get("object_store_memory", 0.0) / 2**20
-        found.append(
-            Node(has.get("CPU", 0.0), has.get("GPU", 0.0), store_mb, left.get("CPU", 0.0), left.get("GPU", 0.0))
-        )
-    return found

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from dmsae_ray.cluster.nodes import READ_CPUS, Bundle, listed, plural
+from dmsae_ray.cluster.present import nodes_now, resources, restrictions
 from dmsae_ray.config import Config
 
 LOOK_S, PATIENCE_S, AGAIN_S = 5.0, 60.0, 600.0
@@ -31,7 +32,7 @@ class Waits:
         state: Callable[[], str] | None = None,
     ):
         """wanted: how many of each shape wait at the moment; state: the cluster in words. Not given, both ask Ray."""
-        self._names, self._say = names(config), say
+        self._names, self._say, self._where = names(config), say, restrictions(config)
         self._wanted, self._state = wanted or waiting_now, state or cluster_now
         self._since: dict[Shape, float] = {}
         self._said: dict[Shape, float] = {}
@@ -63,25 +64,27 @@ class Waits:
             if now - since < PATIENCE_S or now - self._said.get(shape, -AGAIN_S) < AGAIN_S:
                 continue
             self._said[shape] = now
-            resources = dict(shape)
-            asked, count = Bundle(resources.get("CPU", 0.0), resources.get("GPU", 0.0)), wanted[shape]
+            amounts = dict(shape)
+            asked, count = Bundle(amounts.get("CPU", 0.0), amounts.get("GPU", 0.0)), wanted[shape]
+            where = f" with {self._where}" if self._where and amounts != {"CPU": READ_CPUS} else ""
             self._say(
-                f"waiting for {now - since:.0f} s: {self._names[shape]} asks for {asked} on one node, and none has "
-                f"that free ({count} {'waits' if count == 1 else 'wait'}). {self._state()}. This goes on as soon as "
-                "others leave that room, or another node comes (ray start --address=<head>)"
+                f"waiting for {now - since:.0f} s: {self._names[shape]} asks for {asked} on one node{where}, and none "
+                f"has that free ({count} {'waits' if count == 1 else 'wait'}). {self._state()}. This goes on as soon "
+                "as others leave that room, or another node comes (ray start --address=<head>, or an autoscaler's)"
             )
 
 
 def names(config: Config) -> dict[Shape, str]:
     """What this configuration asks for, by its shape."""
-    cluster, gpus = config.cluster, config.harvest.gpus_per_actor
+    cluster = config.cluster
+    worker, actor = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker), Bundle(1, config.harvest.gpus_per_actor)
     found: dict[Shape, str] = {}
-    for resources, name in (
-        ({"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}, "a training worker"),
-        ({"CPU": 1, "GPU": gpus}, "a process for the language model (harvest, reference losses, features)"),
+    for asked, name in (
+        (resources(config, worker), "a training worker"),
+        (resources(config, actor), "a process for the language model (harvest, reference losses, features)"),
         ({"CPU": READ_CPUS}, "a read task of a chain's rows"),
     ):
-        shape = shape_of(resources)
+        shape = shape_of(asked)
         found[shape] = f"{found[shape]}, or {name}," if shape in found else name
     return found
 
@@ -113,8 +116,6 @@ def cluster_now() -> str:
     """What the connected cluster has, what of it is free, and who else is at work on it."""
     import ray
     from ray._private.state import jobs
-
-    from dmsae_ray.cluster.nodes import nodes_now
 
     nodes = nodes_now()
     parts = [f"{sum(n.cpus for n in nodes):g} CPUs, {max(0.0, sum(n.free_cpus for n in nodes)):.2g} free"]

@@ -9,9 +9,12 @@ failure to write. Resuming is by the chains' own records, never by restoring a T
 
 from __future__ import annotations
 
+import itertools
 import logging
-import secrets
 import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
+from ray.tune.search import BasicVariantGenerator
 
+from dmsae_ray.cluster.nodes import Bundle
+from dmsae_ray.cluster.present import resources, run_name, runs_named
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.train_run import GroupConfig, TrainRun, release, train_chains
 from dmsae_ray.lock import Lease
@@ -36,27 +42,28 @@ GROUPS_PER_AGGREGATOR = 8
 """Worker groups at work that share one actor: what it adds up comes seldom, but each of its processes imports torch."""
 
 
-def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any, scratch: Path) -> None:
-    """Run these chains, `concurrent` worker groups at a time; returns when each chain is finished or marked failed.
+LOOK_S = 5.0
+"""Between two looks at how many groups may be at work: nodes join and leave."""
+
+
+def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: Callable[[], int], board: Any, scratch: Path) -> None:
+    """Run these chains, `concurrent()` worker groups at a time, which may change meanwhile; returns when each chain is
+    finished or marked failed.
 
     A trial whose process is lost begins again, `cluster.retries` times: what its chain had finished stays. lease: the
     right to write. board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write,
     removed at the end.
     """
-    from dmsae_ray.attribution.aggregator import Aggregator
-
     groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
-    # mypy does not see that ray's decorator makes another class of it.
-    aggregators = [Aggregator.remote() for _ in range(0, concurrent, GROUPS_PER_AGGREGATOR)]  # type: ignore[attr-defined]
+    starts = Starts(concurrent)
 
     def trial(grid: dict) -> None:
-        number = grid["group"]
-        drive(groups[number], lease, aggregators[number % len(aggregators)], board, str(scratch))
+        drive(groups[grid["group"]], lease, grid["aggregator"], board, str(scratch))
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": HERE}),
         param_space={"group": tune.grid_search(list(range(len(groups))))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False),
+        tune_config=tune.TuneConfig(search_alg=starts, reuse_actors=False),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(scratch),
@@ -69,10 +76,46 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: int, board: Any
         for group, result in zip(groups, tuner.fit(), strict=True):
             settle(group, lease, result.error, board)
     finally:
-        for aggregator in aggregators:
+        for aggregator in starts.aggregators:
             with suppress(Exception):  # a broken cluster is told of by what is on its way out
                 ray.kill(aggregator)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Starts(BasicVariantGenerator):
+    """Has Tune begin with the next group whenever fewer are at work than there may be at the time, and gives the trial
+    an aggregator: there are no more of these than the groups at work need.
+    """
+
+    def __init__(self, concurrent: Callable[[], int]):
+        super().__init__()
+        self.aggregators: list[Any] = []
+        self._concurrent, self._looked, self._served = concurrent, float("-inf"), dict[str, int]()
+
+    def next_trial(self) -> Any:
+        if time.monotonic() - self._looked >= LOOK_S:
+            self._looked, self.max_concurrent = time.monotonic(), self._concurrent()
+        trial = super().next_trial()
+        if trial is not None:
+            trial.config["aggregator"] = self._aggregator_for(trial.trial_id)
+        return trial
+
+    def _aggregator_for(self, trial: str) -> Any:
+        from dmsae_ray.attribution.aggregator import Aggregator
+
+        busy = Counter(place for other, place in self._served.items() if other in self._live_trials)
+        place = next(place for place in itertools.count() if busy[place] < GROUPS_PER_AGGREGATOR)
+        if place == len(self.aggregators):
+            # mypy does not see that ray's decorator makes another class of it.
+            self.aggregators.append(Aggregator.remote())  # type: ignore[attr-defined]
+        self._served[trial] = place
+        return self.aggregators[place]
+
+    def save_to_dir(self, *where: Any, **named: Any) -> None:
+        """Tune would note its searcher for a restart; ours are by the chains' own records."""
+
+    def __reduce__(self) -> Any:
+        return BasicVariantGenerator, ()  # nor does a copy of it have anything to do
 
 
 class ReleaseLost(tune.Callback):
@@ -90,7 +133,7 @@ class ReleaseLost(tune.Callback):
 
 def runs_of(plans: list[ChainPlan], lease: Lease) -> str:
     """What the names of these chains' runs begin with, and no other sweep's on the same cluster."""
-    return f"{plans[0].key}-{lease.generation}-{ray.get_runtime_context().get_job_id()}-"
+    return runs_named(plans[0].key, lease.generation)
 
 
 def settle(plans: list[ChainPlan], lease: Lease, error: BaseException | None, board: Any) -> None:
@@ -132,17 +175,21 @@ def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scr
     release(runs)  # of this trial, before it was lost
     for plan in plans:
         ray.get(board.update.remote(plan.label, phase="starting", cycle=len(plan.folder.records()), cycles=plan.cycles))
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    asks = resources(plans[0].config, Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker))
     trainer = TrainRun(
         train_chains,
         train_loop_config={"plans": plans, "lease": lease, "aggregator": aggregator, "board": board},
         backend_config=process_group(cluster.gpus_per_worker),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=asks,
+            placement_strategy=cluster.placement_strategy,
+            label_selector=dict(cluster.label_selector) or None,
         ),
         run_config=ray.train.RunConfig(
             # A trial that begins again must not take up what Ray Train noted of the run that was lost.
-            name=runs + secrets.token_hex(4),
+            name=run_name(runs, cluster.object_store_mb),
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
         ),

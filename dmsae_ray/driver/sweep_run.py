@@ -175,9 +175,10 @@ class Sweep:
         c, most = capacity, self.config.cluster.lockstep
         in_step = f" (or groups of up to {most} in lockstep)" if most > 1 else ""
         held = f" ({c.free_cpus:g} free; others hold the rest)" if c.free_cpus < c.cpus else ""
+        waiting = ", those that wait for nodes of the autoscaler included" if c.grows else ""
         self.say(
             f"ray: {'started here' if c.local else 'joined'}, {c.cpus:g} logical CPUs{held}, {c.gpus:g} GPUs; "
-            f"{c.concurrent} chains at once{in_step}, each {self.config.cluster.workers} worker(s) with "
+            f"{c.concurrent} chains at once{in_step}{waiting}, each {self.config.cluster.workers} worker(s) with "
             f"{self.config.train.threads} thread(s)"
         )
 
@@ -236,7 +237,7 @@ class Sweep:
         from dmsae_ray.distill.failure import write_failure
         from dmsae_ray.distill.trials import run_chains
 
-        capacity = self.cluster.connect()
+        at_once = self.cluster.at_once()
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
             ray.get(
@@ -250,9 +251,7 @@ class Sweep:
 
         with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, follow):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
-                run_chains(
-                    wave, self.lease, capacity.concurrent, board, scratch(self.config.home, self.lease.generation)
-                )
+                run_chains(wave, self.lease, at_once, board, scratch(self.config.home, self.lease.generation))
                 left = [plan for plan in left if plan not in wave]
             for plan in left:
                 missing = [chain.label for chain in plan.needs() if not chain.finished()]

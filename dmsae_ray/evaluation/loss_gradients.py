@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.outliers import counted
+from dmsae_ray.cluster.present import placed
 from dmsae_ray.compare.functional import LossRows
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences
@@ -29,7 +30,7 @@ def measure_gradients(config: Config, dataset: ActivationDataset, folder: Path) 
     """Measure in a Ray task, which writes them to this folder."""
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2)(_measure)
+    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2, **placed(config))(_measure)
     ray.get(task.remote(config, dataset.store.url))
     refresh(folder)
 

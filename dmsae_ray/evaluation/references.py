@@ -13,6 +13,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.outliers import counted
+from dmsae_ray.cluster.present import placed
 from dmsae_ray.config import Config, EvaluateConfig
 from dmsae_ray.files import refresh, write_json
 from dmsae_ray.lm.divergence import divergence
@@ -26,7 +27,7 @@ def measure_references(config: Config, dataset: ActivationDataset, folder: Path)
     """Measure in a Ray task and keep them in this folder."""
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2)(_measure)
+    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=2, **placed(config))(_measure)
     write_references(folder, config.evaluate, ray.get(task.remote(config, dataset.store.url)))
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
-import psutil
 import pytest
-from conftest import HANGS, command, digest_of_rows, environment, free_port, wait_for
+from conftest import HANGS, command, digest_of_rows, environment, wait_for
 from frozen import frozen
-from ray_head import BIN, ray_head
+from ray_head import BIN, actors, ray_head, ray_node
 
 STEPS, BATCH, LANES = 480, 512, 4
 CHAIN = [
@@ -20,60 +16,6 @@ CHAIN = [
     *("--train.lanes", str(LANES), "--train.checkpoint_steps", "1000"),  # none before the end
     *("--cluster.cpus_per_worker", "2"),  # only the nodes of the test have so many
 ]
-
-
-@contextmanager
-def node(address: str, env: dict[str, str]) -> Iterator[tuple[psutil.Popen, str]]:
-    """A further node of a cluster with two CPUs: its process, and its id."""
-    known = ids(address, env)
-    with tempfile.TemporaryDirectory(prefix="node-") as folder:
-        ports = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
-        start = [str(BIN / "ray"), "start", f"--address={address}", "--num-cpus=2", "--block", f"--temp-dir={folder}"]
-        process = psutil.Popen(
-            [*start, *(f"--{name}={free_port()}" for name in ports)],
-            env=environment(**env, RAY_worker_niceness="0"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            wait_for(lambda: ids(address, env) - known, process)
-            (own,) = ids(address, env) - known
-            yield process, own
-        finally:
-            end(process)
-
-
-def end(process: psutil.Popen) -> None:
-    """As its machine's power would."""
-    with suppress(psutil.NoSuchProcess):
-        for one in [process, *process.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait()
-
-
-def ids(address: str, env: dict[str, str]) -> set[str]:
-    """Of the cluster's nodes."""
-    code = "import json, ray; ray.init(); print(json.dumps([n['NodeID'] for n in ray.nodes() if n['Alive']]))"
-    found = subprocess.run(
-        [BIN / "python", "-c", code],
-        env=environment(**env, RAY_ADDRESS=address),
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
-    assert found.returncode == 0, found.stderr
-    return set(json.loads(found.stdout.splitlines()[-1]))
-
-
-def actors(title: str, *of: psutil.Process) -> list[psutil.Process]:
-    """Processes of actors of this name, on these nodes."""
-    found = []
-    for one in (one for node in of for one in node.children(recursive=True)):
-        with suppress(psutil.Error):
-            if one.cmdline()[:1] == [f"ray::{title}"]:
-                found.append(one)
-    return found
 
 
 @pytest.mark.slow
@@ -88,7 +30,7 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(
         return any(output.glob("chains/*/cycle_00/checkpoint.pt"))
 
     with ray_head(cpus=1, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2") as (address, head, env):
-        with node(address, env) as (goes, taken):
+        with ray_node(address, env, 2) as (goes, taken):
             log = open(tmp_path / "log", "w")
             process = subprocess.Popen(
                 command(output, *CHAIN),
@@ -106,7 +48,7 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_and_another_goes_on_from_it(
                 subprocess.run([BIN / "ray", *drain], env=environment(**env), check=True, timeout=HANGS)
                 wait_for(lambda: actors("PreemptionWatcher", head, goes), process)
             wait_for(checkpoint, process)
-        with node(address, env):
+        with ray_node(address, env, 2):
             code = process.wait(timeout=HANGS)
     assert code == 0, (tmp_path / "log").read_text()
     (record,) = [json.loads(path.read_text()) for path in output.glob("chains/*/cycle_00/record.json")]

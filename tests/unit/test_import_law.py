@@ -14,7 +14,7 @@ import dmsae_ray
 
 ROOT = Path(dmsae_ray.__file__).parent
 LAW = (
-    "causes claim config_checks draws files hub lock mirror ownership place secret_url stop store yaml_file",
+    "causes claim config_checks draws files hub labels lock mirror ownership place secret_url stop store yaml_file",
     "config",
     "identity",
     "cluster corpus sae",
@@ -173,6 +173,7 @@ CALLED_FROM_OUTSIDE = {
     "on_shutdown": "Ray Train calls it",
     "on_start": "Ray Train calls it",
     "on_trial_error": "Ray Tune calls it",
+    "save_to_dir": "Ray Tune calls it",
     "survivors_C": "of the public Core",
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.causes import causes
+from dmsae_ray.cluster.present import placed
 from dmsae_ray.config import Config
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.plan import ChainPlan
@@ -67,7 +68,7 @@ def describe(
         + _time_said(config, plans[0].references, features)
     )
     # No retries by Ray, whose retries for want of memory never end.
-    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=0)(_describe)
+    task = ray.remote(num_cpus=1, num_gpus=config.harvest.gpus_per_actor, max_retries=0, **placed(config))(_describe)
     for left in reversed(range(TRIES)):
         try:
             ray.get(task.remote(config, dataset.store.url, chains, consensus, path, key))

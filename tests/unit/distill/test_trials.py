@@ -1,10 +1,61 @@
 """What drives chains, apart from driving them."""
 
+import pickle
 import subprocess
 import sys
+
+from dmsae_ray.attribution.aggregator import Aggregator
+from dmsae_ray.distill import trials
 
 
 def test_a_trial_imports_no_torch():
     """Nor does what Ray imports for it; the import law looks at our own modules alone."""
     code = "import sys, ray.tune, dmsae_ray.distill.trials; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Trial:
+    def __init__(self, number: int):
+        self.trial_id, self.config = str(number), {"group": number}
+
+
+def test_groups_begin_as_room_for_them_comes_and_share_aggregators(monkeypatch):
+    """As many aggregators as the groups at work need, and none has more than its share."""
+    made = []
+    monkeypatch.setattr(Aggregator, "remote", lambda: made.append(len(made)) or made[-1])
+    now, room = [0.0], [1]
+    monkeypatch.setattr(trials.time, "monotonic", lambda: now[0])
+    starts = trials.Starts(lambda: room[0])
+    starts._trial_generator = map(Trial, range(40))  # what Tune makes of the grid
+
+    def begun() -> list[Trial]:
+        now[0] += trials.LOOK_S
+        found = []
+        while (trial := starts.next_trial()) is not None:
+            found.append(trial)
+        return found
+
+    first = begun()
+    assert [trial.config for trial in first] == [{"group": 0, "aggregator": 0}] and not begun() and made == [0]
+    room[0] = 10
+    at_work = first + begun()
+    assert [trial.config["group"] for trial in at_work] == list(range(10)) and made == [0, 1]
+    assert [trial.config["aggregator"] for trial in at_work] == [0] * 8 + [1] * 2
+    room[0] = 5  # nodes left: none begins before so few are at work
+    for trial in at_work[:5]:
+        starts.on_trial_complete(trial.trial_id)
+        assert not begun()
+    starts.on_trial_complete(at_work[5].trial_id)
+    (next_one,) = begun()
+    assert next_one.config == {"group": 10, "aggregator": 0} and made == [0, 1]
+
+
+def test_between_two_looks_at_the_cluster_it_is_let_alone(monkeypatch):
+    asked = []
+    starts = trials.Starts(lambda: asked.append(1) or 1)
+    monkeypatch.setattr(Aggregator, "remote", lambda: 0)
+    starts._trial_generator = map(Trial, range(3))
+    assert starts.next_trial() is not None
+    assert all(starts.next_trial() is None for _ in range(50)) and len(asked) == 1
+    copy = pickle.loads(pickle.dumps(starts))  # Tune keeps one, in a file
+    assert not hasattr(copy, "_concurrent")
