@@ -111,14 +111,16 @@ class Asked:
     def _ask(self, group: WorkerGroup, spare_cpus: float) -> None:
         from ray.util.placement_group import placement_group
 
-        from dmsae_ray.cluster.present import resources
+        from dmsae_ray.cluster.present import resources, run_name, runs_named
 
+        # Named as our worker groups are: what they hold is no one else's.
+        name = run_name(runs_named("0", 0), 0) + "/asked"
         cluster, self.lacks = self.config.cluster, group
         bundles = [resources(self.config, group.worker)] * group.workers
         selectors = [dict(cluster.label_selector)] * group.workers if cluster.label_selector else None
-        self.groups.append(placement_group(bundles, group.strategy, bundle_label_selector=selectors))
+        self.groups.append(placement_group(bundles, group.strategy, name=name, bundle_label_selector=selectors))
         if spare_cpus:
-            self.groups.append(placement_group([{"CPU": spare_cpus}]))
+            self.groups.append(placement_group([{"CPU": spare_cpus}], name=f"{name}-spare"))
 
     def withdraw(self) -> None:
         from ray.util.placement_group import remove_placement_group

@@ -225,7 +225,7 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool, gr
         lower = "lower harvest.gpus_per_actor (0: on CPUs) or " if actor.gpus else ""
         raise TooSmall(
             f"{_whose(config, nodes, mine, local)} too small to run the language model. It needs {listed(lacking)}. To "
-            f"mend it, {lower}{_larger(actor, 1, mine, local)}",
+            f"mend it, {lower}{_larger(config, actor, 1, mine, local)}",
             WorkerGroup(actor, 1),
         )
     # Others hold it now, and may not a moment later: it decides how many begin, not whether any may.
@@ -241,7 +241,7 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool, gr
     return Capacity(
         cpus=cpus,
         gpus=sum(node.gpus for node in nodes),
-        free_cpus=sum(node.free_cpus for node in nodes),
+        free_cpus=sum(node.beside_others().cpus for node in nodes),
         local=local,
         concurrent=max(1, min(fits, cluster.concurrent or fits, max(1, chains))),
         harvest_actors=max(1, min(harvest, config.harvest.actors or harvest)),
@@ -291,10 +291,10 @@ def _remedy(config: Config, nodes: Sequence[Node], group: WorkerGroup, spare: fl
             ways.append(f"lower cluster.{field} (now {figure(now)}{or_none})")
     if groups_fitting(nodes, replace(group, strategy="PACK"), spare):
         ways.append("set cluster.placement_strategy to PACK")
-    return " or ".join([*ways, _larger(worker, workers, nodes, local)])
+    return " or ".join([*ways, _larger(config, worker, workers, nodes, local)])
 
 
-def _larger(bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> str:
+def _larger(config: Config, bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> str:
     """A cluster that would do: options of `ray start` for what is too small, as one node, or as a node more."""
     cpus, gpus = math.ceil(count * bundle.cpus) + DATA_CPUS, math.ceil(count * bundle.gpus)
     store_mb = math.ceil(count * bundle.store_mb)
@@ -302,6 +302,8 @@ def _larger(bundle: Bundle, count: int, nodes: Sequence[Node], local: bool) -> s
     if sum(node.store_mb for node in nodes if node.cpus) < store_mb:
         options.append(f"--object-store-memory={store_mb << 20}")
     start = f" ({' '.join(['ray start --head', *options])})"
+    if wanted := restrictions(config):
+        return f"add nodes with {wanted} that each have {bundle} or more (ray start --address=<head>)"
     machine = f"a machine with {gpus} {plural('GPU', gpus)} or more" if sum(node.gpus for node in nodes) < gpus else ""
     if local:
         return f"join a cluster that has more{f': on {machine}' if machine else ''}{start}"
