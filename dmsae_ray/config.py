@@ -545,6 +545,8 @@ class ClusterConfig(Section):
     """
     workers: int = Field(1, ge=1)
     """training workers of a chain (see train.parallel); a stopped chain may go on with another number"""
+    min_workers: int | None = Field(None, ge=1)
+    """fewest with which a chain begins, or goes on where nodes are lost, until there is room for all; empty: all"""
     cpus_per_worker: float = Field(0.5, gt=0)
     """logical CPUs a training worker asks Ray for"""
     gpus_per_worker: float = Field(0.0, ge=0)
@@ -584,6 +586,10 @@ class ClusterConfig(Section):
     """row groups that a read task fetches at the same time from a remote store"""
     retries: int = Field(2, ge=0)
     """restarts of a chain whose worker or node was lost, and of its driver where that was lost"""
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.min_workers or self.workers
 
 
 class TrackConfig(Section):

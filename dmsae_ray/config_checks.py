@@ -79,6 +79,11 @@ def _workers(config: Config) -> Iterator[str]:
         )
     if (wrong := selector_problem(cluster.label_selector)) is not None:
         yield f"cluster.label_selector: {wrong}"
+    if cluster.fewest_workers > cluster.workers or lanes % cluster.fewest_workers:
+        yield (
+            f"cluster.min_workers {cluster.fewest_workers}: at most cluster.workers {cluster.workers}, and train.lanes "
+            f"{lanes} a multiple of it"
+        )
     if lanes % cluster.workers:
         yield f"train.lanes {lanes} is not a multiple of cluster.workers {cluster.workers}"
 

@@ -212,13 +212,14 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool, gr
     cpus, cpus_of_mine = sum(node.cpus for node in nodes), sum(node.cpus for node in mine)
     spare = max(0.0, DATA_CPUS - (cpus - cpus_of_mine))
     lacking = []
+    fewest = replace(group, workers=cluster.fewest_workers)
     if chains:
-        lacking = missing(mine, group.worker, group.workers, "training worker", spare) or misplaced(mine, group)
+        lacking = missing(mine, group.worker, fewest.workers, "training worker", spare) or misplaced(mine, fewest)
     if lacking:
         raise TooSmall(
             f"{_whose(config, nodes, mine, local)} too small for one chain. It needs {listed(lacking)}. To mend it, "
-            f"{_remedy(config, mine, group, spare, local)}",
-            group,
+            f"{_remedy(config, mine, fewest, spare, local)}",
+            fewest,
             spare,
         )
     if lacking := missing(mine, actor, 1, "harvest actor"):
@@ -279,7 +280,8 @@ def _remedy(config: Config, nodes: Sequence[Node], group: WorkerGroup, spare: fl
     worker, workers = group.worker, group.workers
     fewer = (count for count in range(workers - 1, 0, -1) if config.train.lanes % count == 0)
     would = next((count for count in fewer if groups_fitting(nodes, replace(group, workers=count), spare)), 0)
-    ways = [f"lower cluster.workers (now {workers}; {would} would fit)"] if would else []
+    named = "workers" if config.cluster.min_workers is None else "min_workers"
+    ways = [f"lower cluster.{named} (now {workers}; {would} would fit)"] if would else []
     for field, smaller in (
         ("cpus_per_worker", Bundle(0, worker.gpus, worker.store_mb)),
         ("gpus_per_worker", Bundle(worker.cpus, 0, worker.store_mb)),

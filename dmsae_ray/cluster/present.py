@@ -41,13 +41,17 @@ def run_name(runs: str, store_mb: int) -> str:
     return f"{runs}{store_mb}MB-{secrets.token_hex(4)}"
 
 
-def nodes_now() -> list[Node]:
-    """The nodes of the connected cluster."""
+def nodes_now(runs: str | None = None) -> list[Node]:
+    """The nodes of the connected cluster, but for those that will be taken away: Ray places nothing more there.
+
+    runs: only what runs whose names begin so hold is not others'.
+    """
     import ray
-    from ray._private.state import available_resources_per_node
+    from ray._private.state import available_resources_per_node, state
 
     free, job = available_resources_per_node(), ray.get_runtime_context().get_job_id()
-    ours, theirs_mb = holdings(ray.util.placement_group_table(), job)
+    going = state.get_draining_nodes()
+    ours, theirs_mb = holdings(ray.util.placement_group_table(), job, runs)
     return [
         node_of(
             node["Resources"],
@@ -57,7 +61,7 @@ def nodes_now() -> list[Node]:
             theirs_mb.get(node["NodeID"], 0.0),
         )
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in going
     ]
 
 
@@ -88,8 +92,11 @@ def node_of(
     )
 
 
-def holdings(groups: Mapping[str, Mapping[str, Any]], job: str) -> tuple[dict[str, Bundle], dict[str, float]]:
-    """By node: what worker groups of this job hold, and MB of object store that those of other jobs were promised.
+def holdings(
+    groups: Mapping[str, Mapping[str, Any]], job: str, runs: str | None = None
+) -> tuple[dict[str, Bundle], dict[str, float]]:
+    """By node: what worker groups of this job hold, or of these runs alone, and MB of object store that others were
+    promised.
 
     groups: Ray's table of placement groups.
     """
@@ -101,7 +108,7 @@ def holdings(groups: Mapping[str, Mapping[str, Any]], job: str) -> tuple[dict[st
             continue
         for place, resources in group["bundles"].items():
             number = group["bundles_to_node_id"][place]
-            if named["job"] == job:
+            if named["job"] == job if runs is None else group["name"].startswith(runs):
                 before = ours.get(number, NOTHING)
                 ours[number] = Bundle(before.cpus + resources.get("CPU", 0.0), before.gpus + resources.get("GPU", 0.0))
             else:

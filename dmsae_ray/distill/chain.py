@@ -62,6 +62,11 @@ class Chain:
             **values,
         )
 
+    def say_saved(self, step: int) -> None:
+        """Tell the board that a checkpoint was written before this step: who begins anew now loses least."""
+        if self.rank.writes:
+            self.rank.board.update.remote(self.plan.label, saved=[self.cycle, step])
+
     def fail(self, error: Exception) -> None:
         """Mark the chain failed. Divergence is final for this chain's fields; anything else is tried again by the next
         sweep.

@@ -26,6 +26,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -38,11 +39,16 @@ LEAVE_TIMEOUT_S = 30
 class TrainRun(DataParallelTrainer):
     """A Ray Train run whose controller is in this process."""
 
+    scaling_policy: ScalingPolicy | None = None
+    """in the place of Ray Train's own"""
+
     def _create_default_callbacks(self) -> list[Any]:
         unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> ray.train.Result:
+        if self.scaling_policy is not None:
+            parts["scaling_policy"] = self.scaling_policy
         controller = Controller(**parts)
         asyncio.run(controller.run())
         return controller.get_result()

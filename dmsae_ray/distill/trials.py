@@ -9,6 +9,7 @@ failure to write. Resuming is by the chains' own records, never by restoring a T
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import shutil
@@ -26,6 +27,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from dmsae_ray.cluster.nodes import Bundle
 from dmsae_ray.cluster.present import resources, run_name, runs_named
+from dmsae_ray.distill.elastic import Elastic, most_workers, numbers
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.train_run import GroupConfig, TrainRun, release, train_chains
 from dmsae_ray.lock import Lease
@@ -194,6 +196,15 @@ def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scr
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
         ),
     )
+    if len(allowed := numbers(plans[0].config)) > 1:
+        labels = [plan.label for plan in plans]
+
+        def saved() -> list:
+            told = ray.get(board.snapshot.remote())
+            return [told[label].get("saved") for label in labels]
+
+        most = functools.partial(most_workers, plans[0].config, runs)
+        trainer.scaling_policy = Elastic(trainer.scaling_config, allowed, most, saved)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:

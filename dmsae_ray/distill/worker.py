@@ -167,6 +167,8 @@ class Worker:
             if due:
                 for cycle in taking:
                     cycle.training.checkpoint(step + 1)
+                for cycle in taking:
+                    cycle.chain.say_saved(step + 1)
             if step % cycles[0].plan.config.train.log_steps == 0 and self.node_goes():
                 for cycle in cycles:
                     cycle.training.urgent = step + 1

@@ -113,7 +113,7 @@ def chain_stages(config: Config, shape: ModelShape, plans: list[ChainPlan], devi
     parts = footprint(
         sae_settings(first.config, first.k, shape.d),
         0,
-        config.cluster.workers,
+        config.cluster.fewest_workers,
         dead=config.sae.width // 20,
         fused=device == "cuda",
         low_screen=config.train.screen != "fp32",

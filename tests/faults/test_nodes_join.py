@@ -8,7 +8,7 @@ import json
 
 import psutil
 import pytest
-from conftest import free_port, same_results
+from conftest import digest_of_rows, free_port, same_results
 from ray_head import PATH, actors, autoscaler, ray_head, ray_node, submitted_to
 from victims import Victim, copy_parts, frozen, none_left_running  # noqa: F401 (a fixture is used by its name)
 
@@ -54,8 +54,49 @@ def test_an_autoscaler_brings_the_nodes_that_a_sweep_asks_for(small_sweep, tmp_p
         assert "its autoscaler was asked for them" in command.said
         command.wait_for(lambda: len(trained_on(head)) == 2, every=0.2)
         command.finish()
+        assert "joined, 2 logical CPUs, 0 GPUs" in command.said  # what was asked for meanwhile is no one else's
         assert "those that wait for nodes of the autoscaler included" in command.said
     same_results(output, small_sweep.output, cycles=4)
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_with_fewer_workers_and_has_all_again_when_a_node_comes(tmp_path):
+    """Every row is trained on once, by two workers, by one, and by two."""
+    steps, batch, lanes = 480, 512, 4
+    output, pool = tmp_path / "out", "--labels=pool=ours"
+    args = [
+        "--sweep.seeds",
+        "0",
+        "--sweep.cycles",
+        "1",
+        "--train.tokens",
+        str(steps * batch),
+        "--train.batch",
+        str(batch),
+    ]
+    args += ["--harvest.tokens", "262144", "--train.lanes", str(lanes), "--train.checkpoint_steps", "10"]
+    args += ["--cluster.workers", "2", "--cluster.min_workers", "1", "--cluster.cpus_per_worker", "1", *POOL]
+
+    def step() -> int:
+        points = [
+            line for path in output.glob("chains/*/cycle_00/curve.jsonl") for line in path.read_text().splitlines()
+        ]
+        return json.loads(points[-1])["step"] if points else 0
+
+    with ray_head(cpus=1) as (address, _, env), ray_node(address, env, 1, pool) as (stays, _):
+        with ray_node(address, env, 1, pool) as (goes, _):
+            command = Victim(output, *args, **env | {"RAY_ADDRESS": address})
+            command.wait_for(lambda: step() > 20 and trained_on(stays) and trained_on(goes), every=0.1)
+        lost_at = step()
+        command.wait_for(lambda: step() > lost_at + 20 and len(trained_on(stays)) == 1, every=0.1)
+        (alone,) = trained_on(stays)
+        with frozen(alone), ray_node(address, env, 1, pool) as (comes, _):
+            alone.resume()
+            command.wait_for(lambda: trained_on(stays) and trained_on(comes), every=0.1)
+            command.finish()
+    (record,) = [json.loads(path.read_text()) for path in output.glob("chains/*/cycle_00/record.json")]
+    assert [resume["workers"] for resume in record["resumes"]] == [1, 2], record["resumes"]
+    assert record["data_digest"] == digest_of_rows(output, 0, steps, batch, lanes)
 
 
 @pytest.mark.slow

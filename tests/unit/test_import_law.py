@@ -172,6 +172,8 @@ CALLED_FROM_OUTSIDE = {
     "on_execution_step": "Ray Data calls it",
     "on_shutdown": "Ray Train calls it",
     "on_start": "Ray Train calls it",
+    "make_decision_for_non_running_worker_group": "Ray Train calls it",
+    "make_decision_for_running_worker_group": "Ray Train calls it",
     "on_trial_error": "Ray Tune calls it",
     "save_to_dir": "Ray Tune calls it",
     "survivors_C": "of the public Core",

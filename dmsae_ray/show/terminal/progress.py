@@ -14,7 +14,7 @@ from rich.text import Text
 
 Status = dict[str, Any]
 
-FIELDS = {"label", "cycle", "cycles", "phase", "step", "steps", "tokens_per_s", "fraction", "eta_s", "message"}
+FIELDS = {"label", "cycle", "cycles", "phase", "step", "steps", "tokens_per_s", "fraction", "eta_s", "message", "saved"}
 PHASES = ("queued", "starting", "train", "calibrate", "attribute", "evaluate", "done", "failed", "interrupted")
 OVER = {"done", "failed", "interrupted"}
 MEASURED = {"train", "attribute", "evaluate"}

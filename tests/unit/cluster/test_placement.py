@@ -66,6 +66,19 @@ def test_a_strategy_that_no_node_allows_is_told_with_what_would_do():
     assert at_once(Config(cluster=spread), apart) == 4
 
 
+def test_a_chain_may_begin_with_its_fewest_workers():
+    """As many begin as fit whole; one where that is none."""
+    cluster = {"workers": 4, "min_workers": 2, "gpus_per_worker": 1}
+    assert at_once(Config(cluster=cluster), [Node(99, 2, PLENTY)]) == 1
+    assert at_once(Config(cluster=cluster), [Node(99, 15, PLENTY)]) == 3
+    assert "lower cluster.min_workers (now 2; 1 would fit)" in refusal(Config(cluster=cluster), [Node(99, 1, PLENTY)])
+    for few in (5, 3):  # train.lanes 8 are not dealt to three
+        with pytest.raises(
+            ValueError, match=f"cluster.min_workers {few}: at most cluster.workers 4, and train.lanes 8"
+        ):
+            Config(cluster=cluster | {"min_workers": few})
+
+
 def test_only_nodes_with_the_label_and_the_accelerator_count():
     nodes = [
         Node(8, 2, PLENTY, labels={"pool": "a"}, accelerators=frozenset({"A100"})),
@@ -86,6 +99,7 @@ def test_only_nodes_with_the_label_and_the_accelerator_count():
         assert found.concurrent == found.harvest_actors == count
         assert found.cpus == 24
     said = refusal(config(label_selector={"pool": "c"}), nodes)
+    assert "add nodes with cluster.label_selector pool=c that each have 1 CPU" in said
     assert "the Ray cluster (3 nodes, 0 of them with cluster.label_selector pool=c) is too small" in said
     assert "0 of them with cluster.accelerator_type V100" in refusal(config(accelerator_type="V100"), nodes)
 
@@ -125,6 +139,7 @@ def test_worker_groups_are_known_by_their_names():
         "3": group("02", [""], state="PENDING"),
         "4": group("01", ["z"]) | {"name": "somebody else's"},
     }
+    assert holdings(groups, "02", "0123456789ab-3-02-700MB")[0] == {"y": Bundle(0.5, 1), "z": Bundle(0.5, 1)}
     assert holdings(groups, "01") == ({"x": Bundle(1, 2), "y": Bundle(0.5, 1)}, {"y": 700, "z": 700})
 
 
