@@ -139,8 +139,10 @@ def test_worker_groups_are_known_by_their_names():
         "3": group("02", [""], state="PENDING"),
         "4": group("01", ["z"]) | {"name": "somebody else's"},
     }
-    assert holdings(groups, "02", "0123456789ab-3-02-700MB")[0] == {"y": Bundle(0.5, 1), "z": Bundle(0.5, 1)}
     assert holdings(groups, "01") == ({"x": Bundle(1, 2), "y": Bundle(0.5, 1)}, {"y": 700, "z": 700})
+    another = groups | {"5": group("02", ["z"], store_mb=300)}
+    ours, theirs_mb = holdings(another, "02", "0123456789ab-3-02-300MB")
+    assert ours == {"z": Bundle(0.5, 1)} and theirs_mb == {"x": 1024, "y": 512 + 700, "z": 700}
 
 
 def test_a_node_tells_what_others_hold_and_not_what_read_tasks_do():
