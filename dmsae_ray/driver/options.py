@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
-from pydantic_settings import CliImplicitFlag, PydanticBaseSettingsSource
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import CliImplicitFlag, CliSettingsSource, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from dmsae_ray.config import Config, Place
@@ -33,7 +35,21 @@ class _YamlFile(PydanticBaseSettingsSource):
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        return {} if self.path is None else read_experiment(self.path)
+        return {} if self.path is None else left_to_file(read_experiment(self.path), self.current_state, Config)
+
+
+def left_to_file(tree: dict[str, Any], given: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """What of a file's section counts beside what the command line gives of it: of a field given there nothing, a
+    mapping such as study.arms included, whose entries would else be merged.
+    """
+    left = {}
+    for name, value in tree.items():
+        of = section.model_fields[name].annotation if name in section.model_fields else None
+        if name not in given:
+            left[name] = value
+        elif isinstance(of, type) and issubclass(of, BaseModel) and isinstance(value, dict):
+            left[name] = left_to_file(value, given[name], of)
+    return left
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
@@ -131,16 +147,13 @@ def load(command: type[Config], argv: list[str]) -> Config:
     if (topic := topic_of(argv)) is not None:
         print(help_text(command, _plain(path), path, topic))
         raise SystemExit(0)
-    assert command.__doc__ is not None, "a command's text begins with how it is called"
     _YamlFile.path = path
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(
             said
         ):  # argparse repeats what it does not know, secrets of URLs included, below all of --help
-            return command(
-                _cli_parse_args=argv, _cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}"
-            )
+            return command(_cli_settings_source=_command_line(command)(args=argv))
     except ValidationError as error:
         raise ValueError(explain(error, path)) from None
     except SettingsError as error:
@@ -151,6 +164,13 @@ def load(command: type[Config], argv: list[str]) -> Config:
         ) from None
     finally:
         _YamlFile.path = None
+
+
+@functools.cache
+def _command_line(command: type[Config]) -> CliSettingsSource[Any]:
+    """Reads a command line; made once, since a parser of all fields takes thirty milliseconds to make."""
+    assert command.__doc__ is not None, "a command's text begins with how it is called"
+    return CliSettingsSource(command, cli_prog_name=f"python -m {command.__doc__.split(':')[0].split()[-1]}")
 
 
 def _plain(path: Path) -> Config:

@@ -47,6 +47,23 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (config.train.lr, config.train.batch, config.sweep.k, config.sweep.seeds) == (0.002, 512, (8,), (3, 4))
 
 
+def test_a_mapping_on_the_command_line_takes_the_place_of_the_file_s(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("sweep: {cycles: 3}\nstudy: {arms: {one: {cycles: 1}, two: {cycles: 2}}}\n")
+    file = ["--config", str(path)]
+    assert load(SweepCommand, [*file, "--study.arms", "{}"]).study.arms == {}
+    assert list(load(SweepCommand, [*file, "--study.arms", '{"three": {"cycles": 1}}']).study.arms) == ["three"]
+    beside = load(SweepCommand, [*file, "--sweep.k", "8"])  # other fields of a section stay the file's
+    assert list(beside.study.arms) == ["one", "two"] and (beside.sweep.k, beside.sweep.cycles) == ((8,), 3)
+
+
+def test_what_one_command_line_says_the_next_one_does_not():
+    assert load(SweepCommand, ["--verbose", "--sae.width", "512"]).verbose
+    refused("--train.learning_rate", "0.1")
+    assert load(SweepCommand, []) == load(SweepCommand, ["--sae.width", str(load(SweepCommand, []).sae.width)])
+    assert not load(SweepCommand, []).verbose and load(SweepCommand, []).sae.width != 512
+
+
 def test_of_a_flag_given_twice_the_last_counts():
     """So a script's flags can be overridden by what is put behind them."""
     assert load(SweepCommand, ["--sae.width", "512", "--name", "x", "--sae.width=1024"]).sae.width == 1024
