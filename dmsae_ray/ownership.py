@@ -32,7 +32,10 @@ FOLDERS = {
     "models": rf"[\w.-]+-{KEY}",
     "sweeps": rf"[A-Za-z0-9][\w.-]*-{KEY}",
     "ray": r"\d+",
-    "logs": r"(sweep|harvest|report|evaluate)-\d{8}-\d{6}\.(log|all|ray)",
+    "logs": (
+        r"(sweep|harvest|report|evaluate)-\d{8}-\d{6}\.(log|all|ray)|"
+        rf"(worker|trial)-{KEY}-\d+-\d+-[0-9a-f]{{6}}\.log"
+    ),
 }
 """What each folder of an output folder holds."""
 FILES = {

@@ -37,7 +37,8 @@ not the secret.
 """
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*:/{0,2}")
 _OPTIONS = re.compile(r"[?#][\w.\[\]%+-]+=")
-_IN_TEXT = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>`]+")
+_IN_TEXT = re.compile(r"[A-Za-z][\w+.-]{0,30}://[^\s'\"<>`]+")
+"""Of a longer scheme the end: without that bound a text of one long word takes minutes."""
 
 _known: set[str] = set()
 """Secrets of all URLs of this process, for `scrub`."""

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from pyarrow import fs
 
 from dmsae_ray.causes import disk_full
 from dmsae_ray.files import replacing
+from dmsae_ray.held_up import REQUESTS
 from dmsae_ray.secret_url import SecretUrl, scrub
 
 ATTEMPTS, FIRST_WAIT_S = 7, 0.25
@@ -288,23 +290,26 @@ class Store:
         """Call until it succeeds. A file that is not there is an answer; a server that cannot be reached or says 503 is
         asked again. before: called before each attempt but the first.
         """
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S))
-                before()
-            try:
-                return act()
-            except FileNotFoundError as error:
-                raise self._refused(name, error) from error
-            except OSError as error:
-                if disk_full(error) is not None:
-                    raise  # of this machine, while a file was fetched
-                if attempt == self.attempts - 1 or any(word in str(error) for word in IN_VAIN):
-                    raise StoreError(
-                        f"{self.where(name)}: {attempt + 1} attempts failed, the last with: {_first_line(error)}. "
-                        "Check the address, the network and the credentials, and run the same command again: what "
-                        "is finished is kept"
-                    ) from error
+        with ExitStack() as held_up:
+            for attempt in range(self.attempts):
+                if attempt:
+                    if attempt == 1:
+                        held_up.enter_context(REQUESTS)
+                    time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S))
+                    before()
+                try:
+                    return act()
+                except FileNotFoundError as error:
+                    raise self._refused(name, error) from error
+                except OSError as error:
+                    if disk_full(error) is not None:
+                        raise  # of this machine, while a file was fetched
+                    if attempt == self.attempts - 1 or any(word in str(error) for word in IN_VAIN):
+                        raise StoreError(
+                            f"{self.where(name)}: {attempt + 1} attempts failed, the last with: {_first_line(error)}. "
+                            "Check the address, the network and the credentials, and run the same command again: what "
+                            "is finished is kept"
+                        ) from error
         raise AssertionError("unreachable")
 
     def _refused(self, name: str, error: OSError) -> StoreError:

@@ -165,7 +165,9 @@ def small_sweep(tmp_path_factory) -> Sweep:
     """
     from ray_head import submitted
 
-    return made_once(tmp_path_factory, "undisturbed", lambda folder: submitted(command(folder / "out")))
+    return made_once(
+        tmp_path_factory, "undisturbed", lambda folder: submitted(command(folder / "out"), folder / "metrics")
+    )
 
 
 ARMS = """

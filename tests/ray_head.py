@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,13 +29,18 @@ SLOW = "timed out during startup"
 
 @contextmanager
 def ray_head(
-    cpus: int, dashboard: int | None = None, scaled: Mapping[str, Any] | None = None, **variables: str
+    cpus: int,
+    dashboard: int | None = None,
+    metrics: int | None = None,
+    scaled: Mapping[str, Any] | None = None,
+    **variables: str,
 ) -> Iterator[tuple[str, psutil.Process, dict[str, str]]]:
     """A cluster with so many logical CPUs that lasts longer than its drivers: its address, its process, a driver's
     environment.
 
-    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none. scaled: of an
-    autoscaler that starts further nodes on this machine, `autoscaler`'s. variables: of its environment.
+    It asks for a token. dashboard: a port for Ray's dashboard, which takes jobs; None: there is none. metrics: port of
+    its Prometheus endpoint; None: any. scaled: of an autoscaler that starts further nodes on this machine,
+    `autoscaler`'s. variables: of its environment.
 
     It has a temporary folder of its own, so that nobody else's command on this machine takes it for theirs, and it is
     ended by process id: `ray stop` ends every Ray process of the machine.
@@ -48,6 +55,7 @@ def ray_head(
         f"--num-cpus={cpus}",
         f"--port={port}",
         *(["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]),
+        *([] if metrics is None else [f"--metrics-export-port={metrics}"]),
         f"--temp-dir={folder}",
         # Fixed by default, and another head on this machine may have them: jobs would wait for an agent in vain.
         *(f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")),
@@ -178,12 +186,34 @@ def actors(title: str, *of: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def submitted(command: list[str]) -> Run:
+@contextmanager
+def scraped(port: int, into: Path) -> Iterator[None]:
+    """While open, what a Prometheus endpoint of this machine gives is appended to a file, every second."""
+
+    def scrape() -> None:
+        while not over.wait(1.0):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                text = answer.read().decode()
+                with open(into, "a") as file:
+                    file.write(text)
+
+    over = threading.Event()
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def submitted(command: list[str], metrics: Path) -> Run:
     """`ray start --head --num-cpus=3` and `ray job submit` of this command, with token authentication; the job runs in
-    a copy of the checkout that Ray makes.
+    a copy of the checkout that Ray makes. metrics: file for what the head's Prometheus endpoint gives meanwhile.
     """
-    port, began = free_port(), time.monotonic()
-    with ray_head(cpus=3, dashboard=port, PATH=PATH) as (address, _, env):
+    port, exported, began = free_port(), free_port(), time.monotonic()
+    often = {"RAY_metrics_report_interval_ms": "1000"}  # every 10 s by default, in which a small sweep's phases pass
+    with ray_head(3, port, exported, PATH=PATH, **often) as (address, _, env), scraped(exported, metrics):
         done = submitted_to(port, env | {"RAY_ADDRESS": address, "PATH": PATH}, command[1:], "--working-dir", ".")
     return Run(done.returncode, done.stdout + done.stderr, time.monotonic() - began)
 

@@ -9,6 +9,7 @@ import time
 
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.causes import disk_full
+from dmsae_ray.cluster.metrics import ChainMetrics
 from dmsae_ray.distill.failure import DiskFull, write_failure
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.rank import Rank
@@ -27,6 +28,7 @@ class Chain:
         """the training step under way; None outside of training"""
         self.rates: dict[str, float] = {}
         """tokens/s of the phases beside training, as last measured: shown until a phase has a new one"""
+        self.metrics = ChainMetrics(plan.config.name, plan.label)
         self._began: tuple[float, float] | None = None
         """when it first did something, and the done share of the chain then"""
         self.say(phase="starting")
@@ -52,6 +54,7 @@ class Chain:
             gained = fraction - fraction_then
             eta = (now - started) / gained * (1 - fraction) if gained > 0 else None
         values = {"step": None, "steps": None, "tokens_per_s": None} | values
+        self.metrics.at(phase, fraction, values["tokens_per_s"])
         self.rank.board.update.remote(
             self.plan.label,
             phase=phase,

@@ -71,6 +71,8 @@ class Cycle:
         if self.core is not None and self.plan.config.sae.core_transfer == "random":
             self.core = random_rows(self.core, dataset.calibration_rows(), self.plan.slot_seed(self.number))
         self.training = Training(self.plan, self.number, self.core, dataset, self.rank)
+        if self.rank.writes:
+            chain.metrics.resumes(len(self.training.so_far.resumes))
 
     def _incoming_core(self) -> Core | None:
         """What the last cycle selected; for the first one, what the chain starts from."""
@@ -99,6 +101,7 @@ class Cycle:
         attribution, more than once; None: another chain's cycle does that.
         """
         self.chain.at_step = None
+        self.training.metrics.end()
         sae = self.training.trainer.whole()
         self._calibrate(sae)
         after_training = time.monotonic()

@@ -14,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -31,6 +33,12 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from dmsae_ray.kept_log import KeptLog
+
+if TYPE_CHECKING:
+    from dmsae_ray.distill.plan import ChainPlan
+    from dmsae_ray.lock import Lease
 
 LEAVE_TIMEOUT_S = 30
 """For leaving the process group, when workers end. One that does not answer is killed all the same."""
@@ -144,11 +152,27 @@ def _leave(together: bool) -> None:
 
 def train_chains(loop: dict) -> None:
     """What every worker runs: see distill.worker.train_chains."""
-    import torch
-    from ray.train.torch import get_device
+    with kept_log(loop["plans"], loop["lease"], "worker", ray.train.get_context().get_world_rank()):
+        import torch
+        from ray.train.torch import get_device
 
-    from dmsae_ray.distill import worker
+        from dmsae_ray.distill import worker
 
-    if (device := get_device()).type == "cuda":
-        torch.cuda.set_device(device)
-    worker.train_chains(loop)
+        if (device := get_device()).type == "cuda":
+            torch.cuda.set_device(device)
+        worker.train_chains(loop)
+
+
+def kept_log(plans: list[ChainPlan], lease: Lease, of: str, rank: int) -> KeptLog:
+    """Keeps what this process of Ray's says, as `logs/<of>-<key of the first chain>-<generation>-<rank>-<word>.log` of
+    the output folder; of a cluster's own logs nobody takes care.
+    """
+    from ray._private.worker import global_worker
+
+    said = global_worker.get_out_file_path(), global_worker.get_err_file_path()
+    word = secrets.token_hex(3)
+    return KeptLog(
+        [Path(path) for path in said if path],
+        plans[0].config.home / "logs" / f"{of}-{plans[0].key}-{lease.generation}-{rank}-{word}.log",
+        f"{of} {rank} of {', '.join(plan.label for plan in plans)}; pid {os.getpid()} on {socket.gethostname()}",
+    )

@@ -14,6 +14,7 @@ import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.stream import MASK
+from dmsae_ray.cluster.metrics import StepMetrics
 from dmsae_ray.core.core import Core
 from dmsae_ray.distill.folder import CycleFolder
 from dmsae_ray.distill.mapping import sae_settings
@@ -87,6 +88,7 @@ class Training:
         if rank.writes:
             self.lease.check()
             self._write_curve()
+        self.metrics = StepMetrics(plan.config.name, plan.label, rank.number)
         self.urgent: int | None = None
         """a step after which a checkpoint is due out of turn"""
         self.began: float | None = None
@@ -102,11 +104,15 @@ class Training:
         train = self.plan.config.train
         if self.began is None:
             self.began, self.first_batch_s = time.monotonic() - waited, waited
+            self.metrics.begin(step, self.began)
         self.waited += waited
-        report = self.trainer.step(x_BD, token_index_B, log=step % train.log_steps == 0 or step == self.plan.steps - 1)
+        logged = step % train.log_steps == 0 or step == self.plan.steps - 1
+        report = self.trainer.step(x_BD, token_index_B, log=logged)
         if self.checkpoint_due(step):
             self.trainer.settle()  # where it is known what to do if it raises
         self.ended = time.monotonic()
+        if logged:
+            self.metrics.log(step + 1, self.ended, self.waited)
         return report if self.comm.rank == 0 else None
 
     def checkpoint_due(self, step: int) -> bool:

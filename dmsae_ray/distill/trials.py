@@ -25,11 +25,12 @@ import ray.train
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
+from dmsae_ray.cluster.metrics import tell_retries
 from dmsae_ray.cluster.nodes import Bundle
 from dmsae_ray.cluster.present import resources, run_name, runs_named
 from dmsae_ray.distill.elastic import Elastic, most_workers, numbers
 from dmsae_ray.distill.plan import ChainPlan
-from dmsae_ray.distill.train_run import GroupConfig, TrainRun, release, train_chains
+from dmsae_ray.distill.train_run import GroupConfig, TrainRun, kept_log, release, train_chains
 from dmsae_ray.lock import Lease
 
 COLLECTIVE_TIMEOUT_S = 4 * 3600
@@ -60,7 +61,9 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: Callable[[], in
     starts = Starts(concurrent)
 
     def trial(grid: dict) -> None:
-        drive(groups[grid["group"]], lease, grid["aggregator"], board, str(scratch))
+        group = groups[grid["group"]]
+        with kept_log(group, lease, "trial", 0):
+            drive(group, lease, grid["aggregator"], board, str(scratch))
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": HERE}),
@@ -133,6 +136,18 @@ class ReleaseLost(tune.Callback):
             logging.getLogger(__name__).warning("what a lost trial held may still be held: %s", error)
 
 
+class Retries(ray.train.UserCallback):
+    """Counts how often the workers of a trial's chains were lost or failed."""
+
+    def __init__(self, plans: list[ChainPlan]):
+        self._plans, self._count = plans, -1
+        self.after_exception()
+
+    def after_exception(self, *_: Any, **__: Any) -> None:
+        self._count += 1
+        tell_retries(self._plans[0].config.name, [plan.label for plan in self._plans], self._count)
+
+
 def runs_of(plans: list[ChainPlan], lease: Lease) -> str:
     """What the names of these chains' runs begin with, and no other sweep's on the same cluster."""
     return runs_named(plans[0].key, lease.generation)
@@ -194,6 +209,7 @@ def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scr
             name=run_name(runs, cluster.object_store_mb),
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=cluster.retries),
+            callbacks=[Retries(plans)],
         ),
     )
     if len(allowed := numbers(plans[0].config)) > 1:

@@ -19,6 +19,7 @@ from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardError
 from dmsae_ray.activations.stream import MASK, Batches, Stream
+from dmsae_ray.cluster.metrics import tell_of_held_up_requests
 from dmsae_ray.distill.chain import Chain
 from dmsae_ray.distill.cycle import Cycle
 from dmsae_ray.distill.failure import final
@@ -41,6 +42,7 @@ def train_chains(loop: dict) -> None:
     """
     every, lease, context = loop["plans"], loop["lease"], ray.train.get_context()
     be_patient(every[0].folder.path)
+    tell_of_held_up_requests(every[0].config.name)
     superseded = False
     if context.get_world_rank() == 0:
         try:

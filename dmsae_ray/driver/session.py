@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dmsae_ray.causes import disk_trouble
@@ -14,7 +14,8 @@ from dmsae_ray.config import Config
 from dmsae_ray.driver.model_folder import with_model_folder
 from dmsae_ray.driver.options import Command, load, only_looks
 from dmsae_ray.driver.transcript import Screen
-from dmsae_ray.files import publish, refresh
+from dmsae_ray.files import elsewhere, publish, refresh
+from dmsae_ray.kept_log import KeptLog
 from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
 from dmsae_ray.stop import INTERRUPTED, stoppable
 
@@ -78,7 +79,10 @@ def session(config: Config, name: str, verbose: bool) -> Iterator[tuple[OutputLo
     lock, started = OutputLock(config.home), time.time()
     try:
         refresh(config.home, alone=True)
-        with Screen(config.home, name, verbose) as say:
+        with Screen(config.home, name, verbose) as say, ExitStack() as kept:
+            if elsewhere(config.home) is not None:  # what its end does not send, if this machine is lost
+                for path in (say.path, say.path.with_suffix(".all")):
+                    kept.enter_context(KeptLog([path], path))
             remember(config)
             yield lock, say
     finally:

@@ -18,6 +18,7 @@ from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
 from dmsae_ray.cluster.connection import Capacity
 from dmsae_ray.cluster.held import HeldCluster
+from dmsae_ray.cluster.metrics import tell_of_held_up_requests, tell_phases
 from dmsae_ray.config import Config
 from dmsae_ray.distill.grid import plan_chains, planned, read_more_often
 from dmsae_ray.distill.plan import ChainPlan
@@ -35,7 +36,7 @@ from dmsae_ray.lock import Lease, Superseded
 from dmsae_ray.ownership import scratch
 from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show.terminal.console import terminal_console
-from dmsae_ray.show.terminal.progress import LiveLines, ProgressBoard, duration
+from dmsae_ray.show.terminal.progress import PHASES, LiveLines, ProgressBoard, Status, duration
 from dmsae_ray.show.tracking import Tracker, TrackingError
 from dmsae_ray.store import StoreError
 
@@ -238,18 +239,24 @@ class Sweep:
         from dmsae_ray.distill.trials import run_chains
 
         at_once = self.cluster.at_once()
+        tell_of_held_up_requests(self.config.name)
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressBoard).remote()
         for plan in left:
             ray.get(
                 board.update.remote(plan.label, phase="queued", cycle=len(plan.folder.records()), cycles=plan.cycles)
             )
 
+        def look() -> dict[str, Status]:
+            statuses = ray.get(board.snapshot.remote())
+            tell_phases(self.config.name, PHASES, [status["phase"] for status in statuses.values()])
+            return statuses
+
         def follow() -> None:
             with suppress(OSError, StoreError):  # a server that is away: what it has is looked at when it is back
                 refresh(self.config.home / "chains")
             tracker.sync()
 
-        with LiveLines(lambda: ray.get(board.snapshot.remote()), stream=self.say.stream), Every(10.0, follow):
+        with LiveLines(look, stream=self.say.stream), Every(10.0, follow):
             while wave := [plan for plan in left if all(chain.finished() for chain in plan.needs())]:
                 run_chains(wave, self.lease, at_once, board, scratch(self.config.home, self.lease.generation))
                 left = [plan for plan in left if plan not in wave]

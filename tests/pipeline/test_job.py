@@ -5,7 +5,10 @@ import subprocess
 
 import pytest
 from conftest import HANGS, command, environment
+from panels import asked_metrics, exported
 from ray_head import BIN, PATH, ray_head
+
+from dmsae_ray.cluster.metrics import GAUGES
 
 
 def test_a_submitted_job_runs_the_whole_sweep_in_a_lasting_folder(small_sweep):
@@ -16,6 +19,13 @@ def test_a_submitted_job_runs_the_whole_sweep_in_a_lasting_folder(small_sweep):
     assert "joined, 3 logical CPUs" in said and "2 chains at once" in said and "chains: 2 to run" in said, said
     assert "PW-MCC" in said and "succeeded" in said
     assert all(len(list(folder.glob("cycle_*/core.safetensors"))) == 2 for folder in small_sweep.chains().values())
+
+
+def test_whatever_the_panels_ask_for_is_exported_while_it_runs(small_sweep):
+    there = exported((small_sweep.output.parent / "metrics").read_text())
+    assert asked_metrics() <= there.keys(), asked_metrics() - there.keys()
+    for name, (_, tags) in GAUGES.items():
+        assert set(tags) <= there[f"ray_{name}"], name
 
 
 @pytest.mark.slow

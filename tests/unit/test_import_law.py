@@ -14,7 +14,8 @@ import dmsae_ray
 
 ROOT = Path(dmsae_ray.__file__).parent
 LAW = (
-    "causes claim config_checks draws files hub labels lock mirror ownership place secret_url stop store yaml_file",
+    "causes claim config_checks draws files held_up hub kept_log labels lock mirror ownership place secret_url stop "
+    "store yaml_file",
     "config",
     "identity",
     "cluster corpus sae",
