@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliImplicitFlag, CliSettingsSource, PydanticBaseSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
-from dmsae_ray.config import Config, Place
+from dmsae_ray.config import Config, Output
 from dmsae_ray.config_checks import problem_lines
 from dmsae_ray.driver.help import help_text, topic_of
 from dmsae_ray.driver.transcript import show_anything
@@ -101,8 +101,9 @@ class ReportCommand(Command):
     """compute every pair and describe every feature anew, also where that was done for the same cores"""
     numbers: CliImplicitFlag[bool] = False
     """print every named number as well: what study.expect may refer to"""
-    against: Place | None = None
-    """results folder of another sweep (in its `sweeps` folder, of any output folder): compare cores and numbers with it
+    against: Output | None = None
+    """results folder of another sweep (in the `sweeps` folder of any output, at a URL too): compare cores and numbers
+    with it
     """
 
 

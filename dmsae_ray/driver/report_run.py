@@ -13,7 +13,8 @@ from dmsae_ray.driver.session import session
 from dmsae_ray.driver.sweep_run import Finished, Sweep
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.results.comparison import compare_across
-from dmsae_ray.results.saved_sweep import SavedSweep
+from dmsae_ray.results.saved_sweep import SavedSweep, local_folder
+from dmsae_ray.secret_url import SecretUrl
 from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.tables import across_tables, write_report
 
@@ -33,10 +34,10 @@ def run(command: ReportCommand) -> int:
     return 0 if finished.done else 1
 
 
-def against(folder: Path) -> SavedSweep:
+def against(place: SecretUrl) -> SavedSweep:
     """The sweep of --against. Raises ValueError."""
     try:
-        return SavedSweep.open(folder, needs=("numbers.json",))
+        return SavedSweep.open(local_folder(place.reveal()), needs=("numbers.json",))
     except ValueError as error:
         raise ValueError(f"--against {error}") from error
 

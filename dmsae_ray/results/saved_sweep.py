@@ -177,7 +177,7 @@ def load_sweep(folder: str | Path) -> SavedSweep:
 
     Raises ValueError if it is none, or an output folder with the results of several: then one has to be named.
     """
-    folder = _local(folder)
+    folder = local_folder(folder)
     if not (folder / "sweeps").is_dir():
         return SavedSweep.open(folder)
     found = sorted(path for path in (folder / "sweeps").iterdir() if (path / "chains.json").exists())
@@ -191,11 +191,11 @@ def load_sweep(folder: str | Path) -> SavedSweep:
 
 def is_sweep(place: str | Path) -> bool:
     """Whether a place looks like a sweep's, rather than like one SAE's. Raises ValueError if a URL cannot be opened."""
-    folder = _local(place)
+    folder = local_folder(place)
     return (folder / "sweeps").is_dir() or all((folder / name).exists() for name in DESCRIPTION)
 
 
-def _local(place: str | Path) -> Path:
+def local_folder(place: str | Path) -> Path:
     """The folder that a place stands for: itself or, of an output at a URL, that on this machine's disk."""
     if "://" not in str(place) or str(place).startswith("file://"):
         return Path(str(place).removeprefix("file://")).expanduser().absolute()

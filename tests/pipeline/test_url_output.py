@@ -14,6 +14,8 @@ import pytest
 from conftest import HANGS, SMALL, Run, environment, same_results, wait_for
 
 from dmsae_ray import files, load_sweep, mirror
+from dmsae_ray.driver.options import ReportCommand, load
+from dmsae_ray.driver.report_run import against
 from dmsae_ray.sweep import main
 
 IGNORED = ("driver.lock", "ray", "logs")
@@ -71,6 +73,9 @@ def test_a_sweep_that_lies_at_a_url_is_found_from_a_machine_that_never_saw_it(
     assert sweep.chains["seed0-k8"].sae()[0].width == 256  # fetched as it is read
     assert len(next(iter(sweep.dataset().some_rows()))) == 2048  # read at the URL
     assert sweep.chains["seed0-k8"].core().size == load_sweep(small_sweep.output).chains["seed0-k8"].core().size
+    (key,) = {name.split("/")[1] for name in after if name.startswith("sweeps/")}
+    other = against(load(ReportCommand, ["--against", f"{place}/sweeps/{key}?{options}"]).against)
+    assert other.numbers == sweep.numbers and other.folder.is_relative_to(tmp_path)
     assert main(arguments(tmp_path, url, "b", "--clean", "--dry_run")) == 0
     assert "0 to remove" in capfd.readouterr().out
 

@@ -140,7 +140,9 @@ def test_an_arm_s_core_and_another_sweep_s_folder_are_absolute(here):
     (here / "mine.yaml").write_text("study: {arms: {moved: {fields: {sae.core: a.safetensors}}}}\n")
     config = load(SweepCommand, ["--config", "mine.yaml"])
     assert config.study.arms["moved"].fields["sae.core"] == here / "a.safetensors"
-    assert load(ReportCommand, ["--against", "other"]).against == here / "other"
+    assert load(ReportCommand, ["--against", "other"]).against == str(here / "other")
+    url = "s3://bucket/x/sweeps/mine-0123456789ab?region=r"
+    assert load(ReportCommand, ["--against", url]).against == url
 
 
 def test_a_user_who_is_not_there_is_named(here):
