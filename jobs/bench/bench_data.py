@@ -36,7 +36,7 @@ from dmsae_ray.activations.dataset import ActivationDataset, Manifest, statistic
 from dmsae_ray.activations.order import Order
 from dmsae_ray.activations.shard import ShardWriter
 from dmsae_ray.activations.shard_maker import ShardMaker, Target
-from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards
+from dmsae_ray.activations.shard_plan import ShardPlan, plan_shards, rows_for_plan
 from dmsae_ray.activations.stream import Stream, StreamLimits, _blocks, _views
 from dmsae_ray.cluster.connection import QUIET
 from dmsae_ray.corpus.prepare import prepare_tokens
@@ -295,9 +295,10 @@ def harvest_ratio(name: str, flags: list[str], device: str, repeats: int, scratc
     config = load(SweepCommand, flags)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         home = Path(folder)
-        tokenizer = load_tokenizer(config.model.name)
-        sequences = prepare_tokens(config.corpus, tokenizer, config.model.context, home / "tokens")["train"]
-        harvest = config.harvest
+        tokenizer, harvest = load_tokenizer(config.model.name), config.harvest
+        wanted = rows_for_plan(harvest, UNDEALT, config.model.context)  # as much text as a harvest reads
+        made = prepare_tokens(config.corpus, tokenizer, config.model.context, home / "tokens", wanted)
+        sequences = made["train"]
         plans = plan_shards({"train": sequences.rows}, harvest, UNDEALT)[1:]
         target = Target(config.model.hook, Store(home / "data"), {"dataset": "bench"})
         maker = ShardMaker(config, [target], str(home / "tokens"), plans[0])

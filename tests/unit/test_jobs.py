@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,12 @@ def test_what_jobs_import_is_there(module):
     # A name may be a module that nobody has imported yet.
     missing = [(name, job) for name, job in missing if importlib.util.find_spec(f"{module}.{name}") is None]
     assert missing == []
+
+
+@pytest.mark.slow
+def test_the_data_bench_s_harvest_runs():
+    flags = ["--harvest.tokens", "16384", "--harvest.rows_per_shard", "4096"]
+    flags += ["--harvest.calibration_tokens", "2048", "--harvest.rows_per_group", "512"]
+    code = f"import bench_data; print(bench_data.harvest_ratio('small', {flags}, 'cpu', 1, None))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=JOBS / "bench", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("['small', '"), done.stderr
