@@ -17,6 +17,7 @@ import torch
 
 from dmsae_ray.activations.shard import DTYPES, ShardEntry, ShardError, ShardWriter, first_not_finite, inspect_shard
 from dmsae_ray.activations.shard_plan import ShardPlan
+from dmsae_ray.cluster.metrics import tell_of_held_up_requests
 from dmsae_ray.config import Config
 from dmsae_ray.corpus.tokens import TokenSequences
 from dmsae_ray.files import refresh
@@ -57,6 +58,7 @@ class ShardMaker:
         outliers is a multiple of, in every shard.
         """
         torch.set_num_threads(config.harvest.threads)
+        tell_of_held_up_requests(config.name)
         self.config, self.targets, self.calibration = config, targets, calibration
         self._tokens, self._sequences = config.home / "tokens" / tokens, dict[str, TokenSequences]()
         refresh(self._tokens)  # there may be more of them than this node knows
