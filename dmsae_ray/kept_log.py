@@ -31,7 +31,9 @@ class KeptLog:
     def __init__(self, sources: Sequence[Path], to: Path, heading: str = ""):
         """to: the file in the output folder; where that is at a URL, it is there alone. heading: its first line."""
         self.sources, self.to, self.heading = sources, to, heading
-        self._written, self._error, self._over = "", "", threading.Event()
+        self._error, self._over = "", threading.Event()
+        self._written: tuple[list[int], str] = [0] * len(sources), ""
+        """sizes of the files as they were last written, and the error"""
         self._thread = threading.Thread(target=self._run, name="kept-log", daemon=True)
 
     def __enter__(self) -> KeptLog:
@@ -52,9 +54,10 @@ class KeptLog:
         self._write()
 
     def _write(self) -> None:
-        text = self.text()
-        if text == self._written:
+        state = [_size(path) for path in self.sources], self._error
+        if state == self._written:
             return
+        text = self.text()
         # A server that is away, a disk that is full, an output that another driver has now, an interpreter that ends.
         with suppress(OSError, ValueError, RuntimeError):
             if (place := elsewhere(self.to)) is None:
@@ -66,13 +69,20 @@ class KeptLog:
                     file.write(text)
                     file.flush()
                     place.send(Path(file.name), self.to)
-            self._written = text
+            self._written = state
 
     def text(self) -> str:
         """What is kept at this moment, without secrets; empty if there is nothing."""
         parts = [part for path in self.sources if (part := _end(path))] + [self._error] * bool(self._error)
         heading = [f"{self.heading}\n"] if self.heading and parts else []
         return scrub("".join(heading + parts))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _end(path: Path) -> str:
