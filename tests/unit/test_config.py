@@ -1,8 +1,10 @@
 """The configuration: what it accepts, what it refuses and how it says so, and what names a folder."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
+from readme import README, submit_lines
 
 from dmsae_ray.config import Config, CorpusPart
 from dmsae_ray.driver.help import MATTER, sections
@@ -108,6 +110,20 @@ def test_a_dataset_s_key_depends_on_what_decides_its_text():
     assert key(corpus="other") != same
     # Sources are in the fingerprint: a file that has moved is the same text.
     assert key("--corpus.source", "a") == key("--corpus.mixture", '[{"source": "b", "weight": 1}]') == same
+
+
+def test_the_readme_s_lines_for_a_cluster_are_commands_of_this_version(monkeypatch):
+    """tests/cluster/test_users.py types them for good."""
+    say = """ray() { shift 5; printf '%s\\0' "$@"; echo; }; python() { printf '%s\\0' python "$@"; echo; }\n"""
+    told = subprocess.run(
+        ["bash", "-euc", say + submit_lines()], env={"OUTPUT": "s3://b/x?a=1&b=2"}, capture_output=True, check=True
+    ).stdout.decode()
+    monkeypatch.chdir(README.parent)
+    submitted, status = (line.rstrip("\0").split("\0") for line in told.splitlines())
+    assert submitted[:3] == status[:3] == ["python", "-m", "dmsae_ray.sweep"]
+    sweep, look = (load(SweepCommand, argv[3:]) for argv in (submitted, status))
+    assert sweep.output == look.output == "s3://b/x?a=1&b=2" and look.status and sweep.track.uri == "http://mlflow:5000"
+    assert sweep.sections()["train"] == load(SweepCommand, []).train  # the quickstart's
 
 
 def test_unknown_key_in_the_file_is_named(tmp_path):
