@@ -63,7 +63,7 @@ class KeptLog:
             if (place := elsewhere(self.to)) is None:
                 self.to.parent.mkdir(exist_ok=True)
                 with replacing(self.to) as temporary:
-                    temporary.write_text(text)
+                    temporary.write_text(text, encoding="utf-8")
             else:
                 with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
                     file.write(text)
