@@ -97,8 +97,9 @@ def test_a_job_whose_time_ends_goes_on_and_comes_to_the_same_bits(small_sweep, s
     for pid in stopped:  # so that its time ends while it trains
         os.kill(pid, signal.SIGSTOP)
     minutes = int(job.shows("RunTime").split(":")[1])
-    assert slurm.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 2}") == ""
-    job.wait_for(lambda: "interrupted; " in job.said)
+    assert slurm.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 3}") == ""
+    # What Slurm says when it has sent the signal.
+    job.wait_for(lambda: "CANCELLED AT" in job.said or "interrupted; " in job.said)
     for pid in stopped:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
