@@ -16,7 +16,7 @@ PART   := sh tests/part.sh
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup hook check sweep study real report test test-all test-unit test-browser test-parallel test-pipeline test-faults \
-	test-kills test-peers test-interop cluster soak bench ui clean
+	test-kills test-peers test-interop test-image cluster soak bench ui clean
 
 help:
 	@echo "make sweep [ARGS=...]  distil and compare cores (configs/quickstart.yaml unless ARGS='--config ...')"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-unit | test-browser | test-parallel | test-pipeline | test-faults | test-kills | test-peers | test-interop"
 	@echo "make cluster           a sweep on several machines in a box on this one; needs root and iproute2"
 	@echo "make soak FAULTS=200   a sweep there that is struck again and again; SEED=0, LOG=soak.jsonl, goes on where that ends"
+	@echo "make test-image        build docker/Dockerfile, start what docker/compose.yaml names, run the quickstart there; needs root and buildah"
 	@echo "make bench             time the training step against other systems' (jobs/bench/bench_step.md)"
 
 setup: $(READY)
@@ -113,6 +114,12 @@ cluster: $(READY)
 # will: the same command goes on with the next round, of eight faults and some minutes.
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster/soak.py --faults $(FAULTS) --seed $(SEED) --log $(LOG)
+
+# The image of docker/, and what compose.yaml starts from it, without a container engine; says NOT RUN without root, or with what
+# has to be installed. BUILD_ARGS: more arguments of `buildah build`, such as --build-arg or --volume.
+test-image: export BUILD_ARGS ?=
+test-image: $(READY)
+	timeout 7200 $(TEST) -s --durations=5 tests/image
 
 # Against other systems, live: dictionary-learning's update compared with the stored recording, 500 steps of training side
 # by side, and the bench. Their requirements conflict with ours (numpy < 2, transformer-lens 3), so they get an environment
