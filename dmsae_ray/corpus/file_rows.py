@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmsae_ray.corpus.local_files import TEXT, open_bytes, suffix_of
+from dmsae_ray.corpus.local_files import TEXT, open_bytes, saved_files, suffix_of
 
 READ_ROWS = 256  # Parquet rows in memory at a time
 UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError, csv.Error, RecursionError)
@@ -41,13 +41,21 @@ def saved_rows(folder: Path, text_field: str) -> Iterator[Row]:
     """Rows of a folder that save_to_disk wrote, of its `train` split if it is a dict. Raises ValueError naming it."""
     from datasets import load_from_disk
 
+    files = {path.name for path in saved_files(folder)}
     try:
-        data = load_from_disk(str(folder / "train" if (folder / "dataset_dict.json").is_file() else folder))
+        data_folder = folder / "train" if (folder / "dataset_dict.json").is_file() else folder
+        named = {str(file["filename"]) for file in json.loads((data_folder / "state.json").read_text())["_data_files"]}
+        if strangers := sorted(named - files):  # as a path it could be any file, whose text would be trained on
+            raise ValueError(
+                f"{data_folder / 'state.json'}: names {strangers[0]!r}, which is no data file of its folder and was "
+                "not read; save it again"
+            )
+        data = load_from_disk(str(data_folder))
         if text_field not in data.column_names:
             raise ValueError(missing(str(folder), text_field, data.column_names))
         for number, row in enumerate(data.select_columns(text_field)):
             yield f"{folder} row {number}", row[text_field]
-    except (*UNREADABLE, KeyError, TypeError) as error:
+    except (*UNREADABLE, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: not a readable folder of save_to_disk ({type(error).__name__}: {error}); save it again"
         ) from error
@@ -161,9 +169,11 @@ def _parquet(path: Path, text_field: str) -> Iterator[Row]:
 
 def _may_hold_text(kind: pa.DataType) -> bool:
     """Text in any of Arrow's forms, bytes, nothing but nulls, or chat messages; a dictionary (categories) of them as
-    well.
+    well. Nothing of a type that Arrow was taught: Ray Data's objects, for one, are unpickled where they are read.
     """
     types = pa.types
+    if _was_taught(kind):
+        return False
     if types.is_dictionary(kind):
         return _may_hold_text(kind.value_type)
     if types.is_list(kind) or types.is_large_list(kind):
@@ -178,3 +188,12 @@ def _may_hold_text(kind: pa.DataType) -> bool:
         types.is_null,
     )
     return any(form(kind) for form in forms)
+
+
+def _was_taught(kind: pa.DataType) -> bool:
+    """Whether a type, or one of those that it is made of, is an extension."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    if pa.types.is_dictionary(kind):
+        return _was_taught(kind.value_type)
+    return any(_was_taught(kind.field(place).type) for place in range(kind.num_fields))

@@ -52,7 +52,8 @@ class ModelShape:
         whole = load_config(config.model.name, config.model.revision)
         text = whole.get_text_config()
         with torch.device("meta"):
-            parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(whole).parameters())
+            model = AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
+        parameters = sum(tensor.numel() for tensor in model.parameters())
         size = 4 if config.model.dtype == "float32" else 2
         return ModelShape(
             parameters,

@@ -115,8 +115,9 @@ def _write(file: Path, folder: Path) -> None:
     logging.disable_progress_bar()
     try:
         where, name = str(file.parent), file.name
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32, local_files_only=True)
+        here = {"gguf_file": name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **here)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **here)
         # The weights are whole now: with the mark of their quantisation, transformers would refuse to save them.
         del model.config.quantization_config
         model.hf_quantizer = None

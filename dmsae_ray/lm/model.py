@@ -7,6 +7,7 @@ Importing this module loads no model library; that happens in `load` (transforme
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,8 +130,9 @@ class LanguageModel:
                 dtype=DTYPES[dtype],
                 device_map=device_map,
                 attn_implementation="eager",
+                trust_remote_code=False,
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
             raise ValueError(cannot_load(name, "weights", revision, error)) from error
         from transformer_lens.model_bridge import TransformerBridge
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from dmsae_ray.corpus.chat import no_template
 from dmsae_ray.corpus.local_files import FileState, file_hash
 from dmsae_ray.files import present_below
-from dmsae_ray.hub import is_commit, loaded_weights, repository
+from dmsae_ray.hub import SHARD, is_commit, loaded_weights, repository
 from dmsae_ray.place import has_form_of_hub_id
 
 if TYPE_CHECKING:
@@ -150,7 +151,10 @@ def load_config(name: str, revision: str | None = None):
     revision = pinned_revision(name, revision)
     try:
         return AutoConfig.from_pretrained(
-            folder or name, revision=revision if folder is None else None, local_files_only=folder is not None
+            folder or name,
+            revision=revision if folder is None else None,
+            local_files_only=folder is not None,
+            trust_remote_code=False,  # left out, transformers asks on the terminal whether to run it
         )
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load(name, "config.json", revision, error)) from error
@@ -173,7 +177,10 @@ def load_tokenizer(name: str, revision: str | None = None, bos_token: str | None
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder or name, revision=revision if folder is None else None, local_files_only=folder is not None
+            folder or name,
+            revision=revision if folder is None else None,
+            local_files_only=folder is not None,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load(name, "tokenizer", revision, error)) from error
@@ -236,7 +243,9 @@ def fingerprint_of(folder: Path | None, name: str, revision: str | None, config,
         weights = [(file, files[file]) for file in loaded_weights(files)]
     else:
         configuration = _git_id(folder / "config.json")
-        weights = [(file, file_hash(folder / file)) for file in loaded_weights(path.name for path in folder.iterdir())]
+        names = loaded_weights(path.name for path in folder.iterdir())
+        _check_index(folder, names)
+        weights = [(file, file_hash(folder / file)) for file in names]
     if not weights:
         raise ValueError(
             f"model.name {name}: no weights (model.safetensors, or all of its shards); give a model that "
@@ -248,6 +257,23 @@ def fingerprint_of(folder: Path | None, name: str, revision: str | None, config,
         f"tokenizer {tokenizer_fingerprint(tokenizer)}",
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _check_index(folder: Path, shards: list[str]) -> None:
+    """The files that an index sends transformers to are these, in this folder. Raises ValueError that names another."""
+    shard = SHARD.fullmatch(shards[0]) if shards else None
+    index = folder / (f"{shard[1]}.{shard[3]}.index.json" if shard else "")
+    if not index.is_file():
+        return
+    try:
+        named = {str(file) for file in json.loads(index.read_text())["weight_map"].values()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: cannot be read ({error}); save the model again") from error
+    if strangers := sorted(named - set(shards)):
+        raise ValueError(
+            f"{index}: names {strangers[0]!r}, which is none of the weights in its folder; that file was not read. "
+            "Save the model again"
+        )
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -278,6 +304,16 @@ def _git_id(path: Path) -> str:
 
 def cannot_load(name: str, part: str, revision: str | None, error: Exception) -> str:
     """The message for a part of a model that transformers could not load."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"model.name {name}: its {part} needs a program that comes with the model, and such programs are never run "
+            "here; give a model whose classes are transformers' own"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"model.name {name}: its {part} are pickled with more than tensors, which would be run where it is read; "
+            "save the model as safetensors (save_pretrained)"
+        )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     where = (
         ""

@@ -71,7 +71,7 @@ def folder_of(case: Case, scratch: Path) -> str:
         head_dim=96,
         vocab_size=4096,
     )
-    AutoModelForCausalLM.from_config(shape).save_pretrained(scratch)
+    AutoModelForCausalLM.from_config(shape, trust_remote_code=False).save_pretrained(scratch)
     for file in TINY.glob("token*"):
         shutil.copy(file, scratch)
     return str(scratch)

@@ -352,7 +352,10 @@ def bare_forward(maker: ShardMaker, sequences, device: str) -> Callable[[ShardPl
 
     model = maker.config.model
     bare = AutoModelForCausalLM.from_pretrained(
-        local_folder(model.name), dtype=getattr(torch, model.dtype), attn_implementation="eager"
+        local_folder(model.name),
+        dtype=getattr(torch, model.dtype),
+        attn_implementation="eager",
+        trust_remote_code=False,
     )
     bare.model.layers = bare.model.layers[: maker.lm.layer + 1]
     bare.model.norm = torch.nn.Identity()

@@ -268,7 +268,7 @@ def main() -> None:
     before = {"tokens": 0, "steps": 0, "minutes": 0.0, "runs": 0}
     if args.start_from:
         before = json.loads((args.start_from / TRAINED).read_text())
-        earlier = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        earlier = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32, trust_remote_code=False)
         model.load_state_dict(earlier.state_dict())
 
     def trained() -> dict:
@@ -323,7 +323,9 @@ def main() -> None:
 
     save(model, tokenizer, args.out, done)
     shutil.rmtree(args.out / "checkpoint", ignore_errors=True)
-    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32, attn_implementation="eager")
+    saved = AutoModelForCausalLM.from_pretrained(
+        args.out, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
     loss, targets = held_out_loss(saved, evaluation_NT)
     (args.out / "README.md").write_text(
         CARD.format(

@@ -125,6 +125,23 @@ def test_a_folder_of_save_to_disk(tmp_path, dict_of_splits):
         check_source(str(tmp_path / "saved"), "body")
 
 
+@pytest.mark.parametrize("name", ["../elsewhere/data-00000-of-00001.arrow", "{}/elsewhere/data-00000-of-00001.arrow"])
+def test_a_folder_of_save_to_disk_names_its_own_files_alone(tmp_path, name):
+    from datasets import Dataset
+
+    for folder in ("saved", "elsewhere"):
+        Dataset.from_list(ROWS).save_to_disk(str(tmp_path / folder))
+    state = tmp_path / "saved" / "state.json"
+    tree = json.loads(state.read_text())
+    tree["_data_files"].append({"filename": name.format(tmp_path)})
+    state.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"saved/state\.json: names '.*elsewhere/.*' *, which is no data file of its"):
+        texts(tmp_path / "saved")
+    state.write_text("{")
+    with pytest.raises(ValueError, match="saved: not a readable folder of save_to_disk"):
+        texts(tmp_path / "saved")
+
+
 # -- what is not read is named
 # --------------------------------------------------------------------------------------------
 

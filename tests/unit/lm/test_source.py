@@ -182,6 +182,25 @@ def test_truncated_weights(folder):
         LanguageModel.load(str(folder), HOOK)
 
 
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{}/elsewhere.safetensors", "other.safetensors"])
+def test_an_index_names_the_weights_of_its_folder_alone(folder, name):
+    """What stands elsewhere is no part of the fingerprint, either."""
+    weights, shards = load_file(folder / "model.safetensors"), {}
+    (folder / "model.safetensors").unlink()
+    for number, keys in enumerate((list(weights)[:5], list(weights)[5:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({key: weights[key] for key in keys}, folder / file, {"format": "pt"})
+        shards |= dict.fromkeys(keys, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert model_info(str(folder)).fingerprint and LanguageModel.load(str(folder), HOOK).d == 128
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards | {keys[0]: name.format(folder.parent)}}))
+    with pytest.raises(
+        ValueError, match=r"index\.json: names '.*(elsewhere|other)\.safetensors', which is none of the"
+    ):
+        model_info(str(folder))
+
+
 def test_no_such_folder(tmp_path):
     for name in (str(tmp_path / "none"), "./none"):
         with pytest.raises(ValueError, match="no such folder"):
