@@ -58,6 +58,13 @@ OTHER = ("mlflow.db", "mlartifacts", "mlflow_home", "driver.lock", "claim", "gen
 """Further names that we use in an output folder."""
 
 
+def named_key(path: Path, key: object) -> str:
+    """A key that a file names, which becomes the name of a folder. Raises ValueError if it is none."""
+    if not isinstance(key, str) or not re.fullmatch(KEY, key):
+        raise ValueError(f"{path}: names {key!r} where a key of twelve hex digits belongs; the file was altered")
+    return key
+
+
 def marked(home: Path) -> bool:
     """Whether this is an output folder of ours: it has our mark, or the lock that versions before the mark left."""
     return _is_there(home / MARKER) or _has_lock(home / "driver.lock")

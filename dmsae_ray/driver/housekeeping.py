@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from dmsae_ray.distill.folder import ChainFolder
 from dmsae_ray.distill.grid import planned
 from dmsae_ray.files import elsewhere, refresh
 from dmsae_ray.lock import OutputLock
-from dmsae_ray.ownership import FOLDERS, KEY, MARKER, marked, ours_in, remove, temporaries
+from dmsae_ray.ownership import FOLDERS, MARKER, marked, named_key, ours_in, remove, temporaries
 from dmsae_ray.results.comparison import pair_names
 from dmsae_ray.yaml_file import read_yaml
 
@@ -90,9 +89,8 @@ def kept_pairs(config: Config) -> set[str] | None:
         try:
             chains = json.loads((folder / "chains.json").read_text())
             lasting = [
-                (ChainFolder(home / "chains" / chain["key"]), chain["cycles"])
+                (ChainFolder(home / "chains" / named_key(folder / "chains.json", chain["key"])), chain["cycles"])
                 for chain in chains
-                if _is_key(chain["key"])
             ]
             there = [(chain, cycles) for chain, cycles in lasting if chain.path.is_dir()]
             compare = CompareConfig(**read_yaml(folder / "config.yaml").get("compare") or {})
@@ -104,15 +102,11 @@ def kept_pairs(config: Config) -> set[str] | None:
     return names
 
 
-def _is_key(name: object) -> bool:
-    return re.fullmatch(KEY, str(name)) is not None
-
-
 def dataset_of(chain: Path) -> str:
     """Key of the dataset that a chain was trained on. Raises ValueError if its chain.json does not say."""
     path = chain / "chain.json"
     try:
-        return str(json.loads(path.read_text())["fields"]["dataset"])
+        return named_key(path, json.loads(path.read_text())["fields"]["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: cannot be read ({error}), so it is not known which activations this chain needs: nothing is "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.files import refresh
-from dmsae_ray.ownership import KEY
+from dmsae_ray.ownership import named_key
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.yaml_file import read_yaml
 
@@ -146,26 +145,19 @@ class SavedSweep:
                 f"{folder / 'config.yaml'}: written by another version ({'; '.join(problem_lines(error))})"
             ) from error
         chains = {
-            chain["label"]: _key(folder / "chains.json", chain["key"])
+            chain["label"]: named_key(folder / "chains.json", chain["key"])
             for chain in json.loads((folder / "chains.json").read_text())
         }
         described = [path for key in chains.values() if (path := config.home / "chains" / key / "chain.json").exists()]
         if not described:
             raise ValueError(f"{folder}: none of its chains is in {config.home / 'chains'} any more")
-        dataset = _key(described[0], json.loads(described[0].read_text())["fields"]["dataset"])
+        dataset = named_key(described[0], json.loads(described[0].read_text())["fields"]["dataset"])
         plans = plan_all(config, "", dataset)
         if {plan.label: plan.key for plan in plans} != chains:
             raise ValueError(
                 f"{folder}: its chains were made by another version of this program, whose fields mean something else"
             )
         return SavedSweep(folder, config, plans)
-
-
-def _key(path: Path, key: object) -> str:
-    """A key that a file names, which becomes the name of a folder. Raises ValueError if it is none."""
-    if not re.fullmatch(KEY, str(key)):
-        raise ValueError(f"{path}: names {key!r} where a key of twelve hex digits belongs; the file was altered")
-    return str(key)
 
 
 def load_sweep(folder: str | Path) -> SavedSweep:
