@@ -2,12 +2,13 @@
 
 It prints itself masked, wherever it is printed: `s3://***@bucket/prefix?region=us-east-1&secret_key=***`. Only `reveal`
 gives the whole. `scrub` does the same for texts of others (errors, tracebacks) that may repeat such a URL or a part of
-it. Imports nothing of ours.
+it, or a secret of the environment. Imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 import traceback
@@ -35,6 +36,10 @@ SHORTEST = 4
 """Characters of the shortest secret that `scrub` looks for by itself: every `a` of a text masked would hide the text,
 not the secret.
 """
+IN_ENVIRONMENT = re.compile(r".*(TOKEN|PASSWORD|SECRET|SECRET_KEY|ACCESS_KEY|API_KEY|ACCOUNT_KEY)", re.IGNORECASE)
+"""Variables whose values are secrets, whoever reads them: HF_TOKEN, MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY."""
+SHORTEST_IN_ENVIRONMENT = 8
+"""Characters of the shortest of theirs that is looked for: what is shorter is more likely `1`, `true` or a word."""
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*:/{0,2}")
 _OPTIONS = re.compile(r"[?#][\w.\[\]%+-]+=")
 _IN_TEXT = re.compile(r"[A-Za-z][\w+.-]{0,30}://[^\s'\"<>`]+")
@@ -142,19 +147,39 @@ def masked(text: str) -> str:
 
 def scrub(text: str) -> str:
     """A text of others without the secrets of the URLs in it, and without those of any URL that this process has
-    seen.
+    seen, or of its environment.
     """
     text = _IN_TEXT.sub(lambda found: masked(found[0]), text)
-    for secret in sorted(_known, key=len, reverse=True):
+    for secret in _longest_first():
         text = text.replace(secret, MASK)
     return text
+
+
+def _longest_first() -> list[str]:
+    own = (value for name, value in os.environ.items() if IN_ENVIRONMENT.fullmatch(name))
+    return sorted({*_known, *(value for value in own if len(value) >= SHORTEST_IN_ENVIRONMENT)}, key=len, reverse=True)
+
+
+def openly(argv: list[str]) -> str | None:
+    """What to say of a command line that holds secrets; None if it holds none."""
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+        if _IN_TEXT.sub(lambda found: masked(found[0]), word) != word:
+            return (
+                f"warning: {flag or 'an argument'} holds a secret, and a command line can be read by every user of the "
+                "machine, that of a submitted job in Ray's dashboard: put it into the file of --config, or leave it "
+                "to the environment"
+            )
+    return None
 
 
 def scrub_files(*places: Path) -> None:
     """Take the secrets that this process has seen out of logs of others: these files, and all files below these
     folders.
     """
-    secrets = sorted((secret.encode() for secret in _known), key=len, reverse=True)
+    secrets = [secret.encode() for secret in _longest_first()]
     for place in places if secrets else ():
         for path in [place, *place.rglob("*")] if place.is_dir() else [place]:
             if path.is_file() and not path.is_symlink():

@@ -11,6 +11,7 @@ from dmsae_ray.config import Config
 from dmsae_ray.driver.options import HarvestCommand, load
 from dmsae_ray.driver.status import driver_alive
 from dmsae_ray.files import refresh
+from dmsae_ray.secret_url import scrub
 from dmsae_ray.show.mlflow.own_database import ARTIFACTS, NAME, database_of, experiment_id, follow_move, last_sweep
 from dmsae_ray.show.mlflow.views import places
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         port = free_port(os.environ.get("MLFLOW_PORT", "5000"))
         there = runs_of(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
         return 2
     for what, place in there.items():
         print(f"{what + ':':<9}http://{HOST}:{port}/{place}")

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import BasicVariantGenerator
 
 from dmsae_ray.cluster.metrics import tell_retries
@@ -57,6 +58,7 @@ def run_chains(plans: list[ChainPlan], lease: Lease, concurrent: Callable[[], in
     right to write. board: actor handle with update(label, **fields). scratch: folder for what Tune and Train write,
     removed at the end.
     """
+    hand_on_no_keys()
     groups, retries = in_lockstep(plans), plans[0].config.cluster.retries
     starts = Starts(concurrent)
 
@@ -121,6 +123,14 @@ class Starts(BasicVariantGenerator):
 
     def __reduce__(self) -> Any:
         return BasicVariantGenerator, ()  # nor does a copy of it have anything to do
+
+
+def hand_on_no_keys() -> None:
+    """Ray Tune would put the AWS keys of this process into the runtime environment of every trial, which Ray's
+    dashboard shows to whoever may see it, and Ray's agent writes into its log. Trials have those of Ray's processes.
+    """
+    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
 
 
 class ReleaseLost(tune.Callback):

@@ -22,7 +22,7 @@ from dmsae_ray.config_checks import problem_lines
 from dmsae_ray.driver.help import help_text, topic_of
 from dmsae_ray.driver.transcript import show_anything
 from dmsae_ray.ownership import marked
-from dmsae_ray.secret_url import print_scrubbed, scrub
+from dmsae_ray.secret_url import openly, print_scrubbed, scrub
 from dmsae_ray.yaml_file import read_yaml
 
 
@@ -154,7 +154,7 @@ def load(command: type[Config], argv: list[str]) -> Config:
         with contextlib.redirect_stderr(
             said
         ):  # argparse repeats what it does not know, secrets of URLs included, below all of --help
-            return command(_cli_settings_source=_command_line(command)(args=argv))
+            loaded = command(_cli_settings_source=_command_line(command)(args=argv))
     except ValidationError as error:
         raise ValueError(explain(error, path)) from None
     except SettingsError as error:
@@ -165,6 +165,9 @@ def load(command: type[Config], argv: list[str]) -> Config:
         ) from None
     finally:
         _YamlFile.path = None
+    if warning := openly(argv):
+        print(warning)
+    return loaded
 
 
 @functools.cache

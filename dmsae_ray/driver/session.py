@@ -17,6 +17,7 @@ from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.files import elsewhere, publish, refresh
 from dmsae_ray.kept_log import KeptLog
 from dmsae_ray.lock import OutputBusy, OutputLock, OutputUnseen, Superseded
+from dmsae_ray.secret_url import scrub
 from dmsae_ray.stop import INTERRUPTED, stoppable
 
 BAD_INPUT = 2
@@ -51,7 +52,7 @@ def ends_in_words(interrupted: str) -> Callable[[Callable[[list[str]], int]], Ca
             try:
                 return work(sys.argv[1:] if argv is None else argv)
             except (ValueError, OutputBusy, Superseded, OutputUnseen) as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {scrub(str(error))}", file=sys.stderr)
                 return BAD_INPUT
             except KeyboardInterrupt:
                 print(f"interrupted; {interrupted}", file=sys.stderr)
@@ -59,7 +60,7 @@ def ends_in_words(interrupted: str) -> Callable[[Callable[[list[str]], int]], Ca
             except Exception as error:
                 if (line := disk_trouble(error)) is None:
                     raise
-                print(f"error: {line}", file=sys.stderr)
+                print(f"error: {scrub(line)}", file=sys.stderr)
                 return BAD_INPUT
 
         return main

@@ -4,6 +4,8 @@ import pickle
 import subprocess
 import sys
 
+from ray.tune.execution import class_cache
+
 from dmsae_ray.attribution.aggregator import Aggregator
 from dmsae_ray.distill import trials
 
@@ -59,3 +61,16 @@ def test_between_two_looks_at_the_cluster_it_is_let_alone(monkeypatch):
     assert all(starts.next_trial() is None for _ in range(50)) and len(asked) == 1
     copy = pickle.loads(pickle.dumps(starts))  # Tune keeps one, in a file
     assert not hasattr(copy, "_concurrent")
+
+
+def test_keys_of_a_bucket_are_in_no_trial_s_runtime_environment(monkeypatch):
+    """Ray's dashboard shows it."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    before = set(class_cache.ENV_VARS_TO_PROPAGATE)
+    try:
+        trials.hand_on_no_keys()
+        made = class_cache._ActorClassCache().get(type("Trial", (), {}))
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE.update(before)
+    assert "PL_DISABLE_FORK" in str(made._default_options) and "hunter2" not in str(made._default_options)
