@@ -50,25 +50,32 @@ def _load_pyfunc(path: str) -> CoreModel:
 
 
 def log_core(store: RunStore, run_id: str, core: Core, name: str, tags: dict[str, str], step: int) -> str:
-    """Id of a run's model of this core; it is logged unless the run has it. What was cut short is dropped."""
+    """Id of a run's model of this core; it is logged unless the run has it. What was cut short is gone on with: the run
+    may name it already.
+    """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     client, tags = store.client, tags | {"dmsae.core": core.fingerprint}
+    begun, named = None, set()
     if not store.made_here(run_id):
         mine = f"source_run_id = '{run_id}'"
         for model in client.search_logged_models([store.experiment_id], filter_string=mine):
-            if model.status != LoggedModelStatus.READY:
-                client.delete_logged_model(model.model_id)
-            elif model.tags.get("dmsae.core") == core.fingerprint:
-                return model.model_id
-    params = {"size": str(core.size), "d": str(core.W_enc_CD.shape[1]), "hook": core.hook, "cycle": str(core.cycle)}
-    model = client.create_logged_model(store.experiment_id, name, run_id, tags, params, "core")
+            if model.tags.get("dmsae.core") == core.fingerprint:
+                if model.status == LoggedModelStatus.READY:
+                    return model.model_id
+                begun = model.model_id
+        if (outputs := client.get_run(run_id).outputs) is not None:
+            named = {output.model_id for output in outputs.model_outputs}
+    if begun is None:
+        params = {"size": str(core.size), "d": str(core.W_enc_CD.shape[1]), "hook": core.hook, "cycle": str(core.cycle)}
+        begun = client.create_logged_model(store.experiment_id, name, run_id, tags, params, "core").model_id
     with tempfile.TemporaryDirectory() as folder:
-        _write_model(Path(folder), core, model.model_id, run_id)
-        client.log_model_artifacts(model.model_id, folder)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model.model_id
+        _write_model(Path(folder), core, begun, run_id)
+        client.log_model_artifacts(begun, folder)
+    if begun not in named:
+        client.log_outputs(run_id, [LoggedModelOutput(begun, step)])
+    client.finalize_logged_model(begun, LoggedModelStatus.READY)
+    return begun
 
 
 def _write_model(folder: Path, core: Core, model_id: str, run_id: str) -> None:

@@ -47,6 +47,13 @@ OPEN_S = 20.0
 OPEN_ERRORS = (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError)
 """What opening a store may raise: STORE_ERRORS, and what a URL that means nothing or lacks its driver comes to."""
 REMEDY = "Start the server, correct track.uri, or leave track.uri empty for a database in the output folder"
+REFUSED = {
+    401: "The server asks for a name and password that it knows: set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD where the command runs, or MLFLOW_TRACKING_TOKEN",
+    403: "The server does not let this user (MLFLOW_TRACKING_USERNAME) write there: have whoever manages it permit to "
+    "edit the experiment, or give track.experiment another name",
+}
+"""What to do about a server that answers and refuses, by HTTP status."""
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """What a store that is away, full, locked or of another version raises (requests' errors are OSErrors)."""
 
@@ -79,7 +86,7 @@ def remedy(error: BaseException) -> str:
         postgres = (error.name or "").startswith("psycopg")
         how = 'pip install "dmsae_ray[postgres]"' if postgres else f"install the package that has {error.name or 'it'}"
         return f"This kind of database needs a driver that is not installed: {how}"
-    return REMEDY
+    return REFUSED.get(error.get_http_status_code(), REMEDY) if isinstance(error, MlflowException) else REMEDY
 
 
 def reach(uri: str) -> None:

@@ -45,8 +45,9 @@ from dmsae_ray.show.tracking import TrackingError
 
 logger = logging.getLogger(__name__)
 
-CLOSE_WAITS = (1, 4)
-"""Seconds between the tries to close the runs of a store that is away."""
+CLOSE_WAITS = (1, 4, 15, 30, 60)
+"""Seconds between the tries to close the runs of a store that is away: a server that is started again is back by then,
+and the sweep need not be."""
 
 CONSENSUS = "consensus.safetensors"
 
@@ -132,14 +133,16 @@ class MlflowTracker:
         Raises TrackingError if the store cannot be reached.
         """
         with self._lock:
-            # A store that is away for a moment is tried again; after an interruption somebody waits.
+            # A store that is away is tried again; after an interruption somebody waits.
             for wait in CLOSE_WAITS if status != "KILLED" else ():
                 try:
                     return self._close(status)
-                except (ValueError, *STORE_ERRORS) as error:
+                except STORE_ERRORS as error:
                     logger.warning(
                         "MLflow at %s: not closed (%s); trying again in %d s", self.uri, one_line(error), wait
                     )
+                except ValueError:
+                    break  # a damaged file stays so
                 time.sleep(wait)
             try:
                 self._close(status)

@@ -8,7 +8,9 @@ import shutil
 import socket
 import sqlite3
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +352,35 @@ def test_a_core_is_read_by_every_address(sweep, output, request, monkeypatch):
         load_core(folders[0] / "cycle_01", store=output)
 
 
+@pytest.mark.parametrize(
+    "call", ["create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model", "log_inputs"]
+)
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_server_that_goes_while_a_core_is_logged_leaves_one_model(sweep, monkeypatch, call, arrives):
+    """Also where what was sent has arrived, and its answer is lost."""
+    (make, (first, _)), key = sweep, f"goes at {call} {arrives}"
+    finish(first)
+    tracker = make(key, only=[0])
+    client, works = tracker._store.client, getattr(tracker._store.client, call)
+
+    def away(*given, **named):
+        if arrives:
+            works(*given, **named)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(client, call, away)
+    assert not tracker.sync()
+    monkeypatch.setattr(client, call, works)
+    assert tracker.sync()
+    (run,) = [run for (kind, _), run in runs_of(tracker, key).items() if kind == "chain"]
+    mine = f"source_run_id = '{run.info.run_id}'"
+    (model,) = client.search_logged_models([tracker._store.experiment_id], filter_string=mine)
+    assert str(model.status) == "READY" and [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
+    assert len(run.inputs.dataset_inputs) == 1
+    core = load_core(f"runs:/{run.info.run_id}/core", store=tracker.uri.reveal())
+    assert core.fingerprint == Core.load(first / "cycle_01" / "core.safetensors").fingerprint
+
+
 def test_a_store_of_an_earlier_version_is_filled_up_without_a_second_run(sweep, request):
     """Its chain runs are finished and have other metrics, its cycles runs of their own: all stay."""
     key, (make, (first, _)) = request.node.name, sweep
@@ -636,6 +667,39 @@ def test_a_server_that_swallows_packets_is_not_waited_for(tmp_path, monkeypatch)
             with pytest.raises(TrackingError, match=r"no answer within 0 s\. Start the server|psycopg"):
                 RunStore(uri, tmp_path, "experiment")
             assert time.monotonic() - began < 10
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that answers every request with one status, as a tracking server with users does."""
+
+    status = 0
+
+    def do_GET(self) -> None:
+        self.send_error(self.status)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    "status, words",
+    [
+        (401, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the command runs"),
+        (403, "permit to edit the experiment, or give track.experiment another name"),
+        (404, "correct track.uri"),
+    ],
+)
+def test_a_server_that_refuses_says_what_it_wants(tmp_path, monkeypatch, status, words):
+    monkeypatch.setattr(Refusing, "status", status)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://lab:hunter2@127.0.0.1:{server.server_port}"
+        with pytest.raises(TrackingError, match=rf"^track\.uri http://\*\*\*@127.*{status}.*{words}") as error:
+            RunStore(url, tmp_path, "experiment")
+        server.shutdown()
+    assert "hunter2" not in str(error.value)
 
 
 def test_an_experiment_in_the_trash_is_named(output):
