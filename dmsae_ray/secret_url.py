@@ -42,8 +42,10 @@ SHORTEST_IN_ENVIRONMENT = 8
 """Characters of the shortest of theirs that is looked for: what is shorter is more likely `1`, `true` or a word."""
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*:/{0,2}")
 _OPTIONS = re.compile(r"[?#][\w.\[\]%+-]+=")
-_IN_TEXT = re.compile(r"[A-Za-z][\w+.-]{0,30}://[^\s'\"<>`]+")
-"""Of a longer scheme the end: without that bound a text of one long word takes minutes."""
+_IN_TEXT = re.compile(r"[A-Za-z][\w+.-]{0,30}://[^\s'\"<>`]*[^\s'\"<>`:;,.)]")
+"""Of a longer scheme the end: without that bound a text of one long word takes minutes. Without what ends a clause: a
+text that was masked already stays as it is.
+"""
 
 _known: set[str] = set()
 """Secrets of all URLs of this process, for `scrub`."""
@@ -149,7 +151,7 @@ def scrub(text: str) -> str:
     """A text of others without the secrets of the URLs in it, and without those of any URL that this process has
     seen, or of its environment.
     """
-    text = _IN_TEXT.sub(lambda found: masked(found[0]), text)
+    text = _IN_TEXT.sub(lambda url: masked(url[0]), text)
     for secret in _longest_first():
         text = text.replace(secret, MASK)
     return text
@@ -166,7 +168,7 @@ def openly(argv: list[str]) -> str | None:
     for word in argv:
         if word.startswith("--"):
             flag = word.partition("=")[0]
-        if _IN_TEXT.sub(lambda found: masked(found[0]), word) != word:
+        if _IN_TEXT.sub(lambda url: masked(url[0]), word) != word:
             return (
                 f"warning: {flag or 'an argument'} holds a secret, and a command line can be read by every user of the "
                 "machine, that of a submitted job in Ray's dashboard: put it into the file of --config, or leave it "

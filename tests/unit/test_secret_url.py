@@ -55,7 +55,7 @@ def test_what_may_be_a_secret_is_masked_wherever_a_url_is_printed(url):
     assert "hunter2" not in scrub(f"could not open '{url}': no such host\n{url}") and "no such host" in scrub(
         f"'{url}': no such host"
     )
-    assert scrub(shown) == shown
+    assert scrub(shown) == shown and scrub(f"{shown}: gone, {shown}.") == f"{shown}: gone, {shown}."
 
 
 @pytest.mark.parametrize("url", PLAIN)
