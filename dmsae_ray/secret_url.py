@@ -151,7 +151,11 @@ def scrub(text: str) -> str:
     """A text of others without the secrets of the URLs in it, and without those of any URL that this process has
     seen, or of its environment.
     """
-    text = _IN_TEXT.sub(lambda url: masked(url[0]), text)
+    return scrub_ours(_IN_TEXT.sub(lambda url: masked(url[0]), text))
+
+
+def scrub_ours(text: str) -> str:
+    """A text of our own, whose URLs are to be opened, without the secrets that this process knows."""
     for secret in _longest_first():
         text = text.replace(secret, MASK)
     return text

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from dmsae_ray.secret_url import scrub, scrub_files
+from dmsae_ray.secret_url import scrub_files, scrub_ours
 
 
 def show_anything() -> None:
@@ -75,7 +75,7 @@ class Screen:
             scrub_files(*(self.path.with_suffix(suffix) for suffix in (".all", ".ray")))
 
     def __call__(self, line: str) -> None:
-        line = scrub(line)
+        line = scrub_ours(line)
         with contextlib.suppress(OSError):  # a terminal that went away must not end a sweep
             print(line, file=self.stream, flush=True)
         with contextlib.suppress(OSError):  # nor must a full disk: what fills it ends the command with words of its own

@@ -45,6 +45,7 @@ URLS = {
     "harvest.store": f"s3://key:{PASSWORD}@bucket/p?endpoint_override=http%3A%2F%2Fu:{MARK}@127.0.0.1:1&secret_key={MARK}",
     "corpus.source": f"https://u:{PASSWORD}@host/texts?sig={MARK}",
 }
+PAGE = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=x&compareRunsMode=CHART"
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,7 @@ def test_nothing_that_a_sweep_writes_holds_a_secret(tmp_path, capfd):
     folder.mkdir(parents=True)
     with Screen(home, "sweep", verbose=False) as say:
         say(f"at {config.track.uri}: {leak()}")
+        say(PAGE)
         os.write(1, leak().encode())  # as Ray prints
         logging.getLogger("dmsae_ray").warning("%s", leak())
         ray = say.path.with_suffix(".ray") / "session" / "worker.out"
@@ -115,6 +117,7 @@ def test_nothing_that_a_sweep_writes_holds_a_secret(tmp_path, capfd):
     assert holding_the_mark(home) == []
     assert MASK in (folder / "config.yaml").read_text() and MASK in ChainFolder(plans[0].folder.path).failure().reason
     said = capfd.readouterr()
+    assert PAGE in said.out, "it can be opened"
     assert MARK not in said.out + said.err and "postgresql://***@host:5432/runs?password=***" in said.out
 
 
