@@ -31,6 +31,7 @@ from dmsae_ray.cluster.nodes import (
     plural,
 )
 from dmsae_ray.cluster.present import node_of, nodes_now, restrictions, usable
+from dmsae_ray.cluster.temporary import private_folder
 from dmsae_ray.cluster.waiting import Waits
 from dmsae_ray.config import Config
 from dmsae_ray.stop import deaf, keeping_signals
@@ -79,6 +80,8 @@ class Capacity:
     """whether an autoscaler brings nodes"""
     waits: Waits | None = None
     """at work while we are connected"""
+    folder: Path | None = None
+    """of a cluster of our own: everything that Ray keeps of it"""
 
 
 def available_cpus() -> int:
@@ -123,17 +126,25 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         check_answers(config, address, say)
     import ray
 
+    folder = None
     quiet = dict(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
     if address is None:
-        # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token:
-        # one for this run alone. Ray would otherwise leave one in the home folder, which every later `ray start` then
-        # asks for.
+        # A cluster of our own, gone with this process, listens on the network all the same, so Ray asks for a token,
+        # whatever the environment says of other clusters: one for this run alone. Ray would otherwise leave one in the
+        # home folder, which every later `ray start` then asks for.
+        os.environ.pop("RAY_AUTH_MODE", None)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Nobody drains the only node of a cluster that is ours alone; to watch for it takes a process for each chain.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray would run its workers at niceness 15: on a machine that anybody else uses they hardly get a turn.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        _start(say, num_cpus=logical_cpus(config, chains), include_dashboard=False, **quiet)
+        folder = private_folder()
+        how = dict(num_cpus=logical_cpus(config, chains), include_dashboard=False, _temp_dir=str(folder / "ray"))
+        try:
+            _start(say, **how, **quiet)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     else:
         try:
             ray.init(address=address, **quiet)
@@ -151,8 +162,10 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
     except BaseException:
         with deaf():
             ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    return replace(found, waits=Waits(config, say).start())
+    return replace(found, waits=Waits(config, say).start(), folder=folder)
 
 
 def _start(say: Callable[[str], None], **options: Any) -> None:
@@ -330,6 +343,8 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
         ray.shutdown()
     if session is not None and session.exists():
         keep_logs(session, logs)
+    if capacity.folder is not None:
+        shutil.rmtree(capacity.folder, ignore_errors=True)
 
 
 def keep_logs(session: Path, logs: Path) -> None:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.config import Config
 
 LONGEST_SOCKET = 107
 """Bytes of the longest name that a socket may have on Linux."""
+
+
+PREFIX = "dmsae-ray-"
+"""Of our own folder in it; what `tempfile` adds to the name has eight characters."""
+
+
+def private_folder() -> Path:
+    """A new folder that other users of the machine cannot enter, for that of a Ray of our own: Ray lets everybody read
+    and write in there, sockets and logs included. Raises OSError.
+    """
+    place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray chooses
+    return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
 
 
 def check_temporary_folder(config: Config) -> None:
@@ -30,7 +43,7 @@ def _problem(folder: str) -> str | None:
     if not os.path.isabs(folder):
         return "is not the whole path of a folder"
     session = f"session_2000-01-01_00-00-00_000000_{os.getpid()}"
-    socket = os.path.join(folder, "ray", session, "sockets", "plasma_store")
+    socket = os.path.join(folder, PREFIX + 8 * "x", "ray", session, "sockets", "plasma_store")
     if (length := len(os.fsencode(socket))) > LONGEST_SOCKET:
         over = length - LONGEST_SOCKET
         return (
@@ -38,8 +51,8 @@ def _problem(folder: str) -> str | None:
             f"socket's name may exceed {LONGEST_SOCKET}"
         )
     try:
-        os.makedirs(os.path.join(folder, "ray"), exist_ok=True)
-        with tempfile.TemporaryFile(dir=os.path.join(folder, "ray")):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
         return f"cannot be written ({error.strerror})"

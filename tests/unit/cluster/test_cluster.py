@@ -6,10 +6,12 @@ import os
 import random
 import re
 import socket
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -362,6 +364,31 @@ def test_a_machine_that_stays_too_busy_is_named_and_other_errors_are_raised_as_t
         starting(monkeypatch, LATE, LATE, LATE)
     with pytest.raises(Exception, match="^anything else$"):
         starting(monkeypatch, "anything else")
+
+
+def test_a_ray_of_our_own_asks_for_a_token_and_keeps_all_where_no_other_user_comes(tmp_path, monkeypatch):
+    """Whatever the environment says of other clusters; what it is asked by others is in cluster/test_closed.py."""
+    for name in ("TMPDIR", "RAY_AUTH_TOKEN", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_worker_niceness"):
+        monkeypatch.setenv(name, "")  # so that it is as before at the end, whatever is set meanwhile
+        monkeypatch.delenv(name)
+    for name, value in {"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, value)
+    found = {}
+
+    def init(**given):
+        (folder,) = tmp_path.iterdir()
+        found.update(
+            inside=Path(given["_temp_dir"]).parent == folder,
+            mode=stat.S_IMODE(folder.stat().st_mode),
+            asks="RAY_AUTH_MODE" not in os.environ,  # left out, Ray asks where it starts a cluster itself
+            token=len(os.environ["RAY_AUTH_TOKEN"]),
+        )
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RuntimeError, match="far enough"):
+        connection.connect(Config(), chains=1, verbose=False)
+    assert found == {"inside": True, "mode": 0o700, "asks": True, "token": 64} and not list(tmp_path.iterdir())
 
 
 def test_ray_s_words_for_it_are_still_those():
