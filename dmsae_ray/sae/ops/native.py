@@ -18,6 +18,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,11 @@ def _built_here() -> Path:
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     path = cache_folder() / f"kernels-{_digest(version, _processor())}.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
         _build(compiler, "native", path)
+    _check_ours(path.parent)
+    _check_ours(path)
     return path
 
 
@@ -103,6 +106,16 @@ def _compiler() -> str:
     if compiler is None:
         raise NotBuilt("no C compiler found (cc, gcc or clang)")
     return compiler
+
+
+def _check_ours(path: Path) -> None:
+    """What is loaded is run: nobody but this user and root may have written it. Raises NotBuilt."""
+    about = path.stat()
+    if about.st_uid not in (os.getuid(), 0) or about.st_mode & stat.S_IWOTH:
+        raise NotBuilt(
+            f"{path} is another user's, or everybody may write to it, so it is not loaded; set XDG_CACHE_HOME to a "
+            "folder of your own"
+        )
 
 
 def _processor() -> str:

@@ -279,6 +279,23 @@ def test_kernels_that_cannot_be_built_name_the_reason(monkeypatch, tmp_path):
     assert list((tmp_path / "dmsae_ray").iterdir()) == [], "nothing is left behind"
 
 
+def test_kernels_that_others_may_write_to_are_not_loaded(monkeypatch, tmp_path):
+    """What is loaded is run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernels.c")
+    native.SOURCE.write_text("int one(void) { return 1; }\n")
+    assert native.library.__wrapped__().one() == 1
+    folder = tmp_path / "dmsae_ray"
+    (file,) = folder.iterdir()
+    for path in (file, folder):
+        mode = path.stat().st_mode
+        path.chmod(0o777)
+        with pytest.raises(native.NotBuilt, match=f"{path} is another user's, or everybody may write to it"):
+            native.library.__wrapped__()
+        path.chmod(mode)
+    assert native.library.__wrapped__().one() == 1
+
+
 def test_logging_changes_no_state_and_reports_the_batch():
     silent, logged = new_trainer(), new_trainer()
     for step, x_BD in enumerate(batches(8)):
