@@ -169,7 +169,9 @@ def check() -> bool:
                 if gate == "relu":
                     continue
                 dictionary_learning.write(folder / "dl", plain)
-                theirs = MatryoshkaBatchTopKSAE.from_pretrained(folder / "dl" / "ae.pt", k=8)
+                state = torch.load(folder / "dl" / "ae.pt", weights_only=True)
+                theirs = MatryoshkaBatchTopKSAE(16, 96, int(state["k"]), state["group_sizes"].tolist())
+                theirs.load_state_dict(state)
                 z_BF = theirs.encode(x_BD)
                 good &= same(f"dictionary-learning, scale {scale}", plain, x_BD, z_BF, theirs.decode(z_BF))
     return good
