@@ -39,8 +39,9 @@ from dmsae_ray.stop import deaf, keeping_signals
 DATA_CPUS = 1
 """Left free by a sweep's chains: for their read tasks, a hundredth each, and for what other drivers do meanwhile."""
 
-AHEAD = 16
-"""Chains at most that wait for nodes that an autoscaler brings, each in a process of its own; no more than are at work.
+AHEAD = 8
+"""Chains at most that wait for nodes that an autoscaler brings, no more than are at work: each takes a quarter of a GB
+on the command's node.
 """
 
 STARTS = 3

@@ -46,7 +46,7 @@ class Elastic(FixedScalingPolicy):
         self, scaling: Any, allowed: Sequence[int], most: Callable[[], int | None], saved: Callable[[], object]
     ):
         """scaling: Ray Train's configuration; allowed: numbers of workers, the largest first; most: of them, those that
-        there is room for; saved: something else after each checkpoint.
+        there is room for; saved: something else after each checkpoint, None where it is no time to begin again.
         """
         super().__init__(scaling)
         self.allowed, self.most, self.saved = allowed, most, saved
@@ -58,7 +58,7 @@ class Elastic(FixedScalingPolicy):
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._maybe_send_resource_request()
-        if worker_group_state.num_workers == self.allowed[0] or (saved := self.saved()) == self._saved:
+        if worker_group_state.num_workers == self.allowed[0] or (saved := self.saved()) in (None, self._saved):
             return NoopDecision()
         self._saved = saved
         more = self.most() or 0

@@ -225,9 +225,12 @@ def drive(plans: list[ChainPlan], lease: Lease, aggregator: Any, board: Any, scr
     if len(allowed := numbers(plans[0].config)) > 1:
         labels = [plan.label for plan in plans]
 
-        def saved() -> list:
+        def saved() -> list | None:
             told = ray.get(board.snapshot.remote())
-            return [told[label].get("saved") for label in labels]
+            found = [told.get(label, {}) for label in labels]
+            # What follows a cycle's training would be lost as a whole, and takes no longer with fewer.
+            trains = {status.get("phase") for status in found} <= {"train", "done", "failed"}
+            return [status.get("saved") for status in found] if trains else None
 
         most = functools.partial(most_workers, plans[0].config, runs)
         trainer.scaling_policy = Elastic(trainer.scaling_config, allowed, most, saved)

@@ -75,7 +75,16 @@ def test_a_chain_goes_on_with_fewer_workers_and_has_all_again_when_a_node_comes(
         str(batch),
     ]
     args += ["--harvest.tokens", "262144", "--train.lanes", str(lanes), "--train.checkpoint_steps", "10"]
-    args += ["--cluster.workers", "2", "--cluster.min_workers", "1", "--cluster.cpus_per_worker", "1", *POOL]
+    args += [
+        "--cluster.workers",
+        "2",
+        "--cluster.min_workers",
+        "1",
+        "--cluster.cpus_per_worker",
+        "1",
+        *POOL,
+        "--verbose",
+    ]
 
     def step() -> int:
         points = [
@@ -102,14 +111,17 @@ def test_a_chain_goes_on_with_fewer_workers_and_has_all_again_when_a_node_comes(
 @pytest.mark.slow
 def test_a_submitted_command_runs_on_a_node_that_stays():
     """By default on the head; the line of USING.md for another."""
-    where = "import ray; ray.init(log_to_driver=False); print('on', ray.get_runtime_context().get_node_id(), 'it is')"
+    where = "import psutil; print('below', *(above.pid for above in psutil.Process().parents()), 'it runs')"
+
+    def above(*options: str) -> list[int]:
+        env = token | {"RAY_ADDRESS": address, "PATH": PATH}
+        said = submitted_to(port, env, ["-c", where], *options).stdout
+        return [int(number) for number in said.partition("below ")[2].partition(" it runs")[0].split()]
+
     with (
-        ray_head(cpus=1, dashboard=(port := free_port()), PATH=PATH) as (address, _, env),
-        ray_node(address, env | {"PATH": PATH}, 1, "--labels=stays=yes") as (_, stays),
-        ray_node(address, env | {"PATH": PATH}, 1),
+        ray_head(cpus=1, dashboard=(port := free_port()), PATH=PATH) as (address, head, token),
+        ray_node(address, token | {"PATH": PATH}, 1, "--labels=stays=yes") as (stays, _),
+        ray_node(address, token | {"PATH": PATH}, 1),
     ):
-        client = env | {"RAY_ADDRESS": address, "PATH": PATH}
-        pinned = submitted_to(port, client, ["-c", where], "--entrypoint-label-selector", json.dumps({"stays": "yes"}))
-        assert f"on {stays} it is" in pinned.stdout, pinned
-        plain = submitted_to(port, client, ["-c", where])
-        assert "it is" in plain.stdout and stays not in plain.stdout, plain
+        assert stays.pid in above("--entrypoint-label-selector", json.dumps({"stays": "yes"}))
+        assert head.pid in above()

@@ -158,7 +158,7 @@ def test_an_autoscaler_is_given_something_to_do():
     assert at_once(Config(), nodes) == 4 and at_once(Config(), nodes, grows=True) == 8
     assert at_once(Config(cluster={"concurrent": 64}), nodes) == 4
     assert at_once(Config(cluster={"concurrent": 64}), nodes, grows=True) == 64
-    assert at_once(Config(), [Node(41, 0, PLENTY)], grows=True) == 40 + 16
+    assert at_once(Config(), [Node(41, 0, PLENTY)], grows=True) == 40 + 8
     assert at_once(Config(), [Node(5, 0, PLENTY, others=Bundle(5))], grows=True) == 2
     assert capacity(Config(harvest={"actors": 9}), nodes, 4, local=False, grows=True).harvest_actors == 9
 

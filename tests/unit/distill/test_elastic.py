@@ -47,7 +47,7 @@ def test_as_many_as_there_is_room_for_beside_others(monkeypatch):
 def test_a_group_grows_after_a_checkpoint_alone(monkeypatch):
     monkeypatch.setattr(Elastic, "_maybe_send_resource_request", lambda self: None)
     room, saved = [2], [[None]]
-    policy = Elastic(ScalingConfig(num_workers=4), [4, 2, 1], lambda: room[0], lambda: list(saved[0]))
+    policy = Elastic(ScalingConfig(num_workers=4), [4, 2, 1], lambda: room[0], lambda: saved[0] and list(saved[0]))
 
     def begins() -> int:
         decision = policy.make_decision_for_non_running_worker_group()
@@ -63,6 +63,8 @@ def test_a_group_grows_after_a_checkpoint_alone(monkeypatch):
     assert goes_on(2) == 2  # nothing saved since: what was trained would be trained twice
     saved[0] = [[0, 8]]
     assert goes_on(2) == 4
+    saved[0] = None  # evaluation would be lost
+    assert goes_on(2) == 2
     saved[0] = [[0, 16]]
     assert goes_on(4) == 4
     room[0] = 1  # nodes that go end the group by themselves
