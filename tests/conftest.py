@@ -111,11 +111,11 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = HANGS) -> No
         time.sleep(0.05)
 
 
-def start(output: Path, *args: str) -> tuple[subprocess.Popen, Path]:
+def start(output: Path, *args: str, **env: str) -> tuple[subprocess.Popen, Path]:
     """A sweep that runs beside the test, and the file with all it says."""
     log = open(output.parent / "driver.log", "w")
     process = subprocess.Popen(
-        command(output, *args), env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command(output, *args), env=environment(**env), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     return process, output.parent / "driver.log"
 
