@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +188,24 @@ def actors(title: str, *of: psutil.Process) -> list[psutil.Process]:
 
 
 @contextmanager
-def scraped(port: int, into: Path) -> Iterator[None]:
-    """While open, what a Prometheus endpoint of this machine gives is appended to a file, every second."""
+def scraped(address: str, into: Path) -> Iterator[None]:
+    """While open, what a Prometheus endpoint gives is kept in a file: the first sample of each series, and of our own
+    every other value too. address: <host>:<port>.
+    """
+    seen: set[str] = set()
 
     def scrape() -> None:
-        while not over.wait(1.0):
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-                text = answer.read().decode()
+        while not over.wait(0.5):
+            # The endpoint of a busy node may take many seconds, that of a node that is cut off does not answer.
+            with suppress(OSError, HTTPException):
+                with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+                    text = answer.read().decode()
                 with open(into, "a") as file:
-                    file.write(text)
+                    for line in text.splitlines(keepends=True):
+                        known = line if line.startswith("ray_dmsae_") else line.rpartition(" ")[0]
+                        if known not in seen:
+                            file.write(line)
+                            seen.add(known)
 
     over = threading.Event()
     thread = threading.Thread(target=scrape)
@@ -213,7 +223,10 @@ def submitted(command: list[str], metrics: Path) -> Run:
     """
     port, exported, began = free_port(), free_port(), time.monotonic()
     often = {"RAY_metrics_report_interval_ms": "1000"}  # every 10 s by default, in which a small sweep's phases pass
-    with ray_head(3, port, exported, PATH=PATH, **often) as (address, _, env), scraped(exported, metrics):
+    with (
+        ray_head(3, port, exported, PATH=PATH, **often) as (address, _, env),
+        scraped(f"127.0.0.1:{exported}", metrics),
+    ):
         done = submitted_to(port, env | {"RAY_ADDRESS": address, "PATH": PATH}, command[1:], "--working-dir", ".")
     return Run(done.returncode, done.stdout + done.stderr, time.monotonic() - began)
 
