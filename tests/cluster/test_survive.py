@@ -52,6 +52,12 @@ def trains(node: Node) -> bool:
     return any(title(pid).startswith(b"ray::RayTrainWorker") for pid in node.pids())
 
 
+def said_by(server: S3Node, prefix: str, node: Node) -> list[str]:
+    """The logs of workers on this node that lie with the output."""
+    logs = [text.decode() for name, text in server.content(prefix).items() if name.startswith("logs/worker-")]
+    return [text for text in logs if f" on {node.name}\n" in text]
+
+
 def test_machines_without_a_common_disk_come_to_the_bits_of_one(small_sweep, apart, tmp_path):
     ray_box, server = apart
     job = submitted(ray_box, server.url("apart"))
@@ -75,6 +81,7 @@ def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(small_sweep, a
     wait_for(training, job)
     (victim,) = training()
     victim.cut()
+    assert said_by(server, "cut", victim), server.names("cut")  # also if it never came back
     wait_for(lambda: any(trains(node) for node in workers if node is not victim), job)
     victim.mend()
     assert job.wait() == 0, job.said

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from ray.tune.execution import class_cache
 
@@ -74,3 +75,13 @@ def test_keys_of_a_bucket_are_in_no_trial_s_runtime_environment(monkeypatch):
     finally:
         class_cache.ENV_VARS_TO_PROPAGATE.update(before)
     assert "PL_DISABLE_FORK" in str(made._default_options) and "hunter2" not in str(made._default_options)
+
+
+def test_retries_are_told_from_none_on(monkeypatch):
+    told: list = []
+    monkeypatch.setattr(trials, "tell_retries", lambda *what: told.append(what))
+    chains = [SimpleNamespace(config=SimpleNamespace(name="mine"), label=f"seed{seed}-k8") for seed in (0, 1)]
+    retries = trials.Retries(chains)
+    retries.after_exception(run_context=None, worker_exceptions={0: ValueError()})  # as Ray Train calls it
+    labels = ["seed0-k8", "seed1-k8"]
+    assert told == [("mine", labels, 0), ("mine", labels, 1)]
