@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dmsae_ray.cluster.address import cluster_address
-from dmsae_ray.cluster.connection import Capacity, check_fits_here, concurrent_now, connect, disconnect
+from dmsae_ray.cluster.capacity import Capacity, concurrent_now
+from dmsae_ray.cluster.connection import check_fits_here, connect, disconnect
 from dmsae_ray.cluster.probe import check_nodes
 from dmsae_ray.config import Config
 

@@ -16,7 +16,7 @@ from dmsae_ray.activations.catalogue import find_datasets
 from dmsae_ray.activations.dataset import ActivationDataset
 from dmsae_ray.activations.harvester import Harvest
 from dmsae_ray.activations.outliers import notes
-from dmsae_ray.cluster.connection import Capacity
+from dmsae_ray.cluster.capacity import Capacity
 from dmsae_ray.cluster.held import HeldCluster
 from dmsae_ray.cluster.metrics import tell_of_held_up_requests, tell_phases
 from dmsae_ray.config import Config

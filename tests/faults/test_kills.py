@@ -24,7 +24,7 @@ from victims import (
     temporaries,
 )
 
-from dmsae_ray.cluster.connection import available_cpus
+from dmsae_ray.cluster.capacity import available_cpus
 from dmsae_ray.sweep import main
 
 TRAINER, DRIVER = "ray::RayTrainWorker", "ray::ImplicitFunc"

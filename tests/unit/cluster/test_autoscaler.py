@@ -4,7 +4,7 @@ import pytest
 
 from dmsae_ray.cluster import autoscaler
 from dmsae_ray.cluster.autoscaler import REPORTS_S, SETTLES_S, TooSmall, wait_for_nodes
-from dmsae_ray.cluster.connection import capacity
+from dmsae_ray.cluster.capacity import capacity
 from dmsae_ray.cluster.nodes import Bundle, Node, WorkerGroup
 from dmsae_ray.config import Config
 

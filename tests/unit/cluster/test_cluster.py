@@ -17,7 +17,8 @@ import grpc
 import pytest
 
 from dmsae_ray.cluster import connection
-from dmsae_ray.cluster.connection import capacity, check_fits_here, keep_logs
+from dmsae_ray.cluster.capacity import capacity
+from dmsae_ray.cluster.connection import check_fits_here, keep_logs
 from dmsae_ray.cluster.nodes import Bundle, Node, fitting, missing, slots
 from dmsae_ray.config import Config
 from dmsae_ray.distill.trials import process_group

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dmsae_ray.cluster.connection import capacity, concurrent_now, worker_group
+from dmsae_ray.cluster.capacity import capacity, concurrent_now, worker_group
 from dmsae_ray.cluster.nodes import Bundle, Node, WorkerGroup, fitting, groups_fitting, misplaced, slots
 from dmsae_ray.cluster.present import GROUP, holdings, node_of, placed, resources, run_name
 from dmsae_ray.cluster.waiting import names, shape_of
@@ -165,8 +165,8 @@ def test_an_autoscaler_is_given_something_to_do():
 
 def test_nodes_that_join_and_leave_are_counted_when_asked(monkeypatch):
     nodes = [Node(2, 0, PLENTY)]
-    monkeypatch.setattr("dmsae_ray.cluster.connection.nodes_now", lambda: nodes)
-    monkeypatch.setattr("dmsae_ray.cluster.connection.has_autoscaler", lambda: False)
+    monkeypatch.setattr("dmsae_ray.cluster.capacity.nodes_now", lambda: nodes)
+    monkeypatch.setattr("dmsae_ray.cluster.capacity.has_autoscaler", lambda: False)
     assert concurrent_now(Config(), 99) == 1
     nodes.append(Node(6, 0, PLENTY))
     assert concurrent_now(Config(), 99) == 7 and concurrent_now(Config(), 3) == 3
