@@ -13,10 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dmsae_ray.config_checks import problems_of
+from dmsae_ray.labels import without_spaces
 from dmsae_ray.place import absolute, default_output, file_or_hub, folder_or_url, output_place, tracking_uri
 from dmsae_ray.secret_url import SecretUrl
 
@@ -34,6 +35,7 @@ FolderOrUrl = Annotated[SecretUrl, BeforeValidator(folder_or_url)]
 Output = Annotated[SecretUrl, BeforeValidator(output_place)]
 Source = Annotated[SecretUrl, BeforeValidator(lambda value: file_or_hub(value, "embedded"))]
 ModelName = Annotated[str, BeforeValidator(lambda value: file_or_hub(value, "tiny"))]
+LabelSelector = Annotated[dict[str, str], AfterValidator(without_spaces)]
 TrackingUri = Annotated[SecretUrl, BeforeValidator(tracking_uri)]
 
 
@@ -557,7 +559,7 @@ class ClusterConfig(Section):
     """
     concurrent: int | None = Field(None, ge=1)
     """chains at once; empty: as many as fit, more when nodes join"""
-    label_selector: dict[str, str] = Field(default_factory=dict)
+    label_selector: LabelSelector = Field(default_factory=dict)
     """labels of the nodes on which training workers and the language model run, with values as Ray reads them: a, !a,
     in(a, b) or !in(a, b); read tasks run on any node
     """

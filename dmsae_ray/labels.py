@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 WORD = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 KEY = re.compile(rf"(?:(?=.{{1,253}}/){WORD}(?:\.{WORD})*/)?{WORD}")
-VALUE = re.compile(rf"(!?)(?:in\(({WORD}(?:, ?{WORD})*)\)|({WORD}))")
+VALUE = re.compile(rf"(!?)(?:in\(({WORD}(?:,{WORD})*)\)|({WORD}))")
 
 
 def selector_problem(selector: Mapping[str, str]) -> str | None:
@@ -20,6 +20,11 @@ def selector_problem(selector: Mapping[str, str]) -> str | None:
     return None
 
 
+def without_spaces(selector: dict[str, str]) -> dict[str, str]:
+    """The same, in the form that needs no trimming of Ray."""
+    return {key: re.sub(r", ", ",", value) for key, value in selector.items()}
+
+
 def selected(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether a node with these labels is selected. A node without a label is one whose label has another value."""
     return all(_holds(value, labels.get(key)) for key, value in selector.items())
@@ -29,7 +34,7 @@ def _holds(value: str, label: str | None) -> bool:
     parts = VALUE.fullmatch(value)
     assert parts is not None, "a configuration has no other"
     negated, several, one = parts.groups()
-    return (label in ([one] if one else re.split(", ?", several))) != bool(negated)
+    return (label in ([one] if one else several.split(","))) != bool(negated)
 
 
 def written(selector: Mapping[str, str]) -> str:

@@ -83,7 +83,6 @@ def test_a_chain_goes_on_with_fewer_workers_and_has_all_again_when_a_node_comes(
         "--cluster.cpus_per_worker",
         "1",
         *POOL,
-        "--verbose",
     ]
 
     def step() -> int:

@@ -4,7 +4,7 @@ import pytest
 from ray._private.label_utils import validate_label_selector
 
 from dmsae_ray.config import Config
-from dmsae_ray.labels import selected, selector_problem
+from dmsae_ray.labels import selected
 
 NODES = {"spot": {"market": "spot", "zone": "a"}, "reserved": {"market": "reserved"}, "bare": {}}
 
@@ -22,7 +22,9 @@ NODES = {"spot": {"market": "spot", "zone": "a"}, "reserved": {"market": "reserv
     ],
 )
 def test_a_selector_takes_the_nodes_that_hold_all_of_it(selector, nodes):
-    assert selector_problem(selector) is None and validate_label_selector(selector) is None
+    assert validate_label_selector(selector) is None
+    selector = Config(cluster={"label_selector": selector}).cluster.label_selector
+    assert " " not in "".join(selector.values())
     assert [name for name, labels in NODES.items() if selected(selector, labels)] == nodes.split()
 
 
