@@ -29,6 +29,8 @@ ln -s /proc/self/fd {root}/dev/fd
 mkdir {root}/dev/shm
 mount -t tmpfs -o mode=1777,size={shm} shm {root}/dev/shm
 mount --bind /etc/hosts {root}/etc/hosts
+touch {root}/etc/resolv.conf
+mount --bind /etc/resolv.conf {root}/etc/resolv.conf
 """
 
 

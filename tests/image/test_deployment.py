@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -134,7 +135,8 @@ def test_the_quickstart_of_the_readme_leaves_its_results(deployed: Deployment, l
     for name in ("report.html", "comparison.json", "consensus.json", "features.json"):
         assert names[f"sweeps/{results}/{name}"].size > 100, name
     assert not any(name.endswith("failed_parts.json") for name in names)
-    assert len([name for name in names if name.endswith("core.safetensors")]) == 4 * 4
+    cores = [name for name in names if re.fullmatch(r"chains/[^/]+/cycle_\d+/core\.safetensors", name)]
+    assert len(cores) == 4 * 4, cores
     found = lab.ask("experiments/search", lab.password, max_results=100)["experiments"]
     ids = [one["experiment_id"] for one in found]
     runs = lab.ask("runs/search", lab.password, experiment_ids=ids, max_results=100)["runs"]
