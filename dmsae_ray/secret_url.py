@@ -40,6 +40,8 @@ IN_ENVIRONMENT = re.compile(r".*(TOKEN|PASSWORD|SECRET|SECRET_KEY|ACCESS_KEY|API
 """Variables whose values are secrets, whoever reads them: HF_TOKEN, MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY."""
 SHORTEST_IN_ENVIRONMENT = 8
 """Characters of the shortest of theirs that is looked for: what is shorter is more likely `1`, `true` or a word."""
+WORD = 16
+"""Letters alone, and fewer than this, are a word, which other words and the names of folders may hold."""
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*:/{0,2}")
 _OPTIONS = re.compile(r"[?#][\w.\[\]%+-]+=")
 _IN_TEXT = re.compile(r"[A-Za-z][\w+.-]{0,30}://[^\s'\"<>`]*[^\s'\"<>`:;,.)]")
@@ -157,7 +159,10 @@ def scrub(text: str) -> str:
 def scrub_ours(text: str) -> str:
     """A text of our own, whose URLs are to be opened, without the secrets that this process knows."""
     for secret in _longest_first():
-        text = text.replace(secret, MASK)
+        if secret.isalpha() and len(secret) < WORD:
+            text = re.sub(rf"(?<![\w/.-]){secret}(?![\w/.-])", MASK, text)  # not within `postgresql`, nor in a path
+        else:
+            text = text.replace(secret, MASK)
     return text
 
 
@@ -166,13 +171,23 @@ def _longest_first() -> list[str]:
     return sorted({*_known, *(value for value in own if len(value) >= SHORTEST_IN_ENVIRONMENT)}, key=len, reverse=True)
 
 
+def _is_secret(url: str) -> bool:
+    """Whether there is a password in it, a token in a user's place, or an option that may be one; no name alone."""
+    scheme = _SCHEME.match(url)
+    head = scheme[0] if scheme else ""
+    end = _credentials(url[len(head) :])
+    bare = head + url[len(head) + end :]
+    user = url[len(head) : len(head) + end]
+    return ":" in user or len(user) > WORD or masked(bare) != bare
+
+
 def openly(argv: list[str]) -> str | None:
     """What to say of a command line that holds secrets; None if it holds none."""
     flag = ""
     for word in argv:
         if word.startswith("--"):
             flag = word.partition("=")[0]
-        if _IN_TEXT.sub(lambda url: masked(url[0]), word) != word:
+        if any(_is_secret(url[0]) for url in _IN_TEXT.finditer(word)):
             return (
                 f"warning: {flag or 'an argument'} holds a secret, and a command line can be read by every user of the "
                 "machine, that of a submitted job in Ray's dashboard: put it into the file of --config, or leave it "

@@ -77,6 +77,11 @@ def actor_bundle(config: Config) -> Bundle:
     return Bundle(1, config.harvest.gpus_per_actor)
 
 
+def spare_cpus(config: Config, nodes: Sequence[Node]) -> float:
+    """CPUs that are kept free on the nodes that may be used: none where others have them."""
+    return max(0.0, DATA_CPUS - sum(node.cpus for node in nodes if not usable(config, node)))
+
+
 def busy_chains(config: Config) -> int:
     """Chains whose threads keep this machine's CPUs busy."""
     return max(1, available_cpus() // (config.cluster.workers * config.train.threads))
@@ -90,7 +95,7 @@ def capacity(config: Config, nodes: Sequence[Node], chains: int, local: bool, gr
     cluster, group, actor = config.cluster, worker_group(config), actor_bundle(config)
     mine = [node for node in nodes if usable(config, node)]
     cpus, cpus_of_mine = sum(node.cpus for node in nodes), sum(node.cpus for node in mine)
-    spare = max(0.0, DATA_CPUS - (cpus - cpus_of_mine))
+    spare = spare_cpus(config, nodes)
     lacking = []
     fewest = replace(group, workers=cluster.fewest_workers)
     if chains:

@@ -20,7 +20,7 @@ from dmsae_ray.cluster.address import check_answers, cluster_address
 from dmsae_ray.cluster.autoscaler import wait_for_nodes
 from dmsae_ray.cluster.capacity import DATA_CPUS, Capacity, available_cpus, busy_chains, capacity, capacity_now
 from dmsae_ray.cluster.present import node_of, nodes_now
-from dmsae_ray.cluster.temporary import private_folder
+from dmsae_ray.cluster.temporary import private_folder, remove
 from dmsae_ray.cluster.waiting import Waits
 from dmsae_ray.config import Config
 from dmsae_ray.stop import deaf, keeping_signals
@@ -77,7 +77,7 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         try:
             _start(say, **how, **quiet)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             raise
     else:
         try:
@@ -97,7 +97,7 @@ def connect(config: Config, chains: int, verbose: bool, say: Callable[[str], Non
         with deaf():
             ray.shutdown()
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         raise
     return replace(found, waits=Waits(config, say).start(), folder=folder)
 
@@ -159,17 +159,20 @@ def disconnect(capacity: Capacity, logs: Path) -> None:
     session = (
         Path(global_worker.node.get_session_dir_path()) / "logs" if capacity.local and ray.is_initialized() else None
     )
-    with deaf():
-        ray.shutdown()
-    if session is not None and session.exists():
-        keep_logs(session, logs)
-    if capacity.folder is not None:
-        shutil.rmtree(capacity.folder, ignore_errors=True)
+    kept = True
+    try:
+        with deaf():
+            ray.shutdown()
+        if session is not None and session.exists():
+            kept = keep_logs(session, logs)
+    finally:
+        if capacity.folder is not None and kept:
+            remove(capacity.folder)
 
 
-def keep_logs(session: Path, logs: Path) -> None:
-    """Copy Ray's logs. Never raises for want of room or rights: another error, which matters more, may be on its way
-    out.
+def keep_logs(session: Path, logs: Path) -> bool:
+    """Copy Ray's logs; returns whether they are there. Never raises for want of room or rights: another error, which
+    matters more, may be on its way out.
     """
     # Ray Train hands AWS keys of the environment to its workers, and Ray's agent writes down what it hands on.
     ignored = shutil.ignore_patterns("*.sock", "runtime_env_agent*")
@@ -178,3 +181,5 @@ def keep_logs(session: Path, logs: Path) -> None:
     except OSError as error:  # shutil.Error is one, with a list of all files
         why = error.strerror or f"{len(error.args[0])} files, the first: {error.args[0][0][2]}"
         logging.getLogger(__name__).warning("Ray's logs were not kept in %s (%s); they lie in %s", logs, why, session)
+        return False
+    return True

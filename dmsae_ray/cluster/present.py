@@ -104,7 +104,8 @@ def holdings(
     theirs_mb: dict[str, float] = {}
     for group in groups.values():
         named = GROUP.match(group["name"])
-        if named is None or group["state"] != "CREATED":
+        # One that lost a node waits for another place for a part of it, and holds the rest.
+        if named is None or group["state"] not in ("CREATED", "RESCHEDULING"):
             continue
         for place, resources in group["bundles"].items():
             number = group["bundles_to_node_id"][place]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from dmsae_ray.cluster.address import cluster_address
 from dmsae_ray.config import Config
@@ -15,14 +20,46 @@ LONGEST_SOCKET = 107
 
 PREFIX = "dmsae-ray-"
 """Of our own folder in it; what `tempfile` adds to the name has eight characters."""
+NEW_S = 60.0
+"""A folder that is younger may not be held yet."""
+_held: dict[Path, IO[str]] = {}
 
 
 def private_folder() -> Path:
     """A new folder that other users of the machine cannot enter, for that of a Ray of our own: Ray lets everybody read
-    and write in there, sockets and logs included. Raises OSError.
+    and write in there, sockets and logs included. Removes those that killed commands left. Raises OSError.
     """
-    place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray chooses
-    return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    place = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")  # as Ray chooses
+    for left in place.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another user's, or gone meanwhile
+            if left.stat().st_uid == os.getuid() and time.time() - left.stat().st_mtime > NEW_S and _hold(left):
+                remove(left)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    _hold(folder)
+    return folder
+
+
+def _hold(folder: Path) -> bool:
+    """Whether the folder is nobody's but this process's, which has it until it ends, or the folder is removed."""
+    lock = open(folder / "held", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return False
+    _held[folder] = lock
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Processes of Ray that are ending may still write there."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.1)
+    if (lock := _held.pop(folder, None)) is not None:
+        lock.close()
 
 
 def check_temporary_folder(config: Config) -> None:

@@ -36,12 +36,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=8192, help="rows of it (%(default)s); they are not trained on")
     parser.add_argument("--latents", type=int, default=8192, help="of each SAE at most (%(default)s)")
     parser.add_argument("--cosine", type=float, default=0.7, help="that shared latents reach (%(default)s)")
+    parser.add_argument("--same-model", action="store_true", help="it is one model, though the SAEs name it otherwise")
     parser.add_argument("--out", type=Path, help="folder for compare.json, compare.txt and consensus.safetensors")
     options = parser.parse_args(argv)
 
     from dmsae_ray.driver.compare_run import run
 
-    return run(options.places, options.data, options.rows, options.latents, options.cosine, options.out)
+    return run(
+        options.places,
+        options.data,
+        options.rows,
+        options.latents,
+        options.cosine,
+        options.out,
+        same_model=options.same_model,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ whatever number: the rows are the same, and what workers share decides whether l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -17,7 +18,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from dmsae_ray.cluster.nodes import Bundle, WorkerGroup, groups_fitting
+from dmsae_ray.cluster.capacity import spare_cpus, worker_group
+from dmsae_ray.cluster.nodes import groups_fitting
 from dmsae_ray.cluster.present import nodes_now, usable
 from dmsae_ray.config import Config
 
@@ -32,11 +34,10 @@ def most_workers(config: Config, runs: str) -> int | None:
     """As many of them as the connected cluster has room for at the moment; None: not even the fewest. runs: what the
     names of one's own runs begin with, whose workers would make room.
     """
-    cluster = config.cluster
-    worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.object_store_mb)
-    left = [node.beside_others() for node in nodes_now(runs) if usable(config, node)]
-    fit = (n for n in numbers(config) if groups_fitting(left, WorkerGroup(worker, n, cluster.placement_strategy)))
-    return next(fit, None)
+    nodes, group = nodes_now(runs), worker_group(config)
+    left = [node.beside_others() for node in nodes if usable(config, node)]
+    spare = spare_cpus(config, nodes)
+    return next((n for n in numbers(config) if groups_fitting(left, replace(group, workers=n), spare)), None)
 
 
 class Elastic(FixedScalingPolicy):

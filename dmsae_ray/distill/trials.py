@@ -101,7 +101,12 @@ class Starts(BasicVariantGenerator):
 
     def next_trial(self) -> Any:
         if time.monotonic() - self._looked >= LOOK_S:
-            self._looked, self.max_concurrent = time.monotonic(), self._concurrent()
+            self._looked = time.monotonic()
+            try:
+                self.max_concurrent = self._concurrent()
+            except Exception as error:  # a head that is away for a moment does not end what is at work
+                logging.getLogger(__name__).warning("how many chains fit now is not known: %s", error)
+                self.max_concurrent = self.max_concurrent or 1
         trial = super().next_trial()
         if trial is not None:
             trial.config["aggregator"] = self._aggregator_for(trial.trial_id)

@@ -23,7 +23,15 @@ from dmsae_ray.show.terminal.tables import write_report
 FILES = ("compare.json", "compare.txt", "consensus.safetensors")
 
 
-def run(places: Sequence[str], data: str | None, rows: int, latents: int, cosine: float, out: Path | None) -> int:
+def run(
+    places: Sequence[str],
+    data: str | None,
+    rows: int,
+    latents: int,
+    cosine: float,
+    out: Path | None,
+    same_model: bool = False,
+) -> int:
     """Raises ValueError on bad input, before anything is computed or written."""
     for flag, value, good in (("rows", rows, rows >= 2), ("latents", latents, latents >= 2)):
         if not good:
@@ -35,7 +43,7 @@ def run(places: Sequence[str], data: str | None, rows: int, latents: int, cosine
     saes = [found for place in places for found in read(place)]
     if len(saes) < 2:
         raise ValueError(f"{', '.join(places)}: one SAE alone; give two or more to compare")
-    check_comparable([sae for _, sae in saes])
+    check_comparable([sae for _, sae in saes], same_model)
     rows_RD = None if data is None else held_back(data, rows, [sae for _, sae in saes])
     settings = Settings(cosine=cosine, latents=latents)
 

@@ -9,9 +9,8 @@ import torch
 
 from dmsae_ray.interop import dictionary_learning, hub_folder, saelens
 from dmsae_ray.interop.ours import about_of, plain_of
-from dmsae_ray.interop.plain import PlainSAE
+from dmsae_ray.interop.plain import EXPORTED, PlainSAE
 from dmsae_ray.interop.read import read_sae
-from dmsae_ray.lm.source import local_folder
 from dmsae_ray.results.saved_sweep import SavedChain, SavedSweep, is_sweep, load_sweep
 
 MEASURED = {
@@ -23,6 +22,13 @@ MEASURED = {
     "evaluation_tokens": "tokens measured on",
 }
 """Fields of a cycle's record that a card names."""
+
+
+WRITTEN = frozenset(
+    {saelens.CONFIG, saelens.WEIGHTS, saelens.SPARSITY, hub_folder.CARD}
+    | {dictionary_learning.CONFIG, dictionary_learning.WEIGHTS}
+)
+"""Files of an export."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,10 @@ def run(place: str, to: str, out: Path, chain: str | None, cycle: int) -> int:
     format.
     """
     out = out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is no folder")
+    if out.exists() and Path(place).expanduser().exists() and out.samefile(Path(place).expanduser()):
+        raise ValueError(f"--out {out}: is the SAE itself; give another folder")
     if is_sweep(place):
         sweep = load_sweep(place)
         chosen = {found.label: exported(sweep, found, cycle) for found in chains(sweep, chain)}
@@ -49,7 +59,7 @@ def run(place: str, to: str, out: Path, chain: str | None, cycle: int) -> int:
     for label, one in chosen.items():
         check(one, to)
         if (out / label).exists() and any((out / label).iterdir()) and not ours(out / label):
-            raise ValueError(f"--out {out / label}: has other files in it; give a new or empty folder")
+            raise ValueError(f"--out {out / label}: has files in it that no export wrote; give a new or empty folder")
     for label, one in chosen.items():
         write(one, to, out / label)
         print(f"{label or place}: {one.sae.about.format}, {one.sae.width:,} latents, in {out / label}")
@@ -73,7 +83,8 @@ def exported(sweep: SavedSweep, chain: SavedChain, cycle: int) -> Exported:
     sae, known = chain.sae(cycle)
     record, model = chain.records[cycle], sweep.config.model
     measured = {words: float(value) for name, words in MEASURED.items() if (value := getattr(record, name)) is not None}
-    name = Path(model.name).name if local_folder(model.name) else model.name  # a path is this machine's affair
+    # A path is this machine's affair; the model itself is not needed, and may be gone.
+    name = Path(model.name).name if Path(model.name).is_absolute() else model.name
     about = about_of(sae, known, chain.label)
     more = about.more | {
         "chain": chain.label,
@@ -97,6 +108,9 @@ def check(one: Exported, to: str) -> None:
 
 
 def write(one: Exported, to: str, folder: Path) -> None:
+    """In place of what an earlier export left there, in whatever format."""
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
     if to == "dictionary_learning":
         dictionary_learning.write(folder, one.sae)
     elif to == "hub":
@@ -106,7 +120,6 @@ def write(one: Exported, to: str, folder: Path) -> None:
 
 
 def ours(folder: Path) -> bool:
-    """Whether a folder has nothing but what an export writes."""
-    written = {saelens.CONFIG, saelens.WEIGHTS, saelens.SPARSITY, hub_folder.CARD}
-    written |= {dictionary_learning.CONFIG, dictionary_learning.WEIGHTS}
-    return {path.name for path in folder.iterdir()} <= written
+    """Whether a folder has nothing but what an export wrote."""
+    configs = [folder / name for name in (saelens.CONFIG, dictionary_learning.CONFIG) if (folder / name).exists()]
+    return {path.name for path in folder.iterdir()} <= WRITTEN and all(EXPORTED in path.read_text() for path in configs)

@@ -248,7 +248,7 @@ class Sweep:
 
         def look() -> dict[str, Status]:
             statuses = ray.get(board.snapshot.remote())
-            tell_phases(self.config.name, PHASES, [status["phase"] for status in statuses.values()])
+            tell_phases(self.config.name, PHASES, [status.get("phase", "queued") for status in statuses.values()])
             return statuses
 
         def follow() -> None:

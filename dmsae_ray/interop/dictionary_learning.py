@@ -14,7 +14,7 @@ import torch
 
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.interop.from_files import config_of, text
-from dmsae_ray.interop.plain import About, Gate, Gated, PlainSAE, Threshold, TopK, Unknown
+from dmsae_ray.interop.plain import EXPORTED, About, Gate, Gated, PlainSAE, Threshold, TopK, Unknown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 TRANSPOSED = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
@@ -146,6 +146,7 @@ def write(folder: Path, sae: PlainSAE) -> None:
         "lm_name": about.model,
         "submodule_name": f"{names[hook[2]]}_layer_{hook[1]}" if hook and hook[2] in names else about.hook,
         "device": "cpu",
+        EXPORTED: 1,
     } | {f"dmsae_{name}": value for name, value in about.more.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+EXPORTED = "dmsae_ray_export"
+"""Key, in the configurations that are written, by which they are known again."""
 UNIT = 1e-5
 """Decoder rows whose norms differ from 1 by no more are left as they are."""
 

@@ -47,7 +47,9 @@ def _fetched(place: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = None if folder is None else [f"{folder}/{file}" for file in (*FILES, saelens.CONFIG, "config.json")]
+    # Of a repository with many SAEs none but the one that is asked for.
+    within = "" if folder is None else f"{folder}/"
+    wanted = [f"{within}{file}" for file in (*FILES, saelens.CONFIG, dictionary_learning.CONFIG)]
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -56,6 +58,9 @@ def _fetched(place: str) -> Path:
             f"{place}: nothing here has this name, and the hub does not give it ({type(error).__name__}: {reason})"
         ) from error
     path = snapshot if folder is None else snapshot / folder
-    if not path.is_dir():
-        raise ValueError(f"{place}: {name} has no folder {folder} with an SAE")
+    if not any((path / file).exists() for file in FILES):
+        raise ValueError(
+            f"{place}: {name} has no SAE {'at its top' if folder is None else f'in {folder}'}; name the folder of one: "
+            f"{name}:<folder>"
+        )
     return path

@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from dmsae_ray.files import replacing, write_json
 from dmsae_ray.interop.from_files import config_of, tensors_of, text
-from dmsae_ray.interop.plain import About, Gate, Gated, PlainSAE, Threshold, TopK, Unknown
+from dmsae_ray.interop.plain import EXPORTED, About, Gate, Gated, PlainSAE, Threshold, TopK, Unknown
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 VERSION = "6.54.12"
@@ -80,7 +80,11 @@ def _gate(kind: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], W
         return Threshold(tensors["threshold"])
     if kind in ("batchtopk", "matryoshka_batchtopk") and "topk_threshold" in tensors:
         theta = tensors["topk_threshold"].reshape(()).repeat(len(W_dec_FD))
-        return Threshold(theta / norm_F if rescaled else theta)  # rescaled: what exceeds it is p * norm
+        if not rescaled:
+            return Threshold(theta)
+        # What exceeds it is p * norm: a latent whose decoder row is zeros never does.
+        never = torch.full_like(theta, torch.finfo(theta.dtype).max)
+        return Threshold(torch.where(norm_F > 0, theta / norm_F.clamp(min=torch.finfo(theta.dtype).tiny), never))
     if kind == "gated" and {"b_gate", "r_mag", "b_mag"} <= tensors.keys():
         return Gated(tensors["b_gate"], tensors["r_mag"], tensors["b_mag"])
     return Unknown(f"architecture {kind!r} with {', '.join(sorted(tensors))} is not known here")
@@ -137,6 +141,7 @@ def write(folder: Path, sae: PlainSAE, density_F: torch.Tensor | None = None) ->
         "training_architecture": "matryoshka_batchtopk" if about.prefixes else None,
         "training_architecture_details": details,
         "model_from_pretrained_kwargs": {},
+        EXPORTED: 1,
     } | {f"dmsae_{name}": value for name, value in about.more.items()}
     config = {
         "architecture": "jumprelu",

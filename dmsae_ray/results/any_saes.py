@@ -84,31 +84,42 @@ class Chosen:
         }
 
 
-def check_comparable(saes: Sequence[PlainSAE]) -> None:
-    """Raises ValueError, naming both, where two read other activations: of another model, hook or dimension."""
+ALIASES = {"gpt2-small": "gpt2"}
+"""Models that TransformerLens calls otherwise than the hub."""
+
+
+def check_comparable(saes: Sequence[PlainSAE], same_model: bool = False) -> None:
+    """Raises ValueError, naming both, where two read other activations: of another model, hook or dimension.
+
+    same_model: it is one model, whatever it is called.
+    """
     for a, b in combinations(saes, 2):
         for what, one, other in (
             ("dimension", a.d, b.d),
             ("hook", a.about.hook, b.about.hook),
-            ("model", _plain_name(a.about.model), _plain_name(b.about.model)),
+            ("model", *(None if same_model else _plain_name(sae.about.model) for sae in (a, b))),
         ):
             if one is not None and other is not None and one != other:
+                hint = "; if that is one model by two names, give --same-model" if what == "model" else ""
                 raise ValueError(
-                    f"{a.about.place} and {b.about.place}: cannot be compared, their {what} is {one} and {other}"
+                    f"{a.about.place} and {b.about.place}: cannot be compared, their {what} is {one} and {other}{hint}"
                 )
 
 
 def _plain_name(model: str | None) -> str | None:
     """TransformerLens drops the owner of a hub id."""
-    return None if model is None else model.rpartition("/")[2].lower()
+    name = None if model is None else model.rpartition("/")[2].lower()
+    return None if name is None else ALIASES.get(name, name)
 
 
 def choose(label: str, sae: PlainSAE, rows_RD: torch.Tensor | None, settings: Settings) -> Chosen:
     """The latents that are compared: those that are active on the rows, and where those are too many, the ones that add
-    most to the reconstruction there; without rows the first ones.
+    most to the reconstruction there; without rows the first ones. Raises ValueError if there is none.
     """
     if rows_RD is None or isinstance(sae.gate, Unknown):
         ids_N = torch.nonzero(sae.W_dec_FD.norm(dim=1)).flatten()[: settings.latents]  # one of zeros points nowhere
+        if not len(ids_N):
+            raise ValueError(f"{sae.about.place}: all its decoder rows are zeros")
         return Chosen(label, sae, ids_N, None, None, None)
     fires_F, energy_F = torch.zeros(sae.width, dtype=torch.int64), torch.zeros(sae.width, dtype=torch.float64)
     error, parts = 0.0, rows_RD.split(PART)
@@ -118,6 +129,11 @@ def choose(label: str, sae: PlainSAE, rows_RD: torch.Tensor | None, settings: Se
         energy_F += z_RF.double().square().sum(dim=0)
         error += float((part_RD.float() - sae.decode(z_RF)).double().square().sum())
     alive_N = torch.nonzero((fires_F > 0) & (sae.W_dec_FD.norm(dim=1) > 0)).flatten()
+    if not len(alive_N):
+        raise ValueError(
+            f"{sae.about.place}: none of its latents is active on these {len(rows_RD):,} rows; are they in the units "
+            "that it reads? Without --data its weights alone are compared"
+        )
     if len(alive_N) > settings.latents:
         alive_N = alive_N[energy_F[alive_N].argsort(descending=True, stable=True)[: settings.latents]].sort().values
     z_NR = torch.empty(len(alive_N), len(rows_RD))

@@ -38,7 +38,14 @@ def test_every_chain_is_exported_and_reads_raw_activations_as_ours_does(small_sw
     assert "--chain seed7-k8: " in capsys.readouterr().err and not (tmp_path / "x").exists()
     (tmp_path / "mine" / "seed0-k8" / "thesis.tex").write_text("precious")
     assert export([output, "--to", "hub", "--out", str(tmp_path / "mine")]) == 2
-    assert "has other files in it" in capsys.readouterr().err
+    assert "that no export wrote" in capsys.readouterr().err
+    theirs = tmp_path / "theirs" / "seed0-k8"
+    theirs.mkdir(parents=True)
+    (theirs / "cfg.json").write_text("{}")
+    assert export([output, "--to", "saelens", "--chain", "seed0-k8", "--out", str(tmp_path / "theirs")]) == 2
+    assert "that no export wrote" in capsys.readouterr().err and (theirs / "cfg.json").read_text() == "{}"
+    assert export([output, "--to", "dictionary_learning", "--out", str(tmp_path / "hub")]) == 0  # in place of ours
+    assert sorted(path.name for path in (tmp_path / "hub" / "seed0-k8").iterdir()) == ["ae.pt", "config.json"]
 
 
 def test_the_chains_of_a_sweep_are_compared_beside_an_export_of_one(small_sweep, tmp_path, capsys):

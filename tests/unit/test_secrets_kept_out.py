@@ -27,7 +27,7 @@ from dmsae_ray.driver.tracked import tracker_of
 from dmsae_ray.driver.transcript import Screen
 from dmsae_ray.files import write_json
 from dmsae_ray.lock import OutputLock
-from dmsae_ray.secret_url import MASK, scrub
+from dmsae_ray.secret_url import MASK, scrub, scrub_ours
 from dmsae_ray.show.mlflow.run_store import RunStore
 from dmsae_ray.store import Store, StoreError
 
@@ -166,6 +166,19 @@ def test_a_secret_among_the_arguments_is_warned_of(capsys, argv, flag):
     load(SweepCommand, argv)
     said = capsys.readouterr().out
     assert said.startswith(f"warning: {flag} holds a secret") and MARK not in said
+
+
+@pytest.mark.parametrize("url", ["postgresql://lab@host/db", "s3://bucket/x?endpoint_override=host:9000&scheme=http"])
+def test_a_name_alone_and_what_is_no_secret_are_not_warned_of(capsys, url):
+    load(SweepCommand, ["--track.uri", url] if url.startswith("post") else ["--output", url])
+    assert "holds a secret" not in capsys.readouterr().out
+
+
+def test_a_password_that_is_a_word_is_not_taken_out_of_other_words(monkeypatch):
+    monkeypatch.setenv("POSTGRES_PASSWORD", "quickstart")
+    monkeypatch.setenv("OTHER_PASSWORD", "postgres9-")
+    shown = scrub_ours("in /tmp/quickstart and quickstarts; the password is quickstart, then postgres9-x")
+    assert shown == "in /tmp/quickstart and quickstarts; the password is ***, then ***x"
 
 
 def test_other_arguments_are_not(capsys, tmp_path):

@@ -53,6 +53,20 @@ def test_groups_begin_as_room_for_them_comes_and_share_aggregators(monkeypatch):
     assert next_one.config == {"group": 10, "aggregator": 0} and made == [0, 1]
 
 
+def test_a_head_that_does_not_answer_ends_nothing_that_is_at_work(monkeypatch, caplog):
+    answers = iter([lambda: 2, lambda: 1 / 0, lambda: 3])
+    monkeypatch.setattr(Aggregator, "remote", lambda: 0)
+    monkeypatch.setattr(trials, "LOOK_S", 0.0)
+    starts = trials.Starts(lambda: next(answers)())
+    starts._trial_generator = map(Trial, range(9))
+    starts.next_trial()
+    assert starts.max_concurrent == 2
+    starts.next_trial()
+    assert starts.max_concurrent == 2 and "how many chains fit now is not known" in caplog.text
+    starts.next_trial()
+    assert starts.max_concurrent == 3
+
+
 def test_between_two_looks_at_the_cluster_it_is_let_alone(monkeypatch):
     asked = []
     starts = trials.Starts(lambda: asked.append(1) or 1)

@@ -81,6 +81,12 @@ def test_of_too_many_latents_those_are_compared_that_add_most():
     assert float((chosen.W_dec_ND @ truth.T).max(dim=1).values.min()) > 0.9
 
 
+def test_an_sae_that_is_silent_on_the_rows_is_named():
+    sae = replace(planted(1), gate=Threshold(torch.full((SHARED + OWN,), 1e6)))
+    with pytest.raises(ValueError, match="sae1: none of its latents is active on these 100 rows"):
+        choose("sae", sae, rows_of_truth(100), Settings())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -94,6 +100,10 @@ def test_what_reads_other_activations_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         check_comparable([a, b])
     check_comparable([a, replace(a, about=replace(a.about, hook=None, model="gemma-2-2b"))])
+    check_comparable(
+        [replace(a, about=replace(a.about, model=name)) for name in ("gpt2-small", "openai-community/gpt2")]
+    )
+    check_comparable([a, replace(a, about=replace(a.about, model="my-copy"))], same_model=True)
 
 
 def test_the_command_writes_what_it_shows(tmp_path, capsys):

@@ -178,6 +178,17 @@ def test_what_a_file_does_not_tell_is_refused_when_activations_are_asked_for(tmp
         sae.encode(torch.zeros(1, 6))
 
 
+def test_a_decoder_row_of_zeros_in_a_rescaled_checkpoint_is_a_latent_that_never_fires(tmp_path):
+    tensors = load_file(RECORDED / "saelens-topk-rescaled" / "sae_weights.safetensors")
+    tensors["W_dec"][3] = 0
+    (tmp_path / "sae").mkdir()
+    save_file(tensors | {"topk_threshold": torch.tensor(0.1)}, tmp_path / "sae" / "sae_weights.safetensors")
+    config = {"architecture": "matryoshka_batchtopk", "d_in": 6, "d_sae": 20, "rescale_acts_by_decoder_norm": True}
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    z_BF = read_sae(str(tmp_path / "sae")).encode(torch.randn(200, 6, generator=torch.Generator().manual_seed(0)))
+    assert not z_BF[:, 3].any() and int((z_BF > 0).any(dim=0).sum()) > 10
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
