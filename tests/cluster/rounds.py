@@ -23,12 +23,14 @@ SUBMITS = 12
 """How often a round's sweep is submitted before it counts as lost."""
 ARGS = ("--cluster.concurrent", "1", "--train.checkpoint_steps", str(CHECKPOINT_STEPS), "--train.log_steps", "1")
 """One chain after the other, so that the only train worker's work is the phase that is struck; no number changes."""
+OF_RAY_DATA = ("_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor")
+"""Ray Data has one of each on a cluster, for all jobs that there will be."""
 LEFT = """
 import time
 from ray.util.state import list_actors, list_placement_groups
 end = time.time() + 120
 while True:
-    actors = [a.class_name for a in list_actors(filters=[("state", "!=", "DEAD")])]
+    actors = [a.class_name for a in list_actors(filters=[("state", "!=", "DEAD")]) if a.class_name not in ray_data]
     groups = [g.name for g in list_placement_groups() if g.state != "REMOVED"]
     if not actors + groups or time.time() > end:
         break
@@ -56,22 +58,24 @@ class Fault:
         return {"fault": str(self.strike), "phase": self.stage.phase, "stage": str(self.stage)} | self.struck
 
 
-def drawn(rng: random.Random, at_url: bool, faults: int, phases: Sequence[str] | None = None) -> list[Fault]:
-    """In the order in which they come about: each in another stage."""
-    stages = [stage for stage in STAGES if phases is None or stage.phase in phases]
+def drawn(
+    rng: random.Random, at_url: bool, faults: int, chains: Sequence[str] = CHAINS, quick: bool = False
+) -> list[Fault]:
+    """In the order in which they come about: each in another stage. quick: see Strike."""
+    stages = [stage for stage in STAGES if stage.chain in ("", *chains)]
     # By phase first: there are as many of compare as of train, which comes once for every chain and cycle.
     chosen: set[Stage] = set()
     while len(chosen) < min(faults, len(stages)):
         phase = rng.choice(sorted({stage.phase for stage in stages}))
         chosen.add(rng.choice([stage for stage in stages if stage.phase == phase]))
     return [
-        Fault(stage, rng.choice(_can(stage, at_url)), rng.randint(1, DEPTHS.get(stage.phase, 1)))
+        Fault(stage, rng.choice(_can(stage, at_url, quick)), rng.randint(1, DEPTHS.get(stage.phase, 1)))
         for stage in sorted(chosen, key=STAGES.index)
     ]
 
 
-def _can(stage: Stage, at_url: bool) -> list[Strike]:
-    return [strike for strike in possible(stage.phase, at_url) if "slow" not in strike.name or not cannot_slow()]
+def _can(stage: Stage, at_url: bool, quick: bool) -> list[Strike]:
+    return [strike for strike in possible(stage.phase, at_url, quick) if "slow" not in strike.name or not cannot_slow()]
 
 
 class Place:
@@ -120,8 +124,17 @@ def _text(path: Path) -> str:
 class Round:
     """One sweep that is struck."""
 
-    def __init__(self, ray_box: RayBox, place: Place, undisturbed: Path, say: Callable[[str], None]):
+    def __init__(
+        self,
+        ray_box: RayBox,
+        place: Place,
+        undisturbed: Path,
+        say: Callable[[str], None],
+        chains: Sequence[str] = CHAINS,
+    ):
+        """chains: the first ones of the sweep."""
         self.ray_box, self.place, self.undisturbed, self.say = ray_box, place, undisturbed, say
+        self.chains = chains
         self.submits = 0
         self.scene = Scene(ray_box, place.work(), self.submit(), place.server)
 
@@ -132,7 +145,8 @@ class Round:
         box.check_out(box.client)
         (box.client.disk / CHECKOUT.lstrip("/") / "small.yaml").write_text(SMALL)
         sweep = ["python", "-m", "dmsae_ray.sweep", "--config", "small.yaml", "--output", self.place.output]
-        return box.submit([*sweep, *ARGS])
+        seeds = [word for chain in self.chains for word in ("--sweep.seeds", str(CHAINS.index(chain)))]
+        return box.submit([*sweep, *ARGS, *seeds])
 
     def run(self, faults: list[Fault], rng: random.Random, folder: Path) -> None:
         """Strikes, each after the last was overcome, and looks at what comes of it. Raises AssertionError."""
@@ -142,9 +156,9 @@ class Round:
             if code is not None:
                 self.scene.job = self.submit()
             time.sleep(0.5)
-        left = self.ray_box.ask(LEFT)
+        left = self.ray_box.ask(f"ray_data = {OF_RAY_DATA}\n{LEFT}")
         assert left == [], f"left on the cluster: {left}"
-        check(self.place.whole(folder), self.undisturbed, faults)
+        check(self.place.whole(folder), self.undisturbed, faults, self.chains)
 
     def ended(self) -> int | None:
         """The job's exit status, if it has one; meanwhile Ray is started again where it gave up."""
@@ -194,9 +208,9 @@ class Round:
             time.sleep(0.2)
 
 
-def check(output: Path, undisturbed: Path, faults: Sequence[Fault]) -> None:
+def check(output: Path, undisturbed: Path, faults: Sequence[Fault], chains: Sequence[str]) -> None:
     """Raises AssertionError if anything is not as if nothing had happened."""
-    same_results(output, undisturbed, cycles=len(CHAINS) * CYCLES)
+    same_results(output, undisturbed, cycles=len(chains) * CYCLES)
     (results,) = (output / "sweeps").iterdir()
     assert (results / "report.html").exists() and not (results / "failed_parts.json").exists()
     for part in ("data", "tokens", "chains", "pairs", "sweeps"):
@@ -206,7 +220,7 @@ def check(output: Path, undisturbed: Path, faults: Sequence[Fault]) -> None:
         runs = db.execute(
             "select status, count(*) from runs where lifecycle_stage = 'active' group by status"
         ).fetchall()
-        assert runs == [("FINISHED", len(CHAINS) + 1)], f"MLflow runs, of chains and their comparison: {runs}"
+        assert runs == [("FINISHED", len(chains) + 1)], f"MLflow runs, of chains and their comparison: {runs}"
         doubled = db.execute(
             "select run_uuid, key, step, count(*) from metrics group by run_uuid, key, step having count(*) > 1"
         ).fetchall()

@@ -124,6 +124,8 @@ class Strike:
     at_url_alone: bool = False
     loses_steps: bool = True
     """whether training has to go back to its last checkpoint"""
+    quick: bool = False
+    """whether nothing but the work is waited for"""
 
     def __str__(self) -> str:
         return self.name
@@ -135,7 +137,7 @@ def _kill(victim: str, phases: tuple[str, ...], ends_job: bool = False, loses_st
         assert there, f"no {victim} is alive"
         there[0][1].kill()
 
-    return Strike(f"kill {victim}", phases, act, victim, ends_job, loses_steps=loses_steps)
+    return Strike(f"kill {victim}", phases, act, victim, ends_job, loses_steps=loses_steps, quick=True)
 
 
 def _power(scene: Scene, node: Node, rng: random.Random) -> Callable[[], None]:
@@ -239,6 +241,10 @@ STRIKES = (
 )
 
 
-def possible(phase: str, at_url: bool) -> list[Strike]:
-    """What can happen in a phase."""
-    return [strike for strike in STRIKES if phase in strike.phases and (at_url or not strike.at_url_alone)]
+def possible(phase: str, at_url: bool, quick: bool = False) -> list[Strike]:
+    """What can happen in a phase; quick: only what takes no time of its own."""
+    return [
+        strike
+        for strike in STRIKES
+        if phase in strike.phases and (at_url or not strike.at_url_alone) and (strike.quick or not quick)
+    ]
