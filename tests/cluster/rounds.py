@@ -145,8 +145,8 @@ class Round:
         box.check_out(box.client)
         (box.client.disk / CHECKOUT.lstrip("/") / "small.yaml").write_text(SMALL)
         sweep = ["python", "-m", "dmsae_ray.sweep", "--config", "small.yaml", "--output", self.place.output]
-        seeds = [word for chain in self.chains for word in ("--sweep.seeds", str(CHAINS.index(chain)))]
-        return box.submit([*sweep, *ARGS, *seeds])
+        seeds = ",".join(str(CHAINS.index(chain)) for chain in self.chains)
+        return box.submit([*sweep, *ARGS, "--sweep.seeds", seeds])
 
     def run(self, faults: list[Fault], rng: random.Random, folder: Path) -> None:
         """Strikes, each after the last was overcome, and looks at what comes of it. Raises AssertionError."""
