@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from dmsae_ray.activations.dataset import ActivationDataset
-from dmsae_ray.driver.export_run import chains, exported
+from dmsae_ray.driver.export_run import chains
 from dmsae_ray.files import write_json
 from dmsae_ray.interop.plain import PlainSAE
 from dmsae_ray.interop.read import read_sae
 from dmsae_ray.results.any_saes import Settings, check_comparable, choose, compare
-from dmsae_ray.results.saved_sweep import is_sweep, load_sweep
+from dmsae_ray.results.saved_sweep import sweep_at
 from dmsae_ray.show.terminal.any_saes_tables import tables
 from dmsae_ray.show.terminal.console import terminal_console
 from dmsae_ray.show.terminal.tables import write_report
@@ -70,10 +70,9 @@ def run(
 
 def read(place: str) -> list[tuple[str, PlainSAE]]:
     """The SAEs of a place, with names. Raises ValueError naming the place."""
-    if not is_sweep(place):
+    if (sweep := sweep_at(place)) is None:
         return [(Path(place).name if Path(place).exists() else place, read_sae(place))]
-    sweep = load_sweep(place)
-    return [(chain.label, exported(sweep, chain, -1).sae) for chain in chains(sweep, None)]
+    return [(chain.label, chain.plain()[0]) for chain in chains(sweep, None)]
 
 
 def labels(names: Sequence[str]) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dmsae_ray.interop import dictionary_learning, hub_folder, saelens
-from dmsae_ray.interop.ours import about_of, plain_of
 from dmsae_ray.interop.plain import EXPORTED, PlainSAE
 from dmsae_ray.interop.read import read_sae
-from dmsae_ray.results.saved_sweep import SavedChain, SavedSweep, is_sweep, load_sweep
+from dmsae_ray.results.saved_sweep import SavedChain, SavedSweep, sweep_at
 
 MEASURED = {
     "l0": "L0, active latents per token",
@@ -49,9 +48,8 @@ def run(place: str, to: str, out: Path, chain: str | None, cycle: int) -> int:
         raise ValueError(f"--out {out}: is no folder")
     if out.exists() and Path(place).expanduser().exists() and out.samefile(Path(place).expanduser()):
         raise ValueError(f"--out {out}: is the SAE itself; give another folder")
-    if is_sweep(place):
-        sweep = load_sweep(place)
-        chosen = {found.label: exported(sweep, found, cycle) for found in chains(sweep, chain)}
+    if (sweep := sweep_at(place)) is not None:
+        chosen = {found.label: exported(found, cycle) for found in chains(sweep, chain)}
     else:
         if chain is not None:
             raise ValueError(f"--chain {chain}: {place} is no sweep's output folder")
@@ -78,25 +76,12 @@ def chains(sweep: SavedSweep, label: str | None) -> list[SavedChain]:
     return [sweep.chains[label]]
 
 
-def exported(sweep: SavedSweep, chain: SavedChain, cycle: int) -> Exported:
+def exported(chain: SavedChain, cycle: int) -> Exported:
     """Raises ValueError if that cycle is not finished."""
-    sae, known = chain.sae(cycle)
-    record, model = chain.records[cycle], sweep.config.model
+    sae, known = chain.plain(cycle)
+    record = chain.records[cycle]
     measured = {words: float(value) for name, words in MEASURED.items() if (value := getattr(record, name)) is not None}
-    # A path is this machine's affair; the model itself is not needed, and may be gone.
-    name = Path(model.name).name if Path(model.name).is_absolute() else model.name
-    about = about_of(sae, known, chain.label)
-    more = about.more | {
-        "chain": chain.label,
-        "key": chain.plan.key,
-        "model_dtype": model.dtype,
-        "model_revision": model.revision,
-        "tokens": record.tokens,
-        "data_digest": record.data_digest,
-        "fvu": record.fvu,
-    }
-    about = replace(about, model=name, context=model.context, prepend_bos=True, l0=record.l0, more=more)
-    return Exported(plain_of(sae, known, about), measured, known.get("density"))
+    return Exported(sae, measured, known.get("density"))
 
 
 def check(one: Exported, to: str) -> None:

@@ -99,14 +99,10 @@ class Explorer:
         """The SAE that a chain trained, by its label as in the tables. Raises ValueError if there is none, or the model
         cannot be had.
         """
-        from dmsae_ray.interop.ours import about_of, plain_of
-
         sweep = load_sweep(place)
         if chain not in sweep.chains:
             raise ValueError(f"{place}: has no chain {chain}; it has {', '.join(sweep.chains)}")
-        sae, known = sweep.chains[chain].sae(cycle)
-        plain = plain_of(sae, known, about_of(sae, known, chain))
-        return Explorer(plain, LanguageModel.of(sweep.config.model, device), sweep)
+        return Explorer(sweep.chains[chain].plain(cycle)[0], LanguageModel.of(sweep.config.model, device), sweep)
 
     @torch.no_grad()
     def read(self, text: str) -> Reading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from dmsae_ray.distill.grid import plan_all
 from dmsae_ray.distill.plan import ChainPlan
 from dmsae_ray.distill.record import CycleRecord
 from dmsae_ray.files import refresh
+from dmsae_ray.interop.ours import about_of, plain_of
+from dmsae_ray.interop.plain import PlainSAE
 from dmsae_ray.ownership import named_key
 from dmsae_ray.sae.sae import MatryoshkaSAE
 from dmsae_ray.yaml_file import read_yaml
@@ -77,6 +79,25 @@ class SavedChain:
         Raises ValueError if that cycle is not finished or its file is damaged.
         """
         return load_sae(self._cycle(cycle).sae)
+
+    def plain(self, cycle: int = -1) -> tuple[PlainSAE, dict[str, Any]]:
+        """The same SAE in raw units, with all that is known of it, and what its file says. Raises as `sae` does."""
+        sae, known = self.sae(cycle)
+        record, model = self.records[cycle], self.plan.config.model
+        about = about_of(sae, known, self.label)
+        more = about.more | {
+            "chain": self.label,
+            "key": self.plan.key,
+            "model_dtype": model.dtype,
+            "model_revision": model.revision,
+            "tokens": record.tokens,
+            "data_digest": record.data_digest,
+            "fvu": record.fvu,
+        }
+        # A path is this machine's affair; the model itself is not needed, and may be gone.
+        name = Path(model.name).name if Path(model.name).is_absolute() else model.name
+        about = replace(about, model=name, context=model.context, prepend_bos=True, l0=record.l0, more=more)
+        return plain_of(sae, known, about), known
 
     def _cycle(self, cycle: int) -> CycleFolder:
         done = len(self.records)
@@ -169,7 +190,17 @@ def load_sweep(folder: str | Path) -> SavedSweep:
 
     Raises ValueError if it is none, or an output folder with the results of several: then one has to be named.
     """
-    folder = local_folder(folder)
+    return _sweep_in(local_folder(folder))
+
+
+def sweep_at(place: str | Path) -> SavedSweep | None:
+    """The sweep of a place, as for `load_sweep`; None where it looks like one SAE. Raises ValueError as that does."""
+    folder = local_folder(place)
+    looks_so = (folder / "sweeps").is_dir() or all((folder / name).exists() for name in DESCRIPTION)
+    return _sweep_in(folder) if looks_so else None
+
+
+def _sweep_in(folder: Path) -> SavedSweep:
     if not (folder / "sweeps").is_dir():
         return SavedSweep.open(folder)
     found = sorted(path for path in (folder / "sweeps").iterdir() if (path / "chains.json").exists())
@@ -179,12 +210,6 @@ def load_sweep(folder: str | Path) -> SavedSweep:
             f"{folder}: holds the results of {len(found)} sweeps ({names}); give the folder of one of them"
         )
     return SavedSweep.open(found[0])
-
-
-def is_sweep(place: str | Path) -> bool:
-    """Whether a place looks like a sweep's, rather than like one SAE's. Raises ValueError if a URL cannot be opened."""
-    folder = local_folder(place)
-    return (folder / "sweeps").is_dir() or all((folder / name).exists() for name in DESCRIPTION)
 
 
 def local_folder(place: str | Path) -> Path:
